@@ -1,0 +1,45 @@
+"""LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; torch's and cuDNN's form).
+
+With x the input part W x_t + b_ih and h the recurrent part R h_{t-1} + b_hh, one of each per gate:
+
+    i  = sigmoid(x_i + h_i)      input gate: how much of the candidate is written
+    f  = sigmoid(x_f + h_f)      forget gate: how much of the cell state is kept
+    g  = tanh(x_g + h_g)         candidate
+    o  = sigmoid(x_o + h_o)      output gate: how much of the cell state is shown
+    c' = f c + i g               state update
+    h' = o tanh(c')              output
+
+Backwards, with dh' and dc' arriving:
+
+    dc = dc' + dh' o (1 - tanh(c')^2)
+    da_i = dc g i (1 - i)     da_f = dc c f (1 - f)     da_g = dc i (1 - g^2)     da_o = dh' tanh(c') o (1 - o)
+    dc_{t-1} = dc f           dh_{t-1} = R^T da, which is the driver's part
+
+Derived in docs/derivation.md.
+"""
+
+from ..mathematics import sigmoid, tanh
+
+GATES, STATES = "ifgo", "hc"
+
+
+def step(x, h, state):
+    i = sigmoid(x[0] + h[0])
+    f = sigmoid(x[1] + h[1])
+    g = tanh(x[2] + h[2])
+    o = sigmoid(x[3] + h[3])
+    c = f * state[1] + i * g
+    return (o * tanh(c), c), (i, f, g, o)
+
+
+def grad(dnew, new, state, saved):
+    i, f, g, o = saved
+    t = tanh(new[1])
+    dc = dnew[1] + dnew[0] * o * (1 - t * t)
+    da = (
+        dc * g * (i * (1 - i)),
+        dc * state[1] * (f * (1 - f)),
+        dc * i * (1 - g * g),
+        dnew[0] * t * (o * (1 - o)),
+    )
+    return da, da, (0.0, dc * f)

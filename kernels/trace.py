@@ -1,0 +1,84 @@
+"""Reads a cell's page: runs it once on symbols and keeps what it did, as a graph of elementwise operations.
+
+From that graph follow the NumPy backend's preallocated calls (`program.py`), and facts about a cell that its page need
+not repeat, such as which gates' two parts have different gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# Every operation a page can be made of, and how many operands it has.
+ARITY = {
+    "add": 2, "subtract": 2, "multiply": 2, "divide": 2, "maximum": 2,
+    "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "positive": 1,
+}  # fmt: skip
+
+
+class Symbol:
+    """A value of the page while it is traced. Equal operations on equal operands are one symbol."""
+
+    __slots__ = ("graph", "op", "operands")
+
+    def __init__(self, graph: "Graph", op: str, operands: tuple):
+        self.graph, self.op, self.operands = graph, op, operands
+
+    def apply(self, op: str, *others: "Symbol | float") -> "Symbol":
+        return self.graph.node(op, self, *map(self.graph.symbol, others))
+
+    def __add__(self, other):
+        return self.apply("add", other)
+
+    def __radd__(self, other):
+        return self.graph.symbol(other).apply("add", self)
+
+    def __sub__(self, other):
+        return self.apply("subtract", other)
+
+    def __rsub__(self, other):
+        return self.graph.symbol(other).apply("subtract", self)
+
+    def __mul__(self, other):
+        return self.apply("multiply", other)
+
+    def __rmul__(self, other):
+        return self.graph.symbol(other).apply("multiply", self)
+
+    def __truediv__(self, other):
+        return self.apply("divide", other)
+
+    def __rtruediv__(self, other):
+        return self.graph.symbol(other).apply("divide", self)
+
+    def __neg__(self):
+        return self.apply("negative")
+
+    def __bool__(self):
+        raise TypeError("a cell's page can't branch on a value: it runs once, for every unit at the same time")
+
+    def __repr__(self):
+        if self.op in ("input", "constant"):
+            return "".join(map(str, self.operands[:1])) + "".join(f"[{k}]" for k in self.operands[1:])
+        return f"{self.op}({', '.join(map(repr, self.operands))})"
+
+
+@dataclass
+class Graph:
+    """What a page did. `outputs` has the page's own nesting; `nodes` is in an order that computes."""
+
+    nodes: dict[tuple, Symbol] = field(default_factory=dict)
+    outputs: tuple = ()
+
+    def node(self, op: str, *operands) -> Symbol:
+        return self.nodes.setdefault((op, *operands), Symbol(self, op, operands))
+
+    def symbol(self, value: "Symbol | float") -> Symbol:
+        return value if isinstance(value, Symbol) else self.node("constant", float(value))
+
+
+def trace(function: Callable, **inputs: int) -> Graph:
+    """Run `function` on tuples of symbols; `inputs` gives each argument's length, in order."""
+    graph = Graph()
+    arguments = [tuple(graph.node("input", name, k) for k in range(n)) for name, n in inputs.items()]
+    outputs = function(*arguments)
+    graph.outputs = tuple(tuple(graph.symbol(value) for value in group) for group in outputs)
+    return graph
