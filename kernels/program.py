@@ -1,0 +1,336 @@
+"""Compiles a cell's page into NumPy calls that allocate nothing and do as many rows as possible in one call.
+
+`step_program(cell)` and `grad_program(cell)` each give a `Program`. The forward LSTM's is, in full,
+
+    add(x[0:4], h[0:4], v[0:4])     the pre-activations of all gates
+    tanh(v[0:4], v[0:4])            one tanh for all of them: sigmoid(a) = 1/2 + 1/2 tanh(a/2), and
+    multiply(v[0:3], c0, v[0:3])    the inner half is already in the weights (`Layout.scale`)
+    add(v[0:3], c0, v[0:3])         c0 = 1/2; the rows of v are now i, f, o and the candidate
+    multiply(v[1], s1, n1)          f c
+    multiply(v[0], v[3], w[0])      i g
+    add(n1, w[0], n1)               c'
+    tanh(n1, n0)
+    multiply(v[2], n0, n0)          h'
+
+A row is one gate or one temporary of one instant, an array [B, H]. Rows that meet the same operation at the same time
+are placed next to each other, and the call takes the whole block. The arrays, by letter:
+
+    x  [G, B, H]  input part, in `Layout.inputs` order     h  [G, B, H]  recurrent part, in `Layout.recurrent` order
+    s0 s1 ...     states before, [B, H] each               n0 n1 ...     states after
+    v  [K, B, H]  what step saves for grad                 b  [n, 1, H]  recurrent bias of the n separate gates
+    q0 q1 ...     gradients of the states after            e0 e1 ...     gradients of the states before
+    d  [G+n, B, H]  gate gradients: `d[:G]` those of x, in inputs order; `d[n:]` those of h, in recurrent order
+    w             temporaries
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby, pairwise
+
+import numpy as np
+
+from .cells import Cell
+from .trace import Graph, Symbol, trace
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the NumPy backend orders and scales the gates, so that equal work lies side by side.
+
+    Separate gates stand first among the inputs and last in the recurrence: then the gradients of both parts are
+    contiguous blocks of one array. Among the others, those that a sigmoid takes come first.
+    """
+
+    inputs: tuple[int, ...]  # gate at each row of x
+    recurrent: tuple[int, ...]  # gate at each row of h
+    separate: tuple[int, ...]  # gates whose two parts have different gradients
+    scale: tuple[float, ...]  # by gate: 1/2 where only a sigmoid sees x + h, else 1
+
+
+@cache
+def layout(cell: Cell) -> Layout:
+    graph = trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
+    users = consumers(graph)
+
+    def squashed(g: int) -> bool:
+        x, h = graph.node("input", "x", g), graph.node("input", "h", g)
+        met = graph.nodes.get(("add", x, h))
+        return met is not None and users[x] == users[h] == [met] and [u.op for u in users[met]] == ["sigmoid"]
+
+    halved = [squashed(g) for g in range(cell.G)]
+    separate = tuple(g for g in range(cell.G) if cell.separate[g])
+    shared = tuple(sorted((g for g in range(cell.G) if not cell.separate[g]), key=lambda g: not halved[g]))
+    return Layout(separate + shared, shared + separate, separate, tuple(0.5 if half else 1.0 for half in halved))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Calls, in order. `parameters` change at every instant and are the bound function's arguments."""
+
+    calls: tuple[str, ...]
+    rows: int  # temporaries
+    parameters: tuple[str, ...]
+    constants: tuple[float, ...]
+    written: frozenset[str]  # which of the arrays the calls write, e.g. {"e1"}: a zero gradient writes nothing
+
+    def bind(self, B: int, H: int, dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
+        """A function of `parameters` that runs the calls, on arrays of [B, H] rows; `fixed` gives the other arrays."""
+        arrays = {**fixed, "w": np.empty((self.rows, B, H), dtype)}
+        names = {name: getattr(np, name) for name in UFUNCS.values()}
+        names |= {f"c{k}": dtype.type(value) for k, value in enumerate(self.constants)}
+        views: dict[str, str] = {}  # "w[0:4]" -> a name: what never changes is sliced once
+        body = []
+        for call in self.calls:
+            operation, operands = call[:-1].split("(")
+            body.append(f"{operation}({', '.join(bound_name(o, arrays, names, views) for o in operands.split(', '))})")
+        text = f"def run({', '.join(self.parameters)}):\n    " + "\n    ".join(body or ["pass"])
+        exec(compile(text, "<cell program>", "exec"), names)
+        return names["run"]
+
+
+def bound_name(operand: str, arrays: dict[str, np.ndarray], names: dict, views: dict[str, str]) -> str:
+    array, _, rows = operand.partition("[")
+    if array not in arrays:
+        return operand
+    if operand not in views:
+        views[operand] = f"view{len(views)}"
+        names[views[operand]] = eval(f"array[{rows}", {"array": arrays[array]}) if rows else arrays[array]
+    return views[operand]
+
+
+UFUNCS = {
+    "add": "add", "subtract": "subtract", "multiply": "multiply", "divide": "divide", "maximum": "maximum",
+    "negative": "negative", "tanh": "tanh", "exp": "exp", "log": "log", "positive": "greater", "copy": "copyto",
+}  # fmt: skip
+
+
+@cache
+def step_program(cell: Cell) -> Program:
+    """x, h, states -> states after, and v."""
+    plan = layout(cell)
+    graph = Graph()
+    x, h = [[graph.node("input", name, order.index(g)) for g in range(cell.G)]
+            for name, order in (("x", plan.inputs), ("h", plan.recurrent))]  # fmt: skip
+    for row, g in enumerate(plan.separate):
+        h[g] = h[g] + graph.node("input", "b", row)
+    state = [graph.node("input", f"s{k}") for k in range(cell.S)]
+    new, saved = cell.step(x, h, state)
+    halved = {graph.node("add", x[g], h[g]) for g in range(cell.G) if plan.scale[g] != 1}
+    places: dict[Place, Symbol] = {(f"n{k}", None): value for k, value in enumerate(new)}
+    places |= {("v", row): saved[k] for row, k in enumerate(saved_order(cell))}
+    return schedule(graph, places, halved, ("x", *each("s", cell.S), *each("n", cell.S), "v"))
+
+
+@cache
+def saved_order(cell: Cell) -> tuple[int, ...]:
+    """Row -> index into what `step` saves: gates that are computed together are saved together."""
+    graph = trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
+    sigmoids_first = [value.op != "sigmoid" for value in graph.outputs[1]]
+    return tuple(sorted(range(cell.K), key=sigmoids_first.__getitem__))
+
+
+@cache
+def grad_program(cell: Cell) -> Program:
+    """Gradients of the states after, both states, v -> d, and gradients of the states before."""
+    plan, rows = layout(cell), saved_order(cell)
+    graph = Graph()
+    q, n, s = ([graph.node("input", name) for name in each(letter, cell.S)] for letter in "qns")
+    v = [graph.node("input", "v", rows.index(k)) for k in range(cell.K)]
+    dx, dh, dstate = cell.grad(q, n, s, v)
+    shift = len(plan.separate)
+    places: dict[Place, Symbol] = {("d", row): graph.symbol(dx[g]) for row, g in enumerate(plan.inputs)}
+    places |= {("d", shift + row): graph.symbol(dh[g]) for row, g in enumerate(plan.recurrent)}
+    places |= {(f"e{k}", None): graph.symbol(value) for k, value in enumerate(dstate)}
+    zero = graph.symbol(0.0)
+    places = {place: value for place, value in places.items() if value is not zero}
+    letters = (*each("q", cell.S), *each("n", cell.S), *each("s", cell.S), "v", "d", *each("e", cell.S))
+    return schedule(graph, places, frozenset(), letters)
+
+
+def each(letter: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{letter}{k}" for k in range(count))
+
+
+def consumers(graph: Graph) -> dict[Symbol, list[Symbol]]:
+    users: dict[Symbol, list[Symbol]] = {node: [] for node in graph.nodes.values()}
+    for node in graph.nodes.values():
+        for operand in operands(node):
+            users[operand].append(node)
+    return users
+
+
+def operands(node: Symbol) -> Sequence[Symbol]:
+    return () if node.op in ("input", "constant") else node.operands
+
+
+# ---- from a graph to calls ----------------------------------------------------------------------------------------
+
+Place = tuple[str, int | None]  # an array's letter, and the row in it; None: the array is a single row
+
+
+def schedule(
+    graph: Graph, places: dict[Place, Symbol], halved: frozenset | set, parameters: tuple[str, ...]
+) -> Program:
+    """As soon as possible suits forward, all gates at once; as late as possible, backward: the one with fewer calls."""
+    graph, places = without_sigmoid(graph, places, halved)
+    candidates = [emit(graph, places, parameters, late) for late in (False, True)]
+    return min(candidates, key=lambda program: (len(program.calls), program.rows))
+
+
+def without_sigmoid(graph: Graph, places: dict[Place, Symbol], halved) -> tuple[Graph, dict[Place, Symbol]]:
+    """The same graph with sigmoid(a) as 1/2 + 1/2 tanh(a/2); the symbols in `halved` hold a/2 already."""
+    lowered = Graph()
+    image: dict[Symbol, Symbol] = {}
+    for node in graph.nodes.values():
+        if node.op == "sigmoid":
+            (a,) = node.operands
+            half = image[a] if a in halved else image[a] * 0.5
+            image[node] = half.apply("tanh") * 0.5 + 0.5
+        else:
+            image[node] = lowered.node(node.op, *(image.get(o, o) for o in node.operands))
+    return lowered, {place: image[value] for place, value in places.items()}
+
+
+def emit(graph: Graph, places: dict[Place, Symbol], parameters: tuple[str, ...], late: bool) -> Program:
+    where: dict[Symbol, Place] = {}  # each symbol's place
+    for node in graph.nodes.values():
+        if node.op == "input":
+            where[node] = (node.operands[0], node.operands[1] if len(node.operands) > 1 else None)
+    copies = []  # an input that is also an output, or an output that stands in two places
+    for place, value in places.items():
+        if value in where or value.op == "constant":
+            copies.append((place, value))
+        else:
+            where[value] = place
+    groups = [members for _, members in sorted(levels(graph, set(places.values()), late).items())]
+    compute_in_place(groups, where)
+    rows = place_temporaries(groups, where)
+    constants: list[float] = []
+    calls = []
+    for members in groups:
+        for run in runs(sorted(members, key=lambda node: key(where[node])), where):
+            columns = [[node.operands[j] for node in run] for j in range(len(run[0].operands))]
+            arguments = [block(column, where, constants) for column in columns]
+            if run[0].op == "positive":  # np.greater needs its zero
+                arguments.append(constant(0.0, constants))
+            calls.append(f"{UFUNCS[run[0].op]}({', '.join([*arguments, block(run, where, constants)])})")
+    for place, value in copies:
+        calls.append(f"copyto({reference(place)}, {block([value], where, constants)})")
+    written = frozenset(array for array, _ in places)
+    return Program(tuple(calls), rows, parameters, tuple(constants), written)
+
+
+def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str], list[Symbol]]:
+    """Operations that can be done at the same time and are the same, as groups in an order that computes."""
+    needed = set()
+    for node in reversed(graph.nodes.values()):
+        if node in wanted or node in needed:
+            needed |= {node, *operands(node)}
+    users = consumers(graph)
+    level: dict[Symbol, int] = {}
+    if late:
+        for node in reversed(graph.nodes.values()):
+            level[node] = min((level[user] for user in users[node] if user in needed), default=0) - 1
+    else:
+        for node in graph.nodes.values():
+            level[node] = max((level[operand] for operand in operands(node)), default=0) + 1
+    grouped: dict[tuple[int, str], list[Symbol]] = {}
+    for node in graph.nodes.values():
+        if node in needed and operands(node):
+            grouped.setdefault((level[node], node.op), []).append(node)
+    return grouped
+
+
+def compute_in_place(groups: list[list[Symbol]], where: dict[Symbol, Place]) -> None:
+    """Let a value that only one operation reads live where that operation's result will stand."""
+    uses = Counter(operand for members in groups for node in members for operand in node.operands)
+    for node in (node for members in reversed(groups) for node in members):
+        free = [o for o in node.operands if o not in where and o.op != "constant" and uses[o] == 1]
+        if node in where and free:
+            where[free[0]] = where[node]
+
+
+def place_temporaries(groups: list[list[Symbol]], where: dict[Symbol, Place]) -> int:
+    """Give every temporary a row of w: operands of one group side by side, rows of the dead used again. -> rows."""
+    bundles: list[list[Symbol]] = []
+    for members in reversed(groups):
+        members = sorted(members, key=lambda node: key(where[node]))
+        for j in range(len(members[0].operands)):
+            bundle = [o for o in dict.fromkeys(node.operands[j] for node in members)
+                      if o not in where and o.op != "constant"]  # fmt: skip
+            for row, node in enumerate(bundle):
+                where[node] = (f"bundle{len(bundles)}", row)
+            if bundle:
+                bundles.append(bundle)
+    made = {node: at for at, members in enumerate(groups) for node in members}
+    last_use = {operand: at for at, members in enumerate(groups) for node in members for operand in node.operands}
+    placed: list[tuple[int, int, int, int]] = []  # first row, past the last row, born, dead
+    for bundle in sorted(bundles, key=lambda bundle: min(made[node] for node in bundle)):
+        born, dead = min(made[node] for node in bundle), max(last_use[node] for node in bundle)
+        taken = sorted(span[:2] for span in placed if span[2] <= dead and born <= span[3])
+        row = 0
+        for start, end in taken:
+            if row + len(bundle) <= start:
+                break
+            row = max(row, end)
+        placed.append((row, row + len(bundle), born, dead))
+        for k, node in enumerate(bundle):
+            where[node] = ("w", row + k)
+    return max((end for _, end, _, _ in placed), default=0)
+
+
+def runs(members: list[Symbol], where: dict[Symbol, Place]) -> Iterator[list[Symbol]]:
+    """Cut a group into blocks that one call can do: every operand either the same row throughout or the next one."""
+
+    def follows(a: Place, b: Place) -> bool:
+        return a[0] == b[0] and a[1] is not None and b[1] == a[1] + 1
+
+    def pattern(a: Symbol, b: Symbol) -> tuple | None:
+        if not follows(where[a], where[b]):
+            return None
+        steps = []
+        for p, q in zip(a.operands, b.operands, strict=True):
+            if p is q:
+                steps.append("same")
+            elif p in where and q in where and follows(where[p], where[q]):
+                steps.append("next")
+            else:
+                return None
+        return tuple(steps)
+
+    run, joined = [members[0]], None
+    for a, b in pairwise(members):
+        steps = pattern(a, b)
+        if steps is not None and joined in (None, steps):
+            run.append(b)
+            joined = steps
+        else:
+            yield run
+            run, joined = [b], None
+    yield run
+
+
+def key(place: Place) -> tuple[str, int]:
+    return place[0], -1 if place[1] is None else place[1]
+
+
+def constant(value: float, constants: list[float]) -> str:
+    if value not in constants:
+        constants.append(value)
+    return f"c{constants.index(value)}"
+
+
+def reference(place: Place, count: int = 1) -> str:
+    array, row = place
+    if row is None:
+        return array
+    return f"{array}[{row}]" if count == 1 else f"{array}[{row}:{row + count}]"
+
+
+def block(column: Sequence[Symbol], where: dict[Symbol, Place], constants: list[float]) -> str:
+    """The text of one operand of a call, for a whole run."""
+    if column[0].op == "constant":
+        return constant(column[0].operands[0], constants)
+    return reference(where[column[0]], len(list(groupby(column))))
