@@ -1,0 +1,50 @@
+"""gpu_rnn: recurrent layers, forward and backward, as fused CUDA and Triton kernels, with NumPy where there is no GPU.
+
+    gpu_rnn.rnn, lstm, gru, vjp          functions on NumPy, torch and CuPy arrays
+    gpu_rnn.RNN, LSTM, GRU, *Cell        layers in the place of torch.nn's (need torch)
+    gpu_rnn.replace_(model)              puts them there
+    gpu_rnn.explain, inspect             what would run, and what happens inside a cell
+
+Letters, everywhere in code, comments and documentation:
+
+    T time   B batch   I input size   H hidden size   P projected size   G gates   S states   K saved values
+    L layers   D directions
+    x input   h output   c cell state   y all outputs   W input weights   R recurrent weights   b bias
+    h0 hT c0 cT first and last states   dx dW dR db dh0 gradients
+"""
+
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+
+if not (_Path(__file__).parent / "kernels").is_dir():  # a bare checkout: the folder kernels/ stands beside this one
+    __path__.append(str(_Path(__file__).parents[1]))
+
+from .dispatch import BackendError
+from .functional import ShapeError, gru, lstm, rnn, vjp
+from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from .inspection import explain, inspect
+    from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, replace_
+
+
+__all__ = [
+    "GRU", "LSTM", "RNN", "BackendError", "GRUCell", "LSTMCell", "RNNCell", "ShapeError",
+    "__version__", "explain", "gru", "inspect", "lstm", "replace_", "rnn", "vjp",
+]  # fmt: skip
+
+_LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "replace_"), "layers")
+_LAZY |= {"explain": "inspection", "inspect": "inspection"}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _LAZY[name] == "layers":
+        from .compat import require
+
+        require("torch", f"gpu_rnn.{name}")
+    value = getattr(_import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value

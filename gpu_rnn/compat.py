@@ -1,0 +1,62 @@
+"""Which of the optional libraries are here, and what to tell the user about one that is not.
+
+The one place that tries an import; `import gpu_rnn` itself loads NumPy only.
+"""
+
+import importlib
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+EXTRAS = {
+    "torch": "gpu-rnn[torch]",
+    "triton": "gpu-rnn[triton]",
+    "cupy": "gpu-rnn[cuda13]",
+    "matplotlib": "gpu-rnn[demo]",
+}
+
+
+def installed(name: str) -> bool:
+    """Whether `name` could be imported; doesn't import it."""
+    return find_spec(name) is not None
+
+
+def require(name: str, purpose: str) -> ModuleType:
+    """The module, or an ImportError that says what it is needed for and how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {name}, which could not be imported ({error}); pip install '{EXTRAS.get(name, name)}'"
+        ) from error
+
+
+@cache
+def missing(name: str) -> str | None:
+    """Why `name` can't be used here, or None when it can. The answer is kept."""
+    if not installed(name):
+        return f"{name} is not installed (pip install '{EXTRAS.get(name, name)}')"
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a broken CUDA installation raises nearly anything
+        return f"{name} is installed but can't be imported: {type(error).__name__}: {error}"
+    return None
+
+
+@cache
+def no_gpu() -> str | None:
+    """Why no NVIDIA GPU can be used here through torch or CuPy, or None when one can."""
+    tried = []
+    if missing("torch") is None:
+        import torch
+
+        if torch.cuda.is_available():
+            return None
+        tried.append("torch " + ("sees no GPU" if torch.version.cuda else "is a build without CUDA"))
+    if missing("cupy") is None:
+        import cupy
+
+        if cupy.is_available():
+            return None
+        tried.append("CuPy sees no GPU")
+    return "no NVIDIA GPU: " + (", ".join(tried) or "neither torch nor CuPy is installed")

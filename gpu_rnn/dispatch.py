@@ -1,0 +1,80 @@
+"""Problem -> the first backend that has no reason against it; and everything there is to say about that choice."""
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from . import cudnn
+from .problem import Problem
+
+ORDER = ("cuda", "triton", "numpy")  # fastest first
+VARIABLE = "GPU_RNN_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that can't serve the problem, or none can. The message has every reason."""
+
+
+def backend(name: str) -> ModuleType:
+    if name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(ORDER)}, and 'auto'")
+    return import_module(f".backends.{name}", __package__)
+
+
+def forced(name: str | None = None) -> str | None:
+    """The backend that the caller or the environment insists on, if any."""
+    name = name or os.environ.get(VARIABLE) or "auto"
+    return None if name == "auto" else backend(name).NAME
+
+
+def choose(problem: Problem, name: str | None = None) -> ModuleType:
+    """The backend for a problem. `name` or $GPU_RNN_BACKEND forces one, which serves it or whose reasons are raised."""
+    only = forced(name)
+    reasons = {}
+    for candidate in [only] if only else ORDER:
+        module = backend(candidate)
+        reasons[candidate] = module.reasons(problem)
+        if not reasons[candidate]:
+            return module
+    what = f"backend {only!r} was asked for and can't run" if only else "no backend can run"
+    raise BackendError(f"{what} {problem}:\n" + "\n".join(f"  {line}" for line in listed(reasons)))
+
+
+def listed(reasons: dict[str, list[str]]) -> list[str]:
+    return [f"{name}: {reason}" for name, why in reasons.items() for reason in why]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a short text."""
+
+    problem: Problem
+    backend: str | None  # None: nothing can run it
+    forced: bool
+    plan: str
+    reasons: dict[str, tuple[str, ...]]  # by backend, why not; empty: it could run this too
+    cudnn: str  # the algorithm torch.nn would ask cuDNN for on a GPU
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        if self.backend is None:
+            lines.append("  runs nowhere")
+        else:
+            how = "asked for" if self.forced else "the first in order that can"
+            lines += [f"  runs on {self.backend}: {how}", f"  plan: {self.plan}"]
+        for name, reasons in self.reasons.items():
+            if name != self.backend:
+                why = reasons or ("it could, but comes later in the order",)
+                lines += [f"  not {name}: {reason}" for reason in why]
+        return "\n".join([*lines, f"  torch.nn on a GPU: {self.cudnn}"])
+
+
+def explain(problem: Problem, name: str | None = None) -> Explanation:
+    """Where a problem runs and how, why not elsewhere, and what cuDNN would do with it."""
+    only = forced(name)
+    reasons = {candidate: tuple(backend(candidate).reasons(problem)) for candidate in ORDER}
+    able = [candidate for candidate in ([only] if only else ORDER) if not reasons[candidate]]
+    chosen = able[0] if able else None
+    plan = backend(chosen).plan(problem) if chosen else ""
+    return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem))
