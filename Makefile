@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.PHONY: test demo lint gpu bench figures clean
+
+test: $(VENV)/test lint  ## lint, then every test that this machine can run
+	$(BIN)/python -m pytest -n auto -q
+
+demo: $(VENV)/demo  ## train a character-level LSTM on real text, draw what its gates do
+	$(BIN)/python -m gpu_rnn demo
+
+lint: $(VENV)/test  ## the style, the types and the direction of imports; on the installed layout, where kernels/ is gpu_rnn.kernels
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .build/lint build && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target .build/lint .
+	MYPYPATH=.build/lint $(BIN)/mypy -p gpu_rnn
+	cd .build/lint && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+
+gpu:  ## tests and benchmarks on this machine's NVIDIA GPU, with this machine's own python3; nothing is installed
+	$(PYTHON) -m bench gpu --out $(or $(OUT),bench/results) --minutes $(or $(MINUTES),9)
+
+bench: $(VENV)/demo  ## microbenchmarks on this machine
+	$(BIN)/python -m bench run
+
+figures: $(VENV)/demo  ## the figures of docs/derivation.md, from real runs
+	$(BIN)/python docs/figures.py
+
+$(VENV)/test $(VENV)/demo: $(VENV)/%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .build build *.egg-info
