@@ -4,7 +4,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .problem import Problem, Weights
 
@@ -33,16 +32,31 @@ class Sequence(torch.autograd.Function):
         return y, *last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, *dlast: torch.Tensor) -> tuple:
         x, *rest = ctx.saved_tensors
         inputs, (y, *tape) = rest[: ctx.count], rest[ctx.count :]
         weights, state = Weights(*inputs[: len(Weights._fields)]), tuple(inputs[len(Weights._fields) :])
         names = ("x", *Weights._fields)
         needs = {name for name, needed in zip(names, ctx.needs_input_grad[2:]) if needed}
-        gradients = ctx.backend.backward(
-            ctx.problem.cell, x, weights, state, y, tuple(tape), dy, dlast, reverse=ctx.problem.reverse, needs=needs
-        )
+        with torch.no_grad():
+            gradients = ctx.backend.backward(
+                ctx.problem.cell, x, weights, state, y, tuple(tape), dy, dlast, reverse=ctx.problem.reverse, needs=needs
+            )
         wanted = ctx.needs_input_grad[2 + len(names) :]
         states = (gradient if needed else None for gradient, needed in zip(gradients["state"], wanted))
-        return None, None, *(gradients.get(name) for name in names), *states
+        given = (*(gradients.get(name) for name in names), *states)
+        if torch.is_grad_enabled():  # create_graph=True
+            given = tuple(None if g is None else Once.apply(g, dy, x, *inputs) for g in given)
+        return None, None, *given
+
+
+class Once(torch.autograd.Function):
+    """Passes a gradient on, but not a second derivative: without this torch would take the gradient for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *depends_on: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise NotImplementedError("gpu_rnn's recurrent functions have no second derivative yet")
