@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Program:
     def bind(self, B: int, H: int, dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
         """A function of `parameters` that runs the calls, on arrays of [B, H] rows; `fixed` gives the other arrays."""
         arrays = {**fixed, "w": np.empty((self.rows, B, H), dtype)}
-        names = {name: getattr(np, name) for name in UFUNCS.values()}
+        names: dict[str, Any] = dict(CALLABLES)
         names |= {f"c{k}": dtype.type(value) for k, value in enumerate(self.constants)}
         views: dict[str, str] = {}  # "w[0:4]" -> a name: what never changes is sliced once
         body = []
@@ -100,10 +101,12 @@ def bound_name(operand: str, arrays: dict[str, np.ndarray], names: dict, views: 
     return views[operand]
 
 
-UFUNCS = {
-    "add": "add", "subtract": "subtract", "multiply": "multiply", "divide": "divide", "maximum": "maximum",
-    "negative": "negative", "tanh": "tanh", "exp": "exp", "log": "log", "positive": "greater", "copy": "copyto",
-}  # fmt: skip
+CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
+    **{name: getattr(np, name) for name in ("add", "subtract", "multiply", "divide", "negative", "tanh", "exp", "log")},
+    "maximum": lambda a, b, out: np.maximum(a, b, out=out),  # the only one that NumPy wants to be told by keyword
+    "positive": lambda a, out: np.greater(a, 0, out=out),
+    "copy": lambda a, out: np.copyto(out, a),
+}
 
 
 @cache
@@ -213,11 +216,9 @@ def emit(graph: Graph, places: dict[Place, Symbol], parameters: tuple[str, ...],
         for run in runs(sorted(members, key=lambda node: key(where[node])), where):
             columns = [[node.operands[j] for node in run] for j in range(len(run[0].operands))]
             arguments = [block(column, where, constants) for column in columns]
-            if run[0].op == "positive":  # np.greater needs its zero
-                arguments.append(constant(0.0, constants))
-            calls.append(f"{UFUNCS[run[0].op]}({', '.join([*arguments, block(run, where, constants)])})")
+            calls.append(f"{run[0].op}({', '.join([*arguments, block(run, where, constants)])})")
     for place, value in copies:
-        calls.append(f"copyto({reference(place)}, {block([value], where, constants)})")
+        calls.append(f"copy({block([value], where, constants)}, {reference(place)})")
     written = frozenset(array for array, _ in places)
     return Program(tuple(calls), rows, parameters, tuple(constants), written)
 
