@@ -1,0 +1,39 @@
+"""What all tests share: random arrays that are never zero and never alike, and the mark for GPU tests."""
+
+import numpy as np
+import pytest
+from gpu_rnn.kernels import cells
+
+from gpu_rnn.compat import no_gpu
+from gpu_rnn.problem import Weights
+
+
+def pytest_collection_modifyitems(items):
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    reason = no_gpu()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20)
+
+
+def sequence_arrays(rng, name, T, B, I, H, P=None, dtype=np.float64):
+    """x, weights and initial states for a cell: small enough weights to keep gates away from saturation."""
+    cell = cells.get(name)
+    G, out = cell.G, H if P is None else P
+
+    def draw(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(dtype)
+
+    weights = Weights(
+        draw(G * H, I, scale=I**-0.5), draw(G * H, out, scale=out**-0.5), draw(G * H), draw(G * H),
+        None if P is None else draw(P, H, scale=H**-0.5),
+    )  # fmt: skip
+    state = (draw(B, out), *(draw(B, H) for _ in cell.states[1:]))
+    return draw(T, B, I), weights, state

@@ -1,0 +1,102 @@
+"""Who is chosen, who is refused, and what is said about it."""
+
+import inspect
+
+import numpy as np
+import pytest
+from gpu_rnn.kernels import cells
+
+import gpu_rnn
+from gpu_rnn import cudnn, dispatch
+from gpu_rnn.problem import Problem
+
+
+def problem(cell="lstm", T=8, B=4, I=16, H=32, **options):
+    return Problem(cells.get(cell), T, B, I, H, **options)
+
+
+def test_cpu_arrays_go_to_numpy():
+    for library in ("numpy", "torch"):
+        assert dispatch.choose(problem(library=library)).NAME == "numpy"
+
+
+def test_a_forced_backend_raises_all_its_reasons(monkeypatch):
+    with pytest.raises(gpu_rnn.BackendError) as error:
+        dispatch.choose(problem(), "cuda")
+    for reason in dispatch.backend("cuda").reasons(problem()):
+        assert f"cuda: {reason}" in str(error.value)
+    assert "backend 'cuda' was asked for and can't run lstm T=8 B=4 I=16 H=32 float32 on cpu (numpy)" in str(
+        error.value
+    )
+    monkeypatch.setenv("GPU_RNN_BACKEND", "triton")
+    with pytest.raises(gpu_rnn.BackendError, match="backend 'triton' was asked for"):
+        dispatch.choose(problem())
+    assert dispatch.choose(problem(), "numpy").NAME == "numpy", "an argument overrules the environment"
+    monkeypatch.setenv("GPU_RNN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        gpu_rnn.lstm(np.ones((1, 1, 1)), np.ones((4, 1)), np.ones((4, 1)))
+
+
+def test_nothing_is_moved_to_another_device():
+    with pytest.raises(gpu_rnn.BackendError, match="numpy: the arrays are on cuda; NumPy computes on the CPU"):
+        dispatch.choose(problem(device="cuda", library="torch"), "numpy")
+
+
+def test_the_explanation_is_complete():
+    explanation = dispatch.explain(problem(H=512))
+    assert explanation.backend == "numpy"
+    text = str(explanation)
+    assert "runs on numpy: the first in order that can" in text
+    assert "9 elementwise calls per step" in text
+    assert "torch.nn on a GPU: STANDARD" in text
+    for name in ("cuda", "triton"):
+        assert explanation.reasons[name]
+        assert f"not {name}: {explanation.reasons[name][0]}" in text
+    nowhere = dispatch.explain(problem(device="cuda", library="torch"), "numpy")
+    assert nowhere.backend is None
+    assert "runs nowhere" in str(nowhere)
+
+
+def test_backends_have_one_signature():
+    modules = [dispatch.backend(name) for name in dispatch.ORDER]
+    for name in ("reasons", "plan", "forward", "backward"):
+        signatures = [inspect.signature(getattr(module, name)).parameters.values() for module in modules]
+        first, *others = [[(p.name, p.kind) for p in parameters] for parameters in signatures]
+        assert all(other == first for other in others), name
+    assert [module.NAME for module in modules] == list(dispatch.ORDER)
+
+
+CUDNN = [
+    # cell, options, expected; the rules of FIELD: projection, packed, small hidden sizes, the fp16 corner
+    ("lstm", {"H": 128, "P": 64}, {}, "STANDARD"),
+    ("lstm", {"H": 64}, {"packed": True}, "STANDARD"),
+    ("lstm", {"H": 192}, {}, "PERSIST_STATIC_SMALL_H"),
+    ("lstm", {"H": 193}, {}, "STANDARD"),
+    ("lstm", {"H": 192, "training": True}, {}, "STANDARD"),
+    ("lstm", {"H": 128, "training": True}, {"layers": 3, "directions": 2}, "PERSIST_STATIC_SMALL_H"),
+    ("gru", {"H": 128, "training": True}, {}, "PERSIST_STATIC_SMALL_H"),
+    ("rnn_tanh", {"H": 384}, {}, "PERSIST_STATIC_SMALL_H"),
+    ("rnn_relu", {"H": 257, "training": True}, {}, "STANDARD"),
+    ("lstm", {"H": 64, "dtype": "float64"}, {}, "STANDARD"),
+    ("lstm", {"H": 512, "I": 512, "B": 64, "dtype": "float16"}, {}, "PERSIST_STATIC"),
+    ("lstm", {"H": 512, "I": 512, "B": 64, "dtype": "bfloat16"}, {}, "STANDARD"),
+    ("lstm", {"H": 512, "I": 500, "B": 64, "dtype": "float16"}, {}, "STANDARD"),
+    ("lstm", {"H": 520, "I": 512, "B": 64, "dtype": "float16"}, {}, "STANDARD"),
+    ("lstm", {"H": 1024, "I": 512, "B": 128, "dtype": "float16"}, {}, "PERSIST_STATIC"),
+    ("lstm", {"H": 1152, "I": 512, "B": 128, "dtype": "float16"}, {}, "STANDARD"),
+    ("lstm", {"H": 1024, "I": 512, "B": 136, "dtype": "float16"}, {}, "STANDARD"),
+    ("lstm", {"H": 1024, "I": 512, "B": 12, "dtype": "float16"}, {}, "STANDARD"),
+    ("lstm", {"H": 512, "I": 512, "B": 64, "dtype": "float16"}, {"layers": 2}, "STANDARD"),
+    ("lstm", {"H": 512, "I": 512, "B": 64, "dtype": "float16"}, {"directions": 2}, "STANDARD"),
+    ("lstm", {"H": 512, "I": 512, "B": 64, "dtype": "float16"}, {"multiprocessors": 80}, "STANDARD"),
+    ("lstm", {"H": 512, "I": 512, "B": 64, "dtype": "float16"}, {"capability": (8, 6)}, "STANDARD"),
+    ("gru", {"H": 512, "I": 512, "B": 64, "dtype": "float16"}, {}, "STANDARD"),
+    ("rnn_tanh", {"H": 896, "I": 512, "B": 88, "dtype": "float16"}, {}, "PERSIST_STATIC"),
+    ("rnn_tanh", {"H": 896, "I": 512, "B": 96, "dtype": "float16"}, {}, "STANDARD"),
+    ("rnn_tanh", {"H": 768, "I": 512, "B": 96, "dtype": "float16"}, {}, "PERSIST_STATIC"),
+]
+
+
+@pytest.mark.parametrize(("cell", "sizes", "options", "expected"), CUDNN)
+def test_the_algorithm_torch_asks_cudnn_for(cell, sizes, options, expected):
+    assert cudnn.algorithm(problem(cell, **sizes), **options) == expected
