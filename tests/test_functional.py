@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import sequence_arrays
+from .conftest import sequence_arrays
 
 import gpu_rnn
 from gpu_rnn import ShapeError

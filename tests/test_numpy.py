@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import sequence_arrays
+from .conftest import sequence_arrays
 from gpu_rnn.kernels import cells
 
 import gpu_rnn
