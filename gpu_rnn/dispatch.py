@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -16,6 +17,7 @@ class BackendError(RuntimeError):
     """A backend was asked for that can't serve the problem, or none can. The message has every reason."""
 
 
+@cache
 def backend(name: str) -> ModuleType:
     if name not in ORDER:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(ORDER)}, and 'auto'")

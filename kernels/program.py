@@ -78,27 +78,45 @@ class Program:
 
     def bind(self, B: int, H: int, dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
         """A function of `parameters` that runs the calls, on arrays of [B, H] rows; `fixed` gives the other arrays."""
-        arrays = {**fixed, "w": np.empty((self.rows, B, H), dtype)}
-        names: dict[str, Any] = dict(CALLABLES)
-        names |= {f"c{k}": dtype.type(value) for k, value in enumerate(self.constants)}
-        views: dict[str, str] = {}  # "w[0:4]" -> a name: what never changes is sliced once
-        body = []
-        for call in self.calls:
-            operation, operands = call[:-1].split("(")
-            body.append(f"{operation}({', '.join(bound_name(o, arrays, names, views) for o in operands.split(', '))})")
-        text = f"def run({', '.join(self.parameters)}):\n    " + "\n    ".join(body or ["pass"])
-        exec(compile(text, "<cell program>", "exec"), names)
-        return names["run"]
+        temporaries = np.empty((self.rows, B, H), dtype)
+        constants = [dtype.type(value) for value in self.constants]
+        return factory(self, tuple(fixed))(temporaries, *fixed.values(), *constants)
 
 
-def bound_name(operand: str, arrays: dict[str, np.ndarray], names: dict, views: dict[str, str]) -> str:
-    array, _, rows = operand.partition("[")
-    if array not in arrays:
-        return operand
-    if operand not in views:
-        views[operand] = f"view{len(views)}"
-        names[views[operand]] = eval(f"array[{rows}", {"array": arrays[array]}) if rows else arrays[array]
-    return views[operand]
+@cache
+def factory(program: Program, fixed: tuple[str, ...]) -> Callable[..., Callable[..., None]]:
+    """The program as Python: a function of the arrays that stay, which slices them once and gives one of those that
+    change. For the LSTM `factory(...).text` begins
+
+        def bind(w, h, b, c0):
+            h_0_4 = h[0:4]
+            def run(x, s0, s1, n0, n1, v):
+                add(x[0:4], h_0_4, v[0:4])
+    """
+    stay = ("w", *fixed)
+    views: dict[str, str] = {}
+
+    def name(operand: str) -> str:
+        array, _, rows = operand.partition("[")
+        if array not in stay or not rows:
+            return operand
+        return views.setdefault(operand, f"{array}_{rows[:-1].replace(':', '_')}")
+
+    body = []
+    for call in program.calls:
+        operation, operands = call[:-1].split("(")
+        body.append(f"        {operation}({', '.join(map(name, operands.split(', ')))})")
+    lines = [
+        f"def bind({', '.join([*stay, *(f'c{k}' for k in range(len(program.constants)))])}):",
+        *(f"    {view} = {operand}" for operand, view in views.items()),
+        f"    def run({', '.join(program.parameters)}):",
+        *(body or ["        pass"]),
+        "    return run",
+    ]
+    names: dict[str, Any] = dict(CALLABLES)
+    exec(compile("\n".join(lines), "<cell program>", "exec"), names)
+    names["bind"].text = "\n".join(lines)
+    return names["bind"]
 
 
 CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
