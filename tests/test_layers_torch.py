@@ -1,0 +1,317 @@
+"""In torch.nn's place: names, first values, saving, dropout, what torch does to modules, and `replace_`."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import typing
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import gpu_rnn
+
+from .test_layers import CELLS, LAYERS, assert_equal, flat, results, twins
+
+FULL = {"num_layers": 3, "bidirectional": True, "dtype": torch.float64}
+ARGUMENTS = [
+    ("RNN", {}), ("LSTM", {}), ("GRU", {}),
+    ("RNN", {"nonlinearity": "relu", "bias": False, "dtype": torch.float64}),
+    ("RNN", {"num_layers": 2, "dropout": 0.25, "batch_first": True}),
+    ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2, "dropout": 1}),
+    ("LSTM", {"proj_size": 3, "bias": False, "dtype": torch.bfloat16}),
+    ("GRU", {"num_layers": 3, "bidirectional": True, "batch_first": True}),
+    ("RNNCell", {}), ("LSTMCell", {}), ("GRUCell", {}),
+    ("RNNCell", {"nonlinearity": "relu"}), ("LSTMCell", {"bias": False}), ("GRUCell", {"dtype": torch.float64}),
+]  # fmt: skip
+every_argument = pytest.mark.parametrize(("kind", "arguments"), ARGUMENTS, ids=str)
+every_layer = pytest.mark.parametrize("kind", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(20)
+
+
+def some_input(kind):
+    return torch.randn(*([2, 3] if kind.endswith("Cell") else [5, 2, 3]), dtype=torch.float64)
+
+
+# ---- construction ---------------------------------------------------------------------------------------------------
+
+
+@every_argument
+def test_the_same_seed_gives_the_same_layer(kind, arguments):
+    torch.manual_seed(7)
+    theirs, after = getattr(nn, kind)(3, 4, **arguments), torch.rand(1)
+    torch.manual_seed(7)
+    ours = getattr(gpu_rnn, kind)(3, 4, **arguments)
+    assert torch.equal(torch.rand(1), after), "another number of random draws"
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for (name, parameter), (_, expected) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert parameter.dtype == expected.dtype
+        assert torch.equal(parameter, expected), name
+    assert repr(ours) == repr(theirs)
+    public = {name: value for name, value in vars(theirs).items() if not name.startswith("_")}
+    assert {name: getattr(ours, name) for name in public} == public
+    if kind in LAYERS:
+        assert [[w.shape for w in weights] for weights in ours.all_weights] == [
+            [w.shape for w in weights] for weights in theirs.all_weights
+        ]
+        assert ours.flatten_parameters() is None
+    else:
+        assert (ours.bias_ih is None) == (theirs.bias_ih is None)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_arguments_in_torchs_order_with_torchs_defaults(kind):
+    def positional(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    theirs = getattr(nn, kind).__init__
+    documented = next(iter(typing.get_overloads(theirs)), theirs)
+    assert positional(getattr(gpu_rnn, kind).__init__) == positional(documented)
+    assert [name for name, _ in positional(getattr(gpu_rnn, kind).forward)] == ["self", "input", "hx"]
+
+
+@every_argument
+def test_state_dicts_go_both_ways(kind, arguments):
+    theirs, ours = getattr(nn, kind)(3, 4, **arguments), getattr(gpu_rnn, kind)(3, 4, **arguments)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    fresh = getattr(nn, kind)(3, 4, **arguments)
+    fresh.load_state_dict(ours.state_dict(), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), theirs.parameters(), strict=True))
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_copies_compute_the_same(kind, copied):
+    layer = getattr(gpu_rnn, kind)(3, 4, dtype=torch.float64, backend="numpy")
+    other, x = copied(layer), some_input(kind)
+    assert repr(other) == repr(layer)
+    assert {id(p) for p in other.parameters()}.isdisjoint(map(id, layer.parameters()))
+    assert_equal(results(other, x), results(layer, x))
+
+
+def test_the_backend_is_told_and_taken():
+    layer = gpu_rnn.LSTM(3, 4, num_layers=2, backend="triton")
+    assert repr(layer) == "LSTM(3, 4, num_layers=2, backend=triton)"
+    with pytest.raises(gpu_rnn.BackendError, match="triton"):
+        layer(torch.ones(5, 2, 3))
+    layer.backend = None
+    layer(torch.ones(5, 2, 3))
+
+
+def test_dropout_on_one_layer_warns_where_it_was_asked_for():
+    with pytest.warns(UserWarning, match=r"dropout option adds dropout after all but last.*dropout=0.5") as caught:
+        gpu_rnn.GRU(3, 4, dropout=0.5)
+    assert caught[0].filename == __file__
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+@every_layer
+def test_a_retained_graph_is_walked_twice(kind):
+    layer = getattr(gpu_rnn, kind)(3, 4, **FULL)
+    x = some_input(kind).requires_grad_()
+    y, _ = layer(x)
+    y.sin().sum().backward(retain_graph=True)
+    once = [tensor.grad.clone() for tensor in (x, *layer.parameters())]
+    y.sin().sum().backward()
+    for tensor, gradient in zip((x, *layer.parameters()), once, strict=True):
+        torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=0, atol=0)
+
+
+@every_layer
+def test_eval_mode_has_the_gradients_of_training(kind):
+    theirs, ours = twins(kind, input_size=3, hidden_size=4, **FULL)
+    x = some_input(kind).requires_grad_()
+    assert_equal(results(ours.eval(), x), results(theirs.train(), x))
+
+
+def test_without_gradients_there_is_no_graph():
+    layer = gpu_rnn.LSTM(3, 4)
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in flat(layer(torch.ones(5, 2, 3))))
+
+
+@every_layer
+def test_functional_call_swaps_the_weights(kind):
+    theirs, ours = twins(kind, input_size=3, hidden_size=4, **FULL)
+    others = {name: torch.randn_like(parameter) for name, parameter in theirs.named_parameters()}
+    x = some_input(kind)
+    mine, expected = (flat(torch.func.functional_call(layer, others, (x,))) for layer in (ours, theirs))
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_makes_everything_of_its_dtype_but_float64():
+    layer, x = gpu_rnn.LSTM(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = flat(layer(x, (torch.randn(2, 2, 4), torch.randn(2, 2, 4).bfloat16())))
+        assert {output.dtype for output in outputs} == {torch.bfloat16}
+        assert layer.double()(x.double())[0].dtype == torch.float64
+    sum(output.sum() for output in outputs).backward()
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("packed", [False, True])
+@every_layer
+def test_dropout_draws_torchs_masks(kind, packed, dtype):
+    arguments = {"input_size": 3, "hidden_size": 40, "num_layers": 3, "bidirectional": True, "dropout": 0.4}
+    theirs, ours = twins(kind, **arguments, batch_first=True, dtype=dtype)
+    x = torch.randn(4, 7, 3, dtype=dtype)
+    input = pack_sequence([x[0], x[1, :5], x[2, :5], x[3, :2]]) if packed else x
+    found, expected = results(ours, input), results(theirs, input)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert not torch.equal(flat(ours.train()(input))[0], flat(ours.eval()(input))[0])
+
+
+def test_dropout_zeroes_its_share_between_layers_only():
+    """The second layer passes on what reaches it: its outputs show the mask, and no mask is on them."""
+    layer = gpu_rnn.RNN(1, 500, 2, "relu", dropout=0.3, bias=False)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            nn.init.eye_(parameter) if name == "weight_ih_l1" else nn.init.zeros_(parameter)
+        layer.weight_ih_l0.fill_(1.0)
+        y, _ = layer(torch.ones(20, 10, 1))
+    kept = y != 0
+    assert abs(kept.float().mean() - 0.7) < 0.01
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.7))
+
+
+# ---- packed input ---------------------------------------------------------------------------------------------------
+
+
+def test_packed_output_is_described_as_the_input():
+    packed = pack_sequence([torch.randn(n, 3) for n in (2, 5, 1)], enforce_sorted=False)
+    y, _ = gpu_rnn.GRU(3, 4)(packed)
+    assert isinstance(y, PackedSequence)
+    for field in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        assert torch.equal(getattr(y, field), getattr(packed, field))
+
+
+def test_batch_first_says_nothing_about_packed_input():
+    _, ours = twins("LSTM", input_size=3, hidden_size=4)
+    packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (4, 2)])
+    expected = results(ours, packed)
+    ours.batch_first = True
+    assert_equal(results(ours, packed), expected)
+
+
+# ---- replace_ -------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleDict({"rnn": nn.LSTM(3, 4, 2, bidirectional=True), "cell": nn.GRUCell(8, 5)})
+        self.heads = nn.Sequential(nn.Linear(5, 5), nn.RNN(5, 5, nonlinearity="relu", batch_first=True))
+        self.again = self.encoder["rnn"]
+
+    def forward(self, x):
+        y, _ = self.encoder["rnn"](x)
+        y, _ = self.again(self.heads[0](self.encoder["cell"](y[-1]))[None, :, :3])
+        return self.heads[1](torch.cat([y, y], -1)[..., :5])[0]
+
+
+def test_replace_swaps_every_layer_and_training_goes_on():
+    torch.manual_seed(0)
+    theirs = Model().double()
+    ours = copy.deepcopy(theirs)
+    ours.heads[1].eval()
+    parameters, printed = list(ours.parameters()), repr(ours)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (theirs, ours)]
+    assert gpu_rnn.replace_(ours) is ours
+    assert type(ours.encoder["rnn"]) is gpu_rnn.LSTM
+    assert type(ours.encoder["cell"]) is gpu_rnn.GRUCell
+    assert type(ours.heads[1]) is gpu_rnn.RNN
+    assert ours.again is ours.encoder["rnn"]
+    assert repr(ours) == printed
+    assert [id(p) for p in ours.parameters()] == [id(p) for p in parameters]
+    assert ours.encoder.training
+    assert not ours.heads[1].training
+
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    for _ in range(3):
+        for model, optimizer in zip((theirs, ours), optimizers):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert_equal(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_replace_swaps_a_layer_itself(kind):
+    theirs, _ = twins(kind, input_size=3, hidden_size=4)
+    ours = copy.deepcopy(theirs)
+    assert gpu_rnn.replace_(ours, backend="numpy") is ours
+    assert type(ours) is getattr(gpu_rnn, kind)
+    assert ours.backend == "numpy"
+    x = some_input(kind)
+    assert_equal(results(ours, x), results(theirs, x))
+    assert_equal(results(copy.deepcopy(ours), x), results(theirs, x))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_replace_leaves_hooks_and_forgets_torchs_caches():
+    layer, seen = nn.GRU(3, 4), []
+    handle = layer.register_forward_hook(lambda module, arguments, output: seen.append(type(module)))
+    gpu_rnn.replace_(layer)(torch.ones(5, 2, 3))
+    handle.remove()
+    layer(torch.ones(5, 2, 3))
+    assert seen == [gpu_rnn.GRU]
+    old = weakref.ref(layer.weight_hh_l0)
+    layer.weight_hh_l0 = nn.Parameter(torch.ones(12, 4))
+    gc.collect()
+    assert old() is None
+
+
+def test_replace_leaves_derived_classes_alone_and_says_so():
+    class Mine(nn.LSTM):
+        pass
+
+    model = nn.ModuleDict({"mine": Mine(3, 4), "plain": nn.LSTM(3, 4)})
+    with pytest.warns(UserWarning, match=r"derived from torch.nn's alone: mine \(Mine\)$") as caught:
+        gpu_rnn.replace_(model)
+    assert caught[0].filename == __file__
+    assert type(model["mine"]) is Mine
+    assert type(model["plain"]) is gpu_rnn.LSTM
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_weight_norm(norm, replaced):
+    """On torch's layer before it is swapped, and on ours."""
+    theirs, ours = twins("LSTM", input_size=3, hidden_size=4)
+    layer = copy.deepcopy(theirs) if replaced else ours
+    for module in (theirs, layer):
+        norm(module, "weight_hh_l0")
+    if replaced:
+        gpu_rnn.replace_(layer)
+    assert isinstance(layer, gpu_rnn.LSTM)
+    assert not isinstance(layer, nn.LSTM)
+    x = some_input("LSTM")
+    assert_equal(results(layer, x), results(theirs, x))
+    if norm is nn.utils.parametrizations.weight_norm:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
+        assert type(layer) is gpu_rnn.LSTM
+        assert_equal({"y": layer(x)[0]}, {"y": theirs(x)[0]})
