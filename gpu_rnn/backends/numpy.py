@@ -19,6 +19,8 @@ from ..problem import Problem, Weights
 NAME = "numpy"
 CHUNK_BYTES = 1 << 18  # the input part of so many instants is computed at once: it is still in cache when it is read
 CHUNK_ROWS = 64  # but of as many as a product needs to run at full speed
+PRODUCT = 1 << 19  # multiply-adds below which OpenBLAS reads its operands where they lie, twice as fast in this range
+LEAST_COLUMNS, LEAST_ROWS = 64, 8  # of a block: less and its edges cost more than the blocks gain
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -199,11 +201,35 @@ def chunks(T: int, B: int, row_bytes: int, reverse: bool) -> Iterator[range]:
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
+def blocks(rows: int, inner: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of the blocks that a product is cut into: small enough for OpenBLAS to leave packing out."""
+    r, c = rows, columns
+    while r * inner * c > PRODUCT and c % 2 == 0 and c > LEAST_COLUMNS:
+        c //= 2
+    while r * inner * c > PRODUCT and r % 2 == 0 and r > LEAST_ROWS:
+        r //= 2
+    return (r, c) if r * inner * c <= PRODUCT else (rows, columns)
+
+
+def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
+    """a [.., N, K] -> a @ b [.., K, M] into out [.., N, M]: a function for arrays shaped as `a`, cut into blocks.
+
+    The blocks are strided views, so NumPy's one call hands them to BLAS as they lie.
+    """
+    (N, K), M = a.shape[-2:], b.shape[-1]
+    r, c = blocks(N, K, M)
+    if (r, c) == (N, M) or not out.size:
+        return lambda a: np.matmul(a, b, out)
+    pieces = b.reshape(*b.shape[:-1], M // c, c)[..., None, :, :, :].swapaxes(-2, -3)  # [.., 1, M/c, K, c]
+    places = out.reshape(*out.shape[:-2], N // r, r, M // c, c).swapaxes(-2, -3)  # [.., N/r, M/c, r, c]
+    return lambda a: np.matmul(a.reshape(*a.shape[:-2], N // r, 1, r, K), pieces, places)
+
+
 def project(x: np.ndarray, W: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
     """The input part of several instants, x [n, B, I] @ W [G, I, H] + bias, into out [G, n, B, H]."""
     G, n, B, H = out.shape
-    flat = out.reshape(G, n * B, H)
-    np.matmul(x.reshape(n * B, x.shape[2]), W, out=flat)
+    rows, flat = x.reshape(n * B, x.shape[2]), out.reshape(G, n * B, H)
+    product(rows, W, flat)(rows)
     np.add(flat, bias, flat)
 
 
@@ -211,20 +237,25 @@ def recurrent_product(R: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], 
     """h [B, P] -> R h of all gates, into out [G, B, H]; for one batch row a single matrix-vector product."""
     G, B, H = out.shape
     if B == 1:
-        rows, vector = R.reshape(G * H, -1), out.reshape(G * H)
+        rows, vector = R.reshape(G * H, R.shape[2]), out.reshape(G * H)
         return lambda h: np.dot(rows, h[0], vector)
-    columns = np.ascontiguousarray(R.swapaxes(1, 2))
-    return lambda h: np.matmul(h, columns, out)
+    return product(np.empty((B, R.shape[2]), R.dtype), np.ascontiguousarray(R.swapaxes(1, 2)), out)
 
 
 def transposed_product(R: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
     """Gate gradients [G, B, H] -> sum over gates of R^T da, into out [B, P]."""
-    G, H, P = R.shape
-    if len(out) == 1:
+    (G, H, P), B = R.shape, len(out)
+    if B == 1:
         rows, vector = R.reshape(G * H, P), out.reshape(P)
         return lambda da: np.dot(da.reshape(G * H), rows, vector)
-    parts = np.empty((G, len(out), P), out.dtype)
-    return lambda da: np.add.reduce(np.matmul(da, R, parts), 0, out=out)
+    parts = np.empty((G, B, P), out.dtype)
+    multiply = product(np.empty((G, B, H), R.dtype), R, parts)
+
+    def spread(da: np.ndarray) -> None:
+        multiply(da)
+        np.add.reduce(parts, 0, out=out)
+
+    return spread
 
 
 def gathered(d: np.ndarray, W: np.ndarray) -> np.ndarray:
