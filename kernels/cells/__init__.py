@@ -60,6 +60,6 @@ def get(name: str) -> Cell:
     _, saved = trace(page.step, x=G, h=G, state=S).outputs
     dx, dh, _ = trace(page.grad, dnew=S, new=S, state=S, saved=len(saved)).outputs
     separate = tuple(a is not b for a, b in zip(dx, dh, strict=True))
-    twin = Path(__file__).with_name(f"{name}.cuh")
+    twin = Path(str(page.__file__)).with_suffix(".cuh")
     cuda = twin if twin.exists() else None
     return Cell(name, page.GATES, page.STATES, page.step, page.grad, len(saved), separate, cuda)
