@@ -192,6 +192,15 @@ def test_gradcheck(name, function, options, rng):
     assert torch.autograd.gradcheck(run, tensors)
 
 
+def test_long_sums_keep_their_precision(rng):
+    """Bias gradients are sums over T B rows: in float32 a plain sum of 65536 is wrong by a hundred units."""
+    d = rng.standard_normal((1, 65536 + 77, 4)).astype(np.float32)
+    exact = d.astype(np.float64).sum(1)
+    unit = np.spacing(np.abs(exact).max().astype(np.float32))
+    assert np.abs(backend.total(d) - exact).max() <= 16 * unit
+    assert np.abs(d.sum(1) - exact).max() > 16 * unit
+
+
 def test_only_wanted_gradients_are_given(rng):
     x, weights, state = sequence_arrays(rng, "gru", 3, 2, 4, 5)
     args = [torch.from_numpy(a) for a in (x, *weights[:4])]
