@@ -1,0 +1,207 @@
+"""python -m bench [run | gpu | report | compare | once | list]: see --help of each."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from . import floor, problems, results
+from .problems import Case, Group
+from .progress import Progress
+from .summary import summary
+from .worker import Worker
+
+CASE_TIMEOUT_S = 240
+GRACE_S = 45  # for the case that is under way when the minutes are over
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments or sys.argv[1:] or ["run"])
+    try:
+        return options.command(options)
+    except ValueError as error:  # of sizes, names and files: a sentence is enough
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="python -m bench", description="Microbenchmarks of gpu_rnn and its peers.")
+    commands = root.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="measure on this machine; without sizes, NumPy against torch.nn on the CPU")
+    run.add_argument("--quick", action="store_true", help="less than a minute")
+    run.add_argument("--minutes", type=float, help="start no case after so long (14; quick 0.8)")
+    run.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process for each number (1 2)")
+    run.add_argument("--filter", help="only cases whose text has these words, as in 'lstm forward H=128'")
+    run.add_argument("--out", type=Path, help="the CSV to append to (bench/results/MACHINE.csv)")
+    run.add_argument("--contender", nargs="+", help="beside torch.nn: " + ", ".join(problems.EVERYBODY[1:]))
+    problem_options(run)
+    run.set_defaults(command=run_command)
+
+    gpu = commands.add_parser("gpu", help="everything on a GPU machine: what it is, checks, tests, benchmarks")
+    gpu.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
+    gpu.add_argument("--minutes", type=float, default=9, help="it ends by then, whatever happens (9)")
+    gpu.add_argument("--only", choices=("tests", "bench", "sanitize", "profile"))
+    gpu.add_argument("--filter", help="only tests and cases whose text has these words")
+    gpu.add_argument("--dry", action="store_true", help="walk through the whole plan on the CPU, keep no result")
+    gpu.set_defaults(command=gpu_command)
+
+    report = commands.add_parser("report", help="tables and plots for README.md, and a page of HTML")
+    report.add_argument("--results", type=Path, default=results.FOLDER, help="folder of CSV files (bench/results)")
+    report.add_argument("--out", type=Path, default=Path(__file__).parent / "figures", help="folder (bench/figures)")
+    report.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
+    report.set_defaults(command=report_command)
+
+    compare = commands.add_parser("compare", help="what changed beyond noise between two runs, commits or CSV files")
+    compare.add_argument("a")
+    compare.add_argument("b")
+    compare.set_defaults(command=compare_command)
+
+    once = commands.add_parser("once", help="run one case without timing it, for a sanitizer or a profiler")
+    once.add_argument("--contender", nargs="+", default=[problems.NUMPY])
+    once.add_argument("--calls", type=int, default=1)
+    problem_options(once)
+    once.set_defaults(command=once_command)
+
+    known = commands.add_parser("list", help="the contenders and why they can't take part here, and the problems")
+    known.set_defaults(command=list_command)
+    return root
+
+
+def problem_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cell", nargs="+", default=["lstm"])
+    for letter, what in {"T": "instants", "B": "batch rows", "H": "hidden units"}.items():
+        command.add_argument(f"-{letter}", f"--{letter}", type=int, nargs="+", help=what)
+    command.add_argument("-I", "--I", type=int, help="input size (H)")
+    command.add_argument("--dtype", nargs="+", default=["float32"])
+    command.add_argument("--mode", nargs="+", default=["forward", "training"], help=", ".join(problems.MODES))
+    command.add_argument("--device", default="cpu")
+
+
+def asked_for(options: argparse.Namespace, contenders: list[str]) -> list[Group]:
+    return problems.custom(
+        options.cell, options.T or [256], options.B or [8], options.H or [128], options.I, options.dtype,
+        options.mode, options.device, contenders,
+    )  # fmt: skip
+
+
+def run_command(options: argparse.Namespace) -> int:
+    sizes = (options.T, options.B, options.H, options.I, options.contender)
+    if any(value is not None for value in sizes):
+        default = [problems.NUMPY] if options.device == "cpu" else [problems.CUDA, problems.TRITON]
+        groups = asked_for(options, options.contender or default)
+    else:
+        groups = problems.quick() if options.quick else problems.cpu()
+    groups = problems.filtered(groups, options.filter)
+    if not groups:
+        raise ValueError(f"no case has the words {options.filter!r}")
+    threads = [None] if groups[0].cases[0].device == "cuda" else options.threads
+    from . import machine  # asks for the versions of everything: not before the arguments are right
+
+    path = options.out or results.FOLDER / f"{machine.slug()}.csv"
+    minutes, seconds = (0.8, 0.15) if options.quick else (14, 0.4)
+    return run(groups, threads, path, options.minutes or minutes, seconds)
+
+
+def run(groups: list[Group], threads: list[int | None], path: Path, minutes: float, seconds: float) -> int:
+    """Every case, each with every number of threads before the next one. What was measured is kept, also on Ctrl-C."""
+    when, until, left = results.now(), time.monotonic() + 60 * minutes, 0
+    workers = {count: Worker(count) for count in threads}
+    device = groups[0].cases[0].device
+    rows: list[results.Row] = []
+    interrupted = False
+    try:
+        ceilings = {count: measured_ceilings(worker, device) for count, worker in workers.items()}
+        with Progress(sum(work(case) for group in groups for case in group.cases) * len(workers)) as progress:
+            for group, case, count in ((g, case, n) for g in groups for case in g.cases for n in threads):
+                if time.monotonic() > until:
+                    left += 1
+                    continue
+                progress.doing(str(case))
+                for row in workers[count].measure(case, group.contenders, seconds, CASE_TIMEOUT_S, until + GRACE_S):
+                    row = results.complete(row, case, when, count, ceilings[count])
+                    results.append(path, row)
+                    rows.append(row)
+                    if row["status"] not in ("ok", "absent"):
+                        progress.say(f"{row['contender']}: {row['status']} at {case}: {row['note']}")
+                progress.did(work(case))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        for worker in workers.values():
+            worker.close()
+    print("\n".join(summary(rows)))
+    late = f"; {left} measurements left out after {minutes:g} minutes" if left else ""
+    print(f"\n{len(rows)} rows in {path.name}{late}")
+    if interrupted:
+        print("interrupted: what was measured is kept")
+        return 130
+    return 0
+
+
+def measured_ceilings(worker: Worker, device: str) -> floor.Ceilings:
+    scales = floor.HOPPER if device == "cuda" else floor.CPU
+    return floor.Ceilings(**worker.ceilings(device), scales=scales)
+
+
+def work(case: Case) -> float:
+    """How long a case takes, roughly, in any unit: a constant for rounds and checks, and more for a large one."""
+    return 1 + case.flops / 5e10
+
+
+def gpu_command(options: argparse.Namespace) -> int:
+    from .gpu import visit
+
+    return visit(options)
+
+
+def report_command(options: argparse.Namespace) -> int:
+    from .report import write
+
+    for path in write(options.results, options.out, options.readme):
+        print(path)
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    changes, common = results.compare(results.select(options.a), results.select(options.b))
+    if not common:
+        raise ValueError("the two have no measurement in common")
+    for change in changes:
+        print(change)
+    print(f"{len(changes)} of {common} changed beyond noise")
+    return 0
+
+
+def once_command(options: argparse.Namespace) -> int:
+    import torch
+
+    from .contenders import contender
+    from .data import Data
+
+    for group in asked_for(options, options.contender):
+        for case in group.cases:
+            torch.set_grad_enabled(case.training)
+            for name in options.contender:
+                run = contender(name).prepare(case, Data(case))
+                for k in range(options.calls):
+                    run(k)
+                print(f"{name}: {case}")
+    return 0
+
+
+def list_command(options: argparse.Namespace) -> int:
+    from .contenders import contender
+
+    for name in problems.EVERYBODY:
+        reasons = {contender(name).absent(Case("lstm", 8, 8, 64, 64, "float32", "forward", d)) for d in ("cpu", "cuda")}
+        print(f"{name:20}{'takes part' if None in reasons else ', '.join(sorted(map(str, reasons)))}")
+    for title, groups in (("run --quick", problems.quick()), ("run", problems.cpu()), ("gpu", problems.gpu())):
+        print(f"\n{title}: {sum(len(group.cases) for group in groups)} cases")
+        for group in groups:
+            print(f"  {group.name:24}{len(group.cases):4} cases: {group.cases[0]}, ...")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""A pytest plugin (`-p bench.ordered`): fastest first, each outcome in a journal, those that have one left out.
+
+$BENCH_JOURNAL is the journal; $BENCH_EARLIER, older ones, separated by colons, from which it knows what is fast.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .supervise import Journal
+
+JOURNAL = Journal(Path(os.environ.get("BENCH_JOURNAL", os.devnull)))
+began: dict[str, float] = {}
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    known: dict[str, float] = {}
+    for path in filter(None, os.environ.get("BENCH_EARLIER", "").split(":")):
+        known |= {name: line["seconds"] for name, line in Journal(Path(path)).outcomes().items()}
+    done = JOURNAL.outcomes()
+    items[:] = [item for item in items if item.nodeid not in done]
+    items.sort(key=lambda item: known.get(item.nodeid, 0))  # a new test is tried first; stable otherwise
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    began[nodeid] = time.monotonic()
+    JOURNAL.write(begin=nodeid)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Any:
+    report = (yield).get_result()
+    item.bad = getattr(item, "bad", None) or (report if report.failed else None)
+    item.skipped = getattr(item, "skipped", False) or report.skipped
+    if report.when != "teardown":
+        return
+    outcome = "failed" if item.bad else "skipped" if item.skipped else "passed"
+    note = " ".join(str(item.bad.longrepr)[-600:].split()) if item.bad else ""
+    seconds = round(time.monotonic() - began[item.nodeid], 3)
+    JOURNAL.write(name=item.nodeid, outcome=outcome, seconds=seconds, note=note)
+    if item.bad:
+        leave_when_poisoned()
+
+
+def leave_when_poisoned() -> None:
+    """After an illegal access every later call of this process fails, so a new one goes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            JOURNAL.write(begin="a process whose GPU was lost")
+            os._exit(1)

@@ -1,0 +1,193 @@
+"""One case: every contender is checked first, then those that passed are timed in turn, A B A B.
+
+On the CPU, and for single steps, by torch.utils.benchmark; sequences on a GPU by CUDA events around each call, with
+inputs that rotate through more than the L2 cache. Every call starts on an idle device: it is the time that a caller
+waits. Each round times everybody once, so that the ratio to torch.nn is a median of ratios within a round.
+"""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.benchmark
+
+from .contenders import Run, contender
+from .data import Data
+from .oracle import Judge
+from .problems import NN, WIDTH, Case
+
+ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
+BLOCK_S = 0.01  # a timed block on the CPU is at least as long
+Emit = Callable[[dict[str, Any]], None]
+
+
+def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
+    """Emit a row for each contender: at once when it can't be timed, at the end when it was.
+
+    `{"doing": name}` comes before anything that a contender could hang or crash in.
+    """
+    torch.set_grad_enabled(case.training)
+    emit({"doing": "oracle"})
+    data = Data(case)
+    judge, ready = Judge(case, data), {}
+    for name in names:
+        emit({"doing": name})
+        outcome = prepared(name, case, data, judge)
+        if isinstance(outcome, Checked):
+            ready[name] = outcome
+        else:
+            emit({"row": {"contender": name, **outcome}})
+            if case.device == "cuda":
+                torch.cuda.synchronize()  # raises after an illegal access: let a new process go on without it
+    alternated(case, ready, seconds, emit)
+    for name, checked in ready.items():
+        rounds = np.array(checked.times)
+        p20, median, p80 = 1e6 * np.quantile(rounds, (0.2, 0.5, 0.8))
+        emit({
+            "row": {
+                "contender": name, "status": "ok", "median_us": median, "p20_us": p20, "p80_us": p80,
+                "rounds": len(rounds), "us_per_step": median / case.T, "peak_bytes": checked.peak,
+                "error": checked.error, "ratio": float(np.median(rounds / ready[NN].times)) if NN in ready else None,
+            }
+        })  # fmt: skip
+
+
+class Checked:
+    """A contender whose answer was right."""
+
+    def __init__(self, run: Run, error: float) -> None:
+        self.run, self.error = run, error
+        self.peak: int | None = None
+        self.times: list[float] = []  # seconds per call, by round
+
+
+def prepared(name: str, case: Case, data: Data, judge: Judge) -> Checked | dict[str, str]:
+    """The contender, or the status and the note of the row that says why not."""
+    try:
+        somebody = contender(name)
+        reason = somebody.absent(case)
+        if reason:
+            return {"status": "absent", "note": reason}
+        run = somebody.prepare(case, data)
+        errors = judge.errors(run(0))
+        wrong = judge.verdict(errors)
+        if wrong:
+            return {"status": "wrong", "note": wrong}
+        if name == NN:
+            judge.baseline(errors)
+        return Checked(run, judge.relative(errors))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return {"status": "out of memory", "note": line(error)}
+    except Exception as error:  # whatever it is, it costs one row
+        return {"status": "failed", "note": f"{type(error).__name__}: {line(error)}"}
+
+
+def line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def alternated(case: Case, ready: dict[str, Checked], seconds: float, emit: Emit) -> None:
+    """Fill in peaks and times."""
+    clocks, first = {name: clock(case, checked.run) for name, checked in ready.items()}, {}
+    for name, checked in ready.items():
+        emit({"doing": name})
+        first[name], checked.peak = watched(case, partial(clocks[name], 0, 1))  # the check was the warm-up
+    calls = {name: max(1, math.ceil(BLOCK_S / t)) if counts_calls(case) else 1 for name, t in first.items()}
+    round_s = sum(first[name] * calls[name] for name in ready)
+    rounds = int(min(max(seconds / max(round_s, 1e-9), ROUNDS[0]), ROUNDS[1]))
+    if round_s > seconds:  # they are slow: that was the first round
+        rounds -= 1
+        for name, checked in ready.items():
+            checked.times.append(first[name])
+    for k in range(1, rounds + 1):
+        for name, checked in ready.items():
+            emit({"doing": name})
+            checked.times.append(clocks[name](k, calls[name]))
+
+
+def counts_calls(case: Case) -> bool:
+    return case.device == "cpu" or case.mode == "step"
+
+
+def clock(case: Case, run: Run) -> Callable[[int, int], float]:
+    """A function of (k, calls): seconds per call of the k-th input."""
+    if counts_calls(case):
+        scope = {"run": run, "k": 0}
+        timer = torch.utils.benchmark.Timer("run(k)", globals=scope, num_threads=torch.get_num_threads())
+
+        def counted(k: int, calls: int) -> float:
+            scope["k"] = k
+            return timer.timeit(calls).median
+
+        return counted
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def evented(k: int, calls: int) -> float:
+        torch.cuda.synchronize()
+        begin.record()
+        run(k)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+    return evented
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def watched(case: Case, call: Callable[[], float]) -> tuple[float, int | None]:
+    """What `call` returns, and the most memory it took beside what was there before; None where it can't be told."""
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return call(), torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but kept would hide what the call takes
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # forget the highest resident size so far
+    except (OSError, AttributeError):
+        return call(), None
+    before = resident("VmRSS")
+    return call(), max(resident("VmHWM") - before, 0)
+
+
+def resident(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+
+
+# ---- ceilings -------------------------------------------------------------------------------------------------------
+
+
+def ceilings(device: str, seconds: float = 0.3) -> dict[str, Any]:
+    """The best rates seen here: matrix product by dtype, and copy. The floor is made of them."""
+    size, dtypes = (1024, ["float32", "float64"]) if device == "cpu" else (8192, list(WIDTH))
+    found = {}
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as torch.nn's recurrent layers round
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        found[dtype] = 2 * size**3 / best(partial(torch.matmul, a, b), device, seconds)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    source = torch.randn((64 << 20 if device == "cpu" else 1 << 30) // 4, device=device)
+    target = torch.empty_like(source)
+    return {"flops": found, "bandwidth": 2 * source.nbytes / best(lambda: target.copy_(source), device, seconds)}
+
+
+def best(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """The shortest seconds per call."""
+    call()
+    timer = torch.utils.benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    found: list[float] = []
+    stop = time.perf_counter() + seconds
+    while not found or time.perf_counter() < stop:
+        found.append(timer.timeit(10 if device == "cuda" else 1).median)
+    return min(found)
