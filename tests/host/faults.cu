@@ -1,0 +1,138 @@
+// faults.cu: kernels that are wrong on purpose. test_host_runtime.py says how the runtime or a sanitizer must
+// notice.
+
+extern "C" __global__ void half_a_barrier(float* y) {  // [64]
+    if (threadIdx.x < 32) {
+        named_barrier_sync(3, 64);
+    } else if (threadIdx.x < 60) {
+        __syncwarp(0xffffffffu);
+    } else {
+        __syncthreads();
+    }
+    y[threadIdx.x] = 1;
+}
+EXPORT(half_a_barrier)
+
+extern "C" __global__ void nobody_sets_the_flag(const unsigned* flag) {  // [1], zero
+    if (threadIdx.x < 32) {
+        while (ld_acquire_gpu(flag) == 0) {
+        }
+    }
+    __syncthreads();
+}
+EXPORT(nobody_sets_the_flag)
+
+extern "C" __global__ void endless_loop(float* y) {  // [1]
+    float x = y[0];
+    while (x != 1.0f) {
+        x = x * 0.5f + 0.25f > 7.0f ? 1.0f : x;
+    }
+    y[0] = x;
+}
+EXPORT(endless_loop)
+
+extern "C" __global__ void waits_for_bytes(float* y) {  // [32]
+    SHARED(float[32], tile);
+    SHARED(Mbarrier, full);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&full, 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect_tx(&full, 64);
+        bulk_copy_to_shared(tile, y, 48, &full);
+    }
+    mbarrier_wait(&full, 0);
+}
+EXPORT(waits_for_bytes)
+
+extern "C" __global__ void grid_barriers(unsigned* arrivals, int rounds) {  // [1], zero
+    for (int i = 0; i < rounds; ++i) {
+        grid_barrier(arrivals, gridDim.x * unsigned(i + 1));
+    }
+}
+EXPORT(grid_barriers)
+
+extern "C" __global__ void reads_shared_memory(float* y) {  // [2, 32]
+    SHARED(float[32], fixed);
+    DYNAMIC_SHARED(float, asked);
+    y[threadIdx.x] = fixed[threadIdx.x];
+    y[32 + threadIdx.x] = asked[threadIdx.x];
+}
+EXPORT(reads_shared_memory)
+
+// Needs more stack than a fiber has.
+extern "C" __global__ void large_frame(float* y) {  // [64]
+    float large[20 << 10];
+    for (int i = 0; i < 20 << 10; ++i) {
+        large[i] = y[i % 64];
+    }
+    __syncthreads();
+    y[threadIdx.x] = large[int(y[0]) % (20 << 10)];
+}
+EXPORT(large_frame)
+
+// 0 and 1 wild addresses, 2 division by zero, 3 __trap, and misuse of the hardware.
+extern "C" __global__ void fault(int kind, float* y) {
+    SHARED(float[64], tile);
+    SHARED(Mbarrier, bar);
+    unsigned registers[4];
+    switch (kind) {
+        case 0: y[1ll << 44] = 1; break;
+        case 1: *reinterpret_cast<float*>(8) = 1; break;
+        case 2: y[0] = float(7 / int(blockIdx.x)); break;
+        case 3: __trap();
+        case 4: named_barrier_sync(1, 40); break;
+        case 5: named_barrier_sync(1, threadIdx.x < 32 ? 64 : 32); break;
+        case 6: cluster_wait(); break;
+        case 7:
+            cluster_arrive();
+            cluster_arrive();
+            break;
+        case 8: mbarrier_arrive(&bar); break;
+        case 9:
+            if (threadIdx.x == 0) {
+                mbarrier_init(&bar, 1);
+                mbarrier_expect_tx(&bar, 4);
+                mbarrier_arrive(&bar);
+                mbarrier_arrive(&bar);
+            }
+            break;
+        case 10: ldmatrix_x1(registers, tile + 1); break;
+        case 11: ldmatrix_x1(registers, y); break;
+        case 12: cp_async_16(tile + 1, y); break;
+        case 13: y[0] = *map_shared_rank(tile, 5); break;
+        case 14: y[0] = __shfl_sync(threadIdx.x % 32 < 8 ? 0xffu : 0xffffff00u, 1.0f, 9); break;
+        case 15: y[0] = __shfl_sync(0x1u, 1.0f, 0); break;
+        case 16:
+            if (threadIdx.x == 63) {
+                mbarrier_init(&bar, 1);
+                mbarrier_arrive_expect_tx(&bar, 64);
+                bulk_copy_to_shared(tile, y, 64, &bar);
+            }
+            break;
+        case 17:
+            if (threadIdx.x % 32 > 3) {
+                ldmatrix_x1(registers, tile);
+            }
+            break;
+        case 18: bulk_copy_to_shared(tile, y, 20, &bar); break;
+    }
+}
+EXPORT(fault)
+
+// For the sanitizers: the values come out right, or nobody looks at them.
+extern "C" __global__ void overrun(int kind, float* y) {  // [64]
+    SHARED(float[32], left);
+    SHARED(float[32], right);
+    DYNAMIC_SHARED(float, asked);
+    left[threadIdx.x % 32] = right[threadIdx.x % 32] = asked[threadIdx.x % 32] = 0;
+    switch (kind) {
+        case 0: y[threadIdx.x] = left[threadIdx.x]; break;
+        case 1: y[threadIdx.x] = asked[threadIdx.x]; break;
+        case 2: y[threadIdx.x + 1] = 1; break;
+        case 3: *reinterpret_cast<float4*>(y + 1) = make_float4(1, 2, 3, 4); break;
+        case 4: y[0] = float(1 << (threadIdx.x + 1)); break;
+    }
+}
+EXPORT(overrun)

@@ -1,0 +1,203 @@
+"""Compile kernels for a GPU that is not there, and look at what came out.
+
+    cubin = compile(join([device, kernel]), "sm_90", ["-DSCALAR=float"])
+    resources(cubin)["forward"].spills == 0
+
+NVRTC and the headers come from the nvidia-cuda-nvrtc and nvidia-cuda-runtime wheels, cuobjdump and nvdisasm
+from the Triton wheel."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused the source; the text is its log."""
+
+
+class Cubin(bytes):
+    """A compiled module, with what the compiler had to say about it."""
+
+    log: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one kernel uses."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    spills: int  # loads and stores of local memory in the code
+    shared: int  # static, bytes per block, without the 1 KiB that the system takes on sm_90 and later
+    mma: int  # tensor core instructions
+    trap: bool  # there is a trap: the kernel's own, or all that the compiler left of one that does not fit
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if _library_path() is None:
+        return "no libnvrtc: pip install nvidia-cuda-nvrtc"
+    if _include_directory() is None:
+        return "no cuda_bf16.h: pip install nvidia-cuda-runtime"
+    return None
+
+
+def why_no_resources() -> str | None:
+    """Why the code cannot be inspected here, or None."""
+    if _tool("cuobjdump") is None or _tool("nvdisasm") is None:
+        return "no cuobjdump and nvdisasm: pip install triton"
+    return None
+
+
+def compile(source: str, arch: str, options: Sequence[str] = (), name: str = "kernel.cu") -> Cubin:
+    """Compile `source` for `arch` (sm_90, sm_90a, ...) with C++17."""
+    include = _include_directory()
+    library = _nvrtc()
+    program = ctypes.c_void_p()
+    arguments = [f"-arch={arch}", "-std=c++17", f"-I{include}", *options]
+    encoded = (ctypes.c_char_p * len(arguments))(*[argument.encode() for argument in arguments])
+    _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None))
+    try:
+        status = library.nvrtcCompileProgram(program, len(arguments), encoded)
+        log = _output(program, "ProgramLog").rstrip(b"\0").decode().strip()
+        if status:
+            raise CompileError(f"{arch}: {log or _error_name(status)}")
+        cubin = Cubin(_output(program, "CUBIN"))
+        cubin.log = log
+        return cubin
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def resources(cubin: bytes) -> dict[str, Resources]:
+    """What each kernel of `cubin` uses, by name."""
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    listing = _cuobjdump(cubin, "--dump-sass")
+    code = dict(_functions(listing))
+    reserved = 1024 if int(re.findall(r"EF_CUDA_SM(\d+)", listing)[0]) >= 90 else 0
+    found = {}
+    for name, line in re.findall(r"^\s*Function (\S+):\s*\n\s*(.*)$", usage, re.MULTILINE):
+        numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", line)}
+        found[name] = Resources(
+            registers=numbers["REG"],
+            stack=numbers["STACK"],
+            spills=_count(code[name], r"(?:LDL|STL)"),
+            shared=numbers["SHARED"] - reserved,
+            mma=_count(code[name], r"(?:HMMA|HGMMA|QGMMA|IGMMA|DMMA|UTCHMMA)"),
+            trap=_count(code[name], r"BPT\.TRAP") > 0,
+        )
+    return found
+
+
+def sass(cubin: bytes) -> dict[str, str]:
+    """The machine code of each kernel, as text."""
+    return dict(_functions(_cuobjdump(cubin, "--dump-sass")))
+
+
+def _count(code: str, instruction: str) -> int:
+    return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?{instruction}\b", code, re.MULTILINE))
+
+
+def _functions(listing: str) -> Iterator[tuple[str, str]]:
+    parts = re.split(r"^\s*Function : (\S+)$", listing, flags=re.MULTILINE)
+    return zip(parts[1::2], parts[2::2], strict=True)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool, disassembler = _tool("cuobjdump"), _tool("nvdisasm")
+    if tool is None or disassembler is None:
+        raise RuntimeError(why_no_resources())
+    path = f"{disassembler.parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), option, file.name]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+# ---- Finding things ----------------------------------------------------------------------------------------
+
+
+def _package_directories(name: str) -> list[Path]:
+    """Where package `name` lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+
+
+def _search(patterns: Sequence[str]) -> Path | None:
+    """The first match in the CUDA wheels, the highest version first."""
+    for pattern in patterns:
+        for directory in _package_directories("nvidia"):
+            matches = sorted(directory.glob(pattern), reverse=True)
+            if matches:
+                return matches[0]
+    return None
+
+
+@functools.cache
+def _library_path() -> Path | None:
+    return _search(["cu*/lib/libnvrtc.so.*[0-9]", "cuda_nvrtc/lib/libnvrtc.so.*[0-9]"])
+
+
+@functools.cache
+def _include_directory() -> Path | None:
+    header = _search(["cu*/include/cuda_bf16.h", "cuda_runtime/include/cuda_bf16.h"])
+    return header.parent if header else None
+
+
+@functools.cache
+def _tool(name: str) -> Path | None:
+    for directory in _package_directories("triton"):
+        tool = directory / "backends" / "nvidia" / "bin" / name
+        if tool.exists():
+            return tool
+    found = shutil.which(name)
+    return Path(found) if found else None
+
+
+# ---- NVRTC through ctypes ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _nvrtc() -> Any:
+    reason = why_not()
+    if reason:
+        raise RuntimeError(reason)
+    path = _library_path()
+    assert path is not None
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC opens it by its bare name
+        ctypes.CDLL(str(builtins))
+    library = ctypes.CDLL(str(path))
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def _error_name(status: int) -> str:
+    return _nvrtc().nvrtcGetErrorString(status).decode()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"NVRTC: {_error_name(status)}")
+
+
+def _output(program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(getattr(_nvrtc(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(getattr(_nvrtc(), f"nvrtcGet{what}")(program, buffer))
+    return buffer.raw[: size.value]

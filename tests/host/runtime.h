@@ -1,0 +1,172 @@
+// runtime.h: the state of a launch, shared by scheduler.cpp, collectives.cpp and copies.cpp. Kernels do not
+// see it.
+#pragma once
+#include <deque>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "context.h"
+#include "language.h"
+#include "sanitizers.h"
+
+// The place in the kernel that called the runtime; runtime.py turns it into file and line. Only right in
+// functions that the kernel calls directly.
+#define CALLER __builtin_return_address(0)
+
+namespace host {
+
+struct Fiber;
+struct Block;
+struct Cluster;
+
+struct Queue {  // linked through Fiber::next, so that waiting allocates nothing
+    Fiber* first = nullptr;
+    Fiber* last = nullptr;
+
+    void push(Fiber* fiber);
+    void wake_all();
+};
+
+struct Barrier {
+    unsigned arrived = 0;
+    unsigned expected = 0;
+    unsigned phase = 0;
+    char tokens[2] = {};  // one per parity of the phase
+    Queue waiting;
+
+    const void* token(unsigned of_phase) const { return &tokens[of_phase % 2]; }
+};
+
+// Lanes of a warp that meet in a collective. The last to come does the work for all.
+using Collective = void (*)(void* const* operands, unsigned lanes);
+struct Meeting {
+    unsigned mask = 0;  // 0: this slot is free
+    unsigned arrived = 0;
+    Collective work = nullptr;
+    const char* name = nullptr;
+    void* operands[32];
+    Fiber* fibers[32];
+};
+
+struct WarpBarrier {  // what ThreadSanitizer must know of __syncwarp with one mask
+    unsigned phase = 0;
+    char tokens[2] = {};
+};
+
+struct Warp {
+    unsigned live = 0;             // lanes that exist and have not exited
+    unsigned open = 0;             // meetings in use
+    std::deque<Meeting> meetings;  // free ones among them; a deque, since fibers point to their meeting
+    std::map<unsigned, WarpBarrier> barriers;  // by mask
+};
+
+// A copy made on behalf of a thread, some time after it was issued.
+struct Copy {
+    void* to = nullptr;
+    const void* from = nullptr;  // null: the bytes are in `value`
+    unsigned bytes = 0;
+    unsigned zeros = 0;  // written after the bytes
+    unsigned group = 0;
+    Mbarrier* bar = nullptr;
+    alignas(16) unsigned char value[16];
+};
+
+// The copies of one thread that complete by groups.
+struct CopyGroups {
+    std::vector<Copy> late;  // not made yet
+    unsigned committed = 0;
+    Strand engine;
+    char tokens[8] = {};  // one per group, in turn: what the engine had done when the group was committed
+};
+
+struct Fiber : Thread {
+    Context context;
+    Strand strand;
+    unsigned char* stack = nullptr;
+    Fiber* next = nullptr;
+
+    Block* block = nullptr;
+    Warp* warp = nullptr;
+    unsigned rank = 0;  // within the block
+    unsigned lane = 0;
+
+    // Where it is, for the report of a deadlock.
+    const char* doing = "is ready";
+    const void* site = nullptr;
+    unsigned number = 0;
+    const Barrier* barrier = nullptr;
+    const Meeting* meeting = nullptr;
+    const Mbarrier* mbarrier = nullptr;
+
+    // What it saw at its last poll, to notice that nothing moves any more.
+    const void* poll_address = nullptr;
+    uint64_t poll_value = 0;
+    unsigned preempted_since_poll = 0;
+
+    bool cluster_arrived = false;
+    unsigned cluster_phase = 0;
+    char issued = 0;         // token: what the thread did before it issued a copy
+    Strand engine;           // writes the copies that an mbarrier counts
+    Strand proxy;            // reads what they copy from shared memory
+    CopyGroups copies;       // cp.async
+    CopyGroups bulk_copies;  // cp.async.bulk to global memory
+
+    void end_strands(const void* token) {
+        for (Strand* ending : {&strand, &engine, &proxy, &copies.engine, &bulk_copies.engine}) {
+            ending->end(token);
+        }
+    }
+};
+
+struct Block {
+    Cluster* cluster = nullptr;
+    unsigned index = 0;  // in the grid, x fastest
+    unsigned rank = 0;   // in the cluster
+    unsigned live = 0;
+    unsigned char* shared = nullptr;
+    size_t shared_bytes = 0;
+    Barrier barriers[16];  // 0 is __syncthreads
+    std::vector<Warp> warps;
+    char proxy_fence = 0;  // token: what has passed fence_proxy_async()
+    char exits = 0;        // token: what the threads did that have exited
+
+    bool holds(const void* address, size_t bytes) const {
+        const auto* byte = static_cast<const unsigned char*>(address);
+        return byte >= shared && byte + bytes <= shared + shared_bytes;
+    }
+};
+
+// A place on the device where one cluster runs at a time.
+struct Cluster {
+    std::vector<Block> blocks;
+    std::vector<Fiber> fibers;
+    Barrier barrier;
+    unsigned live = 0;
+};
+
+// ---- scheduler.cpp ----
+
+Fiber* self();
+bool seeded();  // false for seed 0, the first-in first-out schedule
+uint64_t random_number();
+void made_progress();
+const void* launch_token();  // what was written before the launch
+unsigned cluster_blocks();
+Block& peer(unsigned rank);  // a block of this cluster that has not exited; fails otherwise
+void wake(Fiber* fiber);
+void park();  // runs others until someone wakes this fiber
+
+// ---- collectives.cpp ----
+
+void leave_warp(Fiber* fiber);
+
+// ---- copies.cpp ----
+
+void reset_copies();
+bool complete_a_copy(bool any);  // false: none is in flight
+void leave_with_copies(Fiber* fiber);
+void check_no_copy_into(const Block& block);
+std::string describe_mbarrier(const Mbarrier* bar);
+
+}  // namespace host
