@@ -1,0 +1,51 @@
+"""What is compiled and what is launched, as plain values: for CuPy on a GPU, for the tests on a CPU."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..cells import Cell
+
+HERE = Path(__file__).parent
+C_TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+
+# For NVRTC, beside the architecture: the arithmetic is written out. Subnormals are zero (CuPy asks for that anyway),
+# a b + c is rounded once, and division is IEEE's except where __fdividef is written.
+OPTIONS = ("-std=c++17", "-ftz=true", "-fmad=true", "-prec-div=true")
+
+
+class Unit(NamedTuple):
+    """One translation unit: a file of kernels, and the cell it is compiled for. It can be a key."""
+
+    kernels: Path  # the .cu file
+    cell: Cell
+    defines: tuple[tuple[str, str], ...]  # macros and their values
+
+    @property
+    def source(self) -> str:
+        """The text to compile. Files are joined, not included: CuPy's cache sees only the text that it is given."""
+        if self.cell.cuda is None:
+            raise ValueError(f"{self.cell.name} has no CUDA twin")
+        files = (HERE / "device.cuh", HERE / "mathematics.cuh", self.cell.cuda, self.kernels)
+        return "".join(f'#line 1 "{file.parent.name}/{file.name}"\n{file.read_text()}' for file in files)
+
+
+def unit(kernels: Path, cell: Cell, defines: Mapping[str, Any]) -> Unit:
+    return Unit(kernels, cell, tuple((name, str(value)) for name, value in sorted(defines.items())))
+
+
+class Launch(NamedTuple):
+    """One kernel launch, whoever executes it."""
+
+    unit: Unit
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    arguments: tuple[Any, ...]  # an int is an address or a 64-bit integer; other numbers are NumPy scalars
+    shared: int = 0  # bytes of dynamic shared memory
+    cluster: tuple[int, int, int] = (1, 1, 1)  # as the kernel declares it
+    cooperative: bool = False  # all blocks are resident at once
+
+
+# Makes a launch ready to be repeated. What it returns launches; it takes the arguments that follow the launch's own.
+Runner = Callable[[Launch], Callable[..., None]]

@@ -1,0 +1,52 @@
+// mathematics.cuh: the functions a cell's twin may use beside + - * /, as kernels/mathematics.py has them for the page.
+//
+// tanh, exp and log are CUDA's own, for float and for double. For float they take 7 to 25 instructions, are right to 2
+// units in the last place, and have no slow path: infinities and large numbers give what they should, NaN stays NaN.
+// The faster tanh.approx (device.cuh) is right to 5e-4 only.
+#pragma once
+
+#if GPU_RNN_ON_HOST
+using std::exp, std::log, std::tanh;  // the overloads for float
+#endif
+
+#ifndef REAL
+#define REAL float  // what is computed in: float, or double where double is stored
+#endif
+using real = REAL;
+
+// ---- In and out of storage ---------------------------------------------------------------------------------------
+
+template <class T>
+DEVICE real to_real(T x) {
+    return to_float(x);
+}
+template <>
+DEVICE real to_real(double x) {
+    return static_cast<real>(x);
+}
+
+// Rounds to nearest even.
+template <class T>
+DEVICE T from_real(real x) {
+    return from_float<T>(x);
+}
+template <>
+DEVICE double from_real(real x) {
+    return x;
+}
+
+// ---- Functions ---------------------------------------------------------------------------------------------------
+
+DEVICE float reciprocal(float a) { return __fdividef(1.0f, a); }  // one instruction, 1 ulp; 0 for a > 2^126
+DEVICE double reciprocal(double a) { return 1 / a; }
+
+// exp overflows to infinity for a < -88, and the result is 0, as it should be.
+DEVICE real sigmoid(real a) { return reciprocal(1 + exp(-a)); }
+
+// The larger of the two; NaN wins.
+DEVICE real maximum(real a, real b) { return a > b || a != a ? a : b; }
+
+DEVICE real relu(real a) { return maximum(a, 0); }
+
+// 1 where a > 0, else 0: the derivative of relu, in terms of its input or its output.
+DEVICE real positive(real a) { return a > 0 ? 1 : 0; }

@@ -1,0 +1,147 @@
+// stepwise.cu: everything of one instant but its matrix product, forward and backward, for any cell, size and dtype.
+//
+// A recurrent layer that reads its weights anew at every instant: a library's product gives the recurrent part of the
+// gates, and one of these kernels does the rest in one pass over memory: bias, gates, states, what is saved for the
+// gradient; and the mirror of that. gpu_rnn/backends/stepwise.py walks through time.
+//
+// A thread owns UNITS hidden units side by side, of one batch row after another; a block has x over units and y over
+// rows. Units never meet here, so there is no shared memory, no barrier and no atomic: two runs are bitwise equal.
+// UNITS is 16 bytes of `real`, where H is a multiple of that and all arrays are aligned: states, histories and
+// products then move as 128 bits. Wider halves would leave too few threads in the small batches that this serves.
+//
+// Not the obvious: the weights could stay on the chip (resident.cu) and the product could be fused with this; both need
+// sizes that fit. Limits: none but memory; offsets are 64 bits.
+//
+// Compiled with -D: SCALAR (stored), PRODUCT (what the matrix products give: SCALAR, or float for halves), REAL
+// (computed in), UNITS. An instant t is an index into [T, ...]; boundary t lies between the instants t-1 and t.
+
+using scalar = SCALAR;
+using product = PRODUCT;
+
+constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
+constexpr int K_OR_1 = K > 0 ? K : 1;  // an array has an element
+constexpr int THREADS = 128;           // of a block, at most
+
+// ---- A thread's units ----------------------------------------------------------------------------------------------
+
+// UNITS neighbours, loaded and stored at once.
+template <class T>
+struct alignas(sizeof(T) * UNITS) Pack {
+    T unit[UNITS];
+};
+
+// A word of as many bytes: its store is one instruction, where the compiler splits some stores of a Pack.
+template <int BYTES> struct Word;
+template <> struct Word<16> { using type = uint4; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<4> { using type = unsigned; };
+template <> struct Word<2> { using type = unsigned short; };
+
+// values[:][n] = from[:UNITS]
+template <class T, int N>
+DEVICE void load(real (&values)[UNITS][N], int n, const T* from) {
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+    for (int u = 0; u < UNITS; ++u) values[u][n] = to_real(pack.unit[u]);
+}
+
+// values[:][n] += from[:UNITS]
+template <class T, int N>
+DEVICE void add(real (&values)[UNITS][N], int n, const T* from) {
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+    for (int u = 0; u < UNITS; ++u) values[u][n] += to_real(pack.unit[u]);
+}
+
+// to[:UNITS] = values[:][n]
+template <class T, int N>
+DEVICE void store(T* to, const real (&values)[UNITS][N], int n) {
+    Pack<T> pack;
+    for (int u = 0; u < UNITS; ++u) pack.unit[u] = from_real<T>(values[u][n]);
+    using Whole = typename Word<sizeof pack>::type;
+    __stwb(reinterpret_cast<Whole*>(to), *reinterpret_cast<const Whole*>(&pack));
+}
+
+DEVICE long long first_unit() { return (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * UNITS; }
+DEVICE long long first_row() { return static_cast<long long>(blockIdx.y) * blockDim.y + threadIdx.y; }
+DEVICE long long rows_apart() { return static_cast<long long>(gridDim.y) * blockDim.y; }
+
+// ---- Forward -------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
+    const scalar* xg,    // [T, B, G, H] input part, b_ih included
+    const product* hg,   // [B, G, H] recurrent part of this instant
+    const scalar* b_hh,  // [G, H] or null
+    real* h,             // [B, H] h as the cell sees it, overwritten
+    real* others,        // [boundaries, S-1, B, H] the other states: `after` written; it may be `before`
+    scalar* saved,       // [T, B, K, H] written, or null; it may be xg where K = G
+    scalar* y,           // [T, B, H] written
+    long long B, long long H, long long t, long long before, long long after) {
+    const long long unit = first_unit();
+    if (unit >= H) return;
+#pragma unroll 1  // rarely more than one turn
+    for (long long b = first_row(); b < B; b += rows_apart()) {
+        const long long row = t * B + b;
+        real x[UNITS][G], r[UNITS][G], state[UNITS][S], kept[UNITS][K_OR_1];
+        for (int g = 0; g < G; ++g) {
+            load(x, g, xg + (row * G + g) * H + unit);
+            load(r, g, hg + (b * G + g) * H + unit);
+            if (b_hh != nullptr) add(r, g, b_hh + g * H + unit);
+        }
+        load(state, 0, h + b * H + unit);
+        for (int s = 1; s < S; ++s) load(state, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
+
+        for (int u = 0; u < UNITS; ++u) Cell::step(x[u], r[u], state[u], kept[u]);
+
+        store(y + row * H + unit, state, 0);
+        store(h + b * H + unit, state, 0);
+        for (int s = 1; s < S; ++s) store(others + ((after * (S - 1) + s - 1) * B + b) * H + unit, state, s);
+        if (saved == nullptr) continue;
+        for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
+    }
+}
+EXPORT(stepwise_forward)
+
+// ---- Backward ------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
+    const scalar* dy,      // [T, B, H] or null
+    const product* back,   // [B, H] what came back to this h through the recurrent weights
+    real* dh,              // [B, H] and past them, overwritten
+    real* dothers,         // [S-1, B, H] gradients of the other states, overwritten
+    const scalar* y,       // [T, B, H]
+    const scalar* h0,      // [B, H]
+    const real* others,    // [T+1, S-1, B, H] at the boundaries
+    const scalar* saved,   // [T, B, K, H]
+    scalar* dxg,           // [T, B, G, H] written
+    scalar* dhg,           // [T, B, G, H] written, or null where it equals dxg
+    long long B, long long H, long long t,
+    long long previous,    // the instant computed before t; -1: none, and h was h0
+    long long before, long long after) {
+    const long long unit = first_unit();
+    if (unit >= H) return;
+#pragma unroll 1  // rarely more than one turn
+    for (long long b = first_row(); b < B; b += rows_apart()) {
+        const long long row = t * B + b;
+        real dnew[UNITS][S], next[UNITS][S], last[UNITS][S], kept[UNITS][K_OR_1];
+        load(dnew, 0, dh + b * H + unit);
+        add(dnew, 0, back + b * H + unit);
+        if (dy != nullptr) add(dnew, 0, dy + row * H + unit);
+        load(next, 0, y + row * H + unit);
+        load(last, 0, (previous < 0 ? h0 : y + previous * B * H) + b * H + unit);
+        for (int s = 1; s < S; ++s) {
+            load(dnew, s, dothers + ((s - 1) * B + b) * H + unit);
+            load(next, s, others + ((after * (S - 1) + s - 1) * B + b) * H + unit);
+            load(last, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
+        }
+        for (int k = 0; k < K; ++k) load(kept, k, saved + (row * K + k) * H + unit);
+
+        real dx[UNITS][G], dr[UNITS][G], dlast[UNITS][S];
+        for (int u = 0; u < UNITS; ++u) Cell::grad(dnew[u], next[u], last[u], kept[u], dx[u], dr[u], dlast[u]);
+
+        store(dh + b * H + unit, dlast, 0);
+        for (int s = 1; s < S; ++s) store(dothers + ((s - 1) * B + b) * H + unit, dlast, s);
+        for (int g = 0; g < G; ++g) store(dxg + (row * G + g) * H + unit, dx, g);
+        if (dhg == nullptr) continue;
+        for (int g = 0; g < G; ++g) store(dhg + (row * G + g) * H + unit, dr, g);
+    }
+}
+EXPORT(stepwise_backward)

@@ -1,0 +1,28 @@
+"""The launch plan of stepwise.cu: a pure function of sizes, dtypes and addresses."""
+
+from collections.abc import Sequence
+
+from ..cells import Cell
+from .launch import C_TYPES, HERE, Launch, unit
+
+KERNELS = HERE / "stepwise.cu"
+THREADS = 128  # of a block: small, so that the few threads of a small batch are spread over many multiprocessors
+MAX_GRID_Y = 65535  # what the hardware takes; beyond, a thread does several rows
+
+
+def launch(kernel: str, cell: Cell, *, B: int, H: int, storage: str, product: str, addresses: Sequence[int]) -> Launch:
+    """Of `stepwise_forward` or `stepwise_backward`, without the arguments of the instant.
+
+    storage, product: dtypes of what the caller has and of the recurrent products. addresses: of the kernel's arrays.
+    """
+    real = "float64" if storage == "float64" else "float32"
+    wide = {"float64": 2, "float32": 4}[real]  # units whose `real` fill 16 bytes, the widest load
+    aligned = H % wide == 0 and all(address % 16 == 0 for address in addresses)
+    units = wide if aligned else 1
+    types = {"SCALAR": storage, "PRODUCT": product, "REAL": real}
+    defines = {name: C_TYPES[dtype] for name, dtype in types.items()} | {"UNITS": units}
+    across = max(1, -(-H // units))  # threads that a row needs
+    x = min(THREADS, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows
+    y = THREADS // x
+    grid = (-(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)
+    return Launch(unit(KERNELS, cell, defines), kernel, grid, (x, y, 1), (*addresses, B, H))

@@ -1,0 +1,67 @@
+"""The stepwise kernels as NVRTC compiles them, for GPUs that are not here: no warning, no spill, no narrow access."""
+
+import re
+
+import pytest
+
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import stepwise
+from gpu_rnn.kernels.cuda.launch import OPTIONS
+
+from .host import nvrtc
+
+pytestmark = pytest.mark.skipif(
+    (nvrtc.why_not() or nvrtc.why_no_resources()) is not None, reason=f"{nvrtc.why_not()}; {nvrtc.why_no_resources()}"
+)
+DTYPES = [  # of storage and of products
+    ("float64", "float64"), ("float32", "float32"), ("float16", "float32"), ("bfloat16", "float32"),
+]  # fmt: skip
+MOST_REGISTERS = 128  # 16 warps on a multiprocessor, each with ten wide loads under way, keep its memory busy
+
+
+def check(arch, name, storage, product, H, record_property):
+    """H decides how many units a thread has."""
+    launch = stepwise.launch(
+        "stepwise_forward", cells.get(name), B=4, H=H, storage=storage, product=product, addresses=()
+    )
+    options = [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)]
+    cubin = nvrtc.compile(launch.unit.source, arch, options)
+    assert cubin.log == ""
+    used = nvrtc.resources(cubin)
+    assert used.keys() == {"stepwise_forward", "stepwise_backward"}
+    for kernel, resources in used.items():
+        record_property(f"{kernel} registers", resources.registers)
+        assert (resources.spills, resources.stack, resources.trap) == (0, 0, False), kernel
+        assert resources.registers <= MOST_REGISTERS, kernel
+    return cubin
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("name", cells.NAMES)
+@pytest.mark.parametrize(("storage", "product"), DTYPES)
+def test_aligned(arch, name, storage, product, record_property):
+    cubin = check(arch, name, storage, product, 64, record_property)
+    if arch != "sm_90":
+        return
+    narrowest = 64 if storage in ("float16", "bfloat16") else 128
+    for kernel, code in nvrtc.sass(cubin).items():
+        accesses = re.findall(r"\b(?:LDG|STG)\.E\S*", code)
+        widths = [re.search(r"\.(64|128)\b", access) for access in accesses]
+        assert accesses, kernel
+        assert all(width and int(width[1]) >= narrowest for width in widths), (kernel, accesses)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize(("storage", "product"), [*DTYPES, ("float16", "float16")])
+def test_ragged(name, storage, product, record_property):
+    check("sm_90", name, storage, product, 63, record_property)
+
+
+def test_errors_name_the_file():
+    """Files are joined for the compiler, yet its messages have the name and the line of each."""
+    launch = stepwise.launch(
+        "stepwise_forward", cells.get("gru"), B=1, H=1, storage="float32", product="float32", addresses=()
+    )
+    source = launch.unit.source.replace("const real n = tanh(", "const real n = tanh_of(")
+    with pytest.raises(nvrtc.CompileError, match=r'cells/gru\.cuh\(10\).*"tanh_of" is undefined'):
+        nvrtc.compile(source, "sm_90", [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)])
