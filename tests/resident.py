@@ -1,0 +1,181 @@
+"""Runs the resident kernels on the CPU, with their launch plans, beside the oracle. The tests' common ground, and by
+
+    python -m tests.resident --sanitizer thread lstm bfloat16 grid
+
+what a sanitizer watches.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.problem import Weights
+
+from . import on_host
+from .host import runtime
+
+CUDA = Path(residence.__file__).parent
+EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of an operand; float32 is TF32
+
+
+# ---- Halves as NumPy has them: bfloat16 as its bits -------------------------------------------------------------
+
+
+def encode(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to nearest even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(x, dtype)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def decode(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "bfloat16":
+        return x.astype(np.float64)
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """All NaN."""
+    return np.full(shape, 0xFFFF, np.uint16) if dtype == "bfloat16" else np.full(shape, np.nan, dtype)
+
+
+# ---- One problem, both ways -------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    cell: str
+    dtype: str
+    scope: str
+    T: int = 3
+    B: int = 5
+    H: int = 20
+    reverse: bool = False
+    save: bool = True
+
+
+def planned(case: Case, device: residence.Device = residence.DEVICES["h200"]) -> residence.Residence:
+    cell = cells.get(case.cell)
+    plan, reasons = residence.plan(
+        cell.G, cell.S, case.dtype, case.H, case.B, device, training=case.save, scope=case.scope
+    )
+    assert plan is not None, reasons
+    return plan
+
+
+def sources(cell: str, kernel: runtime.Source | None = None) -> list:
+    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", cells.get(cell).cuda, kernel or CUDA / "resident.cu"]
+
+
+def library(case: Case, plan: residence.Residence, sanitizer=None, kernel=None) -> runtime.Library:
+    unit = residence.compiled(plan, cells.get(case.cell), case.dtype)
+    return runtime.compile(sources(case.cell, kernel), dict(unit.defines), sanitizer)
+
+
+def errors(
+    case: Case, plan: residence.Residence, kernels: runtime.Library, seed: int = 0, **options
+) -> dict[str, float]:
+    """Run it; by result, the largest error over what the operands' rounding allows: right when below 1."""
+    cell = cells.get(case.cell)
+    (G, S, K), (T, B, H, dtype) = (cell.G, cell.S, cell.K), (case.T, case.B, case.H, case.dtype)
+    rng = np.random.default_rng(5)
+
+    def draw(*shape, scale=1.0):  # exactly what the dtype can store
+        return decode(encode(scale * rng.standard_normal(shape), dtype), dtype)
+
+    xg, R, b_hh = draw(T, B, G, H), draw(G * H, H, scale=H**-0.5), draw(G * H)
+    h0, others0 = draw(B, H), draw(S - 1, B, H)
+    dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
+
+    def launched(launch):
+        given = zip(kernels.parameters(launch.kernel), launch.arguments, strict=True)
+        kernels.launch(
+            launch.kernel, launch.grid, launch.block, [on_host.passed(p.kind, value) for p, value in given],
+            shared=launch.shared, cluster=launch.cluster, seed=seed, **options,
+        )  # fmt: skip
+
+    def run(arrays, *, backward):
+        exchange = np.full(max(16, plan.exchange_bytes(backward=backward)), 0xFF, np.uint8)
+        flags = np.zeros(max(1, plan.flags), np.uint32)
+        addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
+        for launch in residence.sequence(
+            plan, cell, dtype, addresses, exchange.ctypes.data, flags.ctypes.data, T, B, H,
+            reverse=case.reverse, save=case.save, backward=backward,
+        ):  # fmt: skip
+            launched(launch)
+
+    weights_stored = encode(R, dtype)
+
+    def packed(*, backward):
+        fragments = np.full((plan.fragments, 4), 0xFFFFFFFF, np.uint32)
+        addresses = weights_stored.ctypes.data, fragments.ctypes.data
+        launched(residence.pack(plan, cell, dtype, *addresses, H, backward=backward))
+        return fragments
+
+    others = np.full((T + 1 if case.save else 1, S - 1, B, H), np.nan, np.float32)
+    others[T if case.save and case.reverse else 0] = others0
+    y = poison((T, B, H), dtype)
+    saved = poison((T, B, K, H), dtype) if case.save else None
+    step = [encode(xg, dtype), packed(backward=False), encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
+    run(step, backward=False)
+
+    weights = Weights(np.eye(G * H), R, None, b_hh)  # xg is given, so the input part passes through
+    x, state = xg.reshape(T, B, G * H), (h0, *others0)
+    exact, last, tape = oracle.forward(cell, x, weights, state, reverse=case.reverse, save=True)
+    scale = EPSILON[dtype] * math.sqrt(T)
+    found = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
+    final = others[(0 if case.reverse else T) if case.save else 0]
+    for letter, ours, theirs in zip(cell.states[1:], final, last[1:]):
+        found[letter + "T"] = np.abs(ours - theirs).max() / (8 * scale)
+    if not case.save:
+        return found
+
+    dxg, dhg = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
+    dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
+    tape_before = [a.copy() for a in (y, others, saved)]
+    back = [encode(dy, dtype), dh_ours, dothers_ours, packed(backward=True), y, encode(h0, dtype), others, saved]
+    run([*back, dxg, dhg], backward=True)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
+
+    gradients = oracle.backward(
+        cell, x, weights, state, exact, tape, dy, (dh, *dothers), reverse=case.reverse, needs={"x", "b_hh"}
+    )
+    bound = 8 * scale * max(1.0, np.abs(gradients["x"]).max())
+    found["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
+    for letter, ours, exact0 in zip(cell.states, (dh_ours, *dothers_ours), gradients["state"]):
+        found[f"d{letter}0"] = np.abs(ours - exact0).max() / (2 * bound)
+    if dhg is not None:
+        total = decode(dhg, dtype).sum((0, 1)).ravel()
+        found["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
+    return found
+
+
+def wrong(found: dict[str, float]) -> dict[str, float]:
+    return {name: error for name, error in found.items() if not error < 1}  # NaN is wrong, too
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitizer", choices=("thread", "address"))
+    parser.add_argument("--source", help="another resident.cu")
+    parser.add_argument("cell")
+    parser.add_argument("dtype")
+    parser.add_argument("scope")
+    options = parser.parse_args()
+    case = Case(options.cell, options.dtype, options.scope)
+    kernel = runtime.Source("resident.cu", Path(options.source).read_text()) if options.source else None
+    plan = planned(case)
+    kernels = library(case, plan, options.sanitizer, kernel)
+    found = errors(case, plan, kernels, seed=1)
+    print("wrong:", wrong(found))
+    raise SystemExit(bool(wrong(found)))
+
+
+if __name__ == "__main__":
+    main()
