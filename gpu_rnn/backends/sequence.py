@@ -1,0 +1,142 @@
+"""A sequence on a GPU: its arrays, the product for all inputs before the walk through time, the gradients after it.
+
+How the walk is made is the backend's: an instant at a time (`stepwise`), or the whole sequence in one launch. Whichever
+it is, it fills the same arrays, so that one may go forward and another back:
+
+    walk(cell, Forward(...))        walk_back(cell, Backward(...))
+
+Every array is contiguous and on one device. Three dtypes meet: `storage`, the caller's; `real`, what is computed in,
+float64 for float64, else float32; and, within a walk, that of its products. Boundary t lies between the instants t-1
+and t: going forward an instant leads from boundary t to t+1, in reverse from t+1 to t.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from gpu_rnn.kernels.cells import Cell
+
+from .. import arrays
+from ..problem import Weights
+
+
+class Forward(NamedTuple):
+    """What a walk reads and writes. P = H without projection."""
+
+    xg: Any  # [T, B, G, H] storage; input part, b_ih included
+    w_hh: Any  # [G*H, P] storage
+    b_hh: Any  # [G*H] storage, or None
+    w_hr: Any  # [P, H] storage, or None
+    h0: Any  # [B, P] storage
+    others: Any  # [T+1, S-1, B, H] real; the first boundary given, the rest written; [1, S-1, B, H] if nothing is saved
+    saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; xg itself where K = G
+    shown: Any  # [T, B, H] storage, written; h before its projection, y itself without one
+    y: Any  # [T, B, P] storage, written
+    reverse: bool
+
+
+class Backward(NamedTuple):
+    """What a walk back reads and writes."""
+
+    dy: Any  # [T, B, P] storage; with a projection overwritten with all that is asked of y, by later instants, too
+    dh: Any  # [B, P] real; gradient of the last h, overwritten with that of the first
+    dothers: Any  # [S-1, B, H] real; the same for the other states
+    w_hh: Any  # [G*H, P] storage
+    w_hr: Any  # [P, H] storage, or None
+    h0: Any  # [B, P] storage
+    others: Any  # [T+1, S-1, B, H] real
+    saved: Any  # [T, B, K, H] storage
+    shown: Any  # [T, B, H] storage
+    y: Any  # [T, B, P] storage
+    dxg: Any  # [T, B, G, H] storage, written
+    dhg: Any  # [T, B, G, H] storage, written; None where it equals dxg (no gate is `separate`)
+    reverse: bool
+
+
+def forward(
+    walk: Callable[[Cell, Forward], None], cell: Cell, x: Any, weights: Weights, state: tuple,
+    *, reverse: bool, save: bool,
+) -> tuple[Any, tuple, tuple]:  # fmt: skip
+    """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
+    x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
+    (T, B, I), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
+    H = GH // G
+    xg = arrays.empty((T, B, G, H), like=x)
+    arrays.matmul(x.reshape(T * B, I), weights.w_ih.T, out=xg.reshape(T * B, GH), add=weights.b_ih)
+    first, last = ((T, 0) if reverse else (0, T)) if save else (0, 0)
+    others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
+    for row, initial in zip(others[first], state[1:]):
+        row[...] = initial
+    saved = None
+    if save:
+        saved = xg if cell.K == G else arrays.empty((T, B, cell.K, H), like=x)
+    y = arrays.empty((T, B, P), like=x)
+    shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
+
+    walk(cell, Forward(xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, reverse))
+    final = (y[0 if reverse else -1], *others[last])
+    tape = (saved, others, *([] if shown is y else [shown])) if save else ()
+    return y, tuple(stored(array, like=x) for array in final), tape
+
+
+def backward(
+    walk_back: Callable[[Cell, Backward], None], cell: Cell, x: Any, weights: Weights, state: tuple, y: Any,
+    tape: tuple, dy: Any, dlast: tuple, *, reverse: bool, needs: Collection[str],
+) -> dict[str, Any]:  # fmt: skip
+    """As a backend's `backward`, with the walk to make."""
+    x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
+    y, dy, (saved, others, *hidden) = arrays.plain(y), arrays.plain(dy), map(arrays.plain, tape)
+    (T, B, I), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
+    H, real = GH // G, arrays.real_dtype(x)
+    dxg = arrays.empty((T, B, G, H), like=x)
+    dhg = arrays.empty((T, B, G, H), like=x) if any(cell.separate) else None
+    dh = arrays.empty((B, P), like=x, dtype=real)
+    dothers = arrays.empty((cell.S - 1, B, H), like=x, dtype=real)
+    for row, gradient in zip((dh, *dothers), dlast):
+        row[...] = gradient
+    (shown,) = hidden or (y,)
+    if weights.w_hr is not None:
+        dy = stored(dy, like=x)  # the walk writes to it
+
+    walk_back(
+        cell,
+        Backward(dy, dh, dothers, weights.w_hh, weights.w_hr, state[0], others, saved, shown, y, dxg, dhg, reverse),
+    )
+    rows, recurrent = dxg.reshape(T * B, GH), (dxg if dhg is None else dhg).reshape(T, B, GH)
+    gradients: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (dh, *dothers))}
+    if "x" in needs:
+        gradients["x"] = product(rows, weights.w_ih, like=x).reshape(T, B, I)
+    if "w_ih" in needs:
+        gradients["w_ih"] = product(rows.T, x.reshape(T * B, I), like=x)
+    if "w_hh" in needs:
+        gradients["w_hh"] = recurrent_gradient(recurrent, y, state[0], reverse)
+    if "b_ih" in needs:
+        gradients["b_ih"] = rows.sum(0)
+    if "b_hh" in needs:
+        gradients["b_hh"] = recurrent.reshape(T * B, GH).sum(0)
+    if "w_hr" in needs and weights.w_hr is not None:
+        gradients["w_hr"] = product(dy.reshape(T * B, P).T, shown.reshape(T * B, H), like=x)
+    return gradients
+
+
+def recurrent_gradient(da: Any, y: Any, h0: Any, reverse: bool) -> Any:
+    """da [T, B, G*H] and the h that each instant saw -> [G*H, P]; h0 stands before the first one."""
+    (T, B, GH), P = da.shape, h0.shape[1]
+    first, later, seen = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
+    total = product(da[first].T, h0, like=h0)
+    if T > 1:
+        arrays.matmul(da[later].reshape((T - 1) * B, GH).T, y[seen].reshape((T - 1) * B, P), out=total, add=total)
+    return total
+
+
+def product(a: Any, b: Any, like: Any) -> Any:
+    """a @ b in a new array."""
+    out = arrays.empty((a.shape[0], b.shape[1]), like=like)
+    arrays.matmul(a, b, out=out)
+    return out
+
+
+def stored(array: Any, like: Any) -> Any:
+    """A copy, in the storage dtype."""
+    copy = arrays.empty(tuple(array.shape), like)
+    copy[...] = array
+    return copy

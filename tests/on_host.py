@@ -1,0 +1,54 @@
+"""Runs the launches of the CUDA backend on the CPU: a `Runner` made of the host runtime (tests/host)."""
+
+import ctypes
+from functools import cache, partial
+
+import numpy as np
+
+from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda.launch import Launch, Unit
+
+from .conftest import sequence_arrays
+from .host import runtime
+
+
+@cache
+def compiled(unit: Unit, sanitizer=None) -> runtime.Library:
+    return runtime.compile([runtime.Source(unit.kernels.name, unit.source)], dict(unit.defines), sanitizer)
+
+
+def ready(launch: Launch, sanitizer=None):
+    """The twin of the CUDA backend's `ready`."""
+    library = compiled(launch.unit, sanitizer)
+    parameters = library.parameters(launch.kernel)
+
+    def repeat(*more):
+        arguments = [passed(p.kind, value) for p, value in zip(parameters, (*launch.arguments, *more), strict=True)]
+        library.launch(
+            launch.kernel, launch.grid, launch.block, arguments, shared=launch.shared, cluster=launch.cluster
+        )
+
+    return repeat
+
+
+def passed(kind: str, value):
+    """An argument as the host runtime takes it: a plain int is an address, or a 64-bit integer."""
+    if isinstance(value, int):
+        return ctypes.c_void_p(value) if kind == "p" else np.int64(value)
+    return value
+
+
+def main() -> None:
+    """The LSTM, ragged and aligned, under AddressSanitizer; without torch, which is slow to load there."""
+    bind = partial(cuda.bind, partial(ready, sanitizer="address"))
+    cell = cells.get("lstm")
+    for H in (3, 8):
+        x, weights, state = sequence_arrays(np.random.default_rng(1), "lstm", 2, 3, 2, H, dtype=np.float32)
+        step, grad = partial(stepwise.walk, bind), partial(stepwise.walk_back, bind)
+        y, last, tape = sequence.forward(step, cell, x, weights, state, reverse=False, save=True)
+        sequence.backward(grad, cell, x, weights, state, y, tape, y, last, reverse=False, needs={"w_hh"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The CUDA backend on a CPU: its kernels under the host runtime, with the driver, plans and arguments of the GPU."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_rnn import arrays, compat
+from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.cuda import stepwise as plans
+from gpu_rnn.problem import Problem
+
+from . import on_host, sequences, twins
+from .host import runtime, sanitize
+
+pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
+EVERY = pytest.mark.parametrize("name", cells.NAMES)
+BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True])
+# In halves, NumPy's products are halves and torch's float32, so both kinds of kernel run. NumPy has no bfloat16.
+ARRAYS = pytest.mark.parametrize(
+    ("library", "dtype"),
+    [("numpy", "float64"), ("numpy", "float32"), ("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16")],
+)
+SIZES = [  # T, B, I, H: aligned, ragged and degenerate
+    (1, 1, 1, 1), (3, 2, 5, 3), (3, 5, 4, 31), (2, 2, 3, 64), (1, 5, 2, 100), (3, 1, 7, 8),
+]  # fmt: skip
+
+BIND = partial(cuda.bind, on_host.ready)
+forward = partial(sequence.forward, partial(stepwise.walk, BIND))
+backward = partial(sequence.backward, partial(stepwise.walk_back, BIND))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What nobody wrote is NaN."""
+    empty = arrays.empty
+
+    def poisoned(*args, **kwargs):
+        array = empty(*args, **kwargs)
+        if isinstance(array, np.ndarray):
+            array.reshape(-1).view(np.uint8)[...] = 0xFF
+        else:
+            array.view(-1).view(torch.uint8).fill_(0xFF)
+        return array
+
+    monkeypatch.setattr(arrays, "empty", poisoned)
+
+
+def compare(library, case):
+    given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
+    sequences.check(case, given.run(forward, backward))
+
+
+@EVERY
+@ARRAYS
+@BOTH_WAYS
+def test_every_result_is_as_good_as_torchs(name, library, dtype, reverse):
+    for size in SIZES:
+        compare(library, sequences.draw(name, dtype, *size, reverse=reverse))
+
+
+@ARRAYS
+@BOTH_WAYS
+def test_projection(library, dtype, reverse):
+    for *size, P in ((3, 2, 5, 3, 1), (1, 1, 1, 2, 1), (3, 5, 2, 32, 12)):
+        compare(library, sequences.draw("lstm", dtype, *size, P, reverse=reverse))
+
+
+@EVERY
+@pytest.mark.parametrize(("library", "dtype"), [("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16")])
+@BOTH_WAYS
+def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
+    """The weights stay on the chip: in a block, in a cluster, and on a device that has no clusters in the grid."""
+    for device, size in (("h200", (4, 3, 5, 20)), ("h200", (5, 9, 3, 70)), ("a100", (4, 2, 3, 70))):
+        launches = []
+
+        def ready(launch):
+            launches.append(launch.kernel)  # noqa: B023
+            return on_host.ready(launch)
+
+        walks = (partial(walk, ready, residence.DEVICES[device]) for walk in (cuda.walk, cuda.walk_back))
+        forward, backward = map(partial, (sequence.forward, sequence.backward), walks)
+        case = sequences.draw(name, dtype, *size, reverse=reverse)
+        given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
+        sequences.check(case, given.run(forward, backward))
+        assert set(launches) == {"resident_pack", "resident_forward", "resident_backward"}
+
+
+@EVERY
+def test_without_biases(name):
+    compare("numpy", sequences.draw(name, "float32", 3, 2, 5, 8, bias=False))
+
+
+def test_a_thread_takes_several_rows_of_a_large_batch(monkeypatch):
+    monkeypatch.setattr(plans, "MAX_GRID_Y", 1)
+    compare("numpy", sequences.draw("lstm", "float32", 2, 70, 3, 8))
+
+
+def test_arrays_that_are_not_aligned(monkeypatch):
+    """An array may begin anywhere: one unit per thread, then."""
+    case = sequences.draw("lstm", "float32", 3, 2, 5, 8)
+    size = case.dy.numel()
+    odd = torch.empty(size + 1)[1:].view(case.dy.shape).copy_(case.dy)
+    assert odd.data_ptr() % 16 == 4
+    launches = []
+
+    def ready(launch):
+        launches.append(launch)
+        return on_host.ready(launch)
+
+    backward = partial(sequence.backward, partial(stepwise.walk_back, partial(cuda.bind, ready)))
+    sequences.check(case, case._replace(dy=odd).run(forward, backward))
+    assert {dict(launch.unit.defines)["UNITS"] for launch in launches} == {"1"}
+
+
+def test_arrays_that_are_not_contiguous():
+    case = sequences.draw("gru", "float32", 3, 2, 5, 8)
+    spread = case.mapped(lambda a: torch.stack([a, torch.full_like(a, torch.nan)], -1)[..., 0])
+    assert not spread.x.is_contiguous()
+    sequences.check(case, spread.run(forward, backward))
+
+
+def test_no_read_or_write_outside_an_array():
+    """AddressSanitizer watches every access, UBSan its alignment."""
+    if (reason := sanitize.why_not("address")) is not None:
+        pytest.skip(reason)
+    outcome = sanitize.run("address", ["-m", "tests.on_host"])
+    assert not outcome.reports, outcome.output
+    assert outcome.returncode == 0, outcome.output
+
+
+# ---- The twins ------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_twin_equals_page(name, dtype):
+    twins.check_cell(on_host.ready, np.copy, np.asarray, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_functions(dtype):
+    twins.check_functions(on_host.ready, np.copy, np.asarray, dtype)
+
+
+# ---- The plan -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    B=st.integers(0, 10**6),
+    H=st.integers(1, 10**5),
+    storage=st.sampled_from(arrays.DTYPES),
+    offset=st.sampled_from([0, 8]),
+)
+def test_plan_covers_every_unit(B, H, storage, offset):
+    launch = plans.launch(
+        "stepwise_forward", cells.get("lstm"), B=B, H=H, storage=storage, product=storage, addresses=(256, offset)
+    )
+    units = int(dict(launch.unit.defines)["UNITS"])
+    x, y, _ = launch.block
+    assert x * y == plans.THREADS
+    assert H <= launch.grid[0] * x * units < H + x * units, "no block without work"
+    assert H % units == 0
+    assert units == 1 or offset % 16 == 0
+    assert launch.grid[1] == max(1, min(-(-B // y), plans.MAX_GRID_Y))
+    assert launch.arguments == (256, offset, B, H)
+
+
+# ---- The backend ----------------------------------------------------------------------------------------------------
+
+
+STREAM = SimpleNamespace(__cuda_stream__=lambda: (0, 7))  # the caller's
+
+
+class Cupy:
+    """What the backend asks of CuPy, with the host runtime behind it. `entered` is what it has current."""
+
+    def __init__(self):
+        self.entered, self.modules = [], []
+        properties = {
+            "major": 9, "minor": 0, "multiProcessorCount": 132, "sharedMemPerBlockOptin": 232448,
+            "cooperativeLaunch": 1,
+        }  # fmt: skip
+        self.cuda = SimpleNamespace(
+            Stream=SimpleNamespace(from_external=self.current),
+            Device=self.device,
+            runtime=SimpleNamespace(getDeviceProperties=lambda index: properties),
+        )
+
+    def device(self, index=None):
+        device = self.current("device")
+        device.id = 0
+        return device
+
+    @contextmanager
+    def current(self, what):
+        self.entered.append(what)
+        yield
+        self.entered.remove(what)
+
+    def RawModule(self, code, options):
+        defines = dict(option[2:].split("=") for option in options if option.startswith("-D"))
+        library = runtime.compile([runtime.Source("kernels.cu", code)], defines)
+        self.modules.append(defines)
+        return SimpleNamespace(get_function=partial(self.get_function, library, defines))
+
+    def get_function(self, library, defines, name):
+        in_cluster = defines.get("SCOPE") == "1" and name != "resident_pack"
+        cluster = (int(defines["BLOCKS"]) if in_cluster else 1, 1, 1)  # as the kernel declares it
+        function = SimpleNamespace(max_dynamic_shared_size_bytes=48 << 10)
+
+        def kernel(grid, block, arguments, *, shared_mem, enable_cooperative_groups):
+            assert self.entered == ["device", STREAM]
+            assert shared_mem <= function.max_dynamic_shared_size_bytes
+            assert enable_cooperative_groups == (defines.get("SCOPE") == "2" and name != "resident_pack")
+            kinds = [parameter.kind for parameter in library.parameters(name)]
+            given = list(map(on_host.passed, kinds, arguments))
+            library.launch(name, grid, block, given, shared=shared_mem, cluster=cluster)
+
+        function.kernel = kernel
+        return function
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """The backend believes in a GPU with CuPy."""
+    stand_in, require = Cupy(), compat.require
+    monkeypatch.setattr(compat, "no_gpu", lambda: None)
+    monkeypatch.setattr(compat, "missing", lambda name: None)
+    monkeypatch.setattr(compat, "require", lambda name, why: stand_in if name == "cupy" else require(name, why))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
+    caches = (cuda.module, cuda.loaded, cuda.device_of)
+    for cached in caches:
+        cached.cache_clear()
+    yield stand_in
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "T", "H", "kernels"),
+    [("float32", 3, 8, "stepwise"), ("bfloat16", 5, 20, "resident, block"), ("bfloat16", 4, 96, "resident")],
+)
+def test_from_cupy_to_kernel(dtype, T, H, kernels, cupy):
+    """All of the backend but CuPy itself and the GPU."""
+    case = sequences.draw("lstm", dtype, T, 2, 5, H)
+    for training in (True, False):
+        problem = Problem(case.cell, T, 2, 5, H, dtype=dtype, device="cuda", library="torch", training=training)
+        assert kernels in cuda.plan(problem)
+        cuda.warmup(problem)
+    compiled = len(cupy.modules)
+    sequences.check(case, case.run(cuda.forward, cuda.backward))
+    assert len(cupy.modules) == compiled, "warmup has compiled what was needed"
+    assert cupy.entered == []
+
+
+def test_every_reason_in_order(monkeypatch):
+    monkeypatch.setattr(compat, "no_gpu", lambda: "no GPU")
+    monkeypatch.setattr(compat, "missing", lambda name: f"{name} is missing")
+    cell = replace(cells.get("lstm"), name="new", cuda=None)
+    why = cuda.reasons(Problem(cell, 1, 1, 1, 1, dtype="int8", device="cpu"))
+    assert why[:2] == ["no GPU", "cupy is missing"]
+    assert ["cpu" in why[2], "new.cuh" in why[3], "int8" in why[4], len(why)] == [True, True, True, 5]
+
+
+def test_no_reason_on_a_gpu(cupy):
+    for name in cells.NAMES:
+        for dtype in arrays.DTYPES:
+            problem = Problem(cells.get(name), 5, 4, 3, 2, dtype=dtype, device="cuda", library="torch")
+            assert cuda.reasons(problem) == []
+            assert ("stepwise" if dtype == "float64" else "resident") in cuda.plan(problem)
+            assert bool(cuda.reasons(replace(problem, library="cupy"))) == (dtype == "bfloat16")
+
+
+def test_why_not_resident(cupy, monkeypatch):
+    problem = Problem(cells.get("lstm"), 50, 4, 3, 64, dtype="float32", device="cuda", library="torch")
+    assert "resident" in cuda.plan(problem)
+    for changes, reason in (
+        ({"P": 3}, "a projection is one more product per step"),
+        ({"T": 2}, "T = 2: fewer than 4 steps"),
+        ({"dtype": "float64"}, "float64 has no resident kernel"),
+        ({"H": 4096}, "does not fit the registers and shared memory"),
+        ({"library": "cupy"}, "float32 products are to be IEEE's"),
+    ):
+        assert reason in cuda.plan(replace(problem, **changes))
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert "float32 products are to be IEEE's" in cuda.plan(problem)

@@ -1,0 +1,171 @@
+"""The CUDA backend on a GPU: every result, and what only a GPU can show. test_cuda runs the same kernels on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn import arrays
+from gpu_rnn.backends import cuda
+from gpu_rnn.kernels import cells
+from gpu_rnn.problem import Problem, Weights
+
+from . import sequences, twins
+
+pytestmark = pytest.mark.gpu
+EVERY = pytest.mark.parametrize("name", cells.NAMES)
+ARRAYS = pytest.mark.parametrize(
+    ("library", "dtype"),
+    [*(("torch", dtype) for dtype in arrays.DTYPES), *(("cupy", dtype) for dtype in ("float64", "float32", "float16"))],
+)
+SIZES = [  # T, B, I, H: aligned, ragged and degenerate
+    (1, 1, 1, 1), (5, 2, 7, 31), (3, 70, 4, 100), (20, 16, 64, 256),
+]  # fmt: skip
+
+
+def moved(library, case):
+    """To the GPU, as arrays of `library`."""
+    if library == "torch":
+        return case.mapped(torch.Tensor.cuda)
+    cupy = pytest.importorskip("cupy")
+    return case.mapped(lambda tensor: cupy.asarray(tensor.numpy()))
+
+
+@EVERY
+@ARRAYS
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_result_is_as_good_as_torchs(name, library, dtype, reverse):
+    for size in SIZES:
+        case = sequences.draw(name, dtype, *size, reverse=reverse)
+        sequences.check(case, moved(library, case).run(cuda.forward, cuda.backward))
+
+
+@ARRAYS
+@pytest.mark.parametrize("reverse", [False, True])
+def test_projection(library, dtype, reverse):
+    for *size, P in ((3, 2, 5, 3, 1), (5, 17, 2, 64, 24)):
+        case = sequences.draw("lstm", dtype, *size, P, reverse=reverse)
+        sequences.check(case, moved(library, case).run(cuda.forward, cuda.backward))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_twin_equals_page(name, dtype):
+    cupy = pytest.importorskip("cupy")
+    twins.check_cell(cuda.ready, cupy.asarray, cupy.asnumpy, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_functions(dtype):
+    cupy = pytest.importorskip("cupy")
+    twins.check_functions(cuda.ready, cupy.asarray, cupy.asnumpy, dtype)
+
+
+@pytest.mark.parametrize("dtype", arrays.HALVES)
+def test_products_of_halves_are_not_rounded(dtype):
+    a, b = (torch.randn(64, 64, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty(64, 64, device="cuda", dtype=getattr(torch, arrays.product_dtype("torch", dtype)))
+    arrays.matmul(a, b.T, out=out)
+    error = (out.double() - a.double() @ b.double().T).abs().max().item()
+    assert error < 1e-4
+
+
+@EVERY
+def test_strided_and_expanded_arrays(name):
+    case = moved("torch", sequences.draw(name, "float32", 4, 6, 5, 8))
+    case = case._replace(dy=case.dy[:1, :1, :1].expand(case.dy.shape))
+    plain = case._replace(dy=case.dy.contiguous()).run(cuda.forward, cuda.backward)
+    spread = case.mapped(lambda a: torch.stack([a, torch.full_like(a, torch.nan)], -1)[..., 0])
+    for name, ours in spread._replace(dy=case.dy).run(cuda.forward, cuda.backward).items():
+        assert torch.equal(ours, plain[name]), name
+
+
+def test_runs_on_the_callers_stream():
+    """The other stream is kept busy before it writes x: a kernel on a wrong stream would see the old values."""
+    case = moved("torch", sequences.draw("lstm", "float32", 4, 3, 5, 32))
+    expected = case.run(cuda.forward, cuda.backward)
+    x = torch.full_like(case.x, torch.nan)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(case.x)
+        y, _, tape = cuda.forward(case.cell, x, case.weights, case.state, reverse=False, save=True)
+        gradients = cuda.backward(
+            case.cell, x, case.weights, case.state, y, tape, case.dy, case.dlast, reverse=False, needs={"x"}
+        )
+    stream.synchronize()
+    assert torch.equal(y, expected["y"])
+    assert torch.equal(gradients["x"], expected["dx"])
+
+
+def test_waits_for_nothing_and_takes_no_foreign_memory():
+    cupy = pytest.importorskip("cupy")
+    case = moved("torch", sequences.draw("gru", "float32", 4, 3, 5, 32))
+    case.run(cuda.forward, cuda.backward)
+    held = cupy.get_default_memory_pool().total_bytes()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, _, tape = cuda.forward(case.cell, case.x, case.weights, case.state, reverse=False, save=True)
+        cuda.backward(
+            case.cell, case.x, case.weights, case.state, y, tape, case.dy, case.dlast, reverse=False, needs=case.needs
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cupy.get_default_memory_pool().total_bytes() == held
+
+
+def test_captured_in_a_graph():
+    """After `warmup` nothing is compiled or loaded any more; only the products' library needs a first run."""
+    case = moved("torch", sequences.draw("lstm", "bfloat16", 4, 3, 5, 32))
+    cuda.warmup(Problem(case.cell, 4, 3, 5, 32, dtype="bfloat16", device="cuda", library="torch"))
+    x = case.x.clone()
+
+    def both():
+        y, _, tape = cuda.forward(case.cell, x, case.weights, case.state, reverse=False, save=True)
+        return y, cuda.backward(
+            case.cell, x, case.weights, case.state, y, tape, case.dy, case.dlast, reverse=False, needs={"x", "w_hh"}
+        )
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, gradients = both()
+    x.copy_(case.x.flip(0))
+    graph.replay()
+    expected_y, expected = both()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected_y)
+    assert torch.equal(gradients["x"], expected["x"])
+    assert torch.equal(gradients["w_hh"], expected["w_hh"])
+
+
+def test_autograd_over_a_retained_graph():
+    case = moved("torch", sequences.draw("lstm", "float32", 6, 3, 5, 16))
+    x, *weights = (array.clone().requires_grad_() for array in (case.x, *case.weights[:4]))
+    h0, c0 = case.state
+    y, (hT, cT) = gpu_rnn.lstm(x, *weights, h0=h0, c0=c0, backend="cuda")
+    expected = case.run(cuda.forward, cuda.backward)
+    for _ in range(2):
+        gradients = torch.autograd.grad((y, hT, cT), (x, *weights), (case.dy, *case.dlast), retain_graph=True)
+        for name, gradient in zip(("x", *Weights._fields[:4]), gradients, strict=True):
+            assert torch.equal(gradient, expected[f"d{name}"]), name
+
+
+def test_offsets_beyond_32_bits():
+    T, B, I, H = 33, 8192, 8, 2100
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free memory")
+    torch.manual_seed(1)
+    x = torch.randn(T, B, I, device="cuda")
+    weights = Weights(*(torch.randn(4 * H, n, device="cuda") * n**-0.5 for n in (I, H)))
+    state = tuple(torch.zeros(B, H, device="cuda") for _ in range(2))
+    cell = cells.get("lstm")
+    y, _, tape = cuda.forward(cell, x, weights, state, reverse=False, save=True)
+    rows = torch.tensor([0, 4097, B - 1], device="cuda")
+    few, _, _ = cuda.forward(cell, x[:, rows], weights, tuple(s[rows] for s in state), reverse=False, save=False)
+    np.testing.assert_allclose(y[:, rows].cpu().numpy(), few.cpu().numpy(), atol=1e-4)
+    assert tape[0].numel() > 2**31
