@@ -13,6 +13,8 @@ EXTRAS = {
     "triton": "gpu-rnn[triton]",
     "cupy": "gpu-rnn[cuda13]",
     "matplotlib": "gpu-rnn[demo]",
+    "click": "gpu-rnn[demo]",
+    "rich": "gpu-rnn[demo]",
 }
 
 

@@ -30,11 +30,16 @@ def forced(name: str | None = None) -> str | None:
     return None if name == "auto" else backend(name).NAME
 
 
+def order(problem: Problem) -> tuple[str, ...]:
+    """Fastest first. On the CPU nobody is asked before NumPy, since asking may import their library."""
+    return ORDER[::-1] if problem.device == "cpu" else ORDER
+
+
 def choose(problem: Problem, name: str | None = None) -> ModuleType:
     """The backend for a problem. `name` or $GPU_RNN_BACKEND forces one, which serves it or whose reasons are raised."""
     only = forced(name)
     reasons = {}
-    for candidate in [only] if only else ORDER:
+    for candidate in [only] if only else order(problem):
         module = backend(candidate)
         reasons[candidate] = module.reasons(problem)
         if not reasons[candidate]:
@@ -76,7 +81,7 @@ def explain(problem: Problem, name: str | None = None) -> Explanation:
     """Where a problem runs and how, why not elsewhere, and what cuDNN would do with it."""
     only = forced(name)
     reasons = {candidate: tuple(backend(candidate).reasons(problem)) for candidate in ORDER}
-    able = [candidate for candidate in ([only] if only else ORDER) if not reasons[candidate]]
+    able = [candidate for candidate in ([only] if only else order(problem)) if not reasons[candidate]]
     chosen = able[0] if able else None
     plan = backend(chosen).plan(problem) if chosen else ""
     return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem))
