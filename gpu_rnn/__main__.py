@@ -1,0 +1,150 @@
+"""The command line: `gpu-rnn` or `python -m gpu_rnn`, with info, demo, explain and bench."""
+
+import os
+import platform
+import runpy
+import sys
+from pathlib import Path
+
+from gpu_rnn.kernels import cells
+
+from . import __version__, arrays, dispatch
+from .compat import installed, missing, no_gpu, require
+from .problem import Problem
+
+if absent := [name for name in ("click", "rich") if not installed(name)]:
+    print(f"Error: gpu-rnn's commands need {' and '.join(absent)}: pip install 'gpu-rnn[demo]'", file=sys.stderr)
+    raise SystemExit(2)
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LIBRARIES = ("numpy", "torch", "triton", "cupy", "matplotlib")
+SIZE = click.IntRange(min=1)
+
+
+class Refused(click.ClickException):
+    """One line, and exit status 2."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Recurrent layers as fused CUDA and Triton kernels, with NumPy where there is no GPU."""
+    try:
+        dispatch.forced()
+    except ValueError as error:
+        raise Refused(f"${dispatch.VARIABLE}: {error}") from error
+
+
+@main.command()
+def info() -> None:
+    """What this machine can run and, for what it can't, why."""
+    system = Table(show_header=False, box=None)
+    system.add_row("gpu_rnn", __version__)
+    system.add_row("Python", f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
+    for name in LIBRARIES:
+        system.add_row(name, Text(missing(name) or sys.modules[name].__version__))
+    for gpu in gpus():
+        system.add_row("GPU", Text(gpu))
+    if forced := dispatch.forced():
+        system.add_row(f"${dispatch.VARIABLE}", forced)
+
+    sample = {place: Problem(cells.get("lstm"), 64, 32, 128, 128, device=place, library=library(place))
+              for place in ("cpu", "cuda")}  # fmt: skip
+    backends = Table("backend", *(f"arrays on {place}" for place in sample), show_lines=True)
+    for name in dispatch.ORDER:
+        backends.add_row(name, *(Text("\n".join(verdict(name, problem))) for problem in sample.values()))
+
+    console = Console()
+    console.print(system)
+    console.print(backends)
+    console.out(f"for {cells.get('lstm').name} T=64 B=32 I=128 H=128 float32; others: gpu-rnn explain", highlight=False)
+
+
+def gpus() -> list[str]:
+    if reason := no_gpu():
+        return [reason]
+    if missing("torch") is None and (cuda := require("torch", "info").cuda).is_available():
+        found = [cuda.get_device_properties(k) for k in range(cuda.device_count())]
+        return [
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+            f"{gpu.total_memory / 2**30:.0f} GiB" for gpu in found
+        ]  # fmt: skip
+    runtime = require("cupy", "info").cuda.runtime
+    return [runtime.getDeviceProperties(k)["name"].decode() for k in range(runtime.getDeviceCount())]
+
+
+def library(place: str) -> str:
+    """Whose arrays could be there."""
+    return "torch" if missing("torch") is None else {"cpu": "numpy", "cuda": "cupy"}[place]
+
+
+def verdict(name: str, problem: Problem) -> list[str]:
+    reasons = dispatch.backend(name).reasons(problem)
+    return [f"no: {reason}" for reason in reasons] or [f"yes: {dispatch.backend(name).plan(problem)}"]
+
+
+@main.command()
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A UTF-8 text to learn; without it Python's own standard library.")  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True,
+              help="How long to train.")  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True,
+              help="Folder for the figures.")  # fmt: skip
+def demo(text: Path | None, seconds: float, out: Path) -> None:
+    """Train a character-level LSTM on real text, let it write, and draw what its gates do."""
+    for name in ("torch", "matplotlib"):
+        if missing(name):
+            raise Refused(f"the demo needs {name}: {missing(name)}; pip install 'gpu-rnn[demo]' brings all of it")
+    from .demo import TextError, run
+
+    try:
+        run(text, seconds, out, Console())
+    except (TextError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+@main.command()
+@click.argument("cell", type=click.Choice(cells.NAMES))
+@click.option("-T", "T", type=SIZE, required=True, help="Instants.")
+@click.option("-B", "B", type=SIZE, required=True, help="Batch size.")
+@click.option("-I", "I", type=SIZE, required=True, help="Input size.")
+@click.option("-H", "H", type=SIZE, required=True, help="Hidden size.")
+@click.option("-P", "P", type=SIZE, help="Projected size, for an lstm with a projection.")
+@click.option("--dtype", type=click.Choice(arrays.DTYPES), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if this machine has one.")
+@click.option("--library", type=click.Choice(["numpy", "torch", "cupy"]), help="Whose arrays; default: torch if here.")
+@click.option("--training", is_flag=True, help="A gradient will be wanted.")
+@click.option("--backend", type=click.Choice(dispatch.ORDER), help="Insist on this one.")
+def explain(**options) -> None:
+    """Which backend and plan a problem takes, why, and why not the others.
+
+    For example: gpu-rnn explain lstm -T 256 -B 64 -I 512 -H 512 --dtype float16 --training
+    """
+    from .inspection import explain
+
+    try:
+        click.echo(explain(options.pop("cell"), **options))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Microbenchmarks; in a checkout only. All arguments are theirs: gpu-rnn bench --help."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "bench" / "__main__.py").exists():
+        raise Refused("the benchmarks are not installed; they are in the repository's folder bench/")
+    sys.path.insert(0, str(checkout))
+    sys.argv = ["python -m bench", *arguments]
+    runpy.run_module("bench", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(prog_name="gpu-rnn")

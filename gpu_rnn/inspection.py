@@ -1,0 +1,410 @@
+"""Look before and look inside: `explain` says where a problem would run and how, `inspect` what happens in the cell."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cache
+from inspect import signature
+from itertools import groupby
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from gpu_rnn.kernels.cells import Cell, get
+from gpu_rnn.kernels.program import consumers
+from gpu_rnn.kernels.trace import trace
+
+from . import arrays, cudnn, dispatch
+from .compat import installed, no_gpu, require
+from .dispatch import Explanation
+from .functional import ShapeError, checked, elman, gru, lstm, rnn
+from .problem import Problem, Weights
+
+FUNCTIONS = (lstm, gru, rnn)
+
+# ---- where it runs --------------------------------------------------------------------------------------------------
+
+
+class Explanations(tuple[Explanation, ...]):
+    """One Explanation for each direction of each layer, in torch's order; prints equal ones once."""
+
+    def __str__(self) -> str:
+        return "\n".join(text for text, _ in groupby(map(str, self)))
+
+    __repr__ = __str__
+
+
+def explain(
+    what: str | Callable,
+    x: Any = None,
+    *,
+    T: int | None = None,
+    B: int | None = None,
+    I: int | None = None,
+    H: int | None = None,
+    P: int | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    library: str | None = None,
+    training: bool | None = None,
+    backend: str | None = None,
+) -> Explanation | Explanations:
+    """Which backend and plan a problem takes, why, why not the others, and which cuDNN algorithm torch.nn would take.
+
+        print(gpu_rnn.explain("lstm", T=256, B=64, I=512, H=512, dtype="float16", training=True))
+        print(gpu_rnn.explain(layer, x))
+
+    Nothing is computed. The parts: `backend` (None: it runs nowhere), `plan`, `reasons` by backend, `cudnn`.
+
+    Args:
+        what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
+        x: the input or its shape, [T, B, I]; for a layer whatever it takes, also a PackedSequence.
+        T, B, I: instead of x. H, P: hidden and projected size. A layer knows them.
+        dtype, device, library: those of x or the layer, if given; else float32, this machine's GPU if it has one, torch
+            if it is installed.
+        training: whether a gradient will be wanted. None: for a layer what autograd would say now, otherwise no.
+        backend: insists on one, as for `gpu_rnn.lstm`.
+
+    Returns:
+        An Explanation; for a layer Explanations, a tuple of one for each direction of each of its layers.
+
+    Raises:
+        ShapeError: a size that isn't a positive whole number, or that doesn't fit. TypeError: a size is missing or
+        given twice. ValueError: unknown cell, dtype, device, library or backend.
+    """
+    given = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(what, str) and what not in FUNCTIONS:
+        if x is None or given:
+            superfluous = f"; got {', '.join(given)} too" if given else ""
+            raise TypeError(f"for a layer: explain(layer, x), with the input or its shape and no more{superfluous}")
+        return explain_layer(what, x, training, backend)
+    cell = get(elman("tanh") if what in (rnn, "rnn") else what if isinstance(what, str) else what.__name__)
+    if x is not None:
+        shape, found = size_and_kind(x)
+        if len(shape) != 3:
+            raise ShapeError(f"x has shape {list(shape)}; expected [T, B, I]")
+        found |= dict(zip("TBI", shape))
+        if twice := found.keys() & given.keys():
+            raise TypeError(f"x says its {', '.join(sorted(twice))} already")
+        given |= found
+    if absent := [letter for letter in "TBIH" if letter not in given]:
+        raise TypeError(f"explaining {cell.name} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
+    return dispatch.explain(problem(cell, **given, training=bool(training)), backend)
+
+
+def explain_layer(layer: Any, x: Any, training: bool | None, backend: str | None) -> Explanations:
+    """The layer's own forward says what it would ask for. Of packed input, cut into several, it is the largest."""
+    layer, packed = as_ours(layer), hasattr(x, "batch_sizes")
+    from .autograd import tracked
+    from .layers import autocast
+
+    def run(x: Any, weights: Weights, initial: list, reverse: bool) -> tuple:
+        cast = autocast(x.device.type)
+        x, weights, initial = cast(x), Weights(*map(cast, weights)), [cast(state) for state in initial]
+        wanted = tracked(x, *weights, *initial) if training is None else training
+        asked, _ = checked(layer.page, x, weights, by_name(cell, initial), reverse, wanted)
+        return asked, x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted), initial
+
+    cell = get(layer.page)
+    if isinstance(x, (tuple, list)) and not packed:
+        for size in x:
+            check_size("x", size, f" in its shape {list(x)}")
+        x = next(layer.parameters()).new_empty(x)
+    asked = driven(layer, run, x, None)
+    largest = [max(problems, key=lambda problem: problem.T * problem.B) for problems in asked.values()]
+    if hasattr(layer, "num_layers"):
+        directions = 1 + layer.bidirectional
+        algorithm = cudnn.algorithm(largest[0], layers=layer.num_layers, directions=directions, packed=packed)
+    else:
+        algorithm = "none: torch.nn's cells don't use cuDNN"
+    found = [dispatch.explain(problem, backend or layer.backend) for problem in largest]
+    return Explanations(replace(explanation, cudnn=algorithm) for explanation in found)
+
+
+def size_and_kind(x: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Of an array or a shape."""
+    if isinstance(x, (tuple, list)):
+        return tuple(x), {}
+    return tuple(x.shape), {"library": arrays.library(x), "dtype": arrays.dtype(x), "device": arrays.device(x)}
+
+
+def problem(
+    cell: Cell, *, T: int, B: int, I: int, H: int, P: int | None = None, dtype: Any = "float32", device: Any = None,
+    library: str | None = None, training: bool, reverse: bool = False,
+) -> Problem:  # fmt: skip
+    """A Problem, with its sizes and words checked."""
+    for letter, size in zip("TBIHP", (T, B, I, H, P)):
+        if size is not None:
+            check_size(letter, size)
+    if P is not None and (cell.name != "lstm" or P >= H):
+        raise ShapeError(f"P = {P}, H = {H}; a projection belongs to an lstm and needs P < H")
+    dtype = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")  # "float32", np.float32, torch.float32
+    device = str(device or ("cpu" if no_gpu() else "cuda")).partition(":")[0]
+    library = library or ("torch" if installed("torch") else "numpy" if device == "cpu" else "cupy")
+    known = {dtype: arrays.DTYPES, device: ("cpu", "cuda"), library: ("numpy", "torch", "cupy")}
+    for word, words in known.items():
+        if word not in words:
+            raise ValueError(f"{word!r} is none of {', '.join(words)}")
+    if (library, device) in (("numpy", "cuda"), ("cupy", "cpu")):
+        raise ValueError(f"{library} has no arrays on {device}")
+    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse)
+
+
+def check_size(name: str, size: Any, where: str = "") -> None:
+    if not isinstance(size, (int, np.integer)) or size < 1:
+        raise ShapeError(f"{name} has the size {size!r}{where}; sizes are whole numbers, 1 or larger")
+
+
+# ---- what happens inside --------------------------------------------------------------------------------------------
+
+TITLES = {
+    "i": "input gate", "f": "forget gate", "g": "candidate", "o": "output gate", "r": "reset gate", "z": "update gate",
+    "n": "candidate", "c": "cell state", "h": "output",
+}  # fmt: skip
+VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
+
+
+@dataclass(frozen=True)
+class Inspection(Mapping[str, np.ndarray]):
+    """Every gate's activation and every state after every instant, by letter: `inspection["f"]` is [T, B, H].
+
+    The letters are those of the cell's page: i f g o h c for LSTM, r z n h for GRU, a h for RNN. A stack of layers or
+    directions has torch's endings too: "f_l0", "f_l0_reverse", "f_l1". h is [T, B, P] after a projection. In a
+    PackedSequence's shorter rows what comes after the end is NaN.
+    """
+
+    cell: Cell
+    endings: tuple[str, ...]  # of the keys: ("",) for one layer in one direction, else ("_l0", "_l0_reverse", ...)
+    recorded: dict[str, np.ndarray]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.recorded:
+            raise KeyError(f"{key!r}; there are {', '.join(self.recorded)}")
+        return self.recorded[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.recorded)
+
+    def __len__(self) -> int:
+        return len(self.recorded)
+
+    def plot(
+        self,
+        path: str | PathLike | None = None,
+        row: int = 0,
+        units: int | Sequence[int] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> Any:
+        """Heat maps, units by time: a panel for every gate and state, a column for every layer and direction.
+
+        Args:
+            path: where to write the figure, as PNG, PDF or SVG by its ending; None writes nothing.
+            row: which row of the batch.
+            units: which units; a number takes so many, from those that change slowest to the quickest. None: all.
+            labels: [T] what was read at every instant, e.g. a string's characters; stands below.
+
+        Returns:
+            The matplotlib Figure. ValueError: a row, units or labels that aren't there; ImportError: no matplotlib.
+        """
+        figure_module = require("matplotlib.figure", "plotting an inspection")  # not pyplot: no window, nothing global
+        T, B, _ = self.recorded[self.cell.gates[0] + self.endings[0]].shape
+        if not 0 <= row < B:
+            raise ValueError(f"row {row} of a batch of {B}")
+        if labels is not None and len(labels) != T:
+            raise ValueError(f"{len(labels)} labels for {T} instants")
+        shown = [gate for gate, k in zip(self.cell.gates, activations(self.cell)) if k >= self.cell.S]
+        shown += reversed(self.cell.states)  # a gate that is itself a state is shown once
+
+        size = (1.5 + min(max(0.14 * T, 5), 16) * len(self.endings), 0.6 + 1.5 * len(shown))
+        figure = figure_module.Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(shown), len(self.endings), sharex=True, squeeze=False)
+        for column, ending in enumerate(self.endings):
+            chosen = self.chosen_units(units, ending, row)
+            for panel, letter in zip(panels[:, column], shown):
+                values = self.recorded[letter + ending][:, row]
+                values = values[:, [u for u in chosen if u < values.shape[1]]]  # a projected h has fewer
+                signed, top = np.nanmin(values) < 0, max(1.0, np.nanpercentile(np.abs(values), 95))  # c can run away
+                image = panel.imshow(
+                    values.T, vmin=-top if signed else 0, vmax=top, cmap="RdBu_r" if signed else "viridis",
+                    aspect="auto", interpolation="nearest",
+                )  # fmt: skip
+                panel.set_title(f"{letter}{ending}  {TITLES.get(letter, '')}", loc="left", fontsize=9)
+                panel.set_ylabel("unit", fontsize=8)
+                panel.set_yticks([])
+                panel.tick_params(labelsize=8, length=2 if labels is None else 0)
+                beyond = "both" if top > 1 else "neither"
+                figure.colorbar(image, ax=panel, pad=0.01, aspect=12, extend=beyond).ax.tick_params(labelsize=7)
+            if labels is None:
+                panel.set_xlabel("instant", fontsize=8)
+            else:
+                panel.set_xticks(range(T), [label.translate(VISIBLE) for label in labels], family="monospace")
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def chosen_units(self, units: int | Sequence[int] | None, ending: str, row: int) -> Sequence[int]:
+        H = self.recorded[self.cell.gates[0] + ending].shape[2]
+        if units is None:
+            return range(H)
+        if isinstance(units, int):
+            if not 1 <= units <= H:
+                raise ValueError(f"{units} units of a layer of {H}")
+            memory = self.recorded[self.cell.states[-1] + ending][:, row]
+            memory = memory[: np.isfinite(memory[:, 0]).sum()]
+            change = np.abs(np.diff(memory, axis=0)).sum(0) / (memory.std(0) + np.finfo(memory.dtype).tiny)
+            return np.argsort(change, kind="stable")[np.linspace(0, H - 1, units).astype(int)].tolist()
+        if not all(0 <= unit < H for unit in units):
+            raise ValueError(f"units {list(units)} of a layer of {H}")
+        return list(units)
+
+
+def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
+    """Run a layer by its cell's page, in NumPy, and keep every gate and state of every instant.
+
+        inside = gpu_rnn.inspect(layer, x)                                  # or inspect(layer, x, hx)
+        inside = gpu_rnn.inspect(gpu_rnn.lstm, x, w_ih, w_hh, b_ih, b_hh)   # or with all that gpu_rnn.lstm takes
+        inside["f"]                                                         # [T, B, H] the forget gate
+        inside.plot("gates.png", labels="what it read")
+
+    What is kept are the page's own values, not what a faster backend may have fused away; they agree within rounding.
+
+    Args:
+        what: an RNN, LSTM, GRU or cell of gpu_rnn (or torch.nn), or one of the functions gpu_rnn.rnn, lstm, gru.
+        x: what the layer or function takes: [T, B, I], [B, T, I] for batch_first, [T, I], a PackedSequence, ...
+        args, kwargs: `hx` for a layer; weights, biases, states and `reverse` for a function.
+
+    Returns:
+        An Inspection: NumPy arrays, always time first, in the dtype of x (float32 for torch's halves).
+
+    Raises:
+        ShapeError, TypeError: as `gpu_rnn.lstm`. A layer's dropout is left out, as in evaluation.
+    """
+    if what in FUNCTIONS:
+        return inspect_function(what, x, *args, **kwargs)
+    return inspect_layer(what, x, *args, **kwargs)
+
+
+def inspect_function(function: Callable, *args: Any, **kwargs: Any) -> Inspection:
+    bound = signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    cell = get(elman(given["nonlinearity"]) if function is rnn else function.__name__)
+    weights = Weights(*(given.get(field) for field in Weights._fields))
+    initial = [given[letter + "0"] for letter in cell.states]
+    return Inspection(cell, ("",), record(cell, given["x"], weights, initial, given["reverse"]))
+
+
+def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
+    """The layer's own forward drives the page: through packed rows, stacks and directions."""
+    torch = require("torch", "looking inside a layer")
+    layer = as_ours(layer)
+    cell = get(layer.page)
+
+    def run(x: Any, weights: Weights, initial: list, reverse: bool) -> tuple:
+        recorded = record(cell, x, weights, initial, reverse)
+        y, *others = (torch.from_numpy(recorded[letter]).to(x) for letter in cell.states)
+        return recorded, y, tuple(state[0 if reverse else -1] for state in (y, *others))
+
+    with torch.no_grad():
+        calls = driven(layer, run, x, hx)
+    several = len(calls) > 1
+    rows = getattr(x, "unsorted_indices", None)
+    recorded = {}
+    for ending, pieces in calls.items():
+        reverse = ending.endswith("reverse")
+        for letter in pieces[0]:
+            whole = joined([piece[letter] for piece in (reversed(pieces) if reverse else pieces)])
+            recorded[letter + ending * several] = whole if rows is None else whole[:, rows.cpu().numpy()]
+    return Inspection(cell, tuple(calls) if several else ("",), recorded)
+
+
+def joined(pieces: list[np.ndarray]) -> np.ndarray:
+    """Packed rows' stretches of equal batch size [n, b, H] one after the other -> [T, B, H], NaN after a row's end."""
+    B = len(pieces[0][0])
+    return np.concatenate([np.pad(p, ((0, 0), (0, B - p.shape[1]), (0, 0)), constant_values=np.nan) for p in pieces])
+
+
+def as_ours(layer: Any) -> Any:
+    """A copy of a layer, on the same parameters, as gpu_rnn's layer even if it is torch.nn's. TypeError for others."""
+    torch = require("torch", "looking at a layer")
+    from .layers import Recurrent, replace_, twin
+
+    if not isinstance(layer, Recurrent) and not (isinstance(layer, torch.nn.Module) and twin(layer)):
+        raise TypeError(f"expected a recurrent layer or a function of gpu_rnn, or a layer of torch.nn; got {layer!r}")
+    return replace_(copy(layer))
+
+
+def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, list]:
+    """Call a layer with `run` in the place of its way down, without dropout.
+
+    `run` takes one layer and direction, x [T, B, I], and gives a note, y and the last states. -> the notes of its
+    calls, by the ending of the parameters' names; more than one for each where the input is packed.
+    """
+    calls: list[tuple[Weights, list]] = []
+
+    def noting(x: Any, weights: Weights, initial: list, reverse: bool) -> tuple:
+        note, y, last = run(x, weights, initial, reverse)
+        if not calls or calls[-1][0] is not weights:
+            calls.append((weights, []))
+        calls[-1][1].append(note)
+        return y, last
+
+    layer.__dict__ |= {"_run": noting, "training": False}
+    layer(x, hx)
+    return dict(zip(getattr(layer, "_suffixes", [""]), (notes for _, notes in calls), strict=True))
+
+
+def by_name(cell: Cell, states: Sequence) -> dict[str, Any]:
+    return {letter + "0": state for letter, state in zip(cell.states, states)}
+
+
+@cache
+def activations(cell: Cell) -> tuple[int, ...]:
+    """Where among (*states, *saved), as `step` returns them, each gate's activation stands.
+
+    It is the first function that the gate's pre-activation meets: from x[g], past what is added to it.
+    """
+    graph = trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
+    users = consumers(graph)
+    found = []
+    for g, letter in enumerate(cell.gates):
+        symbol = graph.node("input", "x", g)
+        while symbol.op in ("input", "add"):
+            symbol = users[symbol][0]
+        returned = [*graph.outputs[0], *graph.outputs[1]]
+        if symbol not in returned:
+            raise ValueError(f"{cell.name} doesn't return the activation of its gate {letter}, {symbol}")
+        found.append(returned.index(symbol))
+    return tuple(found)
+
+
+def record(cell: Cell, x: Any, weights: Weights, initial: Sequence, reverse: bool) -> dict[str, np.ndarray]:
+    """The page on every instant of one layer in one direction: x [T, B, I] -> letter: [T, B, H]."""
+    _, state = checked(cell.name, x, weights, by_name(cell, initial), reverse, training=False)
+    state = tuple(map(on_cpu, state))
+    w_ih, w_hh, b_ih, b_hh, w_hr = map(on_cpu, weights)
+
+    def part(a: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+        """[B, I] or [B, P] -> [G, B, H]"""
+        product = a @ w.T if b is None else a @ w.T + b
+        return product.reshape(len(a), cell.G, -1).swapaxes(0, 1)
+
+    instants = []
+    for x_t in on_cpu(x)[:: -1 if reverse else 1]:
+        new, saved = cell.step(part(x_t, w_ih, b_ih), part(state[0], w_hh, b_hh), state)
+        gates = [(*new, *saved)[k] for k in activations(cell)]
+        state = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
+        instants.append((*gates, *state))
+    columns = zip(*instants[:: -1 if reverse else 1])
+    return {letter: np.stack(column) for letter, column in zip(cell.gates + cell.states, columns)}
+
+
+def on_cpu(array: Any) -> Any:
+    """Any array as NumPy's, wherever it lives. None stays None."""
+    if array is None:
+        return None
+    if arrays.library(array) == "cupy":
+        return array.get()
+    return arrays.to_numpy(array.cpu() if arrays.library(array) == "torch" else array)
