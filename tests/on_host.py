@@ -1,7 +1,9 @@
 """Runs the launches of the CUDA backend on the CPU: a `Runner` made of the host runtime (tests/host)."""
 
 import ctypes
+import sys
 from functools import cache, partial
+from itertools import cycle
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from gpu_rnn.kernels.cuda.launch import Launch, Unit
 
 from .conftest import sequence_arrays
 from .host import runtime
+
+SEEDS = cycle((0, 1, 2))  # a schedule of its own for every launch
 
 
 @cache
@@ -26,8 +30,9 @@ def ready(launch: Launch, sanitizer=None):
     def repeat(*more):
         arguments = [passed(p.kind, value) for p, value in zip(parameters, (*launch.arguments, *more), strict=True)]
         library.launch(
-            launch.kernel, launch.grid, launch.block, arguments, shared=launch.shared, cluster=launch.cluster
-        )
+            launch.kernel, launch.grid, launch.block, arguments,
+            shared=launch.shared, cluster=launch.cluster, seed=next(SEEDS),
+        )  # fmt: skip
 
     return repeat
 
@@ -40,8 +45,8 @@ def passed(kind: str, value):
 
 
 def main() -> None:
-    """The LSTM, ragged and aligned, under AddressSanitizer; without torch, which is slow to load there."""
-    bind = partial(cuda.bind, partial(ready, sanitizer="address"))
+    """The LSTM, ragged and aligned, under the sanitizer named; without torch, which is slow to load there."""
+    bind = partial(cuda.bind, partial(ready, sanitizer=sys.argv[1]))
     cell = cells.get("lstm")
     for H in (3, 8):
         x, weights, state = sequence_arrays(np.random.default_rng(1), "lstm", 2, 3, 2, H, dtype=np.float32)

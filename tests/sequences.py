@@ -113,9 +113,10 @@ def by_torch(case):
     return results | {f"d{name}": p.grad for name, p in zip(names, layer.parameters(), strict=True)}
 
 
-def check(case, results):
-    """Every result against the exact one, by the one rule."""
-    truth, peer = exact(case), by_torch(case)
+def check(case, results, *, tf32=False):
+    """Every result against the exact one, by the one rule. TF32 has float16's mantissa, so that is its peer."""
+    dtype = "float16" if tf32 else case.dtype
+    truth, peer = exact(case), by_torch(case.mapped(torch.Tensor.half) if tf32 else case)
     assert results.keys() == truth.keys() == peer.keys()
     for name in truth:
-        assert_close(wide(results[name]), truth[name], wide(peer[name]), case.dtype, f"{case.cell.name} {name}")
+        assert_close(wide(results[name]), truth[name], wide(peer[name]), dtype, f"{case.cell.name} {name}")

@@ -75,7 +75,9 @@ def test_projection(library, dtype, reverse):
 
 
 @EVERY
-@pytest.mark.parametrize(("library", "dtype"), [("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16")])
+@pytest.mark.parametrize(
+    ("library", "dtype"), [("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16"), ("torch", "float32")]
+)
 @BOTH_WAYS
 def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
     """The weights stay on the chip: in a block, in a cluster, and on a device that has no clusters in the grid."""
@@ -90,7 +92,7 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
         forward, backward = map(partial, (sequence.forward, sequence.backward), walks)
         case = sequences.draw(name, dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
-        sequences.check(case, given.run(forward, backward))
+        sequences.check(case, given.run(forward, backward), tf32=dtype == "float32")
         assert set(launches) == {"resident_pack", "resident_forward", "resident_backward"}
 
 
@@ -128,11 +130,12 @@ def test_arrays_that_are_not_contiguous():
     sequences.check(case, spread.run(forward, backward))
 
 
-def test_no_read_or_write_outside_an_array():
-    """AddressSanitizer watches every access, UBSan its alignment."""
-    if (reason := sanitize.why_not("address")) is not None:
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_no_access_outside_an_array_and_no_race(sanitizer):
+    """AddressSanitizer watches every access, UBSan its alignment, ThreadSanitizer the order of any two."""
+    if (reason := sanitize.why_not(sanitizer)) is not None:
         pytest.skip(reason)
-    outcome = sanitize.run("address", ["-m", "tests.on_host"])
+    outcome = sanitize.run(sanitizer, ["-m", "tests.on_host", sanitizer])
     assert not outcome.reports, outcome.output
     assert outcome.returncode == 0, outcome.output
 

@@ -31,9 +31,45 @@ def moved(library, case):
     return case.mapped(lambda tensor: cupy.asarray(tensor.numpy()))
 
 
+@pytest.fixture
+def ieee(monkeypatch):
+    """float32 products in float32: no tensor cores, so nothing is resident."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_resident_kernels(name, dtype, reverse):
+    """Weights on the chip: one block, a cluster, the grid; one batch tile, several, several launches."""
+    for T, B, I, H in (
+        (4, 3, 5, 20),
+        (20, 17, 9, 128),
+        (6, 40, 7, 300),
+        (5, 9, 33, 512),
+        (7, 5, 8, 700),
+        (4, 150, 8, 700),
+    ):
+        problem = Problem(cells.get(name), T, B, I, H, dtype=dtype, device="cuda", library="torch", training=True)
+        assert "resident" in cuda.plan(problem), cuda.plan(problem)
+        case = sequences.draw(name, dtype, T, B, I, H, reverse=reverse)
+        results = moved("torch", case).run(cuda.forward, cuda.backward)
+        sequences.check(case, results, tf32=dtype == "float32")
+
+
+def test_a_long_resident_sequence():
+    """Exchanges go on for thousands of steps, forward and back, and stay right."""
+    for H in (64, 256, 768):
+        case = sequences.draw("gru", "float16", 3000, 4, 3, H)
+        weights = case.weights._replace(w_hh=0.5 * case.weights.w_hh)  # no chaos: errors die out
+        case = case._replace(weights=weights)
+        sequences.check(case, moved("torch", case).run(cuda.forward, cuda.backward))
+
+
 @EVERY
 @ARRAYS
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.usefixtures("ieee")
 def test_every_result_is_as_good_as_torchs(name, library, dtype, reverse):
     for size in SIZES:
         case = sequences.draw(name, dtype, *size, reverse=reverse)

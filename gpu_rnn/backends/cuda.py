@@ -6,7 +6,7 @@ the caller's library alone, and nothing waits for the GPU: after `warmup`, or on
 """
 
 import ctypes
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -85,9 +85,9 @@ def warmup(problem: Problem) -> None:
 LEAST_INSTANTS = 4  # fewer don't repay packing the weights
 
 
-def residence_of(problem: Problem, on: residence.Device) -> tuple[residence.Residence | None, list[str]]:
+def residence_of(problem: Problem, on: residence.Device) -> tuple[residence.Residence | None, Sequence[str]]:
     """The resident plan of a problem, or why there is none."""
-    why = []
+    why: list[str] = []
     if problem.P is not None:
         why.append("a projection is one more product per step")
     if problem.T < LEAST_INSTANTS:

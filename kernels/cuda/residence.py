@@ -8,6 +8,7 @@ from the constants below; they only rank plans.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -193,22 +194,20 @@ def sequence(
 # ---- Planning --------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1024)  # asked at every call
 def plan(
     gates: int, states: int, dtype: str, H: int, B: int, device: Device, *, training: bool, scope: str | None = None
-) -> tuple[Residence | None, list[str]]:
+) -> tuple[Residence | None, tuple[str, ...]]:
     """The fastest plan by prediction, or None and the reasons; `scope` insists on one."""
     if dtype not in SIZES:
-        return None, [f"{dtype} has no resident kernel: tensor cores take float16, bfloat16 and float32 as TF32"]
+        return None, (f"{dtype} has no resident kernel: tensor cores take float16, bfloat16 and float32 as TF32",)
     if device.capability < (8, 0):
-        return None, [f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0"]
-    found, reasons = [], []
-    for name in SCOPES if scope is None else (scope,):
-        plans = list(candidates(name, gates, states, SIZES[dtype], H, B, device, training))
-        if plans:
-            found.append(min(plans, key=lambda p: p.waves * p.microseconds))
-        else:
-            reasons.append(why_not(name, gates, SIZES[dtype], H, device))
-    return (min(found, key=lambda p: p.waves * p.microseconds), []) if found else (None, reasons)
+        return None, (f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0",)
+    scopes = SCOPES if scope is None else (scope,)
+    found = [made for name in scopes for made in candidates(name, gates, states, SIZES[dtype], H, B, device, training)]
+    if not found:
+        return None, tuple(why_not(name, gates, SIZES[dtype], H, device) for name in scopes)
+    return min(found, key=lambda made: made.waves * made.microseconds), ()
 
 
 def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
