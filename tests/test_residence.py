@@ -106,6 +106,13 @@ def test_what_does_not_fit_has_its_reasons(problem, change, reason):
     assert any(reason in text for text in reasons), reasons
 
 
+def test_a_batch_that_takes_many_launches_is_left_to_one_product_per_step():
+    plan, reasons = planned("lstm", "bfloat16", 1536, 128, DEVICES["h200"])
+    assert plan is None
+    assert "one product per step" in reasons[0]
+    assert planned("lstm", "bfloat16", 1536, 128, DEVICES["h200"], scope="grid")[0].launches > 1
+
+
 def test_an_older_or_shared_device_falls_to_the_next_scale():
     problem = ("lstm", "bfloat16", 256, 8)
     assert planned(*problem, DEVICES["h200"])[0].scope == "cluster"

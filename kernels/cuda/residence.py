@@ -25,6 +25,7 @@ ROWS = 8  # its columns: so are batch rows
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, all architectures since sm_70
 MOST_REGISTERS = 255  # of a thread
 WORK_REGISTERS = 92  # what a thread needs beside weights, sums and elements; compile-only tests hold it against ptxas
+LOADING_REGISTERS = 16  # what it needs more where weights come from shared memory
 MOST_WARPS = 16
 MOST_BATCH_TILES = 4  # more sums than these leave no registers for weights
 MOST_GRID_BLOCKS = 128  # of one group: each polls all the others
@@ -35,6 +36,8 @@ MMA_LATENCY_CYCLES = 33.0  # until the sum may be used by the next one
 SHARED_BYTES_PER_CYCLE = 128.0
 EXCHANGE = {"block": 0.05, "cluster": 0.45, "grid": 1.8}  # latency of a step's exchange, its barriers included
 EXCHANGE_BYTES_PER_MICROSECOND = {"block": 1e9, "cluster": 60e3, "grid": 40e3}  # into one multiprocessor
+LAUNCHES = 6.0  # of a step that takes a product and a fused kernel
+WEIGHT_BYTES_PER_MICROSECOND, OPERATIONS_PER_MICROSECOND = 4e6, 4e8  # of that product
 POINTWISE = 0.15  # the cell's mathematics, its barrier, memory
 
 
@@ -207,7 +210,12 @@ def plan(
     found = [made for name in scopes for made in candidates(name, gates, states, SIZES[dtype], H, B, device, training)]
     if not found:
         return None, tuple(why_not(name, gates, SIZES[dtype], H, device) for name in scopes)
-    return min(found, key=lambda made: made.waves * made.microseconds), ()
+    best = min(found, key=lambda made: made.waves * made.microseconds)
+    other = stepwise(gates, SIZES[dtype], H, B)
+    if scope is None and best.waves * best.microseconds > other:
+        taken = f"{best.waves} times {best.microseconds:.1f} us a step for {B} batch rows"
+        return None, (f"{best.scope}: predicted to take {taken}, and one product per step {other:.1f} us",)
+    return best, ()
 
 
 def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
@@ -262,6 +270,8 @@ def fitted(
     elements = own * (2 * states + 3 * gates)
     room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS - sums - elements
     k_registers = min(k_tiles, room // (4 * gates))
+    if k_registers < k_tiles:
+        k_registers = (room - LOADING_REGISTERS) // (4 * gates)
     if k_registers < 0:
         return None
     tiles = -(-B // (ROWS * batch_tiles))
@@ -273,6 +283,12 @@ def fitted(
     if max(sketch.shared_bytes(backward=back) for back in {False, training}) > device.shared_bytes:
         return None
     return replace(sketch, microseconds=predicted(sketch))
+
+
+def stepwise(gates: int, size: int, H: int, B: int) -> float:
+    """Microseconds of a step of stepwise.cu: two launches, and a product that reads R from L2 or memory."""
+    weights, operations = gates * H * H * size, 2 * B * gates * H * H
+    return LAUNCHES + max(weights / WEIGHT_BYTES_PER_MICROSECOND, operations / OPERATIONS_PER_MICROSECOND)
 
 
 def resident_groups(scope: str, blocks: int, device: Device) -> int:
