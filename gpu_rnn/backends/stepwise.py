@@ -19,14 +19,12 @@ can.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell
 
 from .. import arrays
-from . import sequence
-from .sequence import Backward, Forward, recurrent_gradient, stored  # noqa: F401
+from .sequence import Backward, Forward
 
 
 class Step(NamedTuple):
@@ -121,11 +119,3 @@ def walk_back(bind: Bind, cell: Cell, given: Backward) -> None:
 
 def product_dtype(array: Any) -> str:
     return arrays.product_dtype(arrays.library(array), arrays.dtype(array))
-
-
-def forward(bind, *a, **k):  # until the triton backend walks
-    return sequence.forward(partial(walk, bind), *a, **k)
-
-
-def backward(bind, *a, **k):
-    return sequence.backward(partial(walk_back, bind), *a, **k)
