@@ -1,0 +1,88 @@
+"""How the Triton kernels are launched: pure functions of sizes, every number with its reason."""
+
+from typing import NamedTuple
+
+from ..cells import Cell
+
+OLDEST = (8, 0)  # compute capability: bfloat16, asynchronous copies, and what the tests compile for
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}  # what a sequence kernel takes
+REAL_BYTES = 4  # of what it computes in
+FLOAT32_WEIGHTS = 64 << 10  # bytes; see `sequence`
+
+
+class Instant(NamedTuple):
+    """Of a stepwise kernel. T and B don't matter, so that new ones compile nothing."""
+
+    block_b: int
+    block_h: int
+    num_warps: int
+
+
+def instant(H: int) -> Instant:
+    """512 elements for 128 threads: 4 each, side by side, are one access of 16 bytes in float32.
+
+    Fewer would leave the memory waiting, more would leave multiprocessors empty: 64 rows of 512 units are 64 programs.
+    At most 128 units of a row, a whole access for a warp, so that a ragged H wastes little.
+    """
+    block_h = min(power_of_two(H), 128)
+    return Instant(512 // block_h, block_h, num_warps=4)
+
+
+class Sequence(NamedTuple):
+    """Of a sequence kernel."""
+
+    rows: int
+    tile: int
+    stages: int  # instants whose input is on its way or in use at the same time
+    num_warps: int
+    maxnreg: int  # registers per thread
+
+
+def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bool) -> tuple[Sequence | None, str]:
+    """The plan, or None and why there is none; `shared_memory` is what the GPU lets one program have, in bytes.
+
+    rows       16, the height of a tensor core's product. More would use fewer multiprocessors.
+    tile       at least 16, the shortest sum of a tensor core's product.
+    stages     3, so that an instant's input is asked for two instants ahead; fewer where shared memory is scarce.
+    num_warps  as many as there are 8 columns, the width of a tensor core's product, up to 8: with more, each would read
+               all of h again. IEEE float32 products have no tensor cores; split twice as far, operands don't spill.
+    maxnreg    all that there are: one program per multiprocessor is the rule. Left to itself ptxas prefers to spill.
+
+    Shared memory is what limits the halves. In float32 it is the product, all of it unrolled: with 64 KiB of weights it
+    takes 96 registers of 128, with 96 KiB it spills. Above 64 units it is the addresses, one for each small access:
+    such rows must be made of fours. Up to these H, compiled without spills by Triton 3.6.0 and 3.7.1:
+
+                sm_90, sm_100 (227 KiB)        sm_80 (163 KiB)
+                rnn     gru     lstm           rnn     gru     lstm
+    halves      256     128     128            256     128     128 with fewer stages
+    float32     128      64      64            128      64      64
+    """
+    if dtype not in ITEM_BYTES:
+        return None, f"{dtype} products take no tensor cores and too many registers"
+    rows, tile = 16, max(16, power_of_two(H))
+    if tile > 64 and H % 4:
+        return None, f"H = {H} is above 64 and no multiple of 4, which takes too many registers"
+    weights = cell.G * tile * tile * ITEM_BYTES[dtype]
+    if dtype == "float32" and weights > FLOAT32_WEIGHTS:
+        return None, f"{weights >> 10} KiB of float32 weights take too many registers"
+    num_warps = min(tile // 4, 16) if dtype == "float32" else min(tile // 8, 8)
+    for stages in (3, 2, 1):
+        if sequence_bytes(cell, tile, dtype, rows, stages, backward=backward) <= shared_memory:
+            return Sequence(rows, tile, stages, num_warps, maxnreg=min(65536 // (32 * num_warps), 255)), ""
+    return None, f"{weights >> 10} KiB of weights don't fit {shared_memory >> 10} KiB of shared memory"
+
+
+def sequence_bytes(cell: Cell, tile: int, dtype: str, rows: int, stages: int, *, backward: bool) -> int:
+    """The most shared memory that a sequence kernel takes; less if the page ignores some of its arguments."""
+    item = ITEM_BYTES[dtype]
+    weights = cell.G * tile * tile * item
+    streamed = cell.G * item  # xg
+    if backward:  # dy, y, the h before, saved; and the other states before and after
+        streamed = (3 + cell.K) * item + 2 * (cell.S - 1) * REAL_BYTES
+    exchanged = REAL_BYTES  # between the layouts of products and of memory, one tile at a time
+    return weights + rows * tile * ((stages - 1) * streamed + exchanged)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,141 @@
+"""A whole sequence of any cell in one launch, for hidden sizes whose recurrent weights one program can hold.
+
+A program owns 16 rows of the batch, the least that a tensor-core product takes, and all H units of them: it never waits
+for another one. The recurrent weights are read from global memory once and stay on the chip as G square tiles; the
+states stay in registers. Per instant a program reads the input part, which depends on nothing and is therefore loaded
+ahead, and writes what the caller and the backward pass need. Backwards the same, with the gradients of the states in
+registers; dW, dR, dx and db are large products that come afterwards.
+
+Compared with a product and a launch per instant, an instant costs about as much as its arithmetic on one
+multiprocessor, G products of [16, H] by [H, H] and a dozen barriers, instead of two launches.
+
+Limits: tiles are padded to a power of two, TILE >= H, so that the weights take G * TILE^2 elements on the chip; see
+`plan.py` for what fits. float32 and halves; what meets the weights is rounded to the storage dtype, as everywhere.
+T and B are plain arguments: a new length or batch compiles nothing. Offsets to an instant or a row are int64.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import load_tiles, store_tiles
+
+
+@triton.jit
+def load_weights(w_hh, unit, seen, H: tl.constexpr, G: tl.constexpr):
+    """w_hh [G*H, H], rows `unit`, columns `seen`, as G tiles; `unit` and `seen` broadcast to a tile."""
+    weights = ()
+    for g in tl.static_range(G):
+        at = w_hh + (g * H + unit) * H + seen
+        weights = weights + (tl.load(at, mask=(unit < H) & (seen < H), other=0.0),)
+    return weights
+
+
+@triton.jit(do_not_specialize=["T", "B", "reverse"])
+def forward_kernel(
+    xg,  # [T, B, G, H] storage; input part, b_ih included
+    w_hh,  # [G*H, H] storage
+    b_hh,  # [G, H] storage, or None
+    h0,  # [B, H] storage
+    others,  # [T+1, S-1, B, H] float32; reads the first boundary, writes the later ones; or [1, ...], updated in place
+    saved,  # [T, B, K, H] storage, written, or None; may be xg itself
+    y,  # [T, B, H] storage, written; every h
+    T, B, reverse,
+    STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    top = tl.program_id(0).to(tl.int64) * ROWS  # int64; the rest is small, and each thread has many of them
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, TILE)[None, :]
+    mask = (row < B - top) & (column < H)
+    at = row * H + column
+    weights = load_weights(w_hh, column, tl.arange(0, TILE)[:, None], H, G)
+    bias = ()
+    for g in tl.static_range(G):
+        tile = tl.zeros([ROWS, TILE], tl.float32)
+        if b_hh is not None:
+            tile += tl.load(b_hh + g * H + column, mask=column < H, other=0.0).to(tl.float32)
+        bias = bias + (tile,)
+    B = B.to(tl.int64)
+    t = reverse * (T - 1)
+    first = t + reverse if saved is not None else 0
+    state = load_tiles(h0 + top * H, B * H, at, mask, tl.float32, 1)
+    state = state + load_tiles(others + (first * (S - 1) * B + top) * H, B * H, at, mask, tl.float32, S - 1)
+
+    for _ in tl.range(0, T, num_stages=STAGES):
+        here = t * B + top  # the row among those of all instants
+        x_part = load_tiles(xg + here * G * H, H, row * G * H + column, mask, tl.float32, G)
+        h = tl.where(column < H, state[0], 0.0).to(w_hh.dtype.element_ty)  # NaN in the padding would meet zeros: NaN
+        h_part = ()
+        for g in tl.static_range(G):
+            h_part = h_part + (tl.dot(h, weights[g], bias[g], input_precision=PRECISION),)
+        state, kept = STEP(x_part, h_part, state)
+        store_tiles(y + here * H, 0, at, mask, state, 0, 1)
+        if saved is not None:
+            after = t + 1 - reverse
+            store_tiles(others + (after * (S - 1) * B + top) * H, B * H, at, mask, state, 1, S - 1)
+            store_tiles(saved + here * K * H, H, row * K * H + column, mask, kept, 0, K)
+        t += 1 - 2 * reverse
+
+    if saved is None:
+        store_tiles(others + top * H, B * H, at, mask, state, 1, S - 1)
+
+
+@triton.jit(do_not_specialize=["T", "B", "reverse"])
+def backward_kernel(
+    w_hh,  # [G*H, H] storage
+    dy,  # [T, B, H] storage
+    dh,  # [B, H] float32; gradient of h after the sequence, becomes that of h0
+    dothers,  # [S-1, B, H] float32; the same of the other states
+    y,  # [T, B, H] storage; every h
+    h0,  # [B, H] storage
+    others,  # [T+1, S-1, B, H] float32
+    saved,  # [T, B, K, H] storage
+    dxg,  # [T, B, G, H] storage, written
+    dhg,  # [T, B, G, H] storage, written, or None where it equals dxg
+    T, B, reverse,
+    GRAD: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    top = tl.program_id(0).to(tl.int64) * ROWS  # int64; the rest is small, and each thread has many of them
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, TILE)[None, :]
+    mask = (row < B - top) & (column < H)
+    at = row * H + column
+    gate = row * G * H + column
+    weights = load_weights(w_hh, tl.arange(0, TILE)[:, None], column, H, G)
+    B = B.to(tl.int64)
+    t = (1 - reverse) * (T - 1)
+    asked = load_tiles(dh + top * H, 0, at, mask, tl.float32, 1)  # of the states, by the later instants
+    asked = asked + load_tiles(dothers + top * H, B * H, at, mask, tl.float32, S - 1)
+
+    for i in tl.range(0, T, num_stages=STAGES):
+        here = t * B + top  # the row among those of all instants
+        previous = t + 2 * reverse - 1
+        before = t + reverse
+        after = t + 1 - reverse
+        dnew = (asked[0] + tl.load(dy + here * H + at, mask=mask, other=0.0).to(tl.float32),)
+        for s in tl.static_range(1, S):
+            dnew = dnew + (asked[s],)
+        new = load_tiles(y + here * H, 0, at, mask, tl.float32, 1)
+        new = new + load_tiles(others + (after * (S - 1) * B + top) * H, B * H, at, mask, tl.float32, S - 1)
+        seen = tl.where(i == T - 1, h0, y + previous * B * H)
+        state = load_tiles(seen + top * H, 0, at, mask, tl.float32, 1)
+        state = state + load_tiles(others + (before * (S - 1) * B + top) * H, B * H, at, mask, tl.float32, S - 1)
+        kept = load_tiles(saved + here * K * H, H, row * K * H + column, mask, tl.float32, K)
+
+        dx_part, dh_part, past = GRAD(dnew, new, state, kept)
+
+        store_tiles(dxg + here * G * H, H, gate, mask, dx_part, 0, G)
+        if dhg is not None:
+            store_tiles(dhg + here * G * H, H, gate, mask, dh_part, 0, G)
+        back = tl.zeros([ROWS, TILE], tl.float32) + past[0]
+        for g in tl.static_range(G):
+            da = tl.where(column < H, dh_part[g], 0.0).to(w_hh.dtype.element_ty)
+            back = tl.dot(da, weights[g], back, input_precision=PRECISION)
+        asked = (back,)
+        for s in tl.static_range(1, S):
+            asked = asked + (tl.zeros([ROWS, TILE], tl.float32) + past[s],)
+        t = previous
+
+    store_tiles(dh + top * H, 0, at, mask, asked, 0, 1)
+    store_tiles(dothers + top * H, B * H, at, mask, asked, 1, S - 1)

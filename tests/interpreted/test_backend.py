@@ -1,0 +1,86 @@
+"""The whole backend without a GPU: public functions and autograd above it, Triton's interpreter below."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn.backends import triton as backend
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.triton import plan as plans
+from gpu_rnn.problem import Problem
+
+from .. import sequences
+
+FUNCTIONS = {
+    "lstm": gpu_rnn.lstm,
+    "gru": gpu_rnn.gru,
+    "rnn_tanh": partial(gpu_rnn.rnn, nonlinearity="tanh"),
+    "rnn_relu": partial(gpu_rnn.rnn, nonlinearity="relu"),
+}
+SIZES = [(1, 1, 1, 1), (4, 2, 3, 3), (1, 17, 5, 16), (4, 1, 2, 20), (4, 17, 3, 33)]  # T, B, I, H
+EVERY = pytest.mark.parametrize("name", cells.NAMES)
+BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+STORED = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+
+
+@pytest.fixture(params=["stepwise", "sequence"])
+def how(request, monkeypatch):
+    """Which kernels run."""
+    if request.param == "stepwise":
+        monkeypatch.setattr(plans, "sequence", lambda *args, **kwargs: (None, "told so"))
+    return request.param
+
+
+def differentiate(case):
+    """Every result by name, through the public function and autograd."""
+    given = case.mapped(lambda array: array.clone().requires_grad_())
+    weights = {name: w for name, w in given.weights._asdict().items() if w is not None}
+    initial = {f"{letter}0": array for letter, array in zip(case.cell.states, given.state, strict=True)}
+    y, last = FUNCTIONS[case.cell.name](given.x, **weights, **initial, reverse=case.reverse, backend="triton")
+    last = last if isinstance(last, tuple) else (last,)
+    torch.autograd.backward((y, *last), (case.dy, *case.dlast))
+    results = {"y": y} | {f"{letter}T": array for letter, array in zip(case.cell.states, last, strict=True)}
+    return results | {f"d{name}": array.grad for name, array in ({"x": given.x} | weights | initial).items()}
+
+
+@EVERY
+@STORED
+@BOTH_WAYS
+def test_every_result_is_as_good_as_torchs(name, dtype, reverse, how):
+    for size in SIZES:
+        case = sequences.draw(name, dtype, *size, reverse=reverse)
+        T, B, I, H = size
+        problem = Problem(case.cell, T, B, I, H, dtype=dtype, library="torch", training=True, reverse=reverse)
+        assert backend.plan(problem).startswith(how)
+        sequences.check(case, differentiate(case))
+
+
+@EVERY
+def test_float64(name):
+    case = sequences.draw(name, "float64", 3, 2, 3, 5)
+    sequences.check(case, differentiate(case))
+
+
+@STORED
+@BOTH_WAYS
+def test_projection(dtype, reverse):
+    case = sequences.draw("lstm", dtype, 3, 2, 4, 9, 5, reverse=reverse)
+    sequences.check(case, differentiate(case))
+
+
+@EVERY
+def test_inference_and_training_agree_and_backward_is_repeatable(name, how):
+    for bias, reverse in ((False, False), (True, True)):
+        case = sequences.draw(name, "bfloat16", 3, 2, 3, 20, reverse=reverse, bias=bias)
+        sequences.check(case, case.run(backend.forward, backend.backward))
+
+
+def test_only_the_wanted_gradients():
+    case = sequences.draw("gru", "float32", 2, 2, 3, 4)
+    given = (case.cell, case.x, case.weights, case.state)
+    y, _, tape = backend.forward(*given, reverse=False, save=True)
+    for needs in (set(), {"x"}, {"w_hh", "b_ih"}):
+        gradients = backend.backward(*given, y, tape, case.dy, case.dlast, reverse=False, needs=needs)
+        assert gradients.keys() == needs | {"state"}

@@ -1,0 +1,155 @@
+"""Triton's kernels compiled for GPUs that aren't here: they fit, don't spill, and use tensor cores."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.triton import plan as plans
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+from triton.runtime.jit import MockTensor
+
+from gpu_rnn.backends import triton as backend
+from gpu_rnn.backends.stepwise import Step
+from gpu_rnn.kernels.triton import sequence, stepwise
+from gpu_rnn.kernels.triton.page import page
+
+from . import gpuless
+
+STORED = {name: MockTensor(getattr(torch, name)) for name in ("float64", "float32", "float16", "bfloat16")}
+LARGE = 1 << 33  # elements: more than int32 counts
+
+
+def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
+    cell, array = cells.get(name), STORED[dtype]
+    real = STORED["float64" if dtype == "float64" else "float32"]
+    given = (real, array.dtype)
+    block_b, block_h, num_warps = plans.instant(H)
+    language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
+    if backward:
+        separate = array if any(cell.separate) else None
+        kernel, function = stepwise.grad_kernel, page(cell).grad
+        given = (array, real, real, real, array, array, real, array, array, separate, 5, 4, 5, 6)
+    else:
+        kernel, function = stepwise.step_kernel, page(cell).step
+        given = (array, real, array, real, real, array, array, 5, 5, 6)
+    constants = (function, cell.G, cell.S, cell.K, language, block_b, block_h)
+    return gpuless.compiled(
+        monkeypatch, capability, kernel, *given, 33, H, *constants, num_warps=num_warps, enable_fp_fusion=True
+    )
+
+
+def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precision="ieee"):
+    cell, array, real = cells.get(name), STORED[dtype], STORED["float32"]
+    chosen, _ = plans.sequence(cell, H, dtype, gpuless.SHARED_MEMORY[capability], backward=backward)
+    if backward:
+        separate = array if any(cell.separate) else None
+        kernel, function = sequence.backward_kernel, page(cell).grad
+        given = (array, array, real, real, array, array, real, array, array, separate)
+    else:
+        kernel, function = sequence.forward_kernel, page(cell).step
+        given = (array, array, array, array, real, array, array)
+    constants = (function, cell.G, cell.S, cell.K, H, chosen.rows, chosen.tile, precision, chosen.stages)
+    binary = gpuless.compiled(
+        monkeypatch, capability, kernel, *given, 1000, 33, 0, *constants,
+        num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
+    )  # fmt: skip
+    most = plans.sequence_bytes(cell, chosen.tile, dtype, chosen.rows, chosen.stages, backward=backward)
+    assert binary.metadata.shared <= most, "the plan knows how much shared memory it asks for"
+    return binary
+
+
+BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+
+
+@BACKWARD
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability"),
+    [*product(cells.NAMES, ["bfloat16"], [90]), *product(["lstm"], STORED, [80, 100]), ("gru", "float64", 90)],
+)
+def test_an_instant(monkeypatch, name, dtype, capability, backward):
+    for H in (512, 33) if capability == 90 else (100,):
+        binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
+        gpuless.check(binary, capability, products=False)
+
+
+def test_nan_survives_a_maximum(monkeypatch):
+    """On a GPU, unlike in the interpreter, that is an instruction of its own."""
+    binary = compiled_instant(monkeypatch, 90, "rnn_relu", "float32", 64, False)
+    assert "max.NaN.f32" in binary.asm["ptx"]
+    assert "max.f32" not in binary.asm["ptx"]
+
+
+# The largest H of a row of the plan, or a ragged one in the same tile, so that every row meets both.
+SEQUENCES = [
+    ("lstm", "bfloat16", {80: 128, 90: 100, 100: 128}), ("lstm", "float32", {80: 50, 90: 33, 100: 64}),
+    ("gru", "bfloat16", {80: 100, 90: 128, 100: 128}), ("gru", "float32", {80: 64, 90: 50, 100: 64}),
+    ("rnn_tanh", "bfloat16", {80: 256, 90: 256, 100: 252}), ("rnn_tanh", "float32", {80: 128, 90: 100, 100: 128}),
+    ("lstm", "float16", {90: 128, 89: 64}), ("rnn_relu", "float16", {90: 16}),
+]  # fmt: skip
+
+
+@BACKWARD
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "H"),
+    [(name, dtype, capability, H) for name, dtype, sizes in SEQUENCES for capability, H in sizes.items()],
+)
+def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
+    binary = compiled_sequence(monkeypatch, capability, name, dtype, H, backward)
+    gpuless.check(binary, capability, products=dtype != "float32")
+
+
+@BACKWARD
+@pytest.mark.parametrize(("name", "H", "capability"), [("lstm", 64, 90), ("lstm", 33, 80), ("rnn_tanh", 100, 100)])
+def test_float32_on_tensor_cores(monkeypatch, name, H, capability, backward):
+    binary = compiled_sequence(monkeypatch, capability, name, "float32", H, backward, precision="tf32")
+    gpuless.check(binary, capability, products=True)
+
+
+def test_what_a_gpu_can_hold():
+    def chosen(name, H, dtype, capability, backward):
+        return plans.sequence(cells.get(name), H, dtype, gpuless.SHARED_MEMORY[capability], backward=backward)[0]
+
+    largest = {"bfloat16": [256, 128, 128], "float32": [128, 64, 64], "float64": [0, 0, 0]}
+    for backward, capability, dtype in product((False, True), (80, 90, 100), largest):
+        for name, H in zip(("rnn_tanh", "gru", "lstm"), largest[dtype], strict=True):
+            fits = [n for n in range(1, 600) if chosen(name, n, dtype, capability, backward)]
+            assert max(fits, default=0) == H
+            assert set(range(1, min(H, 64) + 1)) | set(range(4, H + 1, 4)) == set(fits)
+    assert chosen("lstm", 128, "bfloat16", 90, True).stages == 3
+    assert chosen("lstm", 128, "bfloat16", 80, True).stages == 1
+    assert chosen("lstm", 128, "bfloat16", 89, True) is None
+
+
+@pytest.mark.parametrize("H", [1, 2, 3, 16, 100, 128, 1000])
+def test_the_blocks_of_an_instant_hold_512_elements(H):
+    block_b, block_h, _ = plans.instant(H)
+    assert block_b * block_h == 512
+    assert block_h < 2 * H
+
+
+def test_later_launches_pass_what_the_first_one_passed(monkeypatch):
+    """They go around Triton's own launcher, which looks at every argument again."""
+    launches = []
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpuless.Driver(90, launches))
+    stepwise.step_kernel.device_caches.clear()
+    cell, (T, B, H) = cells.get("lstm"), (3, 5, 7)
+    given = Step(
+        xg=torch.empty(T, B, 4, H), hg=torch.empty(B, 4, H), b_hh=None, h=torch.empty(B, H),
+        others=torch.empty(T + 1, 1, B, H), saved=torch.empty(T, B, 4, H), y=torch.empty(T, B, H),
+    )  # fmt: skip
+    step = backend.bind(cell, given)
+    for t in range(T):
+        step(t, t, t + 1)
+    kernel, constants = stepwise.step_kernel, 7  # after xg hg b_hh h others saved y: t before after, then B H ...
+    first, second, third = ([*launch[:3], *launch[9:]] for launch in launches)
+    at = 3 + constants
+    assert first[:at] == second[:at] == third[:at]
+    assert [launch[at : at + 3] for launch in (first, second, third)] == [[0, 0, 1], [1, 1, 2], [2, 2, 3]]
+    assert first[at + 3 :] == second[at + 3 :] == third[at + 3 :]
+    assert len(first) == 3 + len(kernel.arg_names)
