@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from gpu_rnn.kernels import cells
 
 import gpu_rnn
+from gpu_rnn.kernels import cells
 
 from .problems import WIDTH, Case
 

@@ -6,7 +6,6 @@ from itertools import product
 from typing import Any
 
 from gpu_rnn.kernels import cells
-
 from gpu_rnn.problem import Problem
 
 WIDTH = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a value

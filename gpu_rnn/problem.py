@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cells import Cell
 
 
 class Weights(NamedTuple):
@@ -20,7 +20,7 @@ class Weights(NamedTuple):
 class Problem:
     """One layer, one direction, one sequence."""
 
-    cell: cells.Cell
+    cell: Cell
     T: int
     B: int
     I: int

@@ -135,7 +135,7 @@ def resident(
     """Pack the weights, then run the sequence. `before` and `after`: the kernel's arrays around the packed weights."""
     (T, B, _, H), dtype = shape, arrays.dtype(w_hh)
     packed = arrays.empty((plan.fragments, 4), like=w_hh, dtype="int32")
-    run(residence.pack(plan, cell, dtype, *map(arrays.pointer, (w_hh, packed)), H, backward=backward))()
+    run(residence.pack(plan, cell, dtype, arrays.pointer(w_hh), arrays.pointer(packed), H, backward=backward))()
     exchange = arrays.empty((plan.exchange_bytes(backward=backward),), like=w_hh, dtype="uint8")
     flags = arrays.zeros((plan.flags,), like=w_hh, dtype="int32")
     launches = residence.sequence(
