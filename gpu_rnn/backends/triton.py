@@ -35,17 +35,20 @@ def reasons(problem: Problem) -> list[str]:
     if not interpreted():
         if problem.device != "cuda":
             why.append(f"the arrays are on {problem.device}; Triton computes on the GPU and nothing is moved silently")
-        why += too_old()
+        why += unfit()
     return why
 
 
 @cache
-def too_old() -> list[str]:
-    """Why the current GPU, if any, can't run the kernels."""
-    missing = compat.no_gpu()
-    if missing is not None:
-        return [missing]
-    torch = compat.require("torch", "the triton backend")
+def unfit() -> list[str]:
+    """Why the current GPU can't run the kernels, or that there is none."""
+    reason = compat.no_gpu()
+    if reason is not None:
+        return [reason]
+    if compat.missing("torch") is not None:
+        return []  # said before
+    import torch
+
     if not torch.cuda.is_available():
         return ["torch sees no GPU"]
     capability = torch.cuda.get_device_capability()

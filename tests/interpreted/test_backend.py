@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ import gpu_rnn
 from gpu_rnn.backends import triton as backend
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.triton import plan as plans
-from gpu_rnn.problem import Problem
+from gpu_rnn.problem import Problem, Weights
 
 from .. import sequences
 
@@ -33,9 +34,17 @@ def how(request, monkeypatch):
     return request.param
 
 
+def guarded(array):
+    """The same values, between NaN that nobody may read."""
+    n = array.numel()
+    buffer = torch.full((n + 128,), float("nan"), dtype=array.dtype)
+    buffer[64 : 64 + n] = array.flatten()
+    return buffer[64 : 64 + n].view(array.shape)
+
+
 def differentiate(case):
     """Every result by name, through the public function and autograd."""
-    given = case.mapped(lambda array: array.clone().requires_grad_())
+    given = case.mapped(lambda array: guarded(array).requires_grad_())
     weights = {name: w for name, w in given.weights._asdict().items() if w is not None}
     initial = {f"{letter}0": array for letter, array in zip(case.cell.states, given.state, strict=True)}
     y, last = FUNCTIONS[case.cell.name](given.x, **weights, **initial, reverse=case.reverse, backend="triton")
@@ -84,3 +93,24 @@ def test_only_the_wanted_gradients():
     for needs in (set(), {"x"}, {"w_hh", "b_ih"}):
         gradients = backend.backward(*given, y, tape, case.dy, case.dlast, reverse=False, needs=needs)
         assert gradients.keys() == needs | {"state"}
+
+
+def divide_step(x, h, state):
+    q = x[0] + h[0]
+    return (q / state[1], state[1]), (q,)
+
+
+def divide_grad(dnew, new, state, saved):
+    dq = dnew[0] / state[1]
+    return (dq,), (dq,), (0.0, dnew[1] - dq * new[0])
+
+
+def test_a_cell_that_has_no_value_where_there_is_no_unit(how):
+    """0 / 0 in the padding of a tile, which must not reach the units through the products."""
+    cell = cells.Cell("divide", "a", "hn", divide_step, divide_grad, 1, (False,), None)
+    case = sequences.draw("lstm", "float32", 4, 2, 3, 5)._replace(cell=cell)
+    weights = Weights(*(None if w is None else guarded(w[:5]) for w in case.weights))
+    case = case._replace(weights=weights, state=(case.state[0], case.state[1].sign() * 2))
+    ours = case.run(backend.forward, backend.backward)
+    for name, exact in sequences.exact(case).items():
+        np.testing.assert_allclose(sequences.wide(ours[name]), exact, rtol=1e-5, atol=1e-5, err_msg=name)
