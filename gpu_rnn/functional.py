@@ -1,5 +1,7 @@
 """The layers as functions of arrays: `rnn`, `lstm`, `gru` on NumPy, torch and CuPy arrays alike, and `vjp`.
 
+Arrays of other libraries that speak DLPack and the array API, JAX's for one, go in and come out as they are.
+
 One layer, one direction, time-major. Here arguments are checked; what computes is chosen by `dispatch`.
 """
 
@@ -7,16 +9,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from gpu_rnn.kernels import cells
 
 from . import arrays, dispatch
-from .problem import Problem, Weights
+from .arguments import ShapeError, checked, shape
+from .compat import require
+from .problem import Weights
 
 NONLINEARITIES = ("tanh", "relu")
-
-
-class ShapeError(ValueError, RuntimeError):
-    """An array doesn't fit the others. torch.nn raises the one or the other for this, so it is caught as both."""
 
 
 def lstm(
@@ -111,6 +113,9 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
+    if foreign(given["x"]):
+        outputs, lent_pullback = vjp(function, *map(lent, bound.args), **{k: lent(a) for k, a in bound.kwargs.items()})
+        return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
     name = elman(given["nonlinearity"]) if function is rnn else function.__name__
     weights = Weights(*(given.get(field) for field in Weights._fields))
     initial = {letter + "0": given[letter + "0"] for letter in cells.get(name).states}
@@ -150,9 +155,14 @@ def sequence(
     name: str, x: Any, weights: Weights, initial: dict[str, Any], reverse: bool, backend: str | None
 ) -> tuple[Any, tuple]:
     """Check, choose, run. `initial` has one entry per state of the cell, None for zeros. -> y, states after."""
+    if foreign(x):
+        given = Weights(*map(lent, weights)), {label: lent(state) for label, state in initial.items()}
+        return returned(sequence(name, lent(x), *given, reverse, backend), like=x)
     if arrays.library(x) == "torch":
-        from .autograd import differentiated, tracked
+        from .autograd import captured, capturing, differentiated, tracked
 
+        if capturing():
+            return captured(name, x, weights, initial, reverse, backend)
         training = tracked(x, *weights, *initial.values())
         problem, state = checked(name, x, weights, initial, reverse, training)
         chosen = dispatch.choose(problem, backend)
@@ -165,69 +175,32 @@ def sequence(
     return y, last
 
 
-def checked(
-    name: str, x: Any, weights: Weights, initial: dict[str, Any], reverse: bool, training: bool
-) -> tuple[Problem, tuple]:
-    """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
-    cell = cells.get(name)
-    given = {"x": x, **weights._asdict(), **initial}
-    given = {label: array for label, array in given.items() if array is not None}
-    for label in ("x", "w_ih", "w_hh"):
-        if label not in given:
-            raise TypeError(f"{label} is None; {name} needs it")
-    kinds = {label: (arrays.library(a), arrays.dtype(a), arrays.device(a)) for label, a in given.items()}
-    for label, kind in kinds.items():
-        if kind != kinds["x"]:
-            raise TypeError(f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must be alike")
-    library, dtype, device = kinds["x"]
-    if dtype not in arrays.DTYPES:
-        raise TypeError(f"x is {dtype}; there are {', '.join(arrays.DTYPES)}")
+# ---- other libraries' arrays ----------------------------------------------------------------------------------------
+# By the protocol of DLPack, nothing is copied: NumPy looks at what is on the CPU, torch at what is on a GPU.
 
-    for label, rank in {"x": 3, "w_ih": 2, "w_hh": 2, "w_hr": 2}.items():
-        if label in given and len(given[label].shape) != rank:
-            raise ShapeError(f"{label} has shape {shape(given[label])}; expected {rank} dimensions")
-    T, B, I = x.shape
-    G, H = cell.G, hidden_size(cell, weights)
-    P = H if weights.w_hr is None else weights.w_hr.shape[0]
-    out = "H" if weights.w_hr is None else "P"
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "x": ("[T, B, I]", (T, B, I)),
-        "w_ih": (f"[{G}*H, I]", (G * H, I)),
-        "w_hh": (f"[{G}*H, {out}]", (G * H, P)),
-        "b_ih": (f"[{G}*H]", (G * H,)),
-        "b_hh": (f"[{G}*H]", (G * H,)),
-        "w_hr": ("[P, H]", (P, H)),
-    }
-    h, *others = initial
-    expected |= {h: (f"[B, {out}]", (B, P)), **dict.fromkeys(others, ("[B, H]", (B, H)))}
-    for label, array in given.items():
-        symbols, sizes = expected[label]
-        if tuple(array.shape) != sizes:
-            raise ShapeError(
-                f"{label} has shape {shape(array)}; expected {symbols} = {list(sizes)}, "
-                f"with x {shape(x)}, w_ih {shape(weights.w_ih)}, w_hh {shape(weights.w_hh)}"
-            )
-    if T == 0:
-        raise ShapeError(f"the sequence is empty: x has shape {shape(x)}, and T must be larger than 0")
-    if weights.w_hr is not None and not 0 < P < H:
-        raise ShapeError(f"w_hr has shape {shape(weights.w_hr)}; a projection needs 0 < P < H")
-    state = tuple(
-        arrays.zeros(expected[label][1], like=x) if array is None else array for label, array in initial.items()
-    )
-    where = device.partition(":")[0]
-    projected = None if weights.w_hr is None else P
-    return Problem(cell, T, B, I, H, projected, dtype, where, library, training, reverse), state
+CPU = 1  # DLPack's kDLCPU
+KNOWN = ("numpy", "torch", "cupy")
 
 
-def hidden_size(cell: cells.Cell, weights: Weights) -> int:
-    rows = weights.w_hh.shape[0]
-    if rows == 0 or rows % cell.G:
-        raise ShapeError(
-            f"w_hh has shape {shape(weights.w_hh)}; a {cell.name} has {cell.G} gates ({', '.join(cell.gates)}), "
-            f"so its rows are a positive multiple of {cell.G}"
-        )
-    return rows // cell.G
+def foreign(x: Any) -> bool:
+    root = type(x).__module__.partition(".")[0]
+    return root not in KNOWN and hasattr(x, "__dlpack__") and hasattr(x, "__array_namespace__")
 
 
-def shape(array: Any) -> str:
-    return str(list(array.shape))
+def lent(given: Any) -> Any:
+    """Foreign arrays, and those in tuples, as NumPy's or torch's; all else as it is."""
+    if isinstance(given, (tuple, list)):
+        return tuple(map(lent, given))
+    if not foreign(given):
+        return given
+    on_cpu = given.__dlpack_device__()[0] == CPU
+    return (np if on_cpu else require("torch", "an array on a GPU")).from_dlpack(given)
+
+
+def returned(results: Any, like: Any) -> Any:
+    """Arrays, and those in tuples and dicts, as the library's of `like`."""
+    if isinstance(results, tuple):
+        return tuple(returned(result, like) for result in results)
+    if isinstance(results, dict):
+        return {label: returned(result, like) for label, result in results.items()}
+    return like.__array_namespace__().from_dlpack(results)

@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from .conftest import sequence_arrays
 
 import gpu_rnn
 from gpu_rnn import ShapeError
+
+from .conftest import sequence_arrays
 
 X, W_IH, W_HH, BIAS = np.ones((5, 3, 4)), np.ones((24, 4)), np.ones((24, 6)), np.ones(24)  # T 5, B 3, I 4, H 6
 
