@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as dropped
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from gpu_rnn.kernels import cells
 
 from . import functional
+from .autograd import captured, capturing
 from .functional import ShapeError
 from .problem import Weights
 
+PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
 NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
 
 
@@ -61,7 +64,7 @@ class Recurrent(nn.Module):
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         """The parameters of one layer and direction, without values yet."""
-        rows, H = cells.get(self.page).G * self.hidden_size, self.hidden_size
+        rows, H = PAGES[self.page].G * self.hidden_size, self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {NAMES.w_ih: (rows, I), NAMES.w_hh: (rows, self.proj_size or H)}
         if self.bias:
             shapes |= {NAMES.b_ih: (rows,), NAMES.b_hh: (rows,)}
@@ -94,7 +97,7 @@ class Recurrent(nn.Module):
 
     def _initial(self, hx: Any, leading: dict[str, int], input: Tensor) -> list[Tensor]:
         """hx as a list of one tensor [*leading, P or H] per state of the cell; zeros for None."""
-        H, names = {"H": self.hidden_size}, [letter + "0" for letter in cells.get(self.page).states]
+        H, names = {"H": self.hidden_size}, [letter + "0" for letter in PAGES[self.page].states]
         shown = {"P": self.proj_size} if self.proj_size else H
         expected = [leading | size for size in (shown, H)[: len(names)]]
         if hx is None:
@@ -114,8 +117,9 @@ class Recurrent(nn.Module):
     def _run(self, x: Tensor, weights: Weights, initial: list[Tensor], reverse: bool) -> tuple[Tensor, tuple]:
         """The way down: x [T, B, I] through one layer in one direction -> y [T, B, P], the states after it."""
         cast = autocast(x.device.type)
-        state = dict(zip([letter + "0" for letter in cells.get(self.page).states], map(cast, initial)))
-        return functional.sequence(self.page, cast(x), Weights(*map(cast, weights)), state, reverse, self.backend)
+        state = dict(zip([letter + "0" for letter in PAGES[self.page].states], map(cast, initial)))
+        run = captured if capturing() else functional.sequence
+        return run(self.page, cast(x), Weights(*map(cast, weights)), state, reverse, self.backend)
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -208,6 +212,7 @@ class RecurrentLayer(Recurrent):
             y, last = y.squeeze(1), [state.squeeze(1) for state in last]
         return y.transpose(0, 1) if transposed else y, as_hx(last)
 
+    @torch.compiler.disable  # batch sizes are data, and a graph for each would be compiled anew
     def _forward_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         data, batch_sizes, sorting, unsorting = packed
         self._sizes(data, "NI")
@@ -459,7 +464,31 @@ def autocast(device: str) -> Callable[[Tensor | None], Tensor | None]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return lambda tensor: tensor
     dtype = torch.get_autocast_dtype(device)
-    return lambda tensor: tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype in (dtype, torch.float64):
+            return tensor
+        cached = torch.is_autocast_cache_enabled() and torch.is_grad_enabled() and not capturing()
+        return once(tensor, dtype) if cached and isinstance(tensor, nn.Parameter) else tensor.to(dtype)
+
+    return cast
+
+
+CASTS = WeakTensorKeyDictionary()
+
+
+def once(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """The parameter in another dtype: the same tensor as long as a graph holds it, as where a cell is called in turn.
+
+    torch's own cache is out of Python's reach. This one has no owner but the graphs, so it is empty after backward.
+    """
+    state = (dtype, parameter._version, parameter.data_ptr())
+    before, made = CASTS.get(parameter, (None, None))
+    tensor = made() if before == state else None
+    if tensor is None:
+        tensor = parameter.to(dtype)
+        CASTS[parameter] = state, TensorWeakRef(tensor)
+    return tensor
 
 
 # ---- swapping -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Reads a cell's page: runs it once on symbols and keeps what it did, as a graph of elementwise operations.
 
-From that graph follow the NumPy backend's preallocated calls (`program.py`), and facts about a cell that its page need
-not repeat, such as which gates' two parts have different gradients.
+From that graph follow the NumPy backend's preallocated calls (`program.py`), facts about a cell that its page need not
+repeat, such as which gates' two parts have different gradients, and the page on arrays of any library (`Graph.run`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # Every operation a page can be made of, and how many operands it has.
 ARITY = {
@@ -73,6 +74,19 @@ class Graph:
 
     def symbol(self, value: "Symbol | float") -> Symbol:
         return value if isinstance(value, Symbol) else self.node("constant", float(value))
+
+    def run(self, operations: Mapping[str, Callable], **inputs: Sequence) -> tuple:
+        """The outputs for these inputs, with a library's own functions for the operations; constants are floats."""
+        values: dict[Symbol, Any] = {}
+        for node in self.nodes.values():
+            if node.op == "input":
+                name, k = node.operands
+                values[node] = inputs[name][k]
+            elif node.op == "constant":
+                (values[node],) = node.operands
+            else:
+                values[node] = operations[node.op](*(values[operand] for operand in node.operands))
+        return tuple(tuple(values[value] for value in group) for group in self.outputs)
 
 
 def trace(function: Callable, **inputs: int) -> Graph:

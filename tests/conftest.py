@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from gpu_rnn.kernels import cells
 
 from gpu_rnn.compat import no_gpu
+from gpu_rnn.kernels import cells
 from gpu_rnn.problem import Weights
 
 

@@ -5,6 +5,7 @@ Arrays per gate and instant have the logical shape [G, T, B, H], gates in the or
 matrix [T*B, H], so that projections and weight gradients are one product per gate for all instants together.
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 from gpu_rnn.kernels.cells import Cell
 from gpu_rnn.kernels.program import grad_program, layout, step_program
 
-from ..arrays import from_numpy, to_numpy
+from ..arrays import HALVES, from_numpy, library, to_numpy
 from ..problem import Problem, Weights
 
 NAME = "numpy"
+FSDP = "torch.distributed.fsdp"
 CHUNK_BYTES = 1 << 18  # the input part of so many instants is computed at once: it is still in cache when it is read
 CHUNK_ROWS = 64  # but of as many as a product needs to run at full speed
 SUM_ROWS = 128  # that are added one after the other
@@ -62,7 +64,14 @@ def backward(
 
 
 def numpied(weights: Weights, state: tuple) -> tuple[Weights, tuple]:
-    return Weights(*(None if w is None else to_numpy(w) for w in weights)), tuple(map(to_numpy, state))
+    return Weights(*(None if w is None else lent(w) for w in weights)), tuple(map(to_numpy, state))
+
+
+def lent(weight: Any) -> np.ndarray:
+    """As `to_numpy`. FSDP frees its weights' memory between uses, and torch's `numpy()` would forbid that for good."""
+    if FSDP in sys.modules and library(weight) == "torch" and str(weight.dtype).removeprefix("torch.") not in HALVES:
+        return np.from_dlpack(weight.detach())
+    return to_numpy(weight)
 
 
 def run_forward(

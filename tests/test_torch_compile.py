@@ -1,0 +1,284 @@
+"""torch.compile and torch.export: one operator per layer and direction, and nothing lost on the way."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
+
+import gpu_rnn
+from gpu_rnn import autograd
+
+LAYERS = [
+    ("LSTM", {}), ("LSTM", {"proj_size": 2, "bias": False}), ("RNN", {"nonlinearity": "relu"}),
+    ("GRU", {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {"bias": False}),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(20)
+    torch._dynamo.reset()
+
+
+def operators(graph):
+    return [node for node in graph.nodes if "gpu_rnn" in str(node.target)]
+
+
+def results(layer, x):
+    x = x.clone().requires_grad_()
+    outputs = tree_leaves(layer(x))
+    return outputs, torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize(("kind", "arguments"), LAYERS, ids=str)
+def test_compiled_is_eager_at_every_size_from_one_graph(kind, arguments):
+    layer = getattr(gpu_rnn, kind)(3, 4, **arguments)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for T, B in ((5, 2), (7, 3), (40, 6)):
+        x = torch.randn(B, 3) if kind.endswith("Cell") else torch.randn(T, B, 3)
+        (found, gradients), (expected, wanted) = results(compiled, x), results(layer, x)
+        for ours, theirs in zip((*found, *gradients), (*expected, *wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            assert ours.stride() == theirs.stride()
+    (graph,) = [graph.graph for graph in counter.graphs if operators(graph.graph)]
+    assert len(operators(graph)) == len(getattr(layer, "all_weights", [None]))
+
+
+def test_sizes_become_dynamic_by_themselves():
+    """Without being told: the second size compiles a second time, for good."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gpu_rnn.LSTM(3, 4), fullgraph=True, backend=counter)
+    for T, B in ((5, 2), (7, 3), (9, 4), (11, 5)):
+        compiled(torch.randn(T, B, 3))
+    assert sum(bool(operators(graph.graph)) for graph in counter.graphs) == 2
+
+
+def test_a_single_row_compiles():
+    layer = gpu_rnn.GRU(3, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for x in (torch.randn(5, 1, 3), torch.randn(1, 1, 3), torch.randn(5, 3)):
+        torch.testing.assert_close(results(compiled, x), results(layer, x), rtol=0, atol=0)
+
+
+def test_without_gradients_nothing_is_saved():
+    layer, seen = gpu_rnn.LSTM(3, 4), []
+
+    def look(graph, inputs):
+        seen.extend(node.args[-1] for node in operators(graph.graph))
+        return graph.forward
+
+    for context in (torch.no_grad(), torch.enable_grad()):
+        torch._dynamo.reset()
+        with context:
+            torch.compile(layer, fullgraph=True, backend=look)(torch.randn(5, 2, 3))
+    assert seen == [False, True]
+
+
+def test_packed_input_is_computed_between_graphs():
+    """Its batch sizes are data. The graph is cut there, and no other lengths compile anything anew."""
+    layer, counter = gpu_rnn.LSTM(3, 4, bidirectional=True), CompileCounterWithBackend("aot_eager")
+    head = nn.Linear(8, 2)
+    compiled = torch.compile(lambda packed: head(layer(packed)[0].data), backend=counter)
+    for lengths in ((5, 3, 3), (4, 1), (7, 7, 6, 2), (3, 2, 1), (9,)):
+        packed = pack_sequence([torch.randn(n, 3) for n in lengths])
+        torch.testing.assert_close(compiled(packed), head(layer(packed)[0].data))
+    assert counter.frame_count <= 2
+
+
+def test_functions_compile_too():
+    weights = [p.detach() for p in gpu_rnn.GRU(3, 4).parameters()]
+    x = torch.randn(5, 2, 3)
+
+    def run(a):
+        return gpu_rnn.gru(a, *weights, reverse=True)
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+def test_bad_shapes_are_named_while_compiling():
+    compiled = torch.compile(gpu_rnn.GRU(3, 4), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"input has shape|expected \[T, B, I\]|raised exception|ShapeError"):
+        compiled(torch.randn(5, 2, 4))
+
+
+def test_inductor():
+    """The compiler users get, once: a model around the layer, trained for three steps."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = gpu_rnn.LSTM(3, 4, num_layers=2, bidirectional=True), nn.Linear(8, 1)
+
+        def forward(self, x):
+            return self.head(self.rnn(x.tanh())[0].relu()).square().mean()
+
+    def losses(run, model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for x in torch.randn(3, 5, 2, 3, generator=torch.Generator().manual_seed(0)):
+            optimizer.zero_grad()
+            loss = run(x)
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    plain = Model()
+    compiled = Model()
+    compiled.load_state_dict(plain.state_dict())
+    expected = list(losses(plain, plain))
+    assert list(losses(torch.compile(compiled, fullgraph=True), compiled)) == pytest.approx(expected, rel=1e-5)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+def differs_between_calls(run, x):
+    return not torch.equal(run(x)[0], run(x)[0])
+
+
+def test_dropout_between_layers_is_kept_and_torchs_masks_are_drawn():
+    layer, x = gpu_rnn.LSTM(3, 40, num_layers=2, dropout=0.5), torch.randn(5, 2, 3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert differs_between_calls(compiled, x)
+    outputs = []
+    for run in (compiled, layer):
+        torch.manual_seed(1)
+        outputs.append(run(x)[0])
+    assert torch.equal(*outputs)
+
+
+def test_torch_nn_loses_dropout_when_compiled():
+    """Why the test above is there: torch 2.13's decomposition drops it. Where this fails, torch has mended it."""
+    layer, x = nn.LSTM(3, 40, num_layers=2, dropout=0.5), torch.randn(5, 2, 3)
+    assert differs_between_calls(layer, x)
+    with torch._dynamo.config.patch(allow_rnn=True), torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+        assert not differs_between_calls(compiled, x)
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+OPERANDS = [  # cell, T, B, P, dtype, reverse: every way the tape can look
+    ("lstm", 3, 2, None, torch.float32, False), ("lstm", 3, 1, None, torch.float32, True),
+    ("lstm", 1, 2, 2, torch.float64, True), ("gru", 3, 2, None, torch.bfloat16, False),
+    ("rnn_relu", 2, 2, None, torch.float16, False), ("rnn_tanh", 2, 1, None, torch.float64, False),
+]  # fmt: skip
+
+
+def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
+    page = autograd.cells.get(cell)
+
+    def draw(*shape):
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+    biases = (None, None) if cell == "rnn_relu" else (draw(page.G * H), draw(page.G * H))
+    given = [draw(T, B, I), draw(page.G * H, I), draw(page.G * H, P or H), *biases, draw(P, H) if P else None]
+    state = [draw(B, P or H), *(draw(B, H) for _ in page.states[1:])]
+    return cell, *given, state, reverse, "auto"
+
+
+def check(*case, **where):
+    cell, *given, state, reverse, backend = operands(*case, **where)
+    forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
+    for save in (True, False):
+        arguments = (cell, *given, state, reverse, backend, save)
+        tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
+        torch.library.opcheck(forward, arguments, test_utils=tests)
+        with torch.no_grad():
+            y, *rest = forward(*arguments)
+        recorded = [y, *rest[len(state) :]] if save else [y]
+        douts = [torch.randn_like(t) for t in (y, *rest[: len(state)])]
+        needs = [t is not None for t in (*given, *state)]
+        detached = [None if t is None else t.detach() for t in given], [t.detach() for t in state]
+        torch.library.opcheck(backward, (cell, *detached[0], detached[1], douts, recorded, reverse, backend, needs))
+
+
+@pytest.mark.parametrize("case", OPERANDS, ids=str)
+def test_opcheck(case):
+    check(*case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", OPERANDS, ids=str)
+def test_opcheck_on_a_gpu(case):
+    check(*case, device="cuda")
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_has_one_node_per_layer_and_direction_and_runs_elsewhere(strict, tmp_path):
+    layer = gpu_rnn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    program = torch.export.export(layer, (torch.randn(2, 5, 3),), dynamic_shapes=({0: B, 1: T},), strict=strict)
+    assert len(operators(program.graph)) == 4
+    for shape in ((3, 7, 3), (1, 1, 3), (2, 100, 3)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=0)
+    if strict:
+        return
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((x, layer(x)[0].detach()), tmp_path / "data.pt")
+    script = f"""
+import gpu_rnn.autograd, torch
+x, y = torch.load({str(tmp_path / "data.pt")!r})
+assert torch.equal(torch.export.load({str(tmp_path / "model.pt2")!r}).module()(x)[0], y)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_an_exported_layer_still_trains():
+    layer, x = gpu_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    module = torch.export.export(layer, (x,)).module()
+    module(x)[0].square().sum().backward()
+    layer(x)[0].square().sum().backward()
+    for found, parameter in zip(module.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, parameter.grad)
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_nothing_waits_for_the_gpu_and_a_cuda_graph_captures_a_step(kind):
+    layer = getattr(gpu_rnn, kind)(8, 16, num_layers=2, device="cuda")
+    x = torch.randn(5, 4, 8, device="cuda")
+
+    def step():
+        for parameter in layer.parameters():
+            parameter.grad = None
+        layer(x)[0].square().sum().backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    graph = torch.cuda.CUDAGraph()
+    for parameter in layer.parameters():
+        parameter.grad = None
+    with torch.cuda.graph(graph):
+        layer(x)[0].square().sum().backward()
+    captured = [parameter.grad for parameter in layer.parameters()]
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    replayed = [gradient.clone() for gradient in captured]
+    step()
+    for found, parameter in zip(replayed, layer.parameters(), strict=True):
+        assert torch.equal(found, parameter.grad)
