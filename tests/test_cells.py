@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from gpu_rnn.kernels import cells, mathematics, program
 from gpu_rnn.kernels.trace import ARITY, trace
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_rnn.kernels import cells, mathematics
 
 import gpu_rnn
+from gpu_rnn.kernels import cells, mathematics
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "derivation.md"

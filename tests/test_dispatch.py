@@ -4,10 +4,10 @@ import inspect
 
 import numpy as np
 import pytest
-from gpu_rnn.kernels import cells
 
 import gpu_rnn
 from gpu_rnn import cudnn, dispatch
+from gpu_rnn.kernels import cells
 from gpu_rnn.problem import Problem
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu_rnn.kernels import cells
 
 from gpu_rnn import functional
+from gpu_rnn.kernels import cells
 from gpu_rnn.problem import Weights
 
 from .conftest import sequence_arrays
