@@ -8,6 +8,7 @@ divides the streams trains the same model, to rounding. On GPUs where there are 
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -21,8 +22,17 @@ from gpu_rnn.demo import LEARNING_RATE, B, Model, Text
 
 
 def main(steps: int, text: Path | None, shard: bool) -> None:
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train(steps, text, shard)  # its model goes before the process group does
+    distributed.barrier()  # nobody leaves while another still talks
+    time.sleep(
+        0.2
+    )  # gloo's thread needs Python's lock to let go of its tensors, and leaving waits for it with the lock
+    distributed.destroy_process_group()
+
+
+def train(steps: int, text: Path | None, shard: bool) -> None:
     gpu = torch.cuda.is_available()
-    distributed.init_process_group("nccl" if gpu else "gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     if B % world:
         raise SystemExit(f"{world} processes can't share {B} streams of text evenly")
@@ -53,8 +63,6 @@ def main(steps: int, text: Path | None, shard: bool) -> None:
         distributed.all_reduce(mean)
         if rank == 0:
             print(f"step {step + 1:5}, loss {mean.item():.5f}", flush=True)
-    distributed.barrier()  # or gloo may be taken down while the other still talks
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -75,9 +75,3 @@ def test_what_is_no_array_is_still_refused(rng):
     x, weights, _ = sequence_arrays(rng, "gru", 3, 2, 4, 5)
     with pytest.raises(TypeError, match="expected a NumPy, torch or CuPy array, got list"):
         gpu_rnn.gru(x.tolist(), *weights[:4])
-
-
-def test_jax():
-    jnp = pytest.importorskip("jax.numpy")
-    results = call(gpu_rnn.lstm, "lstm", np.random.default_rng(1), jnp.asarray)
-    assert all(type(ours) is type(jnp.zeros(1)) for ours in flat(results))
