@@ -66,6 +66,13 @@ def layout(cell: Cell) -> Layout:
     return Layout(separate + shared, shared + separate, separate, tuple(0.5 if half else 1.0 for half in halved))
 
 
+@cache
+def natural(cell: Cell) -> Layout:
+    """The gates as torch has them: for a few instants, which wouldn't repay a copy of the weights."""
+    gates = tuple(range(cell.G))
+    return Layout(gates, gates, layout(cell).separate, (1.0,) * cell.G)
+
+
 @dataclass(frozen=True)
 class Program:
     """Calls, in order. `parameters` change at every instant and are the bound function's arguments."""
@@ -128,9 +135,9 @@ CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
 
 
 @cache
-def step_program(cell: Cell) -> Program:
-    """x, h, states -> states after, and v."""
-    plan = layout(cell)
+def step_program(cell: Cell, plan: Layout | None = None) -> Program:
+    """x, h, states -> states after, and v. In the order of `layout`, unless another plan is given."""
+    plan = plan or layout(cell)
     graph = Graph()
     x, h = [[graph.node("input", name, order.index(g)) for g in range(cell.G)]
             for name, order in (("x", plan.inputs), ("h", plan.recurrent))]  # fmt: skip

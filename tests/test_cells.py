@@ -42,10 +42,10 @@ def test_grad_is_the_derivative_of_step(name, rng):
 
 
 @EVERY
-@pytest.mark.parametrize("B", [1, 3])
-def test_the_compiled_step_is_the_page(name, B, rng):
-    cell, H = cells.get(name), 5
-    order = program.layout(cell)
+@pytest.mark.parametrize("arrange", [program.layout, program.natural])
+def test_the_compiled_step_is_the_page(name, arrange, rng):
+    cell, B, H = cells.get(name), 3, 5
+    order = arrange(cell)
     x, h, state = instant(rng, cell, B, H)
     bias = rng.standard_normal((len(order.separate), 1, H))
     met = [h[g] + bias[order.separate.index(g)] if g in order.separate else h[g] for g in range(cell.G)]
@@ -53,7 +53,7 @@ def test_the_compiled_step_is_the_page(name, B, rng):
 
     rows_x = np.stack([x[g] * order.scale[g] for g in order.inputs])
     rows_h = np.stack([h[g] * order.scale[g] for g in order.recurrent])
-    compiled = program.step_program(cell)
+    compiled = program.step_program(cell, order)
     after = [np.full((B, H), np.nan) for _ in range(cell.S)]
     v = np.full((cell.K, B, H), np.nan)
     compiled.bind(B, H, np.dtype("float64"), h=rows_h, b=bias)(rows_x, *state, *after, v)

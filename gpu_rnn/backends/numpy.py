@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.program import grad_program, layout, step_program
+from gpu_rnn.kernels.program import Layout, grad_program, layout, natural, step_program
 
 from ..arrays import HALVES, from_numpy, library, to_numpy
 from ..problem import Problem, Weights
@@ -21,6 +21,7 @@ NAME = "numpy"
 FSDP = "torch.distributed.fsdp"
 CHUNK_BYTES = 1 << 18  # the input part of so many instants is computed at once: it is still in cache when it is read
 CHUNK_ROWS = 64  # but of as many as a product needs to run at full speed
+FEW = 4  # instants that don't repay arranging the weights
 SUM_ROWS = 128  # that are added one after the other
 PRODUCT = 1 << 19  # multiply-adds below which OpenBLAS reads its operands where they lie, twice as fast in this range
 LEAST_COLUMNS, LEAST_ROWS = 64, 8  # of a block: less and its edges cost more than the blocks gain
@@ -79,12 +80,13 @@ def run_forward(
 ) -> tuple[np.ndarray, tuple, tuple]:
     T, B, _ = x.shape
     H, P = sizes(cell, weights)
-    order, program = layout(cell), step_program(cell)
+    order = layout(cell) if T > FEW else natural(cell)
+    program = step_program(cell, order)
     W = by_gate(weights.w_ih, order.inputs, order.scale).swapaxes(1, 2)  # [G, I, H]
     R = by_gate(weights.w_hh, order.recurrent, order.scale)  # [G, H, P]
-    b_x, b_h = biases(cell, weights, H, x.dtype)
+    b_x, b_h = biases(cell, order, weights, H, x.dtype)
     hg = np.empty((cell.G, B, H), x.dtype)
-    recur = recurrent_product(R, hg)
+    recur = recurrent_product(R, hg, copy=T > FEW)
     run = program.bind(B, H, x.dtype, h=hg, b=b_h)
 
     y = np.empty((T, B, P), x.dtype)
@@ -168,9 +170,9 @@ def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
 
 
 def by_gate(w: np.ndarray, gates: Sequence[int], scale: Sequence[float] | None = None) -> np.ndarray:
-    """[G*H, N] in torch's order -> [G, H, N] in the order of `gates`, each gate times its scale."""
+    """[G*H, N] in torch's order -> [G, H, N] in the order of `gates`, times their scale; a view if it can be."""
     stacked = w.reshape(len(gates), len(w) // len(gates), w.shape[1])
-    if scale is not None:
+    if scale is not None and set(scale) != {1.0}:
         return stacked[list(gates)] * np.array([scale[g] for g in gates], w.dtype)[:, None, None]
     return stacked if list(gates) == sorted(gates) else stacked[list(gates)]
 
@@ -182,9 +184,8 @@ def in_gate_order(stacked: np.ndarray, gates: Sequence[int]) -> np.ndarray:
     return ordered.reshape(stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
 
 
-def biases(cell: Cell, weights: Weights, H: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def biases(cell: Cell, order: Layout, weights: Weights, H: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """-> [G, 1, H] to add to the input part, as much as can be; [n, 1, H] to add to h of the separate gates."""
-    order = layout(cell)
     zero = np.zeros(cell.G * H, dtype)
     b_ih = zero if weights.b_ih is None else weights.b_ih
     b_hh = (zero if weights.b_hh is None else weights.b_hh).reshape(cell.G, 1, H)
@@ -243,13 +244,16 @@ def project(x: np.ndarray, W: np.ndarray, bias: np.ndarray, out: np.ndarray) -> 
     np.add(flat, bias, flat)
 
 
-def recurrent_product(R: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
+def recurrent_product(R: np.ndarray, out: np.ndarray, *, copy: bool) -> Callable[[np.ndarray], Any]:
     """h [B, P] -> R h of all gates, into out [G, B, H]; for one batch row a single matrix-vector product."""
     G, B, H = out.shape
     if B == 1:
         rows, vector = R.reshape(G * H, R.shape[2]), out.reshape(G * H)
         return lambda h: np.dot(rows, h[0], vector)
-    return product(np.empty((B, R.shape[2]), R.dtype), np.ascontiguousarray(R.swapaxes(1, 2)), out)
+    columns = R.swapaxes(1, 2)
+    if not copy:
+        return lambda h: np.matmul(h, columns, out)
+    return product(np.empty((B, R.shape[2]), R.dtype), np.ascontiguousarray(columns), out)
 
 
 def transposed_product(R: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
