@@ -25,16 +25,20 @@ def compiled(unit: Unit, sanitizer=None) -> runtime.Library:
 def ready(launch: Launch, sanitizer=None):
     """The twin of the CUDA backend's `ready`."""
     library = compiled(launch.unit, sanitizer)
-    parameters = library.parameters(launch.kernel)
 
     def repeat(*more):
-        arguments = [passed(p.kind, value) for p, value in zip(parameters, (*launch.arguments, *more), strict=True)]
-        library.launch(
-            launch.kernel, launch.grid, launch.block, arguments,
-            shared=launch.shared, cluster=launch.cluster, seed=next(SEEDS),
-        )  # fmt: skip
+        execute(library, launch._replace(arguments=(*launch.arguments, *more)), seed=next(SEEDS))
 
     return repeat
+
+
+def execute(library: runtime.Library, launch: Launch, **options) -> None:
+    """A launch as the plan has it."""
+    given = zip(library.parameters(launch.kernel), launch.arguments, strict=True)
+    arguments = [passed(parameter.kind, value) for parameter, value in given]
+    library.launch(
+        launch.kernel, launch.grid, launch.block, arguments, shared=launch.shared, cluster=launch.cluster, **options
+    )
 
 
 def passed(kind: str, value):

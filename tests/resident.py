@@ -93,13 +93,6 @@ def errors(
     h0, others0 = draw(B, H), draw(S - 1, B, H)
     dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
 
-    def launched(launch):
-        given = zip(kernels.parameters(launch.kernel), launch.arguments, strict=True)
-        kernels.launch(
-            launch.kernel, launch.grid, launch.block, [on_host.passed(p.kind, value) for p, value in given],
-            shared=launch.shared, cluster=launch.cluster, seed=seed, **options,
-        )  # fmt: skip
-
     def run(arrays, *, backward):
         exchange = np.full(max(16, plan.exchange_bytes(backward=backward)), 0xFF, np.uint8)
         flags = np.zeros(max(1, plan.flags), np.uint32)
@@ -108,14 +101,15 @@ def errors(
             plan, cell, dtype, addresses, exchange.ctypes.data, flags.ctypes.data, T, B, H,
             reverse=case.reverse, save=case.save, backward=backward,
         ):  # fmt: skip
-            launched(launch)
+            on_host.execute(kernels, launch, seed=seed, **options)
 
     weights_stored = encode(R, dtype)
 
     def packed(*, backward):
         fragments = np.full((plan.fragments, 4), 0xFFFFFFFF, np.uint32)
         addresses = weights_stored.ctypes.data, fragments.ctypes.data
-        launched(residence.pack(plan, cell, dtype, *addresses, H, backward=backward))
+        pack = residence.pack(plan, cell, dtype, *addresses, H, backward=backward)
+        on_host.execute(kernels, pack, seed=seed, **options)
         return fragments
 
     others = np.full((T + 1 if case.save else 1, S - 1, B, H), np.nan, np.float32)
