@@ -7,7 +7,7 @@ import pytest
 
 import gpu_rnn
 from gpu_rnn import cudnn, dispatch
-from gpu_rnn.kernels import cells
+from gpu_rnn.kernels import cells, program
 from gpu_rnn.problem import Problem
 
 
@@ -55,6 +55,15 @@ def test_the_explanation_is_complete():
     nowhere = dispatch.explain(problem(device="cuda", library="torch"), "numpy")
     assert nowhere.backend is None
     assert "runs nowhere" in str(nowhere)
+
+
+def test_the_plan_tells_the_program_that_runs():
+    """A few instants take the weights as they lie, and more calls for it."""
+    for T, arrangement in ((4, program.natural), (5, program.layout)):
+        cell = cells.get("lstm")
+        calls = len(program.step_program(cell, arrangement(cell)).calls)
+        assert f" {calls} elementwise calls" in dispatch.explain(problem(T=T)).plan
+    assert calls == 9
 
 
 def test_backends_have_one_signature():

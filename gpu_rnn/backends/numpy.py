@@ -15,6 +15,7 @@ from gpu_rnn.kernels.cells import Cell
 from gpu_rnn.kernels.program import Layout, grad_program, layout, natural, step_program
 
 from ..arrays import HALVES, from_numpy, library, to_numpy
+from ..arrays import dtype as dtype_of
 from ..problem import Problem, Weights
 
 NAME = "numpy"
@@ -40,7 +41,7 @@ def reasons(problem: Problem) -> list[str]:
 
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
-    calls = len(step_program(problem.cell).calls)
+    calls = len(step_program(problem.cell, arranged(problem.cell, problem.T)).calls)
     return f"{width}; one product and {calls} elementwise calls per step, input projection by chunks"
 
 
@@ -70,7 +71,7 @@ def numpied(weights: Weights, state: tuple) -> tuple[Weights, tuple]:
 
 def lent(weight: Any) -> np.ndarray:
     """As `to_numpy`. FSDP frees its weights' memory between uses, and torch's `numpy()` would forbid that for good."""
-    if FSDP in sys.modules and library(weight) == "torch" and str(weight.dtype).removeprefix("torch.") not in HALVES:
+    if FSDP in sys.modules and library(weight) == "torch" and dtype_of(weight) not in HALVES:
         return np.from_dlpack(weight.detach())
     return to_numpy(weight)
 
@@ -80,7 +81,7 @@ def run_forward(
 ) -> tuple[np.ndarray, tuple, tuple]:
     T, B, _ = x.shape
     H, P = sizes(cell, weights)
-    order = layout(cell) if T > FEW else natural(cell)
+    order = arranged(cell, T)
     program = step_program(cell, order)
     W = by_gate(weights.w_ih, order.inputs, order.scale).swapaxes(1, 2)  # [G, I, H]
     R = by_gate(weights.w_hh, order.recurrent, order.scale)  # [G, H, P]
@@ -163,6 +164,11 @@ def run_backward(
 
 
 # ---- arrangement ----------------------------------------------------------------------------------------------------
+
+
+def arranged(cell: Cell, T: int) -> Layout:
+    """The order of the gates going forward."""
+    return layout(cell) if T > FEW else natural(cell)
 
 
 def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
