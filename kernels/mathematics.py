@@ -1,15 +1,15 @@
 """The functions a cell's page may use, beside ``+ - * /``.
 
-Each works on NumPy arrays (the oracle runs a page as it stands) and on `trace.Symbol` (the compiled NumPy
-backend). Triton compiles the same page with `kernels/triton/mathematics.py` in the place of this module, and the
-CUDA twins have them in `kernels/cuda/mathematics.cuh`: a new function is added to all three.
+Each works on NumPy arrays (the oracle runs a page as it stands) and on `trace.Symbol`, from which the backends get the
+page. Triton has them in `kernels/triton/mathematics.py` and CUDA in `kernels/cuda/mathematics.cuh`. A page's own
+functions are made of these; a new operation is added to `trace.ARITY`, to all three files, and to `derive.PULL`.
 """
 
 import numpy as np
 
 from .trace import Symbol
 
-__all__ = ["exp", "log", "maximum", "positive", "relu", "sigmoid", "tanh"]
+__all__ = ["exp", "log", "maximum", "minimum", "positive", "relu", "sigmoid", "tanh", "where"]
 
 
 def sigmoid(a):
@@ -45,3 +45,16 @@ def maximum(a, b):
     if isinstance(a, Symbol):
         return a.apply("maximum", b)
     return b.apply("maximum", a) if isinstance(b, Symbol) else np.maximum(a, b)
+
+
+def minimum(a, b):
+    """The smaller of the two; NaN wins."""
+    return -maximum(-a, -b)
+
+
+def where(condition, a, b):
+    """a where condition > 0, else b; the other one may be anything, NaN included."""
+    for value in (condition, a, b):
+        if isinstance(value, Symbol):
+            return value.graph.node("where", *map(value.graph.symbol, (condition, a, b)))
+    return np.where(np.greater(condition, 0), a, b)

@@ -130,6 +130,7 @@ CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
     **{name: getattr(np, name) for name in ("add", "subtract", "multiply", "divide", "negative", "tanh", "exp", "log")},
     "maximum": lambda a, b, out: np.maximum(a, b, out=out),  # the only one that NumPy wants to be told by keyword
     "positive": lambda a, out: np.greater(a, 0, out=out),
+    "where": lambda c, a, b, out: np.copyto(out, np.where(np.greater(c, 0), a, b)),
     "copy": lambda a, out: np.copyto(out, a),
 }
 

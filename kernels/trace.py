@@ -1,7 +1,8 @@
 """Reads a cell's page: runs it once on symbols and keeps what it did, as a graph of elementwise operations.
 
-From that graph follow the NumPy backend's preallocated calls (`program.py`), facts about a cell that its page need not
-repeat, such as which gates' two parts have different gradients, and the page on arrays of any library (`Graph.run`).
+From that graph follow the NumPy backend's preallocated calls (`program.py`), the Triton functions and the CUDA struct
+(`emit.py`), a gradient for a page without one (`derive.py`), facts about a cell that its page need not repeat, such as
+which gates' two parts have different gradients, and the page on arrays of any library (`Graph.run`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 # Every operation a page can be made of, and how many operands it has.
 ARITY = {
     "add": 2, "subtract": 2, "multiply": 2, "divide": 2, "maximum": 2,
-    "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "positive": 1,
+    "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "positive": 1, "where": 3,
 }  # fmt: skip
 
 
@@ -87,6 +88,16 @@ class Graph:
             else:
                 values[node] = operations[node.op](*(values[operand] for operand in node.operands))
         return tuple(tuple(values[value] for value in group) for group in self.outputs)
+
+    def image(self, value: Symbol, known: dict[Symbol, Symbol]) -> Symbol:
+        """A symbol of another graph in this one, with all that it is computed from; `known` says what stands for what,
+        and is added to."""
+        if value not in known:
+            if value.op in ("input", "constant"):
+                known[value] = self.node(value.op, *value.operands)
+            else:
+                known[value] = self.node(value.op, *(self.image(operand, known) for operand in value.operands))
+        return known[value]
 
 
 def trace(function: Callable, **inputs: int) -> Graph:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import page as pages
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.problem import Weights
 
@@ -70,7 +71,8 @@ def planned(case: Case, device: residence.Device = residence.DEVICES["h200"]) ->
 
 
 def sources(cell: str, kernel: runtime.Source | None = None) -> list:
-    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", cells.get(cell).cuda, kernel or CUDA / "resident.cu"]
+    page = runtime.Source(f"cell {cell}", pages.page(cells.get(cell)))
+    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, kernel or CUDA / "resident.cu"]
 
 
 def library(case: Case, plan: residence.Residence, sanitizer=None, kernel=None) -> runtime.Library:

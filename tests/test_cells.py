@@ -134,16 +134,17 @@ def test_every_operation_of_a_page_compiles(rng):
         values = (
             a + b, 1 + a, a - b, 1 - a, a * b, 2 * a, a / (3 + b * b), 1 / (3 + a * a), -a, m.sigmoid(a + b),
             m.tanh(a), m.exp(a), m.log(1 + a * a), m.maximum(a, b), m.maximum(0.5, a), m.relu(b), m.positive(a),
+            m.where(a, b, 0.5),
         )  # fmt: skip
         return values, (a, values[0])
 
-    cell = cells.Cell("everything", "a", "h" * 17, page, page, 2, (True,), None)
+    cell = cells.Cell("everything", "a", "h" * 18, page, page, 2, (True,))
     x, h = rng.standard_normal((1, 2, 3)), rng.standard_normal((1, 2, 3))
     bias = rng.standard_normal((1, 1, 3))
     expected, saved = page(x, h + bias, [None])
     after, v = [np.full((2, 3), np.nan) for _ in expected], np.full((2, 2, 3), np.nan)
     compiled = program.step_program(cell)
-    compiled.bind(2, 3, np.dtype("float64"), h=h, b=bias)(x, *[np.nan] * 17, *after, v)
+    compiled.bind(2, 3, np.dtype("float64"), h=h, b=bias)(x, *[np.nan] * 18, *after, v)
     for ours, exact in zip([*after, *v], [*expected, *(saved[k] for k in program.saved_order(cell))]):
         np.testing.assert_allclose(ours, exact, rtol=1e-14)
     used = {node.op for node in trace(page, x=1, h=1, state=1).nodes.values()} - {"input", "constant"}

@@ -11,7 +11,7 @@ import torch
 
 from gpu_rnn import functional
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Weights
+from gpu_rnn.problem import Options, Weights
 
 from .conftest import sequence_arrays
 from .host import runtime
@@ -21,10 +21,9 @@ TEXT = (Path(__file__).parents[1] / "docs" / "new_cell.md").read_text()
 
 @pytest.fixture
 def mgu(tmp_path, monkeypatch):
-    """The cell "mgu", from the document's two blocks."""
-    for language, name in (("python", "mgu.py"), ("cpp", "mgu.cuh")):
-        (block,) = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
-        (tmp_path / name).write_text(block)
+    """The cell "mgu", from the document."""
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "mgu.py").write_text(block)
     monkeypatch.setattr(cells, "__path__", [*cells.__path__, str(tmp_path)])
     monkeypatch.setattr(cells, "NAMES", (*cells.NAMES, "mgu"))
     cells.get.cache_clear()
@@ -38,9 +37,20 @@ def test_its_facts_are_read_off_the_page(mgu):
     assert (mgu.G, mgu.S, mgu.K, mgu.separate) == (2, 1, 3, (False, True))
 
 
+def test_its_gradient_can_be_derived(mgu, rng):
+    derived = cells.made("derived", mgu.gates, mgu.states, lambda x, h, state: mgu.step(x, h, state)[0])
+    assert (derived.K, derived.separate) == (mgu.K, mgu.separate)
+    x, h, state, dnew = ([rng.standard_normal(7) for _ in range(n)] for n in (2, 2, 1, 1))
+    results = []
+    for cell in (mgu, derived):
+        new, saved = cell.step(x, h, state)
+        results.append([*new, *(g for group in cell.grad(dnew, new, state, saved) for g in group)])
+    np.testing.assert_allclose(*results, rtol=1e-12)
+
+
 def test_it_runs_with_gradients(mgu, rng):
     x, weights, (h0,) = sequence_arrays(rng, "mgu", 4, 3, 2, 5)
-    y, _ = functional.sequence("mgu", x, weights, {"h0": h0}, False, None)
+    y, _ = functional.sequence("mgu", x, weights, (h0,), Options())
     h, H = h0, 5
     for t in range(4):  # the published equations, by hand
         a, r = x[t] @ weights.w_ih.T + weights.b_ih, h @ weights.w_hh.T + weights.b_hh
@@ -51,7 +61,7 @@ def test_it_runs_with_gradients(mgu, rng):
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x, *weights[:4], h0)]
 
     def run(x, *rest):
-        y, (hT,) = functional.sequence("mgu", x, Weights(*rest[:4]), {"h0": rest[4]}, True, None)
+        y, (hT,) = functional.sequence("mgu", x, Weights(*rest[:4]), (rest[4],), Options(reverse=True))
         return y, hT
 
     assert torch.autograd.gradcheck(run, tensors)

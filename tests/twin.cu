@@ -1,4 +1,4 @@
-// twin.cu: a cell's CUDA twin and its functions alone, one thread per row. The tests hold them against the page.
+// twin.cu: a cell's struct and the functions it calls alone, one thread per row. The tests hold them against the page.
 
 DEVICE long long own_row() { return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; }
 

@@ -1,4 +1,5 @@
-"""The CUDA twins and functions (twin.cu) against the pages, on whatever runs a launch: the host runtime or a GPU."""
+"""A cell as the C++ struct written from its page (twin.cu), and CUDA's functions, against NumPy's, on whatever runs a
+launch: the host runtime or a GPU."""
 
 from pathlib import Path
 

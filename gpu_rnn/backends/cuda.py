@@ -27,8 +27,6 @@ def reasons(problem: Problem) -> list[str]:
     why = [reason for reason in (compat.no_gpu(), compat.missing("cupy")) if reason is not None]
     if problem.device != "cuda":
         why.append(f"the arrays are on {problem.device}; CUDA computes on the GPU and nothing is moved silently")
-    if problem.cell.cuda is None:
-        why.append(f"{problem.cell.name} has no CUDA twin, kernels/cells/{problem.cell.name}.cuh")
     if problem.dtype not in arrays.DTYPES:
         why.append(f"{problem.dtype} has no kernel; there are {', '.join(arrays.DTYPES)}")
     if (problem.library, problem.dtype) == ("cupy", "bfloat16"):

@@ -9,7 +9,14 @@ A page is a module of this folder with
 
 where every argument is a tuple over gates or states and every element stands for one unit of one batch row (or an
 array or tile of them). Who drives time, memory and hardware takes the page as a parameter: a module put here is found
-by name, and NumPy and Triton run it at once. Its CUDA twin is a struct in ``<name>.cuh``.
+by name, and every backend runs it at once.
+
+A page may have weights of its own, one per unit: with UNITS, a tuple of their names, step takes a fourth argument, and
+grad, which then gives a fourth group, a fifth. A page without grad gives the new states alone and gets its gradient by
+`derive`.
+
+Every cell also has variants, in which states are reset, held or mixed from one instant to the next: `weave.py`. Their
+names are the cell's with what is woven in, as in "lstm+reset+zoneout(0.1,0.05)".
 """
 
 import importlib
@@ -17,16 +24,16 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from ..trace import trace
+from ..derive import derive
+from ..trace import Graph, trace
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A page, with what follows from it. `get` makes it."""
+    """A page, with what follows from it. `made` makes it; two are equal only if they are the same page's."""
 
     name: str
     gates: str
@@ -35,7 +42,11 @@ class Cell:
     grad: Callable
     saved: int  # K: how many values `step` keeps for `grad`, beside the states themselves
     separate: tuple[bool, ...]  # [G] true where x and h don't just meet as x + h, so that their gradients differ
-    cuda: Path | None  # the CUDA twin
+    units: tuple[str, ...] = ()  # values that an element has for the whole sequence, the first of `extra` ...
+    learned: int = 0  # ... of which so many have gradients
+    flags: tuple[str, ...] = ()  # 0 or 1 for every instant and batch row, next in `extra`
+    uniforms: int = 0  # random numbers in [0, 1), new ones for every instant, row and unit; last in `extra`
+    operand: Callable | None = None  # (h, extra) -> what the recurrent weights see in the place of h
 
     @property
     def G(self) -> int:
@@ -49,17 +60,51 @@ class Cell:
     def K(self) -> int:
         return self.saved
 
+    @property
+    def E(self) -> int:
+        """How many values `extra` has, the page's argument beside x, h and states; without any it takes none."""
+        return len(self.units) + len(self.flags) + self.uniforms
+
 
 @cache
 def get(name: str) -> Cell:
     """The cell of that name, or a ValueError that names them all."""
-    if name not in NAMES:
-        raise ValueError(f"unknown cell {name!r}; there are {', '.join(NAMES)}")
-    page = importlib.import_module(f"{__name__}.{name}")
-    G, S = len(page.GATES), len(page.STATES)
-    _, saved = trace(page.step, x=G, h=G, state=S).outputs
-    dx, dh, _ = trace(page.grad, dnew=S, new=S, state=S, saved=len(saved)).outputs
+    base, *options = name.split("+")
+    if options:
+        from ..weave import read, woven
+
+        return woven(name, get(base), **read(options))
+    if base in NAMES:
+        page = importlib.import_module(f"{__name__}.{base}")
+        return made(base, page.GATES, page.STATES, page.step, getattr(page, "grad", None), getattr(page, "UNITS", ()))
+    raise ValueError(f"unknown cell {name!r}; there are {', '.join(NAMES)}")
+
+
+def made(
+    name: str, gates: str, states: str, step: Callable, grad: Callable | None = None, units: tuple[str, ...] = (),
+    *, learned: int | None = None, flags: tuple[str, ...] = (), uniforms: int = 0, operand: Callable | None = None,
+) -> Cell:  # fmt: skip
+    """A cell, with what can be read off its page."""
+    G, S, E = len(gates), len(states), len(units) + len(flags) + uniforms
+    learned = len(units) if learned is None else learned
+    if grad is None:
+        step, grad = derive(step, G, S, E, learned)
+    sketch = Cell(name, gates, states, step, grad, 0, (), tuple(units), learned, tuple(flags), uniforms, operand)
+    K = len(step_graph(sketch).outputs[1])
+    dx, dh, *_ = trace(grad, dnew=S, new=S, state=S, saved=K, **extra(sketch)).outputs
     separate = tuple(a is not b for a, b in zip(dx, dh, strict=True))
-    twin = Path(str(page.__file__)).with_suffix(".cuh")
-    cuda = twin if twin.exists() else None
-    return Cell(name, page.GATES, page.STATES, page.step, page.grad, len(saved), separate, cuda)
+    return Cell(name, gates, states, step, grad, K, separate, tuple(units), learned, tuple(flags), uniforms, operand)
+
+
+def extra(cell: Cell) -> dict[str, int]:
+    return {"extra": cell.E} if cell.E else {}
+
+
+@cache
+def step_graph(cell: Cell) -> Graph:
+    return trace(cell.step, x=cell.G, h=cell.G, state=cell.S, **extra(cell))
+
+
+@cache
+def grad_graph(cell: Cell) -> Graph:
+    return trace(cell.grad, dnew=cell.S, new=cell.S, state=cell.S, saved=cell.K, **extra(cell))

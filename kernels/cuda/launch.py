@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cells import Cell
+from .page import page
 
 HERE = Path(__file__).parent
 C_TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -24,10 +25,10 @@ class Unit(NamedTuple):
     @property
     def source(self) -> str:
         """The text to compile. Files are joined, not included: CuPy's cache sees only the text that it is given."""
-        if self.cell.cuda is None:
-            raise ValueError(f"{self.cell.name} has no CUDA twin")
-        files = (HERE / "device.cuh", HERE / "mathematics.cuh", self.cell.cuda, self.kernels)
-        return "".join(f'#line 1 "{file.parent.name}/{file.name}"\n{file.read_text()}' for file in files)
+        device, mathematics = HERE / "device.cuh", HERE / "mathematics.cuh"
+        parts = {file.name: file.read_text() for file in (device, mathematics)}
+        parts |= {f"cell {self.cell.name}": page(self.cell), self.kernels.name: self.kernels.read_text()}
+        return "".join(f'#line 1 "{name}"\n{text}' for name, text in parts.items())
 
 
 def unit(kernels: Path, cell: Cell, defines: Mapping[str, Any]) -> Unit:

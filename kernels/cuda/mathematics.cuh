@@ -1,4 +1,4 @@
-// mathematics.cuh: the functions a cell's twin may use beside + - * /, as kernels/mathematics.py has them for the page.
+// mathematics.cuh: the functions of a cell's page beside + - * /, as kernels/mathematics.py has them.
 //
 // tanh, exp and log are CUDA's own, for float and for double. For float they take 7 to 25 instructions, are right to 2
 // units in the last place, and have no slow path: infinities and large numbers give what they should, NaN stays NaN.
@@ -50,3 +50,6 @@ DEVICE real relu(real a) { return maximum(a, 0); }
 
 // 1 where a > 0, else 0: the derivative of relu, in terms of its input or its output.
 DEVICE real positive(real a) { return a > 0 ? 1 : 0; }
+
+// a where condition > 0, else b.
+DEVICE real where(real condition, real a, real b) { return condition > 0 ? a : b; }

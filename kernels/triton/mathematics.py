@@ -64,3 +64,8 @@ def relu(a):
 @triton.jit
 def positive(a):
     return tl.where(a > 0, 1.0, 0.0).to(a.dtype)
+
+
+@triton.jit
+def where(condition, a, b):
+    return tl.where(condition > 0, a, b)

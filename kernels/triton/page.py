@@ -1,16 +1,20 @@
-"""A cell's page as Triton functions: the same code, with Triton's mathematics in the place of NumPy's."""
+"""A cell's page as Triton functions, written from its graph."""
 
+import linecache
 from collections.abc import Callable
 from functools import cache
-from types import FunctionType
-from typing import NamedTuple
+from itertools import count
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .. import mathematics as numpy_mathematics
-from ..cells import Cell
+from ..cells import Cell, extra, grad_graph, step_graph
+from ..emit import assignments
+from ..trace import ARITY, Graph
 from . import mathematics
+
+NUMBERS = count()
 
 
 class Page(NamedTuple):
@@ -20,15 +24,21 @@ class Page(NamedTuple):
 
 @cache
 def page(cell: Cell) -> Page:
-    return Page(jitted(cell.step), jitted(cell.grad))
+    more = tuple(extra(cell))
+    return Page(
+        function("step", step_graph(cell), "x", "h", "state", *more),
+        function("grad", grad_graph(cell), "dnew", "new", "state", "saved", *more),
+    )
 
 
-def jitted(function: Callable) -> Callable:
-    """triton.jit finds what a function calls in the function's globals, so it gets a copy that has others."""
-    known = {
-        name: getattr(mathematics, value.__name__)
-        for name, value in function.__globals__.items()
-        if getattr(value, "__module__", None) == numpy_mathematics.__name__
-    }
-    globals_ = {"__name__": function.__module__, "__builtins__": __builtins__, "tl": tl, **known}
-    return triton.jit(FunctionType(function.__code__, globals_, function.__name__))
+def function(name: str, graph: Graph, *arguments: str) -> Callable:
+    lines, groups = assignments(graph, repr)
+    results = ", ".join("({})".format("".join(f"{value}, " for value in group)) for group in groups)
+    body = [f"    {line}\n" for line in [*lines, f"return {results}"]]
+    text = f"def {name}({', '.join(arguments)}):\n{''.join(body)}"
+    known: dict[str, Any] = {op: getattr(mathematics, op) for op in ARITY if hasattr(mathematics, op)}
+    known |= {"__name__": __name__, "tl": tl}  # Triton looks for its language among a function's globals
+    file = f"<page {next(NUMBERS)}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where triton.jit looks for it
+    exec(compile(text, file, "exec"), known)
+    return triton.jit(known[name])

@@ -107,7 +107,7 @@ def divide_grad(dnew, new, state, saved):
 
 def test_a_cell_that_has_no_value_where_there_is_no_unit(how):
     """0 / 0 in the padding of a tile, which must not reach the units through the products."""
-    cell = cells.Cell("divide", "a", "hn", divide_step, divide_grad, 1, (False,), None)
+    cell = cells.Cell("divide", "a", "hn", divide_step, divide_grad, 1, (False,))
     case = sequences.draw("lstm", "float32", 4, 2, 3, 5)._replace(cell=cell)
     weights = Weights(*(None if w is None else guarded(w[:5]) for w in case.weights))
     case = case._replace(weights=weights, state=(case.state[0], case.state[1].sign() * 2))

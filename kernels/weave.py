@@ -1,0 +1,84 @@
+"""What can happen to any cell between two instants, woven into its page.
+
+In this order, at an instant t, for one unit of one batch row:
+
+    s      = where reset[t], the reset state or 0, else the state before
+    p      = m s_h                     what the recurrent weights see; m is a dropout mask of the whole sequence
+    new    = step(x_t, R p + b, s)     the cell's own page
+    new_k  = zoneout_k: s_k where u_k < its probability, else new_k; or their mean, weighted so
+    after  = where hold[t], the state before, else new
+
+Resetting is what an episode's end asks for, holding what sequences of unequal lengths do, dropout of the recurrent
+input is Gal & Ghahramani's (2016), zoneout is Krueger et al.'s (2017). The gradient follows by `derive`.
+"""
+
+from collections.abc import Sequence
+
+from .cells import Cell, get, made
+from .mathematics import where
+
+RESET, HOLD, DROPOUT = "reset", "hold", "dropout"
+
+
+def weave(cell: Cell, **options: bool | tuple[float, ...]) -> Cell:
+    """The cell with any of
+
+    reset    a flag by which states are replaced before the instant: by zero, or by one `given` for every unit
+    given    (with reset)
+    hold     a flag by which an instant leaves the states as they are
+    dropout  a factor for what the recurrent weights see of h
+    zoneout  a probability per state by which it stays what it was; with `mean` by so much, as after training
+    mean     (with zoneout)
+    """
+    return get("+".join([cell.name, *(named(word, value) for word, value in sorted(options.items()) if value)]))
+
+
+def named(word: str, value: bool | tuple[float, ...]) -> str:
+    return word if value is True else f"{word}({','.join(map(repr, value))})"
+
+
+def read(parts: Sequence[str]) -> dict[str, bool | tuple[float, ...]]:
+    """The parts of a name after the cell's, as options."""
+    found: dict[str, bool | tuple[float, ...]] = {}
+    for part in parts:
+        word, _, values = part.rstrip(")").partition("(")
+        found[word] = tuple(map(float, values.split(","))) if values else True
+    return found
+
+
+def woven(
+    name: str, cell: Cell, *, reset: bool = False, given: bool = False, hold: bool = False, dropout: bool = False,
+    zoneout: tuple[float, ...] = (), mean: bool = False,
+) -> Cell:  # fmt: skip
+    own, S = len(cell.units), cell.S
+    at_random = [k for k in range(S) if zoneout and zoneout[k] and not mean]
+    units = (*cell.units, *(f"{letter}_reset" for letter in cell.states if given), *([DROPOUT] if dropout else []))
+    flags = (*cell.flags, *([RESET] if reset else []), *([HOLD] if hold else []))
+    places = {name: k for k, name in enumerate((*units, *flags))}
+
+    def entered(state: Sequence, extra: Sequence) -> list:
+        if not reset:
+            return list(state)
+        instead = [extra[places[f"{letter}_reset"]] if given else 0.0 for letter in cell.states]
+        return [where(extra[places[RESET]], r, s) for r, s in zip(instead, state)]
+
+    def step(x: Sequence, h: Sequence, state: Sequence, extra: Sequence = ()) -> tuple:
+        s = entered(state, extra)
+        new = list(cell.step(x, h, s, *([extra[:own]] if own else []))[0])
+        for k, p in enumerate(zoneout):
+            if k in at_random:
+                uniform = extra[len(places) + at_random.index(k)]
+                new[k] = where(p - uniform, s[k], new[k])
+            elif p:
+                new[k] = p * s[k] + (1 - p) * new[k]
+        return tuple(where(extra[places[HOLD]], old, n) for old, n in zip(state, new)) if hold else tuple(new)
+
+    def operand(h: object, extra: Sequence) -> object:
+        (seen, *_) = entered((h, *[0.0] * (S - 1)), extra)
+        return seen * extra[places[DROPOUT]] if dropout else seen
+
+    return made(
+        name, cell.gates, cell.states, step, None, units,
+        learned=cell.learned + S * given, flags=flags, uniforms=len(at_random),
+        operand=operand if reset or dropout else None,
+    )  # fmt: skip
