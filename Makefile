@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: test demo lint gpu bench figures clean
+.PHONY: test demo lint gpu bench hub figures clean
 
 test: $(VENV)/test lint  ## lint, then every test that this machine can run
 	$(BIN)/python -m pytest -n auto -q
@@ -22,6 +22,9 @@ gpu:  ## tests and benchmarks on this machine's NVIDIA GPU, with this machine's 
 
 bench: $(VENV)/demo  ## microbenchmarks on this machine
 	$(BIN)/python -m bench run
+
+hub:  ## the Triton kernels in the layout of Hugging Face's kernels hub, in .build/hub; by this machine's own python3
+	$(PYTHON) -m hub --repo $(or $(REPO),owner/gpu-rnn)
 
 figures: $(VENV)/demo  ## the figures of docs/derivation.md, from real runs
 	$(BIN)/python docs/figures.py

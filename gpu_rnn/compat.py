@@ -15,6 +15,9 @@ EXTRAS = {
     "matplotlib": "gpu-rnn[demo]",
     "click": "gpu-rnn[demo]",
     "rich": "gpu-rnn[demo]",
+    "onnx": "gpu-rnn[onnx]",
+    "h5py": "gpu-rnn[keras]",
+    "keras": "gpu-rnn[keras]",
 }
 
 

@@ -38,7 +38,7 @@ def function(name: str, graph: Graph, *arguments: str) -> Callable:
     text = f"def {name}({', '.join(arguments)}):\n{''.join(body)}"
     known: dict[str, Any] = {op: getattr(mathematics, op) for op in ARITY if hasattr(mathematics, op)}
     known |= {"__name__": __name__, "tl": tl}  # Triton looks for its language among a function's globals
-    file = f"<page {next(NUMBERS)}>"
+    file = f"<{__name__} {next(NUMBERS)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where triton.jit looks for it
     exec(compile(text, file, "exec"), known)
     return triton.jit(known[name])

@@ -1,0 +1,140 @@
+"""A stack of recurrent layers as NumPy arrays: what the weights of other frameworks pass through on their way."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_rnn.kernels import cells
+
+from .compat import require
+from .functional import ShapeError, shape
+from .problem import Weights
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+DTYPES = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """L layers in D directions, in torch's layout and gate order. It needs no torch to run:
+
+        (forward,), = stack.weights                       # one layer, one direction
+        y, (hT, cT) = gpu_rnn.lstm(x, *forward[:4], reverse=stack.reverse)
+
+    Raises ShapeError where a layer doesn't fit the one below it, TypeError for dtypes that NumPy doesn't have.
+    """
+
+    cell: str  # the page: one of CELLS
+    weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse
+    reverse: bool = False  # D = 1, from the last instant to the first
+    batch_first: bool = False  # of input and output where they come from
+
+    def __post_init__(self) -> None:
+        below = self.I
+        for k, directions in enumerate(self.weights):
+            for w in directions:
+                dtypes = {array.dtype.name for array in w if array is not None}
+                if dtypes != {self.dtype.name} or self.dtype.name not in DTYPES:
+                    raise TypeError(
+                        f"layer {k} has {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}"
+                    )
+                if w.w_ih.shape[1] != below or w.w_hh.shape[1] != self.H or len(directions) != self.D:
+                    raise ShapeError(
+                        f"layer {k}, of {len(directions)} directions, has input weights {shape(w.w_ih)} and recurrent "
+                        f"weights {shape(w.w_hh)}; expected {self.D} directions, [G*H, {below}] and [G*H, {self.H}]"
+                    )
+            below = self.D * self.H
+
+    I = property(lambda self: self.weights[0][0].w_ih.shape[1])
+    H = property(lambda self: self.weights[0][0].w_hh.shape[1])
+    L = property(lambda self: len(self.weights))
+    D = property(lambda self: len(self.weights[0]))
+    dtype = property(lambda self: self.weights[0][0].w_ih.dtype)
+    gates = property(lambda self: cells.get(self.cell).gates)
+
+    @property
+    def direction(self) -> str:
+        return "bidirectional" if self.D == 2 else "reverse" if self.reverse else "forward"
+
+    @classmethod
+    def of(cls, layer: Any) -> "Stack":
+        """The weights of gpu_rnn.RNN, LSTM or GRU; a stack as it is."""
+        if isinstance(layer, cls):
+            return layer
+        torch = require("torch", "saving a layer")
+        from .layers import RecurrentLayer
+
+        if not isinstance(layer, RecurrentLayer):
+            raise TypeError(
+                f"expected gpu_rnn.RNN, LSTM or GRU, or a stack of weights, got {type(layer).__name__}; "
+                "gpu_rnn.replace_ makes the first of torch.nn's"
+            )
+        if layer.page not in CELLS:
+            raise NotImplementedError(f"{layer}: only {', '.join(CELLS)} are exchanged, not {layer.page}")
+        if any(weight.dtype == torch.bfloat16 for weight in layer.parameters()):
+            raise TypeError(f"{layer} has bfloat16 weights, which NumPy lacks; save layer.float()")
+        units = [
+            Weights(*(weight if weight is None else weight.detach().cpu().numpy() for weight in layer._weights(suffix)))
+            for suffix in layer._suffixes
+        ]
+        if more := [shape(weight) for w in units for weight in w[4:] if weight is not None]:
+            raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
+        D = layer._directions
+        stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))
+        return cls(layer.page, stacked, batch_first=layer.batch_first)
+
+    def module(self) -> Any:
+        """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched."""
+        torch = require("torch", "making a layer")
+        from . import layers
+
+        if self.reverse:
+            raise NotImplementedError(
+                f"{self.cell} with weights {shape(self.weights[0][0].w_ih)} in reverse alone is no layer; "
+                "take weights() instead of load(), and the function of gpu_rnn with reverse=True"
+            )
+        kind, _, nonlinearity = self.cell.partition("_")
+        bias = any(w.b_ih is not None for directions in self.weights for w in directions)
+        layer = getattr(layers, kind.upper())(
+            self.I, self.H, self.L, bias=bias, batch_first=self.batch_first, bidirectional=self.D == 2,
+            device="meta", **({"nonlinearity": nonlinearity} if nonlinearity else {}),
+        )  # fmt: skip
+        none = np.zeros(len(self.gates) * self.H, self.dtype)
+        units = [w for directions in self.weights for w in directions]
+        state = {
+            name + suffix: torch.tensor(none if array is None else array)
+            for suffix, w in zip(layer._suffixes, units, strict=True)
+            for name, array in zip(layers.NAMES[: 4 if bias else 2], w)
+        }
+        layer.load_state_dict(state, strict=True, assign=True)
+        return layer
+
+
+def reordered(array: np.ndarray, given: str, wanted: str) -> np.ndarray:
+    """The blocks of H rows, one for each gate, in another order of the gates: [G*H, ...] -> the same shape, a copy."""
+    blocks = array.reshape(len(given), -1, *array.shape[1:])
+    return np.ascontiguousarray(blocks[[given.index(gate) for gate in wanted]]).reshape(array.shape)
+
+
+def chosen(
+    found: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object
+) -> dict[str, Any]:
+    """What is found under the name or names; for None, all of it where `sequence` says in which order it is a stack."""
+    listing = ", ".join(found) or "none"
+    if name is None:
+        if not sequence:
+            raise ValueError(
+                f"{where} has no single recurrent layer or stack of them; name one of what it has, or several from the "
+                f"bottom up: {listing}"
+            )
+        names = sequence
+    else:
+        names = [name] if isinstance(name, str) else list(name)
+        for wanted in names:
+            if wanted not in found:
+                raise ValueError(f"{where} has no recurrent layer {wanted!r}; it has: {listing}")
+        if not names:
+            raise ValueError(f"no name was given; {where} has: {listing}")
+    return {wanted: found[wanted] for wanted in names}
