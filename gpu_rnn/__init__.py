@@ -4,6 +4,7 @@
     gpu_rnn.RNN, LSTM, GRU, *Cell        layers in the place of torch.nn's (need torch)
     gpu_rnn.replace_(model)              puts them there
     gpu_rnn.explain, inspect             what would run, and what happens inside a cell
+    gpu_rnn.warmup                       compiles it beforehand
 
 Letters, everywhere in code, comments and documentation:
 
@@ -25,17 +26,17 @@ from .functional import ShapeError, gru, lstm, rnn, vjp
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .inspection import explain, inspect
+    from .inspection import explain, inspect, warmup
     from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, replace_
 
 
 __all__ = [
     "GRU", "LSTM", "RNN", "BackendError", "GRUCell", "LSTMCell", "RNNCell", "ShapeError",
-    "__version__", "explain", "gru", "inspect", "lstm", "replace_", "rnn", "vjp",
+    "__version__", "explain", "gru", "inspect", "lstm", "replace_", "rnn", "vjp", "warmup",
 ]  # fmt: skip
 
 _LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "replace_"), "layers")
-_LAZY |= {"explain": "inspection", "inspect": "inspection"}
+_LAZY |= dict.fromkeys(("explain", "inspect", "warmup"), "inspection")
 
 
 def __getattr__(name: str):

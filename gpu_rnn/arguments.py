@@ -1,42 +1,84 @@
-"""Do the arrays of a call fit together? If so, what problem are they."""
+"""Do the arrays of a call fit together? If so, what problem are they, and who computes it?"""
 
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from gpu_rnn.kernels import cells
 
-from . import arrays
-from .problem import Problem, Weights
+from . import arrays, dispatch
+from .arrays import Described
+from .problem import Options, Problem, Weights
+
+PRECISIONS = ("tf32", "ieee")
+INTEGERS = {"flags": "uint8", "seed": "int64"}
 
 
 class ShapeError(ValueError, RuntimeError):
     """An array doesn't fit the others. torch.nn raises the one or the other for this, so it is caught as both."""
 
 
+def prepared(
+    name: str, x: Any, weights: Weights, state: Sequence[Any], options: Options, training: bool
+) -> tuple[ModuleType, Problem, tuple]:
+    """The backend that runs a call, the problem that it is, and its states with zeros filled in for None."""
+    problem, filled = checked(name, x, weights, state, options, training)
+    return dispatch.choose(problem, options.backend), problem, filled
+
+
 def checked(
-    name: str, x: Any, weights: Weights, initial: dict[str, Any], reverse: bool, training: bool
+    name: str, x: Any, weights: Weights, state: Sequence[Any], options: Options, training: bool
 ) -> tuple[Problem, tuple]:
     """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
+    given = tuple([arrays.described(array) for array in (x, *weights, *state)])
+    precision = options.precision or arrays.precision(x)
+    problem = known(name, given, options.reverse, precision, training, options.history)
+    filled = [
+        arrays.zeros((problem.B, problem.H if k else problem.P or problem.H), like=x) if array is None else array
+        for k, array in enumerate(state)
+    ]
+    return problem, tuple(filled)
+
+
+def fitted(
+    name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool, history: bool = False
+) -> Problem:
+    """What x, the weights and the states are, in this order -> the problem, or an error that repeats the shapes."""
     cell = cells.get(name)
-    given = {"x": x, **weights._asdict(), **initial}
-    given = {label: array for label, array in given.items() if array is not None}
+    labels = ("x", *Weights._fields, *first_states(cell))
+    there = {label: array for label, array in zip(labels, given, strict=True) if array is not None}
     for label in ("x", "w_ih", "w_hh"):
-        if label not in given:
+        if label not in there:
             raise TypeError(f"{label} is None; {name} needs it")
-    kinds = {label: (arrays.library(a), arrays.dtype(a), arrays.device(a)) for label, a in given.items()}
-    for label, kind in kinds.items():
-        if kind != kinds["x"]:
-            raise TypeError(f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must be alike")
+    kinds = {label: arrays.words(*array) for label, array in there.items()}
     library, dtype, device = kinds["x"]
+    for label, kind in kinds.items():
+        if label in INTEGERS and kind != (library, INTEGERS[label], device):
+            raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {library} {INTEGERS[label]} {device}")
+        if label not in INTEGERS and kind != kinds["x"]:
+            raise TypeError(f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must be alike")
     if dtype not in arrays.DTYPES:
         raise TypeError(f"x is {dtype}; there are {', '.join(arrays.DTYPES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    if (precision, dtype) == ("tf32", "float64"):
+        raise ValueError("precision='tf32' is for float32, but x is float64")
 
+    shapes = {label: tuple(array[1]) for label, array in there.items()}
     for label, rank in {"x": 3, "w_ih": 2, "w_hh": 2, "w_hr": 2}.items():
-        if label in given and len(given[label].shape) != rank:
-            raise ShapeError(f"{label} has shape {shape(given[label])}; expected {rank} dimensions")
-    T, B, I = x.shape
-    G, H = cell.G, hidden_size(cell, weights)
-    P = H if weights.w_hr is None else weights.w_hr.shape[0]
-    out = "H" if weights.w_hr is None else "P"
+        if label in shapes and len(shapes[label]) != rank:
+            raise ShapeError(f"{label} has shape {list(shapes[label])}; expected {rank} dimensions")
+    (T, B, I), (rows, _), G = shapes["x"], shapes["w_hh"], cell.G
+    if rows == 0 or rows % G:
+        raise ShapeError(
+            f"w_hh has shape {list(shapes['w_hh'])}; a {cell.name} has {G} gates ({', '.join(cell.gates)}), "
+            f"so its rows are a positive multiple of {G}"
+        )
+    H = rows // G
+    P, out = (shapes["w_hr"][0], "P") if "w_hr" in shapes else (H, "H")
+    h, *others = first_states(cell)
+    N, R = len(cell.units), shapes["units"][1] if len(shapes.get("units", ())) == 3 else 1
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "x": ("[T, B, I]", (T, B, I)),
         "w_ih": (f"[{G}*H, I]", (G * H, I)),
@@ -44,36 +86,35 @@ def checked(
         "b_ih": (f"[{G}*H]", (G * H,)),
         "b_hh": (f"[{G}*H]", (G * H,)),
         "w_hr": ("[P, H]", (P, H)),
+        "units": ("[N, 1 or B, H]", (N, B if R > 1 else 1, H)),
+        "flags": ("[T, B]", (T, B)),
+        "seed": ("[1]", (1,)),
+        h: (f"[B, {out}]", (B, P)),
+        **dict.fromkeys(others, ("[B, H]", (B, H))),
     }
-    h, *others = initial
-    expected |= {h: (f"[B, {out}]", (B, P)), **dict.fromkeys(others, ("[B, H]", (B, H)))}
-    for label, array in given.items():
+    for label, found in shapes.items():
         symbols, sizes = expected[label]
-        if tuple(array.shape) != sizes:
+        if found != sizes:
             raise ShapeError(
-                f"{label} has shape {shape(array)}; expected {symbols} = {list(sizes)}, "
-                f"with x {shape(x)}, w_ih {shape(weights.w_ih)}, w_hh {shape(weights.w_hh)}"
+                f"{label} has shape {list(found)}; expected {symbols} = {list(sizes)}, "
+                f"with x {list(shapes['x'])}, w_ih {list(shapes['w_ih'])}, w_hh {list(shapes['w_hh'])}"
             )
     if T == 0:
-        raise ShapeError(f"the sequence is empty: x has shape {shape(x)}, and T must be larger than 0")
-    if weights.w_hr is not None and not 0 < P < H:
-        raise ShapeError(f"w_hr has shape {shape(weights.w_hr)}; a projection needs 0 < P < H")
-    state = tuple(
-        arrays.zeros(expected[label][1], like=x) if array is None else array for label, array in initial.items()
-    )
-    where = device.partition(":")[0]
-    projected = None if weights.w_hr is None else P
-    return Problem(cell, T, B, I, H, projected, dtype, where, library, training, reverse), state
+        raise ShapeError(f"the sequence is empty: x has shape {list(shapes['x'])}, and T must be larger than 0")
+    if out == "P" and not 0 < P < H:
+        raise ShapeError(f"w_hr has shape {list(shapes['w_hr'])}; a projection needs 0 < P < H")
+    return Problem(
+        cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
+        tf32=(precision, dtype) == ("tf32", "float32"), history=history,
+    )  # fmt: skip
 
 
-def hidden_size(cell: cells.Cell, weights: Weights) -> int:
-    rows = weights.w_hh.shape[0]
-    if rows == 0 or rows % cell.G:
-        raise ShapeError(
-            f"w_hh has shape {shape(weights.w_hh)}; a {cell.name} has {cell.G} gates ({', '.join(cell.gates)}), "
-            f"so its rows are a positive multiple of {cell.G}"
-        )
-    return rows // cell.G
+known = lru_cache(maxsize=1024)(fitted)  # most calls are of arrays like those of a call before
+
+
+def first_states(cell: cells.Cell) -> list[str]:
+    """The arguments' names for the states before the first instant."""
+    return [letter + "0" for letter in cell.states]
 
 
 def shape(array: Any) -> str:

@@ -1,9 +1,14 @@
 """What NumPy, torch and CuPy call differently, so that nothing else needs to know whose array it holds."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import numpy as np
+
+from gpu_rnn.kernels import derive
 
 from .compat import require
 
@@ -44,6 +49,23 @@ def device(array: Any) -> str:
     return f"cuda:{array.device.id}" if kind == "cupy" else str(array.device)
 
 
+Described = tuple[type, tuple[int, ...], Any, Any]
+
+
+def described(array: Any) -> Described | None:
+    """Type, shape, dtype and device: all that has to fit, at the cost of a look, and hashable. None stays None."""
+    if array is None:
+        return None
+    kind: type = type(array)
+    where = array.device if library_of(kind) == "torch" else device(array)
+    return kind, array.shape, array.dtype, where
+
+
+def words(kind: type, _shape: Any, dtype: Any, device: Any) -> tuple[str, str, str]:
+    """What was described -> library, dtype and device by name."""
+    return library_of(kind), str(dtype).removeprefix("torch."), str(device)
+
+
 def zeros(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     """A new array of zeros, of the library and device of `like`, and of its dtype unless another is named."""
     kind = library(like)
@@ -58,6 +80,61 @@ def empty(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     if kind == "torch":
         return like.new_empty(shape, dtype=getattr(module(kind), dtype) if dtype else like.dtype)
     return module(kind).empty(shape, dtype or like.dtype)
+
+
+def converted(array: Any, dtype: str) -> Any:
+    """The array itself if it has that dtype, else a copy that does."""
+    if str(array.dtype).removeprefix("torch.") == dtype:
+        return array
+    return array.to(getattr(module("torch"), dtype)) if library(array) == "torch" else array.astype(dtype)
+
+
+def stack(many: Any, axis: int) -> Any:
+    return module(library(many[0])).stack(tuple(many), axis)
+
+
+def concatenate(many: Any, axis: int) -> Any:
+    return module(library(many[0])).concatenate(tuple(many), axis)
+
+
+def repeated(array: Any, rows: int) -> Any:
+    """[1, N] -> [rows, N]."""
+    return module(library(array)).broadcast_to(array, (rows, array.shape[1]))
+
+
+def counted(n: int, like: Any) -> Any:
+    """0 to n - 1 in int64, where `like` is."""
+    if library(like) == "torch":
+        return module("torch").arange(n, device=like.device)
+    return module(library(like)).arange(n)
+
+
+def integer(value: int, like: Any) -> Any:
+    """[1] int64, where `like` is."""
+    if library(like) == "torch":
+        return module("torch").tensor([value], device=like.device)
+    return module(library(like)).array([value], "int64")
+
+
+def operations(array: Any) -> Mapping[str, Callable]:
+    """The operations of a cell's page (`gpu_rnn.kernels.trace.ARITY`) on arrays of the library of `array`."""
+    return torch_operations() if library(array) == "torch" else derive.OPERATIONS
+
+
+@cache
+def torch_operations() -> Mapping[str, Callable]:
+    torch = module("torch")
+    return derive.OPERATIONS | {
+        "maximum": lambda a, b: torch.where(
+            a <= b, b, a
+        ),  # NaN wins; where both are equal the gradient is the second's
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "exp": torch.exp,
+        "log": torch.log,
+        "positive": lambda a: (a > 0).to(a.dtype),
+        "where": lambda condition, a, b: torch.where(condition > 0, a, b),
+    }
 
 
 def plain(array: Any) -> Any:
@@ -79,15 +156,20 @@ def product_dtype(kind: str, dtype: str) -> str:
     return "float32" if wide else dtype
 
 
-def tf32(kind: str) -> bool:
-    """Whether float32 products of recurrent layers may be TF32: what torch's own layers follow; not for others."""
-    if kind != "torch":
-        return False
-    cudnn = module(kind).backends.cudnn
-    if not hasattr(cudnn.rnn, "fp32_precision"):  # torch < 2.9
-        return cudnn.allow_tf32
-    asked = (cudnn.rnn.fp32_precision, getattr(cudnn, "fp32_precision", "none"), module(kind).backends.fp32_precision)
-    return next((precision for precision in asked if precision != "none"), "ieee") == "tf32"
+def precision(array: Any) -> str:
+    """Of the products of a recurrent layer, where nobody insists on one: "tf32" or "ieee"."""
+    if library(array) != "torch" or not array.is_cuda or dtype(array) != "float32":
+        return "ieee"
+    return torch_precision()
+
+
+def torch_precision() -> str:
+    """What torch's own recurrent layers follow on a GPU."""
+    backends = module("torch").backends
+    if not hasattr(backends.cudnn.rnn, "fp32_precision"):  # torch < 2.9
+        return "tf32" if backends.cudnn.allow_tf32 else "ieee"
+    asked = (holder.fp32_precision for holder in (backends.cudnn.rnn, backends.cudnn, backends))
+    return next((word for word in asked if word != "none"), "ieee")
 
 
 def matmul(a: Any, b: Any, out: Any, add: Any = None) -> None:
@@ -110,6 +192,33 @@ def matmul(a: Any, b: Any, out: Any, add: Any = None) -> None:
         xp.matmul(a, b, out=out)
         if add is not None:
             out += add
+
+
+SETTING = RLock()
+
+
+@contextmanager
+def products(like: Any, tf32: bool) -> Iterator[None]:
+    """torch's float32 products on a GPU, with or without TF32, whatever its setting for products in general says.
+
+    A product takes its precision from that setting, which is the whole process's, when it is enqueued. So it is changed
+    meanwhile, by one sequence at a time, and put back. A product that another thread enqueues just then has it, too.
+    """
+    if library(like) != "torch" or not like.is_cuda or dtype(like) != "float32":
+        yield
+        return
+    backends = module("torch").backends
+    modern = hasattr(backends.cudnn.rnn, "fp32_precision")  # torch >= 2.9
+    name, wanted = ("fp32_precision", "tf32" if tf32 else "ieee") if modern else ("allow_tf32", tf32)
+    with SETTING:
+        before = getattr(backends.cuda.matmul, name)
+        if modern and before == backends.cudnn.fp32_precision:
+            before = "none"  # it follows that one, and shall go on to
+        setattr(backends.cuda.matmul, name, wanted)
+        try:
+            yield
+        finally:
+            setattr(backends.cuda.matmul, name, before)
 
 
 def pointer(array: Any) -> int:
@@ -135,4 +244,4 @@ def from_numpy(array: np.ndarray, like: Any, keep_dtype: bool = False) -> Any:
     if library(like) == "numpy":
         return array
     tensor = module("torch").from_numpy(array)
-    return tensor if keep_dtype else tensor.to(like.dtype)
+    return tensor if keep_dtype or tensor.dtype == like.dtype else tensor.to(like.dtype)

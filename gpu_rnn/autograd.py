@@ -1,6 +1,6 @@
 """The functions as torch's autograd, its transforms (torch.func) and its compiler see them.
 
-Eager     `differentiated`: two autograd.Functions, `Sequence` and its gradient `Gradient`, around the chosen backend.
+Eager     `sequence`: two autograd.Functions, `Sequence` and its gradient `Gradient`, around the chosen backend.
 Captured  `captured`: two operators, gpu_rnn::forward and gpu_rnn::backward, for torch.compile and torch.export. They
           choose their backend when they run, and time stays inside of them. A program that torch.export saved needs
           this module imported before it is loaded.
@@ -13,7 +13,7 @@ Everywhere here `given` is (x, *weights, *state), in the order of `Weights`, wit
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -23,13 +23,30 @@ from torch.autograd import Function, forward_ad
 from torch.nn.functional import linear
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.trace import Graph, trace
+from gpu_rnn.kernels.cells import operand_graph, step_graph
+from gpu_rnn.kernels.weave import HOLD
 
 from . import arrays, dispatch
-from .arguments import checked
-from .problem import Problem, Weights
+from .arguments import fitted, known, prepared
+from .extra import Extra
+from .problem import Options, Problem, Weights
 
 FIRST_STATE = 1 + len(Weights._fields)  # its place in `given`
+
+
+def sequence(
+    name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
+) -> tuple[Tensor, tuple]:
+    """As `functional.sequence`, for tensors."""
+    if capturing():
+        return captured(name, x, weights, state, options)
+    training = tracked(x, *weights, *state)
+    backend, problem, filled = prepared(name, x, weights, state, options, training)
+    if training:
+        y, *last = Sequence.apply(backend, problem, x, *weights, *filled)[: problem.outputs]
+        return y, tuple(last)
+    y, last, _ = dispatch.forward(backend, problem, x, weights, filled)
+    return y, last
 
 
 def tracked(*tensors: Tensor | None) -> bool:
@@ -47,13 +64,6 @@ def transformed() -> bool:
 
 
 # ---- eager ----------------------------------------------------------------------------------------------------------
-
-
-def differentiated(
-    backend: ModuleType, problem: Problem, x: Tensor, weights: Weights, state: tuple
-) -> tuple[Tensor, tuple]:
-    y, *last = Sequence.apply(backend, problem, x, *weights, *state)[: 1 + problem.cell.S]
-    return y, tuple(last)
 
 
 class Direct(Function):
@@ -77,26 +87,26 @@ class Sequence(Direct):
 
     @staticmethod
     def forward(backend: ModuleType, problem: Problem, *given: Any) -> tuple:
-        y, last, tape = backend.forward(problem.cell, *named(given), reverse=problem.reverse, save=True)
+        y, last, tape = dispatch.forward(backend, problem, *named(given))
         return y, *last, *tape
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.backend, ctx.problem, *given = inputs
-        tape = output[1 + ctx.problem.cell.S :]
+        tape = output[ctx.problem.outputs :]
         ctx.tape = len(tape)
         ctx.mark_non_differentiable(*tape)
         ctx.set_materialize_grads(False)  # or the tape would be sent zeros of its size
         ctx.save_for_backward(*given, output[0], *tape)
-        ctx.save_for_forward(*given)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*given)
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
         saved = ctx.saved_tensors
         n = FIRST_STATE + ctx.problem.cell.S
         given, recorded = saved[:n], saved[n:]
-        outputs = (recorded[0], *given[FIRST_STATE:])
-        doutputs = [torch.zeros_like(a) if d is None else d for a, d in zip(outputs, arriving)]
+        doutputs = zero_filled(recorded[0], given[FIRST_STATE:], arriving[: ctx.problem.outputs])
         needs = ctx.needs_input_grad[2:]
         run = Gradient.apply if torch.is_grad_enabled() or transformed() else Gradient.forward
         gradients = run(ctx.backend, ctx.problem, needs, *given, *doutputs, *recorded)
@@ -109,9 +119,9 @@ class Sequence(Direct):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, backend: ModuleType, problem: Problem, *given: Any) -> tuple:
         dims, V = in_dims[2:], info.batch_size
-        if any_of(dims[1:FIRST_STATE]):
+        if any_of(dims[1:FIRST_STATE]) or apart(problem):
             return members(V, partial(Sequence.apply, backend, problem), dims, given)
-        outputs = Sequence.apply(backend, problem, *folded(V, dims, given))[: 1 + problem.cell.S]
+        outputs = Sequence.apply(backend, problem, *folded(V, dims, given))[: problem.outputs]
         return unfolded(V, outputs)  # without the tape, which is the backend's own and can't be unfolded
 
 
@@ -123,25 +133,27 @@ class Gradient(Direct):
 
     @staticmethod
     def forward(backend: ModuleType, problem: Problem, needs: tuple, *rest: Any) -> tuple:
-        n, S = FIRST_STATE + problem.cell.S, problem.cell.S
-        given, dy, dlast, recorded = named(rest[:n]), rest[n], rest[n + 1 : n + 1 + S], rest[n + 1 + S :]
+        n = FIRST_STATE + problem.cell.S
+        end = n + problem.outputs
+        given, dy, dlast, recorded = named(rest[:n]), rest[n], rest[n + 1 : end], rest[end:]
         if len(recorded) > 1:
             y, tape = recorded[0], tuple(recorded[1:])
         else:
-            y, _, tape = backend.forward(problem.cell, *given, reverse=problem.reverse, save=True)
+            y, _, tape = dispatch.forward(backend, problem, *given)
         wanted = {name for name, needed in zip(("x", *Weights._fields), needs) if needed}
-        gradients = backend.backward(problem.cell, *given, y, tape, dy, dlast, reverse=problem.reverse, needs=wanted)
+        gradients = dispatch.backward(backend, problem, *given, y, tape, dy, dlast, wanted)
         found = [*(gradients.get(name) for name in ("x", *Weights._fields)), *gradients["state"]]
         return tuple(gradient for gradient, needed in zip(found, needs) if needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, ctx.problem, ctx.needs, *rest = inputs
-        n = FIRST_STATE + 2 * ctx.problem.cell.S + 1
+        n = FIRST_STATE + ctx.problem.cell.S + ctx.problem.outputs
         ctx.recorded = len(rest) - n  # y and the tape follow from the others: what depends on them is counted there
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*rest[:n])
-        ctx.save_for_forward(*rest[:n])
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*rest[:n])
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
@@ -163,12 +175,21 @@ class Gradient(Direct):
     def vmap(info: Any, in_dims: tuple, backend: ModuleType, problem: Problem, needs: tuple, *rest: Any) -> tuple:
         dims, V = in_dims[3:], info.batch_size
         run = partial(Gradient.apply, backend, problem, needs)
-        if any_of(dims[1:FIRST_STATE]) or any(needs[1:FIRST_STATE]):  # a weight's gradient of its own for each
+        if (
+            any_of(dims[1:FIRST_STATE]) or apart(problem) or any(needs[1:FIRST_STATE])
+        ):  # weights' gradients of their own
             return members(V, run, dims, rest)
         n = FIRST_STATE + problem.cell.S
         doutputs = folded(V, dims[n:], rest[n : n + 1 + problem.cell.S], states=1)
         gradients = run(*folded(V, dims, rest[:n]), *doutputs)
         return unfolded(V, gradients, sequences=needs[0])
+
+
+def zero_filled(y: Tensor, state: List[Tensor], arriving: List[Tensor | None]) -> list[Tensor]:
+    """The gradients of y, of the states after, and of other states' histories, with zeros for None."""
+    shapes = [y.shape, *(initial.shape for initial in state)]
+    shapes += [(*y.shape[:2], state[-1].shape[1])] * (len(arriving) - len(shapes))
+    return [y.new_zeros(shape) if d is None else d for shape, d in zip(shapes, arriving)]
 
 
 def named(given: List) -> tuple[Tensor, Weights, tuple]:
@@ -189,6 +210,11 @@ def spread(gradients: Iterable[Tensor], needs: Iterable[bool]) -> Iterator[Tenso
 
 def any_of(dims: Iterable[int | None]) -> bool:
     return any(dim is not None for dim in dims)
+
+
+def apart(problem: Problem) -> bool:
+    """Whether a call has more that belongs to batch rows than x and states."""
+    return bool(problem.cell.E) or problem.history
 
 
 def members(V: int, run: Callable, dims: tuple, tensors: tuple) -> tuple[tuple, tuple]:
@@ -217,42 +243,34 @@ def unfolded(V: int, tensors: List[Tensor], sequences: int = 1) -> tuple[tuple, 
 
 # ---- derivatives of any order ---------------------------------------------------------------------------------------
 
-OPERATIONS: dict[str, Callable] = {
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
-    "divide": lambda a, b: a / b,
-    "maximum": lambda a, b: torch.where(a <= b, b, a),  # NaN wins; where both are equal the gradient is the second's
-    "negative": torch.neg,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "exp": torch.exp,
-    "log": torch.log,
-    "positive": lambda a: (a > 0).to(a.dtype),
-}
-
-
-@cache
-def step_graph(cell: cells.Cell) -> Graph:
-    return trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
-
 
 def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
     """y and the states after, as a backend computes them, in torch's operations."""
     x, weights, state = named(given)
-    real = getattr(torch, arrays.real_dtype(x))
-    w_ih, w_hh, b_ih, b_hh, w_hr = (None if weight is None else weight.to(real) for weight in weights)
+    cell, operations, real = problem.cell, arrays.operations(x), getattr(torch, arrays.real_dtype(x))
+    w_ih, w_hh, b_ih, b_hh, w_hr = (None if weight is None else weight.to(real) for weight in weights[:5])
     h, *others = (initial.to(real) for initial in state)
-    page, G = step_graph(problem.cell), problem.cell.G
-    projected = linear(x.to(real), w_ih, b_ih).chunk(G, -1)
+    extra = Extra.of(weights)
+    projected = linear(x.to(real), w_ih, b_ih).chunk(cell.G, -1)
     outputs = []
     for t in range(len(x) - 1, -1, -1) if problem.reverse else range(len(x)):
-        recurrent = linear(h, w_hh, b_hh).chunk(G, -1)
-        (h, *others), _ = page.run(OPERATIONS, x=[gate[t] for gate in projected], h=recurrent, state=(h, *others))
-        h = h if w_hr is None else linear(h, w_hr)
-        outputs.append(h)
-    y = torch.stack(outputs[::-1] if problem.reverse else outputs)
-    return tuple(output.to(x.dtype) for output in (y, h, *others))
+        before, fixed = h, [value.to(real) for value in extra.at(cell, t, problem.H)]
+        random = [u.to(real) for u in extra.drawn(cell, t, problem.B, problem.H)]
+        ((seen,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
+        (h, *others), _ = step_graph(cell).run(
+            operations,
+            x=[gate[t] for gate in projected],
+            h=linear(seen, w_hh, b_hh).chunk(cell.G, -1),
+            state=(h if w_hr is None else h.new_zeros(problem.B, problem.H), *others),
+            extra=[*fixed, *random],
+        )
+        if w_hr is not None:
+            h = linear(h, w_hr)
+            if HOLD in cell.flags:
+                h = operations["where"](fixed[len(cell.units) + cell.flags.index(HOLD)], before, h)
+        outputs.append((h, *others))
+    y, *history = (torch.stack(state[::-1] if problem.reverse else state) for state in zip(*outputs))
+    return tuple(output.to(x.dtype) for output in (y, h, *others, *(history if problem.history else ())))
 
 
 def reference_gradient(problem: Problem, needs: tuple, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -292,70 +310,87 @@ capturing = torch.compiler.is_compiling
 
 
 def captured(
-    name: str, x: Tensor, weights: Weights, initial: dict[str, Tensor | None], reverse: bool, backend: str | None
+    name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple]:
-    """As `functional.sequence`, as one node of a graph."""
-    h0, *others = initial.values()
+    """As `sequence`, as one node of a graph."""
     B, P = x.shape[1], weights.w_hh.shape[1]
     H = P if weights.w_hr is None else weights.w_hr.shape[1]
-    state = [x.new_zeros(B, P) if h0 is None else h0, *(x.new_zeros(B, H) if s is None else s for s in others)]
-    save = required(x, *weights, *state) and not torch.compiler.is_exporting()  # what is exported seldom trains
-    y, *rest = torch.ops.gpu_rnn.forward(name, x, *weights, state, reverse, backend or "auto", save)
-    return y, tuple(rest[: len(state)])
+    filled = [x.new_zeros(B, H if k else P) if initial is None else initial for k, initial in enumerate(state)]
+    save = required(x, *weights, *filled) and not torch.compiler.is_exporting()  # what is exported seldom trains
+    precision = options.precision
+    if precision is None and save and x.is_cuda and x.dtype == torch.float32:
+        precision = precision_now()
+    backend = options.backend or "auto"
+    names = " ".join([field for field, weight in zip(Weights._fields, weights) if weight is not None])
+    there = [weight for weight in weights if weight is not None]
+    history = options.history
+    y, *rest = torch.ops.gpu_rnn.forward(
+        name, x, there, names, filled, options.reverse, backend, precision, history, save
+    )
+    return y, tuple(rest[: len(state) + (len(state) - 1) * history])
+
+
+@torch.compiler.assume_constant_result
+def precision_now() -> str:
+    """The setting at the time of the capture: with the gradient's graph made, forward may not change its mind."""
+    return arrays.torch_precision()
 
 
 @torch.library.custom_op("gpu_rnn::forward", mutates_args=())
 def forward(
-    cell: str, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, state: list[Tensor], reverse: bool, backend: str, save: bool,
+    cell: str, x: Tensor, weights: List[Tensor], names: str, state: List[Tensor],
+    reverse: bool, backend: str, precision: str | None, history: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """-> y, states after, and the tape if it is to be saved."""
-    problem, chosen = asked(cell, x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), state, reverse, backend, save)
+    """-> y, states after, their history if asked for, the tape if it is to be saved. `names` are the weights'."""
+    given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
+    chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), save)
     with uncast(x):
-        y, last, tape = chosen.forward(
-            problem.cell, x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), tuple(state), reverse=reverse, save=save
-        )
+        y, last, tape = dispatch.forward(chosen, problem, *given)
     return [y, *last, *tape]
 
 
 @forward.register_fake
-def _(cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, state, reverse, backend, save):
-    problem, chosen = asked(cell, x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), state, reverse, backend, save)
-    T, B = x.shape[:2]
-    y = x.new_empty(T, B, w_hh.shape[1])
-    return [y, *(x.new_empty(initial.shape) for initial in state), *(tape_like(chosen, problem, x) if save else ())]
+def _(cell, x, weights, names, state, reverse, backend, precision, history, save):
+    given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
+    chosen, problem = asked(fitted, cell, *given, Options(reverse, backend, precision, history), save)
+    y = x.new_empty(problem.T, problem.B, problem.P or problem.H)
+    after = [x.new_empty(initial.shape) for initial in state]
+    after += [x.new_empty(problem.T, problem.B, problem.H) for _ in range(problem.outputs - 1 - len(state))]
+    return [y, *after, *(tape_like(chosen, problem, x) if save else ())]
 
 
 @torch.library.custom_op("gpu_rnn::backward", mutates_args=())
 def backward(
-    cell: str, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, state: list[Tensor], doutputs: list[Tensor], recorded: list[Tensor],
-    reverse: bool, backend: str, needs: list[bool],
+    cell: str, x: Tensor, weights: List[Tensor], names: str, state: List[Tensor], doutputs: List[Tensor],
+    recorded: List[Tensor], reverse: bool, backend: str, precision: str | None, history: bool, needs: List[bool],
 ) -> list[Tensor]:  # fmt: skip
     """-> the gradients of x, the weights and the states, those in `needs`. `recorded` is y and the tape."""
-    weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
-    problem, chosen = asked(cell, x, weights, state, reverse, backend, True)
+    given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
+    chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), True)
+    wanted = dict(zip(names.split(), needs[1:]))
+    needs = [needs[0], *(wanted.get(field, False) for field in Weights._fields), *needs[1 + len(weights) :]]
     with uncast(x):
-        gradients = Gradient.forward(chosen, problem, tuple(needs), x, *weights, *state, *doutputs, *recorded)
+        gradients = Gradient.forward(chosen, problem, tuple(needs), x, *given[1], *state, *doutputs, *recorded)
     return [gradient.contiguous() for gradient in gradients]
 
 
 @backward.register_fake
-def _(cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, state, doutputs, recorded, reverse, backend, needs):
-    given = (x, w_ih, w_hh, b_ih, b_hh, w_hr, *state)
-    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(given, needs) if needed]
+def _(cell, x, weights, names, state, doutputs, recorded, reverse, backend, precision, history, needs):
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip((x, *weights, *state), needs) if needed]
 
 
 def asked(
-    cell: str, x: Tensor, weights: Weights, state: list[Tensor], reverse: bool, backend: str, training: bool
-) -> tuple[Problem, ModuleType]:
+    judge: Callable[..., Problem], cell: str, x: Tensor, weights: Weights, state: tuple, options: Options, save: bool
+) -> tuple[ModuleType, Problem]:
+    """As `prepared`. `judge` is `known`, or `fitted` for symbolic sizes, which can't be looked up."""
     if forward_ad._current_level >= 0:  # torch would take the outputs for constants
         raise NotImplementedError(
             "gpu_rnn has forward mode (jvp) in eager mode only, not in torch.compile or its operators"
         )
-    initial = dict(zip((letter + "0" for letter in cells.get(cell).states), state, strict=True))
-    problem, _ = checked(cell, x, weights, initial, reverse, training)
-    return problem, dispatch.choose(problem, backend)
+    given = tuple(map(arrays.described, (x, *weights, *state)))
+    precision = options.precision or arrays.precision(x)
+    problem = judge(cell, given, options.reverse, precision, save, options.history)
+    return dispatch.choose(problem, options.backend), problem
 
 
 def tape_like(backend: ModuleType, problem: Problem, x: Tensor) -> list[Tensor]:
@@ -363,35 +398,32 @@ def tape_like(backend: ModuleType, problem: Problem, x: Tensor) -> list[Tensor]:
     cell, T, B, H = problem.cell, problem.T, problem.B, problem.H
     real = getattr(torch, arrays.real_dtype(x))
     if backend.NAME == "numpy":
-        rows = (T, cell.K, B, H) if B == 1 else (cell.K, T, B, H)
-        saved = x.new_empty(rows, dtype=real)
-        others = [x.new_empty(T, B, H, dtype=real) for _ in cell.states[1:]]
-        shown = x.new_empty(T, B, H, dtype=real)
-        return [saved.transpose(0, 1) if B == 1 else saved, *others, *([] if problem.P is None else [shown])]
+        saved = x.new_empty(T, cell.K, H, B, dtype=real).permute(1, 0, 3, 2)
+        others = cell.states[1 if problem.P is None else 0 :]
+        return [saved, *(x.new_empty(T, H, B, dtype=real).transpose(1, 2) for _ in others)]
     tape = [x.new_empty(T, B, cell.K, H), x.new_empty(T + 1, cell.S - 1, B, H, dtype=real)]
     return tape if problem.P is None else [*tape, x.new_empty(T, B, H)]
 
 
 def keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.cell, *given, state, ctx.reverse, ctx.backend, ctx.saved = inputs
+    ctx.cell, x, weights, ctx.names, state, *ctx.options, _ = inputs
+    ctx.outputs = 1 + len(state) + (len(state) - 1) * ctx.options[-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given, *state, output[0], *output[1 + len(state) :])
+    ctx.save_for_backward(x, *weights, *state, output[0], *output[ctx.outputs :])
 
 
 def pull(ctx: Any, arriving: list[Tensor | None]) -> tuple:
-    saved = ctx.saved_tensors
-    S = cells.get(ctx.cell).S
-    n = FIRST_STATE + S
-    given, recorded = saved[:n], saved[n:]
-    outputs = (recorded[0], *given[FIRST_STATE:])
-    doutputs = [torch.zeros_like(a) if d is None else d for a, d in zip(outputs, arriving)]
-    _, *needs, of_states, _, _, _ = ctx.needs_input_grad
-    needs = [*needs, *of_states]
+    x, *saved = ctx.saved_tensors
+    W, S = len(ctx.names.split()), cells.get(ctx.cell).S
+    weights, state, recorded = saved[:W], saved[W : W + S], saved[W + S :]
+    doutputs = zero_filled(recorded[0], state, arriving[: ctx.outputs])
+    _, of_x, of_weights, _, of_state, *others = ctx.needs_input_grad
+    needs = [of_x, *of_weights, *of_state]
     gradients = torch.ops.gpu_rnn.backward(
-        ctx.cell, *given[:FIRST_STATE], given[FIRST_STATE:], doutputs, recorded, ctx.reverse, ctx.backend, needs
+        ctx.cell, x, weights, ctx.names, state, doutputs, recorded, *ctx.options, needs
     )
-    found = list(spread(gradients, needs))
-    return None, *found[:FIRST_STATE], found[FIRST_STATE:], None, None, None
+    dx, *found = spread(gradients, needs)
+    return None, dx, found[:W], None, found[W:], *[None] * len(others)
 
 
 forward.register_autograd(pull, setup_context=keep)

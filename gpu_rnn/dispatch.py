@@ -1,13 +1,15 @@
 """Problem -> the first backend that has no reason against it; and everything there is to say about that choice."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from . import cudnn
-from .problem import Problem
+from .problem import Problem, Weights
 
 ORDER = ("cuda", "triton", "numpy")  # fastest first
 VARIABLE = "GPU_RNN_BACKEND"
@@ -26,8 +28,8 @@ def backend(name: str) -> ModuleType:
 
 def forced(name: str | None = None) -> str | None:
     """The backend that the caller or the environment insists on, if any."""
-    name = name or os.environ.get(VARIABLE) or "auto"
-    return None if name == "auto" else backend(name).NAME
+    name = name or os.environ.get(VARIABLE)
+    return None if not name or name == "auto" else backend(name).NAME
 
 
 def order(problem: Problem) -> tuple[str, ...]:
@@ -38,14 +40,42 @@ def order(problem: Problem) -> tuple[str, ...]:
 def choose(problem: Problem, name: str | None = None) -> ModuleType:
     """The backend for a problem. `name` or $GPU_RNN_BACKEND forces one, which serves it or whose reasons are raised."""
     only = forced(name)
-    reasons = {}
-    for candidate in [only] if only else order(problem):
+    candidates = (only,) if only else order(problem)
+    for candidate in candidates:
         module = backend(candidate)
-        reasons[candidate] = module.reasons(problem)
-        if not reasons[candidate]:
+        if not module.reasons(problem):
             return module
+    reasons = {candidate: backend(candidate).reasons(problem) for candidate in candidates}
     what = f"backend {only!r} was asked for and can't run" if only else "no backend can run"
     raise BackendError(f"{what} {problem}:\n" + "\n".join(f"  {line}" for line in listed(reasons)))
+
+
+# What a backend is told of a problem, in one place.
+
+
+def forward(
+    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: tuple
+) -> tuple[Any, tuple, tuple]:  # fmt: skip
+    """-> y; the states after, and their history if the problem has one; the tape, empty unless it is training."""
+    y, last, tape = backend.forward(
+        problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
+        save=problem.training or problem.history,
+    )  # fmt: skip
+    if problem.history:
+        last = (*last, *backend.history(problem.cell, tape, reverse=problem.reverse, like=y))
+    return y, last, tape if problem.training else ()
+
+
+def backward(
+    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any,
+    dlast: tuple, needs: Collection[str],
+) -> dict[str, Any]:  # fmt: skip
+    """-> the gradients in `needs` by name, and those of the states as "state"."""
+    S = problem.cell.S
+    return backend.backward(
+        problem.cell, x, weights, state, y, tape, dy, dlast[:S], dlast[S:], reverse=problem.reverse,
+        tf32=problem.tf32, needs=needs,
+    )  # fmt: skip
 
 
 def listed(reasons: dict[str, list[str]]) -> list[str]:

@@ -7,23 +7,66 @@ One layer, one direction, time-major. Here arguments are checked; what computes 
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from gpu_rnn.kernels import cells
 
 from . import arrays, dispatch
-from .arguments import ShapeError, checked, shape
+from .arguments import ShapeError, first_states, prepared, shape
 from .compat import require
-from .problem import Weights
+from .problem import Around, Options, Weights
+from .woven import PLAIN, apply
 
 NONLINEARITIES = ("tanh", "relu")
 
 
+class AroundKeywords(TypedDict, total=False):
+    """What every function takes beside its cell's arrays; docs/around.md has the equations, pictures and sources.
+
+    reset: [T, B] bool. Where true, the states of a row are replaced before that instant, and no gradient crosses.
+    reset_state: what by, in a tuple one per state, [B, .] or one [.] for all rows; zeros when None.
+    lengths: [B] integers on the device of x, 0 allowed, in any order. Instants from there on leave the states as they
+        are and have outputs 0 and gradients 0; in reverse the row starts at its end.
+    starts: [B] integers; so do the instants before.
+    zoneout: probability by which a state stays what it was, one per state or one for all (Krueger et al. 2017).
+    recurrent_dropout: probability of a zero in what the recurrent weights see, one mask for the sequence (Gal &
+        Ghahramani 2016); what is left is scaled by 1 / (1 - p).
+    seed: of these masks, an int or an int64 array [1] on the device of x. The same seed gives the same masks, on every
+        backend.
+    training: False replaces zoneout by its mean and leaves dropout out.
+    return_states: whether to return every state after every instant, too.
+    """
+
+    reset: Any
+    reset_state: Any
+    lengths: Any
+    starts: Any
+    zoneout: float | tuple[float, ...]
+    recurrent_dropout: float
+    seed: Any
+    training: bool
+    return_states: bool
+
+
+class LSTMKeywords(AroundKeywords, total=False):
+    """What `lstm` takes, too.
+
+    peephole: [3*H] weights by which the gates i, f, o see the cell state (Gers & Schmidhuber 2000); coupled, [2*H].
+    coupled: whether f = 1 - i (CIFG; Greff et al. 2017); then the gates are i, g, o and G = 3.
+    cell_clip: bound of the cell state, before anything sees it (Sak et al. 2014).
+    """
+
+    peephole: Any
+    coupled: bool
+    cell_clip: float | None
+
+
 def lstm(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None
-) -> tuple[Any, tuple[Any, Any]]:
+    x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None, precision=None,
+    **around: Unpack[LSTMKeywords],
+) -> tuple[Any, ...]:  # fmt: skip
     """Long short-term memory over a whole sequence.
 
     At every instant, with a = w_ih x_t + b_ih + w_hh h_{t-1} + b_hh cut into i, f, g, o (torch's order):
@@ -41,21 +84,29 @@ def lstm(
         h0: [B, P] first output, c0: [B, H] first cell state; zeros when None.
         reverse: run from the last instant to the first; outputs stay at their instants.
         backend: "numpy", "triton" or "cuda" insists on one; None or "auto" takes $GPU_RNN_BACKEND or the fastest.
+        precision: of float32 products, forward and backward: "tf32" lets a GPU round their factors to TF32, "ieee"
+            doesn't. None follows torch.backends.cudnn.rnn.fp32_precision, as torch.nn does, for torch tensors, and is
+            "ieee" for others. Halves have the same products either way, and so has a CPU, which knows no TF32.
+
+        around: `LSTMKeywords`.
 
     Returns:
-        y [T, B, P] every h_t, and (hT [B, P], cT [B, H]) after the last instant; of the kind of x. For torch tensors
-        they are differentiable.
+        y [T, B, P] every h_t, and (hT [B, P], cT [B, H]) after the last instant; with return_states also (y, c
+        [T, B, H]), the states after every instant. Of the kind of x; for torch tensors they are differentiable.
 
     Raises:
         ShapeError: shapes that don't fit, or T = 0. TypeError: mixed or unknown kinds of array, dtypes or devices.
         BackendError: a backend was insisted on that can't run this; the message has every reason.
+        ValueError: an unknown backend or precision, or "tf32" for float64.
     """
-    weights, state = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), {"h0": h0, "c0": c0}
-    y, (hT, cT) = sequence("lstm", x, weights, state, reverse, backend)
-    return y, (hT, cT)
+    weights, options = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Options(reverse, backend, precision)
+    return structured(sequence("lstm", x, weights, (h0, c0), *wanted(options, around, LSTMKeywords)), 2)
 
 
-def gru(x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=None) -> tuple[Any, Any]:
+def gru(
+    x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=None, precision=None,
+    **around: Unpack[AroundKeywords],
+) -> tuple[Any, ...]:  # fmt: skip
     """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product.
 
     At every instant, with x = w_ih x_t + b_ih and h = w_hh h_{t-1} + b_hh, each cut into r, z, n (torch's order):
@@ -66,30 +117,51 @@ def gru(x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=
 
     Args:
         x: [T, B, I] input. w_ih: [3*H, I]. w_hh: [3*H, H]. b_ih, b_hh: [3*H] or None. h0: [B, H] or None for zeros.
-        reverse, backend: as for `lstm`.
+        reverse, backend, precision: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
-        y [T, B, H] every h_t, and hT [B, H] after the last instant. Raises as `lstm`.
+        y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`.
     """
-    y, (hT,) = sequence("gru", x, Weights(w_ih, w_hh, b_ih, b_hh), {"h0": h0}, reverse, backend)
-    return y, hT
+    options = Options(reverse, backend, precision)
+    weights = Weights(w_ih, w_hh, b_ih, b_hh)
+    return structured(sequence("gru", x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
 
 def rnn(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh", h0=None, reverse=False, backend=None
-) -> tuple[Any, Any]:
+    x, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh", h0=None, reverse=False, backend=None, precision=None,
+    **around: Unpack[AroundKeywords],
+) -> tuple[Any, ...]:  # fmt: skip
     """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
 
     Args:
         x: [T, B, I] input. w_ih: [H, I]. w_hh: [H, H]. b_ih, b_hh: [H] or None. h0: [B, H] or None for zeros.
         nonlinearity: f, "tanh" or "relu".
-        reverse, backend: as for `lstm`.
+        reverse, backend, precision: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
-        y [T, B, H] every h_t, and hT [B, H] after the last instant. Raises as `lstm`, and ValueError for another f.
+        y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`, and
+        ValueError for another f.
     """
-    y, (hT,) = sequence(elman(nonlinearity), x, Weights(w_ih, w_hh, b_ih, b_hh), {"h0": h0}, reverse, backend)
-    return y, hT
+    options = Options(reverse, backend, precision)
+    weights = Weights(w_ih, w_hh, b_ih, b_hh)
+    return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
+
+
+def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
+    """What a caller's keywords ask for."""
+    if not keywords:
+        return options, PLAIN
+    given = dict(keywords)
+    if unknown := given.keys() - known.__annotations__.keys():
+        names = ", ".join(known.__annotations__)
+        raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}; there are {names}")
+    return options._replace(history=given.pop("return_states", False)), Around(**given)
+
+
+def structured(results: tuple, S: int) -> tuple[Any, ...]:
+    """y, and everything that there is one of per state as one or as a tuple."""
+    y, *groups = results
+    return y, *(tuple(group) if S > 1 else group[0] for group in groups)
 
 
 def elman(nonlinearity: str) -> str:
@@ -118,11 +190,11 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
         return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
     name = elman(given["nonlinearity"]) if function is rnn else function.__name__
     weights = Weights(*(given.get(field) for field in Weights._fields))
-    initial = {letter + "0": given[letter + "0"] for letter in cells.get(name).states}
-    problem, state = checked(name, given["x"], weights, initial, given["reverse"], training=True)
-    chosen = dispatch.choose(problem, given["backend"])
-    x, cell = given["x"], problem.cell
-    y, last, tape = chosen.forward(cell, x, weights, state, reverse=problem.reverse, save=True)
+    x, cell = given["x"], cells.get(name)
+    initial = {label: given[label] for label in first_states(cell)}
+    options = Options(**{field: given[field] for field in Options._fields if field in given})
+    backend, problem, state = prepared(name, x, weights, (*initial.values(),), options, training=True)
+    y, last, tape = dispatch.forward(backend, problem, x, weights, state)
     needs = {name for name in ("x", *Weights._fields) if given.get(name) is not None}
 
     def pullback(doutputs: Any) -> dict[str, Any]:
@@ -139,9 +211,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
                 raise ShapeError(f"the gradient of {label} {shape(output)} has shape {shape(gradient)}")
             filled.append(gradient)
         dy, *dlast = filled
-        gradients = chosen.backward(
-            cell, x, weights, state, y, tape, dy, tuple(dlast), reverse=problem.reverse, needs=needs
-        )
+        gradients = dispatch.backward(backend, problem, x, weights, state, y, tape, dy, tuple(dlast), needs)
         states = zip(initial, gradients.pop("state"), strict=True)
         return gradients | {label: gradient for label, gradient in states if initial[label] is not None}
 
@@ -152,27 +222,24 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
 
 
 def sequence(
-    name: str, x: Any, weights: Weights, initial: dict[str, Any], reverse: bool, backend: str | None
-) -> tuple[Any, tuple]:
-    """Check, choose, run. `initial` has one entry per state of the cell, None for zeros. -> y, states after."""
-    if foreign(x):
-        given = Weights(*map(lent, weights)), {label: lent(state) for label, state in initial.items()}
-        return returned(sequence(name, lent(x), *given, reverse, backend), like=x)
-    if arrays.library(x) == "torch":
-        from .autograd import captured, capturing, differentiated, tracked
+    name: str, x: Any, weights: Weights, state: tuple, options: Options, around: Around = PLAIN
+) -> tuple[Any, ...]:
+    """Check, choose, run. `state` has an entry for each of the cell's, None for zeros.
 
-        if capturing():
-            return captured(name, x, weights, initial, reverse, backend)
-        training = tracked(x, *weights, *initial.values())
-        problem, state = checked(name, x, weights, initial, reverse, training)
-        chosen = dispatch.choose(problem, backend)
-        if training:
-            return differentiated(chosen, problem, x, weights, state)
+    -> y, the states after; with a history also the states after every instant
+    """
+    if foreign(x):
+        given = (lent(x), Weights(*map(lent, weights)), tuple(map(lent, state)))
+        return returned(sequence(name, *given, options, Around(*map(lent, around))), like=x)
+    applied = apply(name, x, weights, around)
+    if arrays.library(x) == "torch":
+        from . import autograd
+
+        y, after = autograd.sequence(applied.name, applied.x, applied.weights, state, options)
     else:
-        problem, state = checked(name, x, weights, initial, reverse, training=False)
-        chosen = dispatch.choose(problem, backend)
-    y, last, _ = chosen.forward(problem.cell, x, weights, state, reverse=reverse, save=False)
-    return y, last
+        backend, problem, filled = prepared(applied.name, applied.x, applied.weights, state, options, training=False)
+        y, after, _ = dispatch.forward(backend, problem, applied.x, applied.weights, filled)
+    return applied.results(y, after, len(state))
 
 
 # ---- other libraries' arrays ----------------------------------------------------------------------------------------

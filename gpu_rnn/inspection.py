@@ -1,4 +1,5 @@
-"""Look before and look inside: `explain` says where a problem would run and how, `inspect` what happens in the cell."""
+"""Look before and look inside: `explain` says where a problem would run and how, `warmup` compiles what it needs there,
+`inspect` shows what happens in the cell."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -11,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from gpu_rnn.kernels.cells import Cell, get
+from gpu_rnn.kernels.cells import Cell, get, step_graph
 from gpu_rnn.kernels.program import consumers
-from gpu_rnn.kernels.trace import trace
+from gpu_rnn.kernels.weave import HOLD
 
 from . import arrays, cudnn, dispatch
+from .arguments import ShapeError, checked
 from .compat import installed, no_gpu, require
 from .dispatch import Explanation
-from .functional import ShapeError, checked, elman, gru, lstm, rnn
-from .problem import Problem, Weights
+from .functional import elman, gru, lstm, rnn
+from .problem import Options, Problem, Weights
 
 FUNCTIONS = (lstm, gru, rnn)
 
@@ -80,7 +82,7 @@ def explain(
             superfluous = f"; got {', '.join(given)} too" if given else ""
             raise TypeError(f"for a layer: explain(layer, x), with the input or its shape and no more{superfluous}")
         return explain_layer(what, x, training, backend)
-    cell = get(elman("tanh") if what in (rnn, "rnn") else what if isinstance(what, str) else what.__name__)
+    cell = named_cell(what)
     if x is not None:
         shape, found = size_and_kind(x)
         if len(shape) != 3:
@@ -94,26 +96,13 @@ def explain(
     return dispatch.explain(problem(cell, **given, training=bool(training)), backend)
 
 
+def named_cell(what: str | Callable) -> Cell:
+    return get(elman("tanh") if what in (rnn, "rnn") else what if isinstance(what, str) else what.__name__)
+
+
 def explain_layer(layer: Any, x: Any, training: bool | None, backend: str | None) -> Explanations:
-    """The layer's own forward says what it would ask for. Of packed input, cut into several, it is the largest."""
     layer, packed = as_ours(layer), hasattr(x, "batch_sizes")
-    from .autograd import tracked
-    from .layers import autocast
-
-    def run(x: Any, weights: Weights, initial: list, reverse: bool) -> tuple:
-        cast = autocast(x.device.type)
-        x, weights, initial = cast(x), Weights(*map(cast, weights)), [cast(state) for state in initial]
-        wanted = tracked(x, *weights, *initial) if training is None else training
-        asked, _ = checked(layer.page, x, weights, by_name(cell, initial), reverse, wanted)
-        return asked, x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted), initial
-
-    cell = get(layer.page)
-    if isinstance(x, (tuple, list)) and not packed:
-        for size in x:
-            check_size("x", size, f" in its shape {list(x)}")
-        x = next(layer.parameters()).new_empty(x)
-    asked = driven(layer, run, x, None)
-    largest = [max(problems, key=lambda problem: problem.T * problem.B) for problems in asked.values()]
+    largest = problems_of(layer, x, training)
     if hasattr(layer, "num_layers"):
         directions = 1 + layer.bidirectional
         algorithm = cudnn.algorithm(largest[0], layers=layer.num_layers, directions=directions, packed=packed)
@@ -121,6 +110,70 @@ def explain_layer(layer: Any, x: Any, training: bool | None, backend: str | None
         algorithm = "none: torch.nn's cells don't use cuDNN"
     found = [dispatch.explain(problem, backend or layer.backend) for problem in largest]
     return Explanations(replace(explanation, cudnn=algorithm) for explanation in found)
+
+
+def warmup(
+    what: str | Callable, *, T: int = 1, B: int = 1, I: int | None = None, H: int | None = None, P: int | None = None,
+    dtype: Any = None, device: Any = None, training: bool = False, backend: str | None = None,
+) -> list[str]:  # fmt: skip
+    """Compile now all that calls of a layer, a cell or a function will need, so that none of them has to.
+
+        gpu_rnn.warmup(layer, T=128, B=16, training=True)
+        gpu_rnn.warmup(gpu_rnn.lstm, T=128, B=16, I=64, H=512, dtype=torch.bfloat16)
+
+    Before the capture of a CUDA graph, run the layer once besides: cuBLAS, whose products are part of it, makes its
+    handle and workspace in its first call on a stream.
+
+    Args:
+        what: a layer or cell, torch.nn's are taken for ours; or a name or function, as for `explain`.
+        T, B: of the calls to come. A cell has no T. The kernels may be others for other sizes; `explain` tells.
+        I, H, P, dtype, device: of a function's arrays, torch tensors. A layer knows them, and under autocast its dtype.
+        training: whether gradients will be wanted. backend: insists on one, as for `gpu_rnn.lstm`.
+
+    Returns:
+        A line for each problem for which something was compiled, with the backend and its kernels; empty on a CPU,
+        where NumPy compiles nothing. Raises as `explain`, and BackendError where nothing can run.
+    """
+    given = {"I": I, "H": H, "P": P, "dtype": dtype, "device": device}
+    given = {name: value for name, value in given.items() if value is not None}
+    torch = require("torch", "gpu_rnn.warmup")
+    if isinstance(what, str) or what in FUNCTIONS:
+        if absent := [letter for letter in "IH" if letter not in given]:
+            raise TypeError(f"warming up {what!r} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
+        asked = [problem(named_cell(what), T=T, B=B, **given, library="torch", training=training)]
+        where = torch.device(device or asked[0].device)
+    else:
+        if given:
+            raise TypeError(f"a layer knows {', '.join(given)}; warmup(layer, T=..., B=..., training=...)")
+        layer = as_ours(what)
+        whole = hasattr(layer, "num_layers")
+        shape = (B, T) if whole and layer.batch_first else (T, B) if whole else (B,)
+        asked = problems_of(layer, (*shape, layer.input_size), training)
+        where, backend = next(layer.parameters()).device, backend or layer.backend
+    lines: dict[str, None] = {}  # as a set that keeps its order: both directions have the same
+    with torch.cuda.device(where if where.type == "cuda" else -1):
+        for each in dict.fromkeys(asked):
+            chosen = dispatch.choose(each, backend)
+            if kernels := chosen.warmup(each):
+                lines[f"{each}: {chosen.NAME}, {', '.join(kernels)}"] = None
+    return list(lines)
+
+
+def problems_of(layer: Any, x: Any, training: bool | None) -> list[Problem]:
+    """What a layer's own forward asks for, for each direction of each of its layers: for packed input, the largest."""
+    packed = hasattr(x, "batch_sizes")
+    from .autograd import tracked
+
+    def run(name: str, x: Any, weights: Weights, initial: Sequence, options: Options) -> tuple:
+        wanted = tracked(x, *weights, *initial) if training is None else training
+        asked, state = checked(name, x, weights, initial, options, wanted)
+        return asked, x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted), state
+
+    if isinstance(x, (tuple, list)) and not packed:
+        for size in x:
+            check_size("x", size, f" in its shape {list(x)}")
+        x = next(layer.parameters()).new_empty(x)
+    return list(driven(layer, run, x, None).values())
 
 
 def size_and_kind(x: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -149,7 +202,9 @@ def problem(
             raise ValueError(f"{word!r} is none of {', '.join(words)}")
     if (library, device) in (("numpy", "cuda"), ("cupy", "cpu")):
         raise ValueError(f"{library} has no arrays on {device}")
-    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse)
+    follows = (library, device, dtype) == ("torch", "cuda", "float32")
+    tf32 = follows and arrays.torch_precision() == "tf32"
+    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32)
 
 
 def check_size(name: str, size: Any, where: str = "") -> None:
@@ -293,7 +348,7 @@ def inspect_function(function: Callable, *args: Any, **kwargs: Any) -> Inspectio
     cell = get(elman(given["nonlinearity"]) if function is rnn else function.__name__)
     weights = Weights(*(given.get(field) for field in Weights._fields))
     initial = [given[letter + "0"] for letter in cell.states]
-    return Inspection(cell, ("",), record(cell, given["x"], weights, initial, given["reverse"]))
+    return Inspection(cell, ("",), record(cell.name, given["x"], weights, initial, given["reverse"]))
 
 
 def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
@@ -302,28 +357,22 @@ def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
     layer = as_ours(layer)
     cell = get(layer.page)
 
-    def run(x: Any, weights: Weights, initial: list, reverse: bool) -> tuple:
-        recorded = record(cell, x, weights, initial, reverse)
+    def run(name: str, x: Any, weights: Weights, initial: list, options: Options) -> tuple:
+        recorded = record(name, x, weights, initial, options.reverse)
         y, *others = (torch.from_numpy(recorded[letter]).to(x) for letter in cell.states)
-        return recorded, y, tuple(state[0 if reverse else -1] for state in (y, *others))
+        if weights.flags is not None:  # past a row's end there is nothing to see
+            recorded = {letter: np.where(on_cpu(weights.flags)[..., None], np.nan, a) for letter, a in recorded.items()}
+        return recorded, y, tuple(state[0 if options.reverse else -1] for state in (y, *others))
 
     with torch.no_grad():
         calls = driven(layer, run, x, hx)
     several = len(calls) > 1
     rows = getattr(x, "unsorted_indices", None)
     recorded = {}
-    for ending, pieces in calls.items():
-        reverse = ending.endswith("reverse")
-        for letter in pieces[0]:
-            whole = joined([piece[letter] for piece in (reversed(pieces) if reverse else pieces)])
+    for ending, piece in calls.items():
+        for letter, whole in piece.items():
             recorded[letter + ending * several] = whole if rows is None else whole[:, rows.cpu().numpy()]
     return Inspection(cell, tuple(calls) if several else ("",), recorded)
-
-
-def joined(pieces: list[np.ndarray]) -> np.ndarray:
-    """Packed rows' stretches of equal batch size [n, b, H] one after the other -> [T, B, H], NaN after a row's end."""
-    B = len(pieces[0][0])
-    return np.concatenate([np.pad(p, ((0, 0), (0, B - p.shape[1]), (0, 0)), constant_values=np.nan) for p in pieces])
 
 
 def as_ours(layer: Any) -> Any:
@@ -336,28 +385,22 @@ def as_ours(layer: Any) -> Any:
     return replace_(copy(layer))
 
 
-def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, list]:
+def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
     """Call a layer with `run` in the place of its way down, without dropout.
 
-    `run` takes one layer and direction, x [T, B, I], and gives a note, y and the last states. -> the notes of its
-    calls, by the ending of the parameters' names; more than one for each where the input is packed.
+    `run` takes what `autograd.sequence` takes, for one layer and direction, and gives a note, y and the last states.
+    -> the notes by the ending of the parameters' names
     """
-    calls: list[tuple[Weights, list]] = []
+    notes = []
 
-    def noting(x: Any, weights: Weights, initial: list, reverse: bool) -> tuple:
-        note, y, last = run(x, weights, initial, reverse)
-        if not calls or calls[-1][0] is not weights:
-            calls.append((weights, []))
-        calls[-1][1].append(note)
+    def noting(*given: Any) -> tuple:
+        note, y, last = run(*given)
+        notes.append(note)
         return y, last
 
-    layer.__dict__ |= {"_run": noting, "training": False}
+    layer.__dict__ |= {"_sequence": noting, "training": False}
     layer(x, hx)
-    return dict(zip(getattr(layer, "_suffixes", [""]), (notes for _, notes in calls), strict=True))
-
-
-def by_name(cell: Cell, states: Sequence) -> dict[str, Any]:
-    return {letter + "0": state for letter, state in zip(cell.states, states)}
+    return dict(zip(getattr(layer, "_suffixes", [""]), notes, strict=True))
 
 
 @cache
@@ -366,7 +409,7 @@ def activations(cell: Cell) -> tuple[int, ...]:
 
     It is the first function that the gate's pre-activation meets: from x[g], past what is added to it.
     """
-    graph = trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
+    graph = step_graph(cell)
     users = consumers(graph)
     found = []
     for g, letter in enumerate(cell.gates):
@@ -380,11 +423,16 @@ def activations(cell: Cell) -> tuple[int, ...]:
     return tuple(found)
 
 
-def record(cell: Cell, x: Any, weights: Weights, initial: Sequence, reverse: bool) -> dict[str, np.ndarray]:
+def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool) -> dict[str, np.ndarray]:
     """The page on every instant of one layer in one direction: x [T, B, I] -> letter: [T, B, H]."""
-    _, state = checked(cell.name, x, weights, by_name(cell, initial), reverse, training=False)
-    state = tuple(map(on_cpu, state))
-    w_ih, w_hh, b_ih, b_hh, w_hr = map(on_cpu, weights)
+    _, state = checked(name, x, weights, initial, Options(reverse), training=False)
+    plain = "+".join(part for part in name.split("+") if part != HOLD)
+    cell, state = get(plain), tuple(map(on_cpu, state))
+    if cell.flags or cell.uniforms or cell.operand:
+        raise ValueError(
+            f"inspect looks into a plain cell, into one of its page's variants, and at lengths; not {name}"
+        )
+    w_ih, w_hh, b_ih, b_hh, w_hr, units, flags, _ = map(on_cpu, weights)
 
     def part(a: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
         """[B, I] or [B, P] -> [G, B, H]"""
@@ -392,10 +440,12 @@ def record(cell: Cell, x: Any, weights: Weights, initial: Sequence, reverse: boo
         return product.reshape(len(a), cell.G, -1).swapaxes(0, 1)
 
     instants = []
-    for x_t in on_cpu(x)[:: -1 if reverse else 1]:
-        new, saved = cell.step(part(x_t, w_ih, b_ih), part(state[0], w_hh, b_hh), state)
+    for t in range(len(x))[:: -1 if reverse else 1]:
+        more = () if units is None else (units,)
+        new, saved = cell.step(part(on_cpu(x[t]), w_ih, b_ih), part(state[0], w_hh, b_hh), state, *more)
         gates = [(*new, *saved)[k] for k in activations(cell)]
-        state = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
+        new = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
+        state = new if flags is None else tuple(np.where(flags[t, :, None], s, n) for s, n in zip(state, new))
         instants.append((*gates, *state))
     columns = zip(*instants[:: -1 if reverse else 1])
     return {letter: np.stack(column) for letter, column in zip(cell.gates + cell.states, columns)}

@@ -7,33 +7,84 @@ both ways with strict=True:
     ours.load_state_dict(torch.nn.LSTM(64, 128, num_layers=2).state_dict())
     torch.nn.LSTM(64, 128, num_layers=2).load_state_dict(ours.state_dict())
 
-Beyond torch.nn's: gradients in eval mode, on every device; and the argument `backend`.
+Beyond torch.nn's: gradients in eval mode, on every device; and the keywords `backend` and `precision`.
 """
 
 import math
 import numbers
 import warnings
-from collections.abc import Callable
-from functools import partial
-from itertools import groupby
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as dropped
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from gpu_rnn.kernels import cells
 
 from . import functional
-from .autograd import captured, capturing
+from .autograd import capturing, sequence
 from .functional import ShapeError
-from .problem import Weights
+from .problem import Around, Options, Weights
+from .woven import apply, dropout_mask
 
 PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
+PEEPHOLE = "weight_ch"
 NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
+
+
+class Keywords(TypedDict, total=False):
+    """What torch.nn's layers don't have; every layer and cell takes these, and has them as attributes.
+
+    backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of float32 on a GPU.
+    zoneout: probability by which a state stays what it was, one per state or one for all; in training by a mask for
+        every instant, else by the mean (Krueger et al. 2017).
+    recurrent_dropout: probability of a zero in what the recurrent weights see of h, and input_dropout: in the input of
+        every layer; one mask for a whole sequence (Gal & Ghahramani 2016).
+    weight_dropout: probability of a zero in the recurrent weights (DropConnect; Merity et al. 2018).
+    """
+
+    backend: str | None
+    precision: str | None
+    zoneout: float | tuple[float, ...]
+    recurrent_dropout: float
+    input_dropout: float
+    weight_dropout: float
+
+
+class LSTMKeywords(Keywords, total=False):
+    """What LSTM and LSTMCell take, too; the equations are `gpu_rnn.lstm`'s.
+
+    peephole: whether the gates i, f, o see the cell state, by weights weight_ch_l0 [3*H], and so on.
+    coupled: whether f = 1 - i; then the gates are i, g, o and all weights have 3*H rows.
+    cell_clip: bound of the cell state.
+    forget_bias: first value of the forget gate's bias_ih, that of bias_hh being 0 (Jozefowicz et al. 2015).
+    """
+
+    peephole: bool
+    coupled: bool
+    cell_clip: float | None
+    forget_bias: float | None
+
+
+PROBABILITIES = ("zoneout", "recurrent_dropout", "input_dropout", "weight_dropout")
+
+
+class Call(NamedTuple):
+    """What a call asks for around its cells, for every layer and direction together: `functional.AroundKeywords`."""
+
+    reset: Tensor | None = None  # [T, B]
+    reset_state: tuple[Tensor, ...] | None = None  # per state [L*D, ...]
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+    generator: torch.Generator | None = None
+    return_states: bool = False
+
+
+PLAIN = Call()
 
 
 class Recurrent(nn.Module):
@@ -45,6 +96,13 @@ class Recurrent(nn.Module):
     shown: ClassVar[dict[str, Any]]  # what repr tells, beside the sizes, where it isn't this
     proj_size = 0
     backend: str | None = None
+    precision: str | None = None
+    zoneout: float | tuple[float, ...] = 0.0
+    recurrent_dropout = input_dropout = weight_dropout = 0.0
+    peephole = coupled = False
+    cell_clip: float | None = None
+    forget_bias: float | None = None
+    keywords: ClassVar[type] = Keywords
 
     @property
     def page(self) -> str:
@@ -56,73 +114,151 @@ class Recurrent(nn.Module):
         k = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -k, k)
+        if self.forget_bias is not None:
+            gate = slice(self.hidden_size, 2 * self.hidden_size)
+            for name, parameter in self.named_parameters():
+                if name.startswith((NAMES.b_ih, NAMES.b_hh)):
+                    nn.init.constant_(parameter[gate], self.forget_bias if name.startswith(NAMES.b_ih) else 0.0)
 
     def extra_repr(self) -> str:
-        values = {name: getattr(self, name, default) for name, default in self.shown.items()}
-        differing = [f"{name}={value}" for name, value in values.items() if value != self.shown[name]]
+        defaults = {**self.shown, **{name: getattr(Recurrent, name) for name in self.keywords.__annotations__}}
+        values = {name: getattr(self, name, default) for name, default in defaults.items()}
+        differing = [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *differing])
+
+    @classmethod
+    def _checked(cls, keywords: Any, known: type) -> dict[str, Any]:
+        for name, value in keywords.items():
+            if name not in known.__annotations__:
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}")
+            for p in () if name not in PROBABILITIES else value if isinstance(value, tuple) else (value,):
+                if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
+                    raise ValueError(f"{name} must be a number in [0, 1], a probability; got {value!r}")
+        return dict(keywords)
+
+    def _set(self, keywords: Any) -> None:
+        for name, value in self._checked(keywords, self.keywords).items():
+            setattr(self, name, value)
+        if self.forget_bias is not None and (self.coupled or not self.bias):
+            raise ValueError("forget_bias is for the bias of a forget gate: it needs bias=True, and not coupled=True")
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         """The parameters of one layer and direction, without values yet."""
-        rows, H = PAGES[self.page].G * self.hidden_size, self.hidden_size
+        rows, H = (PAGES[self.page].G - self.coupled) * self.hidden_size, self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {NAMES.w_ih: (rows, I), NAMES.w_hh: (rows, self.proj_size or H)}
         if self.bias:
             shapes |= {NAMES.b_ih: (rows,), NAMES.b_hh: (rows,)}
         if self.proj_size:
             shapes[NAMES.w_hr] = (self.proj_size, H)
+        if self.peephole:
+            shapes[PEEPHOLE] = (rows - H,)  # all gates but g
         for name, shape in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def _weights(self, suffix: str) -> Weights:
-        return Weights(*(getattr(self, name + suffix, None) for name in NAMES))
+        there, plain = (True, True, self.bias, self.bias, self.proj_size), self._parameters
+        names = [name + suffix if has else None for name, has in zip(NAMES, there)]
+        # getattr finds any, but takes its time; parametrized, pruned or sharded, a weight isn't among _parameters
+        return Weights(
+            *[None if name is None else plain[name] if name in plain else getattr(self, name) for name in names]
+        )
 
-    def _sizes(self, input: Tensor, *layouts: str) -> dict[str, int]:
-        """The input's size by letter, by the layout of its rank; or an error that repeats its shape."""
+    def _batch(self, input: Tensor, *layouts: str) -> tuple[int, ...]:
+        """The sizes that a state has before H: (B,), or () for an input without a batch. An error if it doesn't fit.
+
+        `layouts`: by its letters, how the input may lie; one of each rank.
+        """
         if not isinstance(input, Tensor):
             raise TypeError(f"{self._get_name()} takes a torch tensor, got {type(input).__name__}")
-        layout = next((layout for layout in layouts if len(layout) == input.dim()), None)
-        if layout is None or input.shape[-1] != self.input_size:
+        shape = input.shape
+        for layout in layouts:
+            if len(layout) == len(shape) and shape[-1] == self.input_size:
+                break
+        else:
             expected = " or ".join(f"[{', '.join(layout)}]" for layout in layouts)
             raise ShapeError(
-                f"{self._get_name()}: input has shape {functional.shape(input)}; "
+                f"{self._get_name()}: input has shape {list(shape)}; "
                 f"expected {expected} with I = input_size = {self.input_size}"
             )
-        sizes = dict(zip(layout, input.shape))
-        if sizes.get("T") == 0:
+        if "T" in layout and shape[layout.index("T")] == 0:
             raise ShapeError(
-                f"{self._get_name()}: the sequence is empty: input has shape {functional.shape(input)}, "
+                f"{self._get_name()}: the sequence is empty: input has shape {list(shape)}, "
                 f"[{', '.join(layout)}], and T must be larger than 0"
             )
-        return sizes
+        return (shape[layout.index("B")],) if "B" in layout else ()
 
-    def _initial(self, hx: Any, leading: dict[str, int], input: Tensor) -> list[Tensor]:
-        """hx as a list of one tensor [*leading, P or H] per state of the cell; zeros for None."""
-        H, names = {"H": self.hidden_size}, [letter + "0" for letter in PAGES[self.page].states]
-        shown = {"P": self.proj_size} if self.proj_size else H
-        expected = [leading | size for size in (shown, H)[: len(names)]]
+    def _initial(self, hx: Any, sizes: tuple[int, ...], letters: str, input: Tensor) -> Sequence[Tensor | None]:
+        """hx as one tensor [*sizes, P or H] per state of the cell; as None, for zeros. `letters` name the sizes."""
+        states = PAGES[self.page].states
         if hx is None:
-            return [input.new_zeros(list(sizes.values())) for sizes in expected]
-        given = hx if len(names) > 1 else [hx]
-        listed = isinstance(given, (tuple, list)) and len(given) == len(names)
-        if not listed or not all(isinstance(state, Tensor) for state in given):
-            raise TypeError(f"{self._get_name()}: hx must be the tensors ({', '.join(names)}); got {described(hx)}")
-        for name, state, sizes in zip(names, given, expected):
-            if list(state.shape) != list(sizes.values()):
+            return [None] * len(states)
+        given = hx if len(states) > 1 else (hx,)
+        if not isinstance(given, (tuple, list)) or len(given) != len(states):
+            raise self._no_states(hx)
+        size = self.proj_size or self.hidden_size
+        for letter, state in zip(states, given):
+            if not isinstance(state, Tensor):
+                raise self._no_states(hx)
+            if state.shape != (*sizes, size):
+                named = [*letters.split(), "P" if size == self.proj_size else "H"]
                 raise ShapeError(
-                    f"{self._get_name()}: {name} has shape {functional.shape(state)}; expected "
-                    f"[{', '.join(sizes)}] = {list(sizes.values())}, with input {functional.shape(input)}"
+                    f"{self._get_name()}: {letter}0 has shape {functional.shape(state)}; expected "
+                    f"[{', '.join(named)}] = {[*sizes, size]}, with input {functional.shape(input)}"
                 )
-        return list(given)
+            size = self.hidden_size
+        return given
 
-    def _run(self, x: Tensor, weights: Weights, initial: list[Tensor], reverse: bool) -> tuple[Tensor, tuple]:
-        """The way down: x [T, B, I] through one layer in one direction -> y [T, B, P], the states after it."""
-        cast = autocast(x.device.type)
-        state = dict(zip([letter + "0" for letter in PAGES[self.page].states], map(cast, initial)))
-        run = captured if capturing() else functional.sequence
-        return run(self.page, cast(x), Weights(*map(cast, weights)), state, reverse, self.backend)
+    def _no_states(self, hx: Any) -> TypeError:
+        names = ", ".join(letter + "0" for letter in PAGES[self.page].states)
+        return TypeError(f"{self._get_name()}: hx must be the tensors ({names}); got {described(hx)}")
+
+    def _run(
+        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], reverse: bool, call: Call, k: int
+    ) -> tuple[Any, ...]:
+        """The way down: x [T, B, I] through layer and direction number k, whose parameters' names end so.
+
+        -> y [T, B, P], the states after it; with return_states also the states after every instant
+        """
+        weights, options = self._weights(suffix), Options(reverse, self.backend, self.precision, call.return_states)
+        if call is PLAIN and not self._around():
+            return self._sequence(self.page, *cast(x, weights, state), options)
+        peephole = [getattr(self, PEEPHOLE + suffix)] if self.peephole else []
+        resets = [] if call.reset_state is None else [states[k] for states in call.reset_state]
+        S = len(state)
+        x, weights, given = cast(x, weights, [*state, *peephole, *resets])
+        state, peephole, resets = tuple(given[:S]), given[S : S + len(peephole)], given[S + len(peephole) :]
+        seed = None
+        if self.training and self._random():
+            seed = drawn_seed(call.generator, x)
+            if self.input_dropout:
+                x = x * dropout_mask(seed, self.input_dropout, tuple(x.shape[1:]), x, which=1)
+            if self.weight_dropout:
+                mask = dropout_mask(seed, self.weight_dropout, tuple(weights.w_hh.shape), x, which=2)
+                weights = weights._replace(w_hh=weights.w_hh * mask)
+        around = Around(
+            reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, starts=call.starts,
+            zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
+            peephole=peephole[0] if peephole else None, coupled=self.coupled, cell_clip=self.cell_clip,
+        )  # fmt: skip
+        applied = apply(self.page, x, weights, around)
+        return applied.results(*self._sequence(applied.name, applied.x, applied.weights, state, options), S)
+
+    def _sequence(self, *given: Any) -> tuple[Tensor, tuple]:
+        return sequence(*given)
+
+    def _random(self) -> bool:
+        """Whether masks are drawn in training."""
+        zoneout = any(self.zoneout) if isinstance(self.zoneout, tuple) else self.zoneout
+        return bool(zoneout or self.recurrent_dropout or self.input_dropout or self.weight_dropout)
+
+    def _around(self) -> bool:
+        """Whether there is anything around the cell at every call."""
+        return self._random() or self.peephole or self.coupled or self.cell_clip is not None
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
+
+WAYS = ((False, ""), (True, "_reverse"))  # whether to read in reverse, and how the parameters' names end then
 
 
 class RecurrentLayer(Recurrent):
@@ -135,7 +271,6 @@ class RecurrentLayer(Recurrent):
         "batch_first": False,
         "dropout": 0,
         "bidirectional": False,
-        "backend": None,
     }
     mode: str
     num_layers: int
@@ -145,7 +280,7 @@ class RecurrentLayer(Recurrent):
 
     def __init__(
         self, mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool,
-        dropout: float, bidirectional: bool, proj_size: int, device: Any, dtype: Any, backend: str | None,
+        dropout: float, bidirectional: bool, proj_size: int, device: Any, dtype: Any, keywords: Keywords,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
@@ -169,7 +304,7 @@ class RecurrentLayer(Recurrent):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, proj_size
-        self.backend = backend
+        self._set(keywords)
         for k, suffix in enumerate(self._suffixes):
             below = input_size if k < self._directions else self._directions * (proj_size or hidden_size)
             self._register(suffix, below, device, dtype)
@@ -186,7 +321,7 @@ class RecurrentLayer(Recurrent):
     @property
     def _suffixes(self) -> list[str]:
         """The ends of the parameters' names: layer after layer, forward before reverse, as the states are stacked."""
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ("", "_reverse")[: self._directions]]
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for _, end in WAYS[: self._directions]]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -196,76 +331,106 @@ class RecurrentLayer(Recurrent):
     def flatten_parameters(self) -> None:
         """Nothing: the kernels take the weights from where they are."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Any = None, *, reset: Tensor | None = None, reset_state: Any = None,
+        lengths: Tensor | None = None, starts: Tensor | None = None, return_states: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Run the layers. Shapes and errors: see the class."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        sizes = self._sizes(input, "BTI" if self.batch_first else "TBI", "TI")
-        batch = {"B": sizes["B"]} if "B" in sizes else {}
+            if any(given is not None for given in (reset, reset_state, lengths, starts)) or return_states:
+                raise TypeError(
+                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts or "
+                    "return_states give padded input"
+                )
+            return self._forward_packed(input, hx, generator)
+        batch = self._batch(input, "BTI" if self.batch_first else "TBI", "TI")
+        sizes = (self.num_layers * self._directions, *batch)
+        initial = self._initial(hx, sizes, "L*D B" if batch else "L*D", input)
         transposed = self.batch_first and bool(batch)
-        initial = self._initial(hx, {"L*D": len(self._suffixes), **batch}, input)
+        call = PLAIN
+        if not (reset is reset_state is lengths is starts is generator is None) or return_states:
+            if reset is not None and reset.shape != input.shape[:-1]:
+                raise ShapeError(
+                    f"{self._get_name()}: reset has shape {functional.shape(reset)}; expected "
+                    f"{list(input.shape[:-1])}, with input {functional.shape(input)}"
+                )
+            if reset is not None:
+                reset = reset.t() if transposed else reset.reshape(-1, *(batch or (1,)))
+            resets = None if reset_state is None else self._resets(reset_state)
+            rows = [None if bound is None else bound.reshape(batch or (1,)) for bound in (lengths, starts)]
+            call = Call(reset, resets, *rows, generator, return_states)
         x = input.transpose(0, 1) if transposed else input
         if not batch:
-            x, initial = x.unsqueeze(1), [state.unsqueeze(1) for state in initial]
-        y, last = self._stack(x, initial, self._run)
-        if not batch:
-            y, last = y.squeeze(1), [state.squeeze(1) for state in last]
-        return y.transpose(0, 1) if transposed else y, as_hx(last)
+            x, initial = x.unsqueeze(1), [state if state is None else state.unsqueeze(1) for state in initial]
+        y, *groups = self._stack(x, initial, call)
+        if not batch:  # B is axis 1 of states, and axis 2 of states of every instant
+            y, groups = y.squeeze(1), [[s.squeeze(1 + n) for s in states] for n, states in enumerate(groups)]
+        if transposed:
+            y, groups[1:] = y.transpose(0, 1), [[s.transpose(1, 2) for s in states] for states in groups[1:]]
+        return y, *map(as_hx, groups)
+
+    def _resets(self, reset_state: Any) -> tuple[Tensor, ...]:
+        """One per state, [L*D, B, .] or [L*D, .]; their other sizes are checked with the rest."""
+        states, many = PAGES[self.page].states, self.num_layers * self._directions
+        given = reset_state if len(states) > 1 else (reset_state,)
+        if not isinstance(given, (tuple, list)) or [getattr(state, "shape", (0,))[0] for state in given] != [
+            many
+        ] * len(states):
+            raise ShapeError(
+                f"{self._get_name()}: reset_state must be one tensor [L*D, B, .] or [L*D, .] per state "
+                f"({', '.join(states)}), with L*D = {many}; got {described(reset_state)}"
+            )
+        return tuple(given)
 
     @torch.compiler.disable  # batch sizes are data, and a graph for each would be compiled anew
-    def _forward_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Any, generator: torch.Generator | None
+    ) -> tuple[PackedSequence, Any]:
+        """As padded input with lengths."""
         data, batch_sizes, sorting, unsorting = packed
-        self._sizes(data, "NI")
-        runs = [(len(list(same)), B) for B, same in groupby(checked_batch_sizes(batch_sizes, data))]
-        initial = self._initial(hx, {"L*D": len(self._suffixes), "B": runs[0][1]}, data)
+        self._batch(data, "NI")
+        T, B = len(batch_sizes), checked_batch_sizes(batch_sizes, data)[0]
+        initial = self._initial(hx, (self.num_layers * self._directions, B), "L*D B", data)
         if sorting is not None:
-            initial = [state.index_select(1, sorting) for state in initial]
-        y, last = self._stack(data, initial, partial(chain, self._run, runs))
+            initial = [state if state is None else state.index_select(1, sorting) for state in initial]
+        x, ends = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        ragged = PLAIN if len(data) == T * B else Call(lengths=ends.to(data.device, non_blocking=True))
+        call = ragged if generator is None else ragged._replace(generator=generator)
+
+        def as_torch_drops(x: Tensor, p: float) -> Tensor:
+            rows = PackedSequence(dropped(pack_padded_sequence(x, ends).data, p), batch_sizes)
+            return pad_packed_sequence(rows)[0]
+
+        y, last = self._stack(x, initial, call, as_torch_drops)
         if unsorting is not None:
             last = [state.index_select(1, unsorting) for state in last]
+        y = pack_padded_sequence(y, ends).data
         return PackedSequence(y, batch_sizes, sorting, unsorting), as_hx(last)
 
-    def _stack(self, x: Tensor, initial: list[Tensor], run: Callable) -> tuple[Tensor, list[Tensor]]:
-        """Every layer in every direction -> the last layer's outputs, and the final states [L*D, B, P or H]."""
-        suffixes = self._suffixes
-        last: list[tuple] = []
+    def _stack(
+        self, x: Tensor, initial: Sequence[Tensor | None], call: Call, drop: Callable[[Tensor, float], Tensor] = dropped
+    ) -> tuple[Any, ...]:
+        """Every layer in every direction.
+
+        -> the last layer's outputs; the final states [L*D, B, P or H]; with return_states every instant's [L*D, T, ...]
+        """
+        ways = WAYS[: self._directions]
+        first = [len(ways) * self.num_layers * [None] if state is None else state.unbind(0) for state in initial]
+        found: list[tuple] = []  # by layer and direction: states after, and those of every instant
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
-                x = dropped(x, self.dropout)
+                x = drop(x, self.dropout)
             outputs = []
-            for reverse in (False, True)[: self._directions]:
-                k = len(last)
-                y, after = run(x, self._weights(suffixes[k]), [state[k] for state in initial], reverse=reverse)
+            for reverse, end in ways:
+                k = len(found)
+                y, *groups = self._run(x, f"_l{layer}{end}", [states[k] for states in first], reverse, call, k)
                 outputs.append(y)
-                last.append(after)
+                found.append(tuple(groups))
             x = torch.cat(outputs, -1) if self.bidirectional else y
-        return x, [torch.stack(states) for states in zip(*last)]
-
-
-def chain(
-    run: Callable, runs: list[tuple[int, int]], data: Tensor, weights: Weights, initial: list[Tensor], reverse: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Packed data [N, I] through one layer in one direction -> y [N, P], every row's states after its own last instant.
-
-    `runs` are the stretches of equal batch size B, as (instants, B): each is a plain sequence [instants, B, I], without
-    padding. The rows are sorted by length, so that forwards the last rows leave between two runs, and their states
-    are final; in reverse they enter, with their initial states.
-    """
-    pieces = [piece.unflatten(0, size) for piece, size in zip(data.split([n * B for n, B in runs]), runs)]
-    outputs, left = [], []
-    state = [whole[: runs[-1][1]] for whole in initial] if reverse else initial
-    for x in reversed(pieces) if reverse else pieces:
-        B, running = x.shape[1], len(state[0])
-        if running > B:
-            left.append([rows[B:] for rows in state])
-            state = [rows[:B] for rows in state]
-        elif running < B:
-            state = [torch.cat([rows, whole[running:B]]) for rows, whole in zip(state, initial)]
-        y, state = run(x, weights, state, reverse=reverse)
-        outputs.append(y.flatten(0, 1))
-    if left:
-        state = [torch.cat(rows) for rows in zip(state, *reversed(left))]
-    return torch.cat(outputs[::-1] if reverse else outputs), list(state)
+        if len(found) == 1:  # no need to copy
+            return x, *([state.unsqueeze(0) for state in group] for group in found[0])
+        return x, *([torch.stack(states) for states in zip(*group)] for group in zip(*found))
 
 
 class RNN(RecurrentLayer):
@@ -281,11 +446,11 @@ class RNN(RecurrentLayer):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-        device: Any = None, dtype: Any = None, *, backend: str | None = None,
+        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
             functional.elman(nonlinearity).upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, backend,
+            bidirectional, 0, device, dtype, keywords,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -306,7 +471,8 @@ class LSTM(RecurrentLayer):
         bidirectional: whether a second set of weights reads every layer's input backwards: D = 2.
         proj_size: P, 0 < P < H, size of the projected output; 0 for none, then P = H below.
         device, dtype: of the parameters. float64 or float32; float16, bfloat16.
-        backend: "numpy", "triton" or "cuda" insists on one; None or "auto" takes $GPU_RNN_BACKEND or the fastest.
+        backend, precision: keywords, as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of
+            float32 on a GPU.
 
     Input, of the parameters' dtype and device, unless autocast makes everything of its own dtype:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] for a single sequence, or a PackedSequence.
@@ -325,11 +491,11 @@ class LSTM(RecurrentLayer):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
-        device: Any = None, dtype: Any = None, *, backend: str | None = None,
+        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype, backend,
+            bidirectional, proj_size, device, dtype, keywords,
         )  # fmt: skip
 
 
@@ -349,11 +515,11 @@ class GRU(RecurrentLayer):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False,
-        device: Any = None, dtype: Any = None, *, backend: str | None = None,
+        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, backend,
+            bidirectional, 0, device, dtype, keywords,
         )  # fmt: skip
 
 
@@ -363,29 +529,30 @@ class GRU(RecurrentLayer):
 class RecurrentCell(Recurrent):
     """One layer for one instant."""
 
-    shown: ClassVar = {"bias": True, "nonlinearity": "tanh", "backend": None}
+    shown: ClassVar = {"bias": True, "nonlinearity": "tanh"}
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True,
-        device: Any = None, dtype: Any = None, *, backend: str | None = None,
+        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.bias, self.backend = input_size, hidden_size, bias, backend
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self._set(keywords)
         self._register("", input_size, device, dtype)
         if not bias:
             self.register_parameter(NAMES.b_ih, None)
             self.register_parameter(NAMES.b_hh, None)
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None, *, generator: torch.Generator | None = None) -> Any:
         """Run one instant. Shapes and errors: see the class."""
-        sizes = self._sizes(input, "BI", "I")
-        batch = {"B": sizes["B"]} if "B" in sizes else {}
-        initial = self._initial(hx, batch, input)
+        batch = self._batch(input, "BI", "I")
+        initial = self._initial(hx, batch, "B" if batch else "", input)
         if not batch:
-            input, initial = input.unsqueeze(0), [state.unsqueeze(0) for state in initial]
-        _, last = self._run(input.unsqueeze(0), self._weights(""), initial, reverse=False)
+            input, initial = input.unsqueeze(0), [state if state is None else state.unsqueeze(0) for state in initial]
+        call = PLAIN if generator is None else Call(generator=generator)
+        _, last, *_ = self._run(input.unsqueeze(0), "", initial, False, call, 0)
         return as_hx(last if batch else [state.squeeze(0) for state in last])
 
 
@@ -397,10 +564,10 @@ class RNNCell(RecurrentCell):
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh",
-        device: Any = None, dtype: Any = None, *, backend: str | None = None,
+        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
+        super().__init__(input_size, hidden_size, bias, device, dtype, **keywords)
 
     @property
     def page(self) -> str:
@@ -454,24 +621,33 @@ def described(hx: Any) -> str:
     return f"a tensor {functional.shape(hx)}" if isinstance(hx, Tensor) else type(hx).__name__
 
 
+def drawn_seed(generator: torch.Generator | None, x: Tensor) -> Tensor:
+    """A new one [1] int64 for every layer and direction, from torch's generator of the device, or the caller's."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
+
+
 def as_hx(states: Any) -> Any:
     """One state alone, several as a tuple: torch.nn's structure."""
     return tuple(states) if len(states) > 1 else states[0]
 
 
-def autocast(device: str) -> Callable[[Tensor | None], Tensor | None]:
-    """What makes a tensor of autocast's dtype, where that is on; like torch it leaves float64 alone."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return lambda tensor: tensor
-    dtype = torch.get_autocast_dtype(device)
+Cast = tuple[Tensor, Weights, Sequence[Tensor | None]]
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
+
+def cast(x: Tensor, weights: Weights, state: Sequence[Tensor | None]) -> Cast:
+    """The arguments, of autocast's dtype where that is on; like torch it leaves float64 alone."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, weights, state
+    dtype = torch.get_autocast_dtype(device)
+    cached = torch.is_autocast_cache_enabled() and torch.is_grad_enabled() and not capturing()
+
+    def made(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dtype in (dtype, torch.float64):
             return tensor
-        cached = torch.is_autocast_cache_enabled() and torch.is_grad_enabled() and not capturing()
         return once(tensor, dtype) if cached and isinstance(tensor, nn.Parameter) else tensor.to(dtype)
 
-    return cast
+    return made(x), Weights(*map(made, weights)), [*map(made, state)]
 
 
 CASTS = WeakTensorKeyDictionary()
@@ -497,7 +673,7 @@ TWINS = {getattr(nn, twin.__name__): twin for twin in (RNN, LSTM, GRU, RNNCell, 
 CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
 
 
-def replace_(model: nn.Module, *, backend: str | None = None) -> nn.Module:
+def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
     """Swap every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of a model, in place; returns the model.
 
     The modules stay the same objects and only change their class, so that everything that refers to them or to their
@@ -507,15 +683,16 @@ def replace_(model: nn.Module, *, backend: str | None = None) -> nn.Module:
     Classes derived from torch.nn's are left alone, because nobody can know what they changed; a warning names them.
 
     Args:
-        model: any module. backend: that of every swapped layer, as for `LSTM`.
+        model: any module. backend, precision: keywords, those of every swapped layer, as for `LSTM`.
     """
     left = []
     for name, module in model.named_modules():
         if (ours := twin(module)) is not None:
+            ours._checked(keywords, Keywords)  # may raise: before anything is changed
             for cache in CACHES:  # or they would keep weights alive that were replaced since
                 module.__dict__.pop(cache, None)
             module.__class__ = ours
-            module.backend = backend
+            module._set(keywords)
         elif isinstance(module, tuple(TWINS)):
             left.append(f"{name or 'the model itself'} ({type(module).__name__})")
     if left:

@@ -14,6 +14,35 @@ class Weights(NamedTuple):
     b_ih: Any = None  # [G*H]
     b_hh: Any = None  # [G*H]
     w_hr: Any = None  # [P, H] projects the output h; without it P = H
+    # What else a cell's page takes (gpu_rnn.kernels.cells), if it does:
+    units: Any = None  # [N, R, H] its values per unit; R = B rows, or one for all. Of h with a projection the first P
+    flags: Any = None  # [T, B] uint8; bit k is flag k
+    seed: Any = None  # [1] int64, of its random numbers
+
+
+class Options(NamedTuple):
+    """How a call is to run, as its caller says it."""
+
+    reverse: bool = False
+    backend: str | None = None  # insists on one
+    precision: str | None = None  # of float32 products, "tf32" or "ieee"; None: what the library's setting says
+    history: bool = False  # whether the other states are wanted after every instant, too
+
+
+class Around(NamedTuple):
+    """What a call asks for around its cell; see `gpu_rnn.woven`."""
+
+    reset: Any = None  # [T, B]; where true, the states before the instant are the reset state
+    reset_state: Any = None  # one per state, [B, .] or [.]; zeros when None
+    lengths: Any = None  # [B] integers; a row's instants are those below
+    starts: Any = None  # [B] integers; and from there on
+    zoneout: float | tuple[float, ...] = 0.0  # one probability per state, or one for all
+    recurrent_dropout: float = 0.0  # of what the recurrent weights see
+    seed: Any = None  # of masks, an int or [1] int64
+    training: bool = True  # whether masks are drawn
+    peephole: Any = None  # [N*H]
+    coupled: bool = False
+    cell_clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,13 @@ class Problem:
     library: str = "numpy"  # whose arrays: numpy, torch or cupy
     training: bool = False  # whether a gradient may be asked for
     reverse: bool = False
-    tf32: bool = False  # float32 products on tensor cores, as torch.nn has them unless told otherwise
+    tf32: bool = False  # float32 products may be rounded to TF32, as torch.nn's are unless told otherwise
+    history: bool = False  # whether the other states are wanted after every instant, too
+
+    @property
+    def outputs(self) -> int:
+        """y, the states after, and with a history the other states after every instant."""
+        return 1 + self.cell.S + (self.cell.S - 1) * self.history
 
     def __str__(self) -> str:
         size = f"T={self.T} B={self.B} I={self.I} H={self.H}" + (f" P={self.P}" if self.P is not None else "")

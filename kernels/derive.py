@@ -5,7 +5,7 @@ the states before, and what is saved anyway, give it; only what is left is saved
 which is what the page written by hand saves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from . import mathematics
 from .trace import Graph, Symbol, trace
@@ -51,11 +51,7 @@ def derive(step: Callable, gates: int, states: int, extra: int = 0, learned: int
     sizes = {"x": gates, "h": gates, "state": states} | ({"extra": extra} if extra else {})
     graph = trace(lambda *given: (new_states(step(*given), states),), **sizes)
     (new,), order = graph.outputs, list(graph.nodes.values())
-    gradients = pulled(graph, order, new)
-    wanted = tuple(
-        tuple(gradients.get(graph.node("input", name, k), graph.symbol(0.0)) for k in range(n))
-        for name, n in (sizes | ({"extra": learned} if extra else {})).items()
-    )
+    wanted = pulled(graph, sizes | ({"extra": learned} if extra else {}))
     saved = to_save(order, set(new), met(wanted, set(order)))
 
     forward, known = Graph(), {}
@@ -78,14 +74,22 @@ def new_states(outputs: tuple, states: int) -> tuple:
     return new
 
 
-def pulled(graph: Graph, order: list[Symbol], new: tuple[Symbol, ...]) -> dict[Symbol, Symbol]:
-    """The gradient of every value that has one, given those of the new states: inputs named "dnew"."""
+def pullback(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """The gradient of a graph whose one group of outputs is linear in what has a gradient: it needs none of it."""
+    copy = graph.pruned()
+    copy.outputs = pulled(copy, sizes)
+    return copy.pruned()
+
+
+def pulled(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Symbol, ...], ...]:
+    """The gradients of the inputs, given those of the outputs: inputs named "dnew". Added to the graph."""
     gradients: dict[Symbol, Symbol] = {}
 
     def arrive(value: Symbol, d: Symbol) -> None:
         gradients[value] = gradients[value] + d if value in gradients else d
 
-    for k, value in enumerate(new):
+    order, (outputs,) = list(graph.nodes.values()), graph.outputs
+    for k, value in enumerate(outputs):
         arrive(value, graph.node("input", "dnew", k))
     for node in reversed(order):
         if node in gradients and operated(node):
@@ -93,7 +97,8 @@ def pulled(graph: Graph, order: list[Symbol], new: tuple[Symbol, ...]) -> dict[S
             for operand, d in zip(node.operands, pulls, strict=True):
                 if d is not None and operand.op != "constant":
                     arrive(operand, d)
-    return gradients
+    inputs = {name: [graph.node("input", name, k) for k in range(n)] for name, n in sizes.items()}
+    return tuple(tuple(gradients.get(v, graph.symbol(0.0)) for v in group) for group in inputs.values())
 
 
 def met(wanted: tuple, page: set[Symbol]) -> set[Symbol]:

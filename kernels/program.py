@@ -12,14 +12,15 @@
     tanh(n1, n0)
     multiply(v[2], n0, n0)          h'
 
-A row is one gate or one temporary of one instant, an array [B, H]. Rows that meet the same operation at the same time
+A row is one gate or one temporary of one instant, an array [H, B]. Rows that meet the same operation at the same time
 are placed next to each other, and the call takes the whole block. The arrays, by letter:
 
-    x  [G, B, H]  input part, in `Layout.inputs` order     h  [G, B, H]  recurrent part, in `Layout.recurrent` order
-    s0 s1 ...     states before, [B, H] each               n0 n1 ...     states after
-    v  [K, B, H]  what step saves for grad                 b  [n, 1, H]  recurrent bias of the n separate gates
+    x  [G, H, B]  input part, in `Layout.inputs` order     h  [G, H, B]  recurrent part, in `Layout.recurrent` order
+    s0 s1 ...     states before, [H, B] each               n0 n1 ...     states after
+    v  [K, H, B]  what step saves for grad                 b  [n, H, B]  recurrent bias of the n separate gates
     q0 q1 ...     gradients of the states after            e0 e1 ...     gradients of the states before
-    d  [G+n, B, H]  gate gradients: `d[:G]` those of x, in inputs order; `d[n:]` those of h, in recurrent order
+    d  [G+n, H, B]  gate gradients: `d[:G]` those of x, in inputs order; `d[n:]` those of h, in recurrent order
+    m  [E, H, B]  what the page takes beside these         g  [learned, H, B]  gradients of the first of them
     w             temporaries
 """
 
@@ -32,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from .cells import Cell
-from .trace import Graph, Symbol, trace
+from .cells import Cell, step_graph
+from .trace import Graph, Symbol
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Layout:
 
 @cache
 def layout(cell: Cell) -> Layout:
-    graph = trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
+    graph = step_graph(cell)
     users = consumers(graph)
 
     def squashed(g: int) -> bool:
@@ -75,18 +76,19 @@ def natural(cell: Cell) -> Layout:
 
 @dataclass(frozen=True)
 class Program:
-    """Calls, in order. `parameters` change at every instant and are the bound function's arguments."""
+    """Calls, in order, on `arrays`."""
 
     calls: tuple[str, ...]
     rows: int  # temporaries
-    parameters: tuple[str, ...]
+    arrays: tuple[str, ...]
     constants: tuple[float, ...]
     written: frozenset[str]  # which of the arrays the calls write, e.g. {"e1"}: a zero gradient writes nothing
 
-    def bind(self, B: int, H: int, dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
-        """A function of `parameters` that runs the calls, on arrays of [B, H] rows; `fixed` gives the other arrays."""
-        temporaries = np.empty((self.rows, B, H), dtype)
-        constants = [dtype.type(value) for value in self.constants]
+    def bind(self, row: tuple[int, int], dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
+        """A function that runs the calls on rows of that shape. `fixed` gives the arrays that stay the same ones from
+        instant to instant; the others are the function's arguments, in the order of `arrays`."""
+        temporaries = np.empty((self.rows, *row), dtype)
+        constants = [np.array(value, dtype) for value in self.constants]  # a scalar would be made one at every call
         return factory(self, tuple(fixed))(temporaries, *fixed.values(), *constants)
 
 
@@ -95,10 +97,12 @@ def factory(program: Program, fixed: tuple[str, ...]) -> Callable[..., Callable[
     """The program as Python: a function of the arrays that stay, which slices them once and gives one of those that
     change. For the LSTM `factory(...).text` begins
 
-        def bind(w, h, b, c0):
+        def bind(w, h, b, v, c0):
             h_0_4 = h[0:4]
-            def run(x, s0, s1, n0, n1, v):
-                add(x[0:4], h_0_4, v[0:4])
+            v_0_4 = v[0:4]
+            ...
+            def run(x, s0, s1, n0, n1):
+                add(x[0:4], h_0_4, v_0_4)
     """
     stay = ("w", *fixed)
     views: dict[str, str] = {}
@@ -116,7 +120,7 @@ def factory(program: Program, fixed: tuple[str, ...]) -> Callable[..., Callable[
     lines = [
         f"def bind({', '.join([*stay, *(f'c{k}' for k in range(len(program.constants)))])}):",
         *(f"    {view} = {operand}" for operand, view in views.items()),
-        f"    def run({', '.join(program.parameters)}):",
+        f"    def run({', '.join(array for array in program.arrays if array not in fixed)}):",
         *(body or ["        pass"]),
         "    return run",
     ]
@@ -145,36 +149,45 @@ def step_program(cell: Cell, plan: Layout | None = None) -> Program:
     for row, g in enumerate(plan.separate):
         h[g] = h[g] + graph.node("input", "b", row)
     state = [graph.node("input", f"s{k}") for k in range(cell.S)]
-    new, saved = cell.step(x, h, state)
+    new, saved = cell.step(x, h, state, *extra(cell, graph))
     halved = {graph.node("add", x[g], h[g]) for g in range(cell.G) if plan.scale[g] != 1}
     places: dict[Place, Symbol] = {(f"n{k}", None): value for k, value in enumerate(new)}
     places |= {("v", row): saved[k] for row, k in enumerate(saved_order(cell))}
-    return schedule(graph, places, halved, ("x", *each("s", cell.S), *each("n", cell.S), "v"))
+    return schedule(
+        graph, places, halved, ("x", "h", "b", *"m" * bool(cell.E), *each("s", cell.S), *each("n", cell.S), "v")
+    )
+
+
+def extra(cell: Cell, graph: Graph) -> tuple[list[Symbol], ...]:
+    """The page's argument beside gates and states, if it has one."""
+    return ([graph.node("input", "m", row) for row in range(cell.E)],) if cell.E else ()
 
 
 @cache
 def saved_order(cell: Cell) -> tuple[int, ...]:
     """Row -> index into what `step` saves: gates that are computed together are saved together."""
-    graph = trace(cell.step, x=cell.G, h=cell.G, state=cell.S)
+    graph = step_graph(cell)
     sigmoids_first = [value.op != "sigmoid" for value in graph.outputs[1]]
     return tuple(sorted(range(cell.K), key=sigmoids_first.__getitem__))
 
 
 @cache
 def grad_program(cell: Cell) -> Program:
-    """Gradients of the states after, both states, v -> d, and gradients of the states before."""
+    """Gradients of the states after, both states, v -> d, g, and gradients of the states before."""
     plan, rows = layout(cell), saved_order(cell)
     graph = Graph()
     q, n, s = ([graph.node("input", name) for name in each(letter, cell.S)] for letter in "qns")
     v = [graph.node("input", "v", rows.index(k)) for k in range(cell.K)]
-    dx, dh, dstate = cell.grad(q, n, s, v)
+    dx, dh, dstate, *of_extra = cell.grad(q, n, s, v, *extra(cell, graph))
     shift = len(plan.separate)
     places: dict[Place, Symbol] = {("d", row): graph.symbol(dx[g]) for row, g in enumerate(plan.inputs)}
     places |= {("d", shift + row): graph.symbol(dh[g]) for row, g in enumerate(plan.recurrent)}
     places |= {(f"e{k}", None): graph.symbol(value) for k, value in enumerate(dstate)}
+    places |= {("g", row): graph.symbol(value) for row, value in enumerate(of_extra[0] if of_extra else ())}
     zero = graph.symbol(0.0)
     places = {place: value for place, value in places.items() if value is not zero}
     letters = (*each("q", cell.S), *each("n", cell.S), *each("s", cell.S), "v", "d", *each("e", cell.S))
+    letters += (*"m" * bool(cell.E), *"g" * bool(cell.learned))
     return schedule(graph, places, frozenset(), letters)
 
 
@@ -199,12 +212,10 @@ def operands(node: Symbol) -> Sequence[Symbol]:
 Place = tuple[str, int | None]  # an array's letter, and the row in it; None: the array is a single row
 
 
-def schedule(
-    graph: Graph, places: dict[Place, Symbol], halved: frozenset | set, parameters: tuple[str, ...]
-) -> Program:
+def schedule(graph: Graph, places: dict[Place, Symbol], halved: frozenset | set, arrays: tuple[str, ...]) -> Program:
     """As soon as possible suits forward, all gates at once; as late as possible, backward: the one with fewer calls."""
     graph, places = without_sigmoid(graph, places, halved)
-    candidates = [emit(graph, places, parameters, late) for late in (False, True)]
+    candidates = [emit(graph, places, arrays, late) for late in (False, True)]
     return min(candidates, key=lambda program: (len(program.calls), program.rows))
 
 
@@ -222,7 +233,7 @@ def without_sigmoid(graph: Graph, places: dict[Place, Symbol], halved) -> tuple[
     return lowered, {place: image[value] for place, value in places.items()}
 
 
-def emit(graph: Graph, places: dict[Place, Symbol], parameters: tuple[str, ...], late: bool) -> Program:
+def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], late: bool) -> Program:
     where: dict[Symbol, Place] = {}  # each symbol's place
     for node in graph.nodes.values():
         if node.op == "input":
@@ -246,7 +257,7 @@ def emit(graph: Graph, places: dict[Place, Symbol], parameters: tuple[str, ...],
     for place, value in copies:
         calls.append(f"copy({block([value], where, constants)}, {reference(place)})")
     written = frozenset(array for array, _ in places)
-    return Program(tuple(calls), rows, parameters, tuple(constants), written)
+    return Program(tuple(calls), rows, arrays, tuple(constants), written)
 
 
 def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str], list[Symbol]]:

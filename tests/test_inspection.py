@@ -264,9 +264,10 @@ def test_cells_and_packed_rows_are_explained():
     (cell,) = gpu_rnn.explain(gpu_rnn.LSTMCell(4, 6), (3, 4))
     assert (cell.problem.T, cell.problem.B) == (1, 3)
     assert cell.cudnn.startswith("none")
-    packed = pack_sequence([torch.ones(n, 4) for n in (9, 8, 8, 1)])  # stretches of [1, 4], [7, 3] and [1, 1]
+    packed = pack_sequence([torch.ones(n, 4) for n in (9, 8, 8, 1)])
     (explanation,) = gpu_rnn.explain(gpu_rnn.LSTM(4, 6), packed)
-    assert (explanation.problem.T, explanation.problem.B) == (7, 3), "the largest of three runs"
+    assert (explanation.problem.T, explanation.problem.B) == (9, 4)
+    assert explanation.problem.cell.flags == ("hold",), "as padded rows with lengths"
     assert explanation.cudnn == "STANDARD"
 
 

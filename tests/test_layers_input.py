@@ -138,3 +138,17 @@ def test_no_rows_give_nothing_and_zero_gradients(kind):
     assert {state.shape for state in flat(last)} == {(4, 0, 4)}
     y.sum().backward()
     assert all((parameter.grad == 0).all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "data"])
+def test_what_fitted_before_is_checked_again(change):
+    layer, x = gpu_rnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    layer(x)
+    if change == "shape":
+        layer.weight_hh_l0 = nn.Parameter(torch.randn(16, 5))
+    elif change == "dtype":
+        layer.weight_hh_l0 = nn.Parameter(torch.randn(16, 4, dtype=torch.float64))
+    else:
+        layer.weight_hh_l0.data = torch.randn(12, 4)
+    with pytest.raises((gpu_rnn.ShapeError, TypeError), match=r"w_(hh|ih)"):
+        layer(x)

@@ -70,9 +70,9 @@ def test_it_runs_with_gradients(mgu, rng):
 @pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize("scope", ["block", "cluster"])
 def test_the_resident_kernels_have_it_too(mgu, scope):
-    from .resident import Case, errors, library, planned, wrong
+    from .resident import Case, errors, libraries, planned, wrong
 
     case = Case("mgu", "bfloat16", scope, T=3, B=5, H=40)
-    plan = planned(case)
-    found = errors(case, plan, library(case, plan), seed=1)
+    plans = planned(case)
+    found = errors(case, plans, libraries(case, plans), seed=1)
     assert not wrong(found), found

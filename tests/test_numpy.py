@@ -1,5 +1,7 @@
 """The NumPy backend, oracle and fallback: equal to torch.nn in float64, and a good citizen with its arguments."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,7 @@ def compare_with_torch(name, reverse, bias, T, B, I, H, P, rng):
                     close(a, b, f"d{letter}0 {attempt}")
             else:
                 close(ours[key], gradient, f"d{key} {attempt}")
+                assert min(ours[key].strides) >= 0, "torch takes no negative strides"
     unsaved, unsaved_last, _ = backend.forward(cell, x, weights, state, reverse=reverse, save=False)
     assert np.array_equal(unsaved, y), "inference and training agree bit for bit"
     assert all(map(np.array_equal, unsaved_last, last))
@@ -195,11 +198,36 @@ def test_gradcheck(name, function, options, rng):
 
 def test_long_sums_keep_their_precision(rng):
     """Bias gradients are sums over T B rows: in float32 a plain sum of 65536 is wrong by a hundred units."""
-    d = rng.standard_normal((1, 65536 + 77, 4)).astype(np.float32)
-    exact = d.astype(np.float64).sum(1)
+    T, B, H = 1024, 64, 4
+    dy = rng.standard_normal((T, B, H)).astype(np.float32)
+    x, (w_ih, _, b_ih, b_hh, *_), _ = sequence_arrays(rng, "rnn_relu", T, B, 1, H, dtype=np.float32)
+    weights = np.zeros_like(w_ih), np.zeros((H, H), np.float32), np.ones_like(b_ih), np.zeros_like(b_hh)  # h = 1
+    (y, hT), pullback = gpu_rnn.vjp(gpu_rnn.rnn, x, *weights, nonlinearity="relu")
+    found = pullback((dy, None))["b_ih"]
+    exact = dy.astype(np.float64).sum((0, 1))
     unit = np.spacing(np.abs(exact).max().astype(np.float32))
-    assert np.abs(backend.total(d) - exact).max() <= 16 * unit
-    assert np.abs(d.sum(1) - exact).max() > 16 * unit
+    assert np.abs(found - exact).max() <= 16 * unit
+    assert np.abs(dy.reshape(T * B, H).sum(0) - exact).max() > 16 * unit
+
+
+@EVERY
+def test_results_are_the_callers_own(name, rng):
+    """Arrays are kept from call to call; nothing that was given away changes with the next call, in any thread."""
+    cell, T = cells.get(name), 40
+    given = [sequence_arrays(rng, name, T, 2, 3, 5) for _ in range(8)]
+
+    def run(k):
+        x, weights, state = given[k]
+        y, last, tape = backend.forward(cell, x, weights, state, reverse=False, save=True)
+        return y, *last, *tape
+
+    first = [run(k) for k in range(8)]
+    copies = [[array.copy() for array in results] for results in first]
+    with ThreadPoolExecutor(4) as pool:
+        again = list(pool.map(run, list(range(8)) * 8))
+    for results in (first, *(again[k : k + 8] for k in range(0, 64, 8))):
+        for found, copied in zip(results, copies, strict=True):
+            assert all(map(np.array_equal, found, copied))
 
 
 def test_only_wanted_gradients_are_given(rng):

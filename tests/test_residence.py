@@ -1,11 +1,14 @@
 """The planner of the resident kernels, for thousands of problems and without a GPU: every plan fits, and covers all."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_rnn import compat
+from gpu_rnn.backends import cuda
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.kernels.cuda.launch import OPTIONS
@@ -13,9 +16,10 @@ from gpu_rnn.kernels.cuda.launch import OPTIONS
 from .host import nvrtc
 
 DEVICES = residence.DEVICES
+DTYPES = (*sorted(residence.SIZES), "ieee")  # which is float32 not as TF32
 problems = st.tuples(
     st.sampled_from(cells.NAMES),
-    st.sampled_from(sorted(residence.SIZES)),
+    st.sampled_from(DTYPES),
     st.one_of(st.integers(1, 2304), st.sampled_from([128, 256, 512, 768, 1024, 1536, 2048])),
     st.one_of(st.integers(1, 1100), st.sampled_from([1, 8, 32, 64, 128])),
     st.sampled_from(sorted(DEVICES)),
@@ -24,17 +28,21 @@ problems = st.tuples(
 )
 
 
-def planned(cell, dtype, H, B, device, training=True, scope=None):
-    page = cells.get(cell)
-    return residence.plan(page.G, page.S, dtype, H, B, device, training=training, scope=scope)
+def planned(cell, dtype, H, B, device, backward=True, scope=None):
+    page, ieee = cells.get(cell), dtype == "ieee"
+    return residence.plan(page.G, page.S, stored(dtype), H, B, device, backward=backward, ieee=ieee, scope=scope)
+
+
+def stored(dtype):
+    return "float32" if dtype == "ieee" else dtype
 
 
 @settings(max_examples=4000, deadline=None, derandomize=True)
 @given(problems)
 def test_every_plan_fits_and_covers(problem):
-    cell, dtype, H, B, name, training, scope = problem
+    cell, dtype, H, B, name, backward, scope = problem
     device = DEVICES[name]
-    plan, reasons = planned(cell, dtype, H, B, device, training, scope)
+    plan, reasons = planned(cell, dtype, H, B, device, backward, scope)
     if plan is None:
         assert reasons
         return
@@ -48,14 +56,19 @@ def test_every_plan_fits_and_covers(problem):
     rows_per_launch = plan.groups * plan.rows
     assert (plan.launches - 1) * rows_per_launch < B <= plan.launches * rows_per_launch
     k_step = 32 // plan.size
-    assert plan.k_splits * (plan.k_registers + plan.k_shared) * k_step >= plan.blocks * plan.units
+    assert plan.k_splits * plan.k_tiles * k_step >= plan.blocks * plan.values * plan.units
+    assert plan.ieee == (dtype == "ieee")
 
     # fits: threads, registers, shared memory
     assert plan.threads <= 512
     G = cells.get(cell).G
-    assert plan.threads * 4 * G * plan.k_registers <= residence.REGISTER_FILE - plan.threads * residence.WORK_REGISTERS
-    for backward in {False, training}:
-        assert plan.shared_bytes(backward=backward) <= device.shared_bytes
+    assert (
+        plan.threads * 4 * G * plan.k_registers
+        <= residence.REGISTER_FILE - plan.threads * residence.WORK_REGISTERS[plan.scope]
+    )
+    assert plan.shared_bytes <= device.shared_bytes
+    assert (plan.pieces - 1) * -(-plan.k_tiles // plan.pieces) < plan.k_tiles, "no piece is empty"
+    assert plan.pieces == 1 or plan.scope == "grid"
 
     # co-resident
     if plan.scope == "block":
@@ -64,18 +77,18 @@ def test_every_plan_fits_and_covers(problem):
         assert 2 <= plan.blocks <= device.cluster_blocks
     else:
         assert plan.grid <= device.multiprocessors
-        assert all(launch.cooperative for launch in launches(plan, cell, dtype, B, H))
+        assert all(launch.cooperative for launch in launches(plan, cell, stored(dtype), B, H))
     assert plan.microseconds > 0
     assert plan.scope in str(plan)
 
 
 def launches(plan, cell, dtype, B, H):
-    options = {"reverse": False, "save": True, "backward": False}
-    return residence.sequence(plan, cells.get(cell), dtype, (), 0, 0, 1, B, H, **options)
+    options = {"reverse": False, "save": True}
+    return residence.sequence(plan, cells.get(cell), dtype, (), 0, 1, B, H, **options)
 
 
 def test_small_layers_need_one_block_and_large_ones_the_grid():
-    scopes = [planned("lstm", "bfloat16", H, 8, DEVICES["h200"])[0].scope for H in (32, 64, 128, 512, 1024)]
+    scopes = [planned("lstm", "bfloat16", H, 8, DEVICES["h200"], False)[0].scope for H in (32, 64, 128, 512, 1024)]
     assert scopes == ["block", "block", "block", "cluster", "grid"]
 
 
@@ -95,7 +108,7 @@ def test_the_plan_does_not_depend_on_time_and_little_on_batch():
         (("lstm", "bfloat16", 1024, 8), {"cooperative": False}, "grid: this device has no cooperative launch"),
         (
             ("lstm", "bfloat16", 1024, 8),
-            {"cluster_blocks": 1, "cooperative": False},
+            {"clusters": (), "cooperative": False},
             "cluster: this device has no thread",
         ),
     ],
@@ -107,16 +120,142 @@ def test_what_does_not_fit_has_its_reasons(problem, change, reason):
 
 
 def test_a_batch_that_takes_many_launches_is_left_to_one_product_per_step():
-    plan, reasons = planned("lstm", "bfloat16", 1536, 128, DEVICES["h200"])
+    plan, reasons = planned("lstm", "bfloat16", 1536, 256, DEVICES["h200"])
     assert plan is None
     assert "one product per step" in reasons[0]
-    assert planned("lstm", "bfloat16", 1536, 128, DEVICES["h200"], scope="grid")[0].launches > 1
+    assert planned("lstm", "bfloat16", 1536, 256, DEVICES["h200"], scope="grid")[0].launches > 1
+
+
+@pytest.mark.parametrize("H", [1536, 1792, 2048])
+def test_large_layers_train_on_the_chip(H):
+    """Backward's operand comes in pieces."""
+    plan, _ = planned("lstm", "bfloat16", H, 8, DEVICES["h200"])
+    assert plan.scope == "grid"
+    assert plan.k_shared > 0
+    assert planned("lstm", "bfloat16", 2048, 8, DEVICES["h200"])[0].pieces > 1
 
 
 def test_an_older_or_shared_device_falls_to_the_next_scale():
     problem = ("lstm", "bfloat16", 256, 8)
     assert planned(*problem, DEVICES["h200"])[0].scope == "cluster"
     assert planned(*problem, DEVICES["a100"])[0].scope == "grid"
+
+
+# ---- The driver has the last word -------------------------------------------------------------------------------
+
+
+def settled(H, device, held):
+    page = cells.get("lstm")
+    options = {"backward": True, "ieee": False, "held": held}
+    return residence.settled(page.G, page.S, "bfloat16", H, 8, DEVICES[device], **options)
+
+
+def test_a_driver_that_agrees_is_asked_once():
+    for H in (64, 512, 1024):
+        asked = []
+        plan, reasons = settled(H, "h200", lambda plan: asked.append(plan) or 1000)  # noqa: B023
+        assert plan == planned("lstm", "bfloat16", H, 8, DEVICES["h200"])[0]
+        assert (len(asked), reasons) == (0 if plan.scope == "block" else 1, ())
+
+
+def test_fewer_clusters_than_thought_change_the_plan():
+    """Down to none of a size: then another size, then the grid."""
+    plan, reasons = settled(512, "h200", lambda plan: 0 if plan.scope == "cluster" else 132)
+    assert plan.scope == "grid"
+    assert "cluster: 8 clusters of 16 blocks were to be resident at once, and the driver holds 0" in reasons
+    plan, reasons = settled(512, "h200", lambda plan: 1)  # queues for one place
+    assert plan.scope == "cluster"
+    assert "and the driver holds 1" in reasons[0]
+
+
+@pytest.mark.parametrize("count", [0, 20, 63, 64, 66, 131])
+def test_a_grid_never_has_more_blocks_than_the_driver_holds(count):
+    """A part of a device: as long as the weights fit it, on fewer multiprocessors; else not resident."""
+    plan, reasons = settled(1024, "h200", lambda plan: count if plan.scope == "grid" else 0)
+    assert plan is None or plan.grid <= count
+    assert (plan is None) == (count < 32)
+    if plan is None:
+        assert reasons
+
+
+def test_another_plan_than_announced_is_no_secret():
+    cuda.plan_of.cache_clear()
+    arguments = (cells.get("lstm"), "bfloat16", 512, 8, DEVICES["h200"], False, False)
+    with pytest.warns(RuntimeWarning, match="the driver holds 0; now resident, grid"):
+        plan, _ = cuda.plan_of(*arguments, lambda cell, dtype, plan: 0 if plan.scope == "cluster" else 132)
+    assert plan.scope == "grid"
+    with pytest.warns(RuntimeWarning, match="the driver holds 0; .*; now stepwise"):
+        assert cuda.plan_of(*arguments, lambda cell, dtype, plan: 0)[0] is None
+
+
+class Library:
+    """libcuda, as much as is asked of it."""
+
+    def __init__(self, count=0, status=0):
+        self.count, self.status, self.asked = count, status, []
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, count, function, threads, shared):
+        count._obj.value = self.count
+        self.asked.append((function.value, threads, shared.value))
+        return self.status
+
+    def cuOccupancyMaxActiveClusters(self, count, function, launch):
+        given = launch._obj
+        count._obj.value = self.count
+        self.asked.append((function.value, given.grid_x, given.block_x, given.shared, given.attribute_count))
+        return self.status
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.asked.append((function.value, attribute, value))
+        return self.status
+
+
+def driver(library):
+    made = object.__new__(cuda.Driver)
+    made.library = library
+    return made
+
+
+def test_what_the_driver_is_asked():
+    library = Library(count=3)
+    assert driver(library).blocks(7, 256, 1000) == 3
+    assert driver(library).clusters(7, 16, 256, 1000) == 3
+    driver(library).allow_large_clusters(7)
+    assert library.asked == [(7, 256, 1000), (7, 16, 256, 1000, 0), (7, 14, 1)]
+    assert driver(Library(count=3, status=cuda.Driver.INVALID_CLUSTER_SIZE)).clusters(7, 16, 256, 1000) == 0
+    for question in ("blocks", "clusters"):
+        with pytest.raises(RuntimeError, match="CUresult 1"):
+            getattr(driver(Library(status=1)), question)(7, *([16] if question == "clusters" else []), 256, 1000)
+
+
+def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
+    """As MIG and MPS report them: fewer multiprocessors, and clusters of 16 fit nowhere."""
+    properties = {
+        "major": 9, "minor": 0, "multiProcessorCount": 60, "sharedMemPerBlockOptin": 232448, "cooperativeLaunch": 1,
+    }  # fmt: skip
+
+    class Driver:
+        def allow_large_clusters(self, function):
+            assert function == 16
+
+        def blocks(self, function, threads, shared):
+            return 1
+
+        def clusters(self, function, blocks, threads, shared):
+            return 60 // blocks if blocks < 16 else 0
+
+    def function(name):
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=int(name.removeprefix("cluster_of_"))))
+
+    cupy = SimpleNamespace(
+        RawModule=lambda code, options: SimpleNamespace(get_function=function),
+        cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceProperties=lambda index: properties)),
+    )
+    monkeypatch.setattr(compat, "require", lambda name, why: cupy)
+    monkeypatch.setattr(cuda, "driver", Driver)
+    on = cuda.device_of.__wrapped__(0)
+    assert on == residence.Device((9, 0), 60, 232448, ((2, 30), (4, 15), (8, 7)))
+    assert planned("lstm", "bfloat16", 512, 8, on)[0].blocks <= 60
 
 
 # ---- What the compiler makes of the plans -----------------------------------------------------------------------
@@ -127,34 +266,55 @@ COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared m
     ("lstm", "float32", 256, 8), ("lstm", "float32", 512, 32), ("gru", "bfloat16", 128, 8),
     ("gru", "bfloat16", 2048, 1), ("gru", "float16", 768, 32), ("gru", "float32", 1024, 64),
     ("rnn_tanh", "bfloat16", 1024, 8), ("rnn_tanh", "float32", 512, 64), ("rnn_relu", "float16", 256, 1),
+    ("lstm", "bfloat16", 2048, 8), ("lstm", "ieee", 64, 4), ("lstm", "ieee", 256, 8), ("lstm", "ieee", 1024, 8),
+    ("gru", "ieee", 512, 32), ("rnn_tanh", "ieee", 256, 16),
 ]  # fmt: skip
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
 
 
-def any_plan(problem, arch):
+def any_plan(problem, arch, backward):
     """The plan, also where one product per step is predicted to be faster; None where R doesn't fit the chip."""
     device = DEVICES[ARCHITECTURES[arch]]
-    return planned(*problem, device)[0] or planned(*problem, device, scope="grid")[0]
+    return planned(*problem, device, backward)[0] or planned(*problem, device, backward, scope="grid")[0]
 
 
-COMPILATIONS = [(problem, arch) for problem in COMPILED for arch in ARCHITECTURES if any_plan(problem, arch)]
+COMPILATIONS = [
+    (problem, arch, backward)
+    for problem in COMPILED
+    for arch in ARCHITECTURES
+    for backward in (False, True)
+    if any_plan(problem, arch, backward)
+]
 
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 @pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
 @pytest.mark.parametrize(
-    ("problem", "arch"), COMPILATIONS, ids=lambda p: p if isinstance(p, str) else "-".join(map(str, p))
+    ("problem", "arch", "backward"),
+    COMPILATIONS,
+    ids=lambda p: "-".join(map(str, p)) if isinstance(p, tuple) else {False: "forward", True: "backward"}.get(p, p),
 )
-def test_compiles_without_spills(problem, arch):
+def test_compiles_without_spills(problem, arch, backward):
     cell, dtype, *_ = problem
-    plan = any_plan(problem, arch)
-    unit = residence.compiled(plan, cells.get(cell), dtype)
+    plan = any_plan(problem, arch, backward)
+    unit = residence.compiled(plan, cells.get(cell), stored(dtype))
     cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
     assert not cubin.log
-    found = nvrtc.resources(cubin)
-    for name in ("resident_forward", "resident_backward"):
-        kernel = found[name]
-        assert (kernel.stack, kernel.spills, kernel.trap) == (0, 0, False), (name, kernel, str(plan))
-        assert kernel.registers * plan.threads <= residence.REGISTER_FILE
-        assert kernel.mma > 0
-        assert kernel.shared + plan.shared_bytes(backward=True) <= DEVICES[ARCHITECTURES[arch]].shared_bytes
+    kernel = nvrtc.resources(cubin)[residence.name(plan)]
+    assert (kernel.stack, kernel.spills, kernel.trap) == (0, 0, False), (kernel, str(plan))
+    assert kernel.registers * plan.threads <= residence.REGISTER_FILE
+    assert (kernel.mma > 0) == (dtype != "ieee")
+    assert kernel.shared + plan.shared_bytes <= DEVICES[ARCHITECTURES[arch]].shared_bytes
+
+
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+@pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
+def test_benchmarks_compile_the_exchange_alone_and_the_product_alone():
+    plan, _ = planned("lstm", "bfloat16", 1024, 8, DEVICES["h200"])
+    found = {}
+    for only in ("exchange", "product"):
+        unit = residence.compiled(plan, cells.get("lstm"), "bfloat16", only)
+        options = [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)]
+        code = nvrtc.sass(nvrtc.compile(unit.source, "sm_90", options))["resident_backward"]
+        found[only] = "HMMA" in code, "STRONG.GPU" in code
+    assert found == {"exchange": (False, True), "product": (True, False)}

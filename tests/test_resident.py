@@ -1,5 +1,7 @@
 """The resident kernels on the CPU: every scope, cell and dtype against the oracle; races; every barrier needed."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -8,12 +10,12 @@ from gpu_rnn.kernels.cuda import residence
 
 from . import on_host
 from .host import mutate, runtime, sanitize
-from .resident import CUDA, Case, errors, library, planned, wrong
+from .resident import CUDA, Case, errors, forced, libraries, planned, sources, variants, wrong, zeros
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 SOURCE = (CUDA / "resident.cu").read_text()
 EVERY_CELL = pytest.mark.parametrize("cell", cells.NAMES)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", residence.SIZES)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [*residence.SIZES, "ieee"])
 EVERY_SCOPE = pytest.mark.parametrize("scope", residence.SCOPES)
 
 
@@ -25,10 +27,10 @@ def test_equals_the_oracle(cell, dtype, scope):
     H = {"block": 20, "cluster": 50, "grid": 35}[scope]
     for reverse, save in ((False, True), (True, True), (True, False)):
         case = Case(cell, dtype, scope, T=3, B=5, H=H, reverse=reverse, save=save)
-        plan = planned(case)
-        kernels = library(case, plan)
+        plans = planned(case)
+        kernels = libraries(case, plans)
         for seed in (0, 1, 2) if save else (3,):
-            found = errors(case, plan, kernels, seed)
+            found = errors(case, plans, kernels, seed)
             assert not wrong(found), (case, seed, found)
 
 
@@ -39,51 +41,55 @@ def test_shapes(scope, T, B, H):
     if scope == "block":
         H = min(H, 40)
     case = Case("lstm", "bfloat16", scope, T, B, H)
-    plan = planned(case)
-    found = errors(case, plan, library(case, plan), seed=1)
+    plans = planned(case)
+    found = errors(case, plans, libraries(case, plans), seed=1)
     assert not wrong(found), found
 
 
-def test_weights_in_shared_memory_and_many_rows_a_group():
-    """Plans that the planner gives to larger problems, forced onto a small one."""
-    case = Case("lstm", "bfloat16", "cluster", T=3, B=20, H=48)
-    for numbers in (
-        {"blocks": 2, "unit_tiles": 2, "k_splits": 2, "k_registers": 1, "k_shared": 1, "batch_tiles": 3},
-        {"blocks": 4, "unit_tiles": 1, "k_splits": 1, "k_registers": 0, "k_shared": 5, "batch_tiles": 2},
-        {"blocks": 4, "unit_tiles": 1, "k_splits": 4, "k_registers": 1, "k_shared": 0, "batch_tiles": 1},
-    ):
-        groups = -(-case.B // (8 * numbers["batch_tiles"]))
-        for scope in ("cluster", "grid"):
-            plan = residence.Residence(
-                scope=scope, **numbers, gates=4, size=2, groups=groups, launches=1, waves=1, microseconds=0.0
-            )
-            found = errors(case, plan, library(case, plan), seed=2)
-            assert not wrong(found), (plan, found)
+@pytest.mark.parametrize("dtype", ["bfloat16", "ieee"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"blocks": 2, "unit_tiles": 2, "k_splits": 2, "k_shared": 1, "batch_tiles": 3},
+        {"blocks": 4, "unit_tiles": 1, "k_splits": 1, "k_shared": 3, "batch_tiles": 2},
+        {"blocks": 4, "unit_tiles": 1, "k_splits": 2, "batch_tiles": 1},
+        {"blocks": 2, "unit_tiles": 2, "k_splits": 8, "batch_tiles": 1},
+    ],
+)
+def test_weights_in_shared_memory_many_rows_a_group_and_operands_in_pieces(dtype, shape):
+    for scope, pieces in (("cluster", (1, 1)), ("grid", (1, 2)), ("grid", (2, 4))):
+        case = Case("lstm", dtype, scope, T=3, B=20, H=48)
+        plans = forced(case, pieces=pieces, **shape)
+        if plans[0].k_tiles < pieces[0]:
+            continue
+        found = errors(case, plans, libraries(case, plans), seed=2)
+        assert not wrong(found), (plans, found)
 
 
 def test_a_grid_that_does_not_fit_takes_several_launches():
     small = residence.Device((9, 0), 4, 232448)
     case = Case("gru", "float16", "grid", T=3, B=100, H=20)
-    plan = planned(case, small)
-    assert plan.launches > 1
-    assert plan.grid <= small.multiprocessors
-    found = errors(case, plan, library(case, plan), seed=1, resident_blocks=small.multiprocessors)
+    plans = planned(case, small)
+    for plan in plans:
+        assert plan.launches > 1
+        assert plan.grid <= small.multiprocessors
+    found = errors(case, plans, libraries(case, plans), seed=1, resident_blocks=small.multiprocessors)
     assert not wrong(found), found
 
 
 def test_a_grid_that_is_not_resident_would_hang_and_is_reported():
     case = Case("gru", "float16", "grid", T=3, B=8, H=40)
-    plan = planned(case)
+    plans = planned(case)
     with pytest.raises(runtime.HostError, match="have not started"):
-        errors(case, plan, library(case, plan), resident_blocks=plan.blocks - 1)
+        errors(case, plans, libraries(case, plans), resident_blocks=plans[0].blocks - 1)
 
 
 def test_two_runs_are_bitwise_equal():
     """Under different schedules: no sum depends on who comes first."""
     case = Case("gru", "bfloat16", "cluster", T=4, B=9, H=40)
-    plan = planned(case)
-    kernels = library(case, plan)
-    assert errors(case, plan, kernels, seed=1) == errors(case, plan, kernels, seed=9)
+    plans = planned(case)
+    kernels = libraries(case, plans)
+    assert errors(case, plans, kernels, seed=1) == errors(case, plans, kernels, seed=9)
 
 
 @EVERY_SCOPE
@@ -96,7 +102,7 @@ def test_sanitizers_find_nothing(scope, sanitizer):
     assert outcome.returncode == 0, outcome.output
 
 
-NAMES = (*mutate.BARRIERS, "home.await", "home.publish")
+NAMES = (*mutate.BARRIERS, "await", "home.publish", "team_sync")
 BARRIERS = mutate.barriers(SOURCE, NAMES)
 
 
@@ -115,8 +121,10 @@ def scopes_of(barrier: mutate.Barrier) -> list[str]:
             active.append(residence.SCOPES)
         elif line.startswith("#endif"):
             active.pop()
-    if barrier.text.startswith("home.await"):
+    if barrier.text.startswith("await"):
         active.append(("cluster", "grid"))  # a block alone has nothing to wait for
+    if "team_sync" in (barrier.function, barrier.text.split("(")[0]):
+        active.append(("grid",))
     return [scope for scope in residence.SCOPES if all(scope in allowed for allowed in active)]
 
 
@@ -129,15 +137,14 @@ def test_every_barrier_is_needed(n, tmp_path):
 
 
 def caught(scope: str, broken: runtime.Source, tmp_path) -> bool:
-    case = Case("lstm", "bfloat16", scope, T=4, B=5, H=40)
-    plan = planned(case)
-    kernels = library(case, plan, kernel=broken)
-    for seed in range(1, 9):
-        try:
-            if wrong(errors(case, plan, kernels, seed, max_switches=2_000_000)):
+    for case, plans in variants("lstm", "bfloat16", scope):
+        kernels = libraries(case, plans, kernel=broken)
+        for seed in range(1, 9):
+            try:
+                if wrong(errors(case, plans, kernels, seed, max_switches=2_000_000)):
+                    return True
+            except runtime.HostError:
                 return True
-        except runtime.HostError:
-            return True
     if sanitize.why_not("thread") is not None:
         return False
     path = tmp_path / "resident.cu"
@@ -152,36 +159,125 @@ def test_swapped_fragments_are_caught():
         "the halves of a row": ("const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;",
                                 "const int row = lane / 4 + i / 2 * 8, k = lane % 4 * 2 + i % 2 * 8;"),
         "the columns of two k tiles": ("&b[n][2 * next]", "&b[n][2 - 2 * next]"),
-        "rows and columns of the sums": ("lane / 4 + i / 2 * 8, row = n * 8 + lane % 4 * 2 + i % 2",
-                                         "lane / 4 + i % 2 * 8, row = n * 8 + lane % 4 * 2 + i / 2"),
+        "rows and columns of the sums": ("lane / 4 + i / 2 * 8, n * 8 + lane % 4 * 2 + i % 2",
+                                         "lane / 4 + i % 2 * 8, n * 8 + lane % 4 * 2 + i / 2"),
+        "the lanes that have the same k": ("k = lane / LANES * (4 / LANE_ROWS)", "k = lane % 2 * (4 / LANE_ROWS)"),
+        "the sums of two rows": ("n + lane / 16, sum[0]", "n + 1 - lane / 16, sum[0]"),
     }  # fmt: skip
-    case = Case("lstm", "bfloat16", "block")
+    cases = [Case("lstm", dtype, "block") for dtype in ("bfloat16", "ieee")]
     for what, (right, swapped) in swaps.items():
         assert right in SOURCE, what
         broken = runtime.Source("resident.cu", SOURCE.replace(right, swapped))
-        plan = planned(case)
-        assert wrong(errors(case, plan, library(case, plan, kernel=broken))), what
+        found = [errors(case, planned(case), libraries(case, planned(case), kernel=broken)) for case in cases]
+        assert any(map(wrong, found)), what
+
+
+@EVERY_SCOPE
+def test_the_exchange_alone_and_the_product_alone_run(scope):
+    """For benchmarks. Where nobody waits, a device that holds a block at a time will do."""
+    for only in ("exchange", "product"):
+        case = Case("lstm", "float16", scope, T=4, B=5, H=40, save=False)
+        (plan,) = planned(case)
+        unit = residence.compiled(plan, cells.get(case.cell), "float16", only)
+        kernels = runtime.compile(sources(case.cell), dict(unit.defines))
+        launch, _ = inference(case, plan, kernels, np.random.default_rng(0), only)
+        waits = plan.blocks if only == "exchange" or scope == "cluster" else 1
+        on_host.execute(kernels, launch, seed=1, resident_blocks=waits)
+
+
+# ---- Two layers on two streams --------------------------------------------------------------------------------------
+
+TOGETHER = """
+struct Layer {
+    const SCALAR* xg; const uint4* weights; const SCALAR* b_hh; const SCALAR* h0; float* others; SCALAR* saved;
+    SCALAR* y; uint4* exchange; long long T; int B, H, reverse, save, first_row;
+};
+
+extern "C" __global__ void RESIDENT_KERNEL resident_together(Layer one, Layer other, unsigned blocks) {
+    const Layer l = blockIdx.x < blocks ? one : other;
+    blockIdx.x %= blocks;
+    resident_forward(l.xg, l.weights, l.b_hh, l.h0, l.others, l.saved, l.y, l.exchange, l.T, l.B, l.H, l.reverse,
+                     l.save, l.first_row);
+}
+EXPORT(resident_together)
+"""
+
+
+class Layer(ctypes.Structure):
+    """TOGETHER has the same fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("xg", "weights", "b_hh", "h0", "others", "saved", "y", "exchange")),
+        ("T", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("B", "H", "reverse", "save", "first_row")),
+    )
+
+
+def two_layers(seed: int, *, share_exchange: bool = False) -> None:
+    """Two cooperative launches, each with all of its blocks resident, on one schedule: what two streams may give."""
+    case = Case("gru", "float16", "grid", B=5, H=40, save=False)
+    plans = planned(case)
+    (plan,), (kernels,) = plans, libraries(case, plans, kernel=runtime.Source("resident.cu", SOURCE + TOGETHER))
+    exchange = zeros(plan.exchange_bytes)
+    inputs = [inference(case._replace(T=T), plan, kernels, np.random.default_rng(T)) for T in (7, 4)]
+    alone = []
+    for launch, arrays in inputs:
+        on_host.execute(kernels, launch)
+        alone.append(arrays["y"].copy())
+        arrays["y"][...] = np.nan
+        arrays["exchange"][...] = 0
+    layers = [Layer(*launch.arguments[:8], *map(int, launch.arguments[8:])) for launch, _ in inputs]
+    if share_exchange:
+        for layer in layers:
+            layer.exchange = exchange.ctypes.data
+    launch, _ = inputs[0]
+    arguments = [*layers, np.uint32(plan.grid)]
+    grid = (2 * plan.grid, 1, 1)
+    kernels.launch("resident_together", grid, launch.block, arguments, shared=launch.shared, seed=seed)
+    for y, (_, arrays) in zip(alone, inputs):
+        np.testing.assert_array_equal(arrays["y"], y)
+
+
+def test_two_layers_on_two_streams_do_not_disturb_each_other():
+    for seed in range(8):
+        two_layers(seed)
+
+
+def test_two_layers_that_shared_their_exchange_would():
+    for seed in range(8):
+        with pytest.raises((AssertionError, runtime.HostError)):
+            two_layers(seed, share_exchange=True)
+
+
+def inference(case, plan, kernels, rng, only=None):
+    """A forward launch and its arrays, the weights packed already; float16."""
+    cell, (T, B, H) = cells.get(case.cell), (case.T, case.B, case.H)
+    R = (rng.standard_normal((cell.G * H, H)) * H**-0.5).astype(np.float16)
+    arrays = {
+        "xg": rng.standard_normal((T, B, cell.G, H)).astype(np.float16),
+        "weights": np.empty((plan.fragments, 4), np.uint32),
+        "h0": np.zeros((B, H), np.float16),
+        "others": np.zeros((1, cell.S - 1, B, H), np.float32),
+        "y": np.full((T, B, H), np.nan, np.float16),
+        "exchange": zeros(plan.exchange_bytes),
+    }
+    at = {name: array.ctypes.data for name, array in arrays.items()}
+    on_host.execute(kernels, residence.pack(plan, cell, "float16", R.ctypes.data, at["weights"], H))
+    addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"])
+    options = {"reverse": False, "save": False, "only": only}
+    (launch,) = residence.sequence(plan, cell, "float16", addresses, at["exchange"], T, B, H, **options)
+    return launch, arrays
 
 
 def test_nan_travels():
     """A NaN in one batch row of x reaches that row's outputs from then on, and no other row."""
-    case = Case("lstm", "float16", "cluster", T=3, B=4, H=40)
-    plan = planned(case)
-    cell, kernels = cells.get("lstm"), library(case, plan)
-    rng = np.random.default_rng(0)
-    xg = rng.standard_normal((3, 4, 4, 40)).astype(np.float16)
-    xg[1, 2, 0, 7] = np.nan
-    fragments = np.empty((plan.fragments, 4), np.uint32)
-    R = (rng.standard_normal((160, 40)) / 6).astype(np.float16)
-    y, others = np.zeros((3, 4, 40), np.float16), np.zeros((1, 1, 4, 40), np.float32)
-    h0 = np.zeros((4, 40), np.float16)
-    pack = residence.pack(plan, cell, "float16", R.ctypes.data, fragments.ctypes.data, 40, backward=False)
-    on_host.execute(kernels, pack, seed=1)
-    addresses = (xg.ctypes.data, fragments.ctypes.data, 0, h0.ctypes.data, others.ctypes.data, 0, y.ctypes.data)
-    options = {"reverse": False, "save": False, "backward": False}
-    (launch,) = residence.sequence(plan, cell, "float16", addresses, 0, 0, 3, 4, 40, **options)
+    case = Case("lstm", "float16", "cluster", T=3, B=4, H=40, save=False)
+    plans = planned(case)
+    (plan,), (kernels,) = plans, libraries(case, plans)
+    launch, arrays = inference(case, plan, kernels, np.random.default_rng(0))
+    arrays["xg"][1, 2, 0, 7] = np.nan
     on_host.execute(kernels, launch, seed=1)
     expected = np.zeros((3, 4, 40), bool)
     expected[1, 2, 7] = True  # its own unit at once, all units of the row an instant later
     expected[2, 2] = True
-    assert (np.isnan(y) == expected).all()
+    assert (np.isnan(arrays["y"]) == expected).all()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -177,26 +178,32 @@ def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
     def draw(*shape):
         return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
-    biases = (None, None) if cell == "rnn_relu" else (draw(page.G * H), draw(page.G * H))
-    given = [draw(T, B, I), draw(page.G * H, I), draw(page.G * H, P or H), *biases, draw(P, H) if P else None]
+    shapes = {"w_ih": (page.G * H, I), "w_hh": (page.G * H, P or H)}
+    if cell != "rnn_relu":
+        shapes |= {"b_ih": (page.G * H,), "b_hh": (page.G * H,)}
+    if P:
+        shapes["w_hr"] = P, H
+    weights = [draw(*shape) for shape in shapes.values()]
     state = [draw(B, P or H), *(draw(B, H) for _ in page.states[1:])]
-    return cell, *given, state, reverse, "auto"
+    return cell, draw(T, B, I), weights, " ".join(shapes), state, reverse, "auto"
 
 
 def check(*case, **where):
-    cell, *given, state, reverse, backend = operands(*case, **where)
+    cell, x, weights, names, state, reverse, backend = operands(*case, **where)
     forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
-    for save in (True, False):
-        arguments = (cell, *given, state, reverse, backend, save)
+    for save, history in product((True, False), {False, len(state) > 1}):
+        options = reverse, backend, None, history
+        arguments = (cell, x, weights, names, state, *options, save)
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
         with torch.no_grad():
             y, *rest = forward(*arguments)
-        recorded = [y, *rest[len(state) :]] if save else [y]
-        douts = [torch.randn_like(t) for t in (y, *rest[: len(state)])]
-        needs = [t is not None for t in (*given, *state)]
-        detached = [None if t is None else t.detach() for t in given], [t.detach() for t in state]
-        torch.library.opcheck(backward, (cell, *detached[0], detached[1], douts, recorded, reverse, backend, needs))
+        outputs = len(state) + (len(state) - 1) * history
+        recorded = [y, *rest[outputs:]] if save else [y]
+        douts = [torch.randn_like(t) for t in (y, *rest[:outputs])]
+        needs = [True] * (1 + len(weights) + len(state))
+        detached = x.detach(), [w.detach() for w in weights], names, [t.detach() for t in state]
+        torch.library.opcheck(backward, (cell, *detached, douts, recorded, *options, needs))
 
 
 @pytest.mark.parametrize("case", OPERANDS, ids=str)

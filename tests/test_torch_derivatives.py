@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import gpu_rnn
 from gpu_rnn import functional
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Weights
+from gpu_rnn.problem import Options, Weights
 
 from .conftest import sequence_arrays
 from .test_layers import LAYERS, twins
@@ -28,12 +28,10 @@ def as_function(rng, name, P=None, reverse=False, T=3, B=2, I=2, H=3):
     """A cell as a function of tensors alone, and the tensors."""
     x, weights, state = sequence_arrays(rng, name, T, B, I, H, P)
     given = [torch.from_numpy(a).requires_grad_() for a in (x, *weights, *state) if a is not None]
-    names = [letter + "0" for letter in cells.get(name).states]
+    count = len(given) - len(state)
 
     def run(*tensors):
-        count = len(tensors) - len(names)
-        initial = dict(zip(names, tensors[count:], strict=True))
-        y, last = functional.sequence(name, tensors[0], Weights(*tensors[1:count]), initial, reverse, None)
+        y, last = functional.sequence(name, tensors[0], Weights(*tensors[1:count]), tensors[count:], Options(reverse))
         return y, *last
 
     return run, given
@@ -261,10 +259,11 @@ def test_forward_mode_without_any_gradient_required():
 def test_forward_mode_through_the_operators_is_refused():
     layer = gpu_rnn.GRU(3, 4)
     x = torch.randn(5, 2, 3)
-    weights = [parameter.detach() for parameter in layer.parameters()]
+    weights, names = [parameter.detach() for parameter in layer.parameters()], "w_ih w_hh b_ih b_hh"
 
     def run(a):
-        return torch.ops.gpu_rnn.forward("gru", a, *weights, None, [torch.zeros(2, 4)], False, "auto", False)[0]
+        options = (False, "auto", None, False, False)
+        return torch.ops.gpu_rnn.forward("gru", a, weights, names, [torch.zeros(2, 4)], *options)[0]
 
     with pytest.raises(NotImplementedError, match="eager mode only"):
         jvp(run, (x,), (x,))

@@ -17,7 +17,6 @@ from triton.runtime.jit import MockTensor
 from gpu_rnn.backends import triton as backend
 from gpu_rnn.backends.stepwise import Step
 from gpu_rnn.kernels.triton import sequence, stepwise
-from gpu_rnn.kernels.triton.page import page
 
 from . import gpuless
 
@@ -25,22 +24,32 @@ STORED = {name: MockTensor(getattr(torch, name)) for name in ("float64", "float3
 LARGE = 1 << 33  # elements: more than int32 counts
 
 
+def extra(cell, real):
+    """units, flags, seed, where the cell takes them."""
+    return (
+        real if cell.units else None,
+        MockTensor(torch.uint8) if cell.flags else None,
+        MockTensor(torch.int64) if cell.uniforms else None,
+    )
+
+
 def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
     cell, array = cells.get(name), STORED[dtype]
     real = STORED["float64" if dtype == "float64" else "float32"]
-    given = (real, array.dtype)
     block_b, block_h, num_warps = plans.instant(H)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
-        separate = array if any(cell.separate) else None
-        kernel, function = stepwise.grad_kernel, page(cell).grad
-        given = (array, real, real, real, array, array, real, array, array, separate, 5, 4, 5, 6)
+        kernel, page = stepwise.grad_kernel, backend.differentiating(cell)
+        separate, history = array if any(cell.separate) else None, array if cell.E else None
+        given = (array, real, real, real, array, array, real, array, array, separate, history, real)
+        given = (*given, *extra(cell, real), 5, 4, 5, 6, 6)
     else:
-        kernel, function = stepwise.step_kernel, page(cell).step
-        given = (array, real, array, real, real, array, array, 5, 5, 6)
-    constants = (function, cell.G, cell.S, cell.K, language, block_b, block_h)
+        kernel, page = stepwise.step_kernel, backend.stepping(cell)
+        operand = array if cell.operand else None
+        given = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
+    constants = (*page, language, block_b, block_h)
     return gpuless.compiled(
-        monkeypatch, capability, kernel, *given, 33, H, *constants, num_warps=num_warps, enable_fp_fusion=True
+        monkeypatch, capability, kernel, *given, 33, H, 33, *constants, num_warps=num_warps, enable_fp_fusion=True
     )
 
 
@@ -48,15 +57,15 @@ def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precisi
     cell, array, real = cells.get(name), STORED[dtype], STORED["float32"]
     chosen, _ = plans.sequence(cell, H, dtype, gpuless.SHARED_MEMORY[capability], backward=backward)
     if backward:
-        separate = array if any(cell.separate) else None
-        kernel, function = sequence.backward_kernel, page(cell).grad
-        given = (array, array, real, real, array, array, real, array, array, separate)
+        kernel, page = sequence.backward_kernel, backend.differentiating(cell)
+        separate, history = array if any(cell.separate) else None, array if cell.E else None
+        given = (array, array, real, real, array, array, real, array, array, separate, history, real)
     else:
-        kernel, function = sequence.forward_kernel, page(cell).step
+        kernel, page = sequence.forward_kernel, backend.stepping(cell)
         given = (array, array, array, array, real, array, array)
-    constants = (function, cell.G, cell.S, cell.K, H, chosen.rows, chosen.tile, precision, chosen.stages)
+    constants = (*page, H, chosen.rows, chosen.tile, precision, chosen.stages)
     binary = gpuless.compiled(
-        monkeypatch, capability, kernel, *given, 1000, 33, 0, *constants,
+        monkeypatch, capability, kernel, *given, *extra(cell, real), 1000, 33, 33, 0, *constants,
         num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
     most = plans.sequence_bytes(cell, chosen.tile, dtype, chosen.rows, chosen.stages, backward=backward)
@@ -76,6 +85,16 @@ def test_an_instant(monkeypatch, name, dtype, capability, backward):
     for H in (512, 33) if capability == 90 else (100,):
         binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
         gpuless.check(binary, capability, products=False)
+
+
+ALL = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
+
+
+@BACKWARD
+@pytest.mark.parametrize(("name", "dtype"), [(ALL, "bfloat16"), (ALL, "float64"), ("gru+hold+reset", "float32")])
+def test_an_instant_of_a_woven_cell(monkeypatch, name, dtype, backward):
+    binary = compiled_instant(monkeypatch, 90, name, dtype, 100, backward)
+    gpuless.check(binary, 90, products=False)
 
 
 def test_nan_survives_a_maximum(monkeypatch):
@@ -102,6 +121,21 @@ SEQUENCES = [
 def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
     binary = compiled_sequence(monkeypatch, capability, name, dtype, H, backward)
     gpuless.check(binary, capability, products=dtype != "float32")
+
+
+@BACKWARD
+@pytest.mark.parametrize(
+    ("name", "dtype", "H"),
+    [
+        (ALL, "bfloat16", 128),
+        (ALL, "float32", 64),
+        ("gru+hold+reset", "bfloat16", 100),
+        ("rnn_tanh+reset", "float16", 252),
+    ],
+)
+def test_a_sequence_of_a_woven_cell(monkeypatch, name, dtype, H, backward):
+    binary = compiled_sequence(monkeypatch, 90, name, dtype, H, backward)
+    gpuless.check(binary, 90, products=dtype != "float32")
 
 
 @BACKWARD
@@ -142,14 +176,18 @@ def test_later_launches_pass_what_the_first_one_passed(monkeypatch):
     given = Step(
         xg=torch.empty(T, B, 4, H), hg=torch.empty(B, 4, H), b_hh=None, h=torch.empty(B, H),
         others=torch.empty(T + 1, 1, B, H), saved=torch.empty(T, B, 4, H), y=torch.empty(T, B, H),
+        operand=None, units=None, flags=None, seed=None,
     )  # fmt: skip
     step = backend.bind(cell, given)
     for t in range(T):
-        step(t, t, t + 1)
-    kernel, constants = stepwise.step_kernel, 7  # after xg hg b_hh h others saved y: t before after, then B H ...
+        step(t, t, t + 1, t + 1)
+    kernel, constants = (
+        stepwise.step_kernel,
+        11,
+    )  # after xg ... y operand units flags seed: t before after following, then B H ...
     first, second, third = ([*launch[:3], *launch[9:]] for launch in launches)
     at = 3 + constants
     assert first[:at] == second[:at] == third[:at]
-    assert [launch[at : at + 3] for launch in (first, second, third)] == [[0, 0, 1], [1, 1, 2], [2, 2, 3]]
-    assert first[at + 3 :] == second[at + 3 :] == third[at + 3 :]
+    assert [launch[at : at + 4] for launch in (first, second, third)] == [[0, 0, 1, 1], [1, 1, 2, 2], [2, 2, 3, 3]]
+    assert first[at + 4 :] == second[at + 4 :] == third[at + 4 :]
     assert len(first) == 3 + len(kernel.arg_names)

@@ -79,7 +79,10 @@ def test_the_rules(name, options, rng):
 @EVERY
 @WOVEN
 def test_the_gradient(name, options, rng):
-    _, cell = woven(name, options)
+    check_gradient(woven(name, options)[1], rng)
+
+
+def check_gradient(cell, rng):
     x, h, state, extra = drawn(rng, cell)
     new, saved = cell.step(x, h, state, *more(cell, extra))
     dnew = [rng.standard_normal(60) for _ in new]
@@ -130,6 +133,33 @@ def test_the_derived_gradient_is_the_page_s(name, rng):
     for ours, theirs in zip(grad(dnew, new, state, saved_d), cell.grad(dnew, new, state, saved), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(np.broadcast_to(a, 60), np.broadcast_to(b, 60), rtol=1e-12, atol=1e-15)
+
+
+VARIANTS = [
+    {"peephole": True}, {"coupled": True}, {"clip": (0.3,)}, {"peephole": True, "coupled": True, "clip": (0.3,)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "+".join(options))
+def test_variants_of_the_lstm(options, rng):
+    cell = weave(cells.get("lstm"), **options)
+    x, h, (h0, c), extra = drawn(rng, cell)
+    s, p = (lambda a: 1 / (1 + np.exp(-a))), dict(zip(cell.units, extra))
+    a = {gate: x[k] + h[k] for k, gate in enumerate(cell.gates)}
+    i = s(a["i"] + p.get("i", 0) * c)
+    f = 1 - i if "coupled" in options else s(a["f"] + p.get("f", 0) * c)
+    c_new = np.clip(f * c + i * np.tanh(a["g"]), -0.3, 0.3) if "clip" in options else f * c + i * np.tanh(a["g"])
+    o = s(a["o"] + p.get("o", 0) * c_new)
+    new, _ = cell.step(x, h, (h0, c), *more(cell, extra))
+    np.testing.assert_allclose(new, (o * np.tanh(c_new), c_new), rtol=1e-13)
+    assert cell.units == (tuple(g for g in cell.gates if g != "g") if "peephole" in options else ())
+    check_gradient(cell, rng)
+
+
+def test_a_variant_can_be_woven(rng):
+    cell = weave(cells.get("lstm+coupled+peephole"), reset=True, given=True)
+    assert (cell.gates, cell.units, cell.learned) == ("igo", ("i", "o", "h_reset", "c_reset"), 4)
+    check_gradient(cell, rng)
 
 
 def test_every_operation_has_its_derivative(rng):

@@ -1,15 +1,17 @@
-"""One module per way to run a sequence. Each has the same five names, and a test keeps their signatures equal:
+"""One module per way to run a sequence. Each has the same six names, and a test keeps their signatures equal:
 
 NAME
 reasons(problem) -> why it can't serve that problem; empty when it can
 plan(problem)    -> what it would do, in a sentence
-forward(cell, x, weights, state, *, reverse, save) -> y, last, tape
-backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, needs) -> gradients
+warmup(problem)  -> the names of its kernels, compiled now for the current device; none where nothing is compiled
+forward(cell, x, weights, state, *, reverse, tf32, save) -> y, last, tape
+backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, tf32, needs) -> gradients
 
 x      [T, B, I]                   weights  problem.Weights
 state  h0 [B, P], then [B, H] for every further state; P = H without projection
 y      [T, B, P], every h_t        last     the states after the last instant, as state
 tape   tuple of arrays that only the backend understands; backward never writes to them
+tf32   whether float32 products, all of them, may be rounded to TF32
 needs  names of the gradients wanted, of x w_ih w_hh b_ih b_hh w_hr state
 gradients  dict of name -> array, all those in needs; "state" a tuple
 """

@@ -6,9 +6,10 @@ the caller's library alone, and nothing waits for the GPU: after `warmup`, or on
 """
 
 import ctypes
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell
@@ -19,6 +20,7 @@ from gpu_rnn.kernels.cuda.launch import OPTIONS, Launch, Runner, Unit
 from .. import arrays, compat
 from ..problem import Problem, Weights
 from . import sequence, stepwise
+from .sequence import history as history
 
 NAME = "cuda"
 
@@ -35,47 +37,57 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def plan(problem: Problem) -> str:
-    resident, why = residence_of(problem, device())
-    if resident is not None:
-        return f"one product for all inputs; then {resident}"
-    product = arrays.product_dtype(problem.library, problem.dtype)
-    return (
-        f"stepwise: one product for all inputs; one product, in {product}, and one fused kernel per step; "
-        f"not resident: {'; '.join(why)}"
-    )
+    ways, product = [], arrays.product_dtype(problem.library, problem.dtype)
+    for backward in directions(problem):
+        resident, why = residence_of(problem, device(), backward)
+        each = f"stepwise: one product, in {product}, and one fused kernel per step; not resident: {'; '.join(why)}"
+        ways.append(str(resident or each))
+    return "one product for all inputs; then " + "; back: ".join(ways)
+
+
+def directions(problem: Problem) -> tuple[bool, ...]:
+    """Of time: whether backward."""
+    return (False, True) if problem.training else (False,)
 
 
 def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, save: bool
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool
 ) -> tuple[Any, tuple, tuple]:
-    with stream_of(x):
-        step = partial(walk, ready, device())
-        return sequence.forward(step, cell, x, weights, state, reverse=reverse, save=save)
+    with stream_of(x), arrays.products(x, tf32):
+        step = partial(walk, ready, device(), held=held)
+        return sequence.forward(step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save)
 
 
 def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
-    *, reverse: bool, needs: Collection[str],
+    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    with stream_of(x):
-        step = partial(walk_back, ready, device())
-        return sequence.backward(step, cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
+    with stream_of(x), arrays.products(x, tf32):
+        step = partial(walk_back, ready, device(), held=held)
+        return sequence.backward(
+            step, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
+        )
 
 
-def warmup(problem: Problem) -> None:
-    """Compile what a problem needs, for the current device, and run nothing."""
-    resident, _ = residence_of(problem, device())
-    if resident is not None:
+def warmup(problem: Problem) -> tuple[str, ...]:
+    """Compile what a problem needs, for the current device, and run nothing. -> the kernels."""
+    compiled = []
+    found = [residence_of(problem, device(), backward, held)[0] for backward in directions(problem)]
+    for resident in filter(None, found):
         unit = residence.compiled(resident, problem.cell, problem.dtype)
-        for kernel in ("resident_pack", "resident_forward", "resident_backward"):
+        for kernel in ("resident_pack", residence.name(resident)):
             loaded(unit, kernel)
-        return
+            compiled.append(kernel)
+    if all(found):
+        return tuple(compiled)
     product = arrays.product_dtype(problem.library, problem.dtype)
     for kernel in KERNELS.values():
         launch = plans.launch(
-            kernel, problem.cell, B=problem.B, H=problem.H, storage=problem.dtype, product=product, addresses=()
+            kernel, problem.cell, B=problem.B, H=problem.H, R=1, storage=problem.dtype, product=product, addresses=()
         )
         loaded(launch.unit, launch.kernel)
+        compiled.append(kernel)
+    return tuple(compiled)
 
 
 # ---- the walk: resident where a plan fits, else an instant at a time ------------------------------------------------
@@ -83,62 +95,86 @@ def warmup(problem: Problem) -> None:
 LEAST_INSTANTS = 4  # fewer don't repay packing the weights
 
 
-def residence_of(problem: Problem, on: residence.Device) -> tuple[residence.Residence | None, Sequence[str]]:
-    """The resident plan of a problem, or why there is none."""
+# How many clusters of a plan, or blocks of its grid, are resident at once: of its kernel for a cell and a dtype.
+Held = Callable[[Cell, str, residence.Residence], int]
+
+
+def residence_of(
+    problem: Problem, on: residence.Device, backward: bool, held: Held | None = None
+) -> tuple[residence.Residence | None, Sequence[str]]:
+    """The resident plan of a problem, one way through time, or why there is none.
+
+    Without `held` nothing is compiled, and the driver isn't asked.
+    """
     why: list[str] = []
     if problem.P is not None:
         why.append("a projection is one more product per step")
     if problem.T < LEAST_INSTANTS:
         why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay packing the weights")
-    if problem.dtype == "float32" and not arrays.tf32(problem.library):
-        why.append("float32 products are to be IEEE's, and tensor cores have TF32")
     if why:
         return None, why
-    cell = problem.cell
-    return residence.plan(cell.G, cell.S, problem.dtype, problem.H, problem.B, on, training=problem.training)
+    return plan_of(problem.cell, problem.dtype, problem.H, problem.B, on, backward, not problem.tf32, held)
 
 
-def planned(on: residence.Device, cell: Cell, gates: Any, w_hr: Any, training: bool) -> residence.Residence | None:
+@lru_cache(maxsize=1024)  # asked at every call
+def plan_of(
+    cell: Cell, dtype: str, H: int, B: int, on: residence.Device, backward: bool, ieee: bool, held: Held | None
+) -> tuple[residence.Residence | None, Sequence[str]]:
+    announced = residence.plan(cell.G, cell.S, dtype, H, B, on, backward=backward, ieee=ieee)
+    if held is None:
+        return announced
+    ours = partial(held, cell, dtype)
+    plan, why = residence.settled(cell.G, cell.S, dtype, H, B, on, backward=backward, ieee=ieee, held=ours)
+    if plan != announced[0]:
+        what = f"{cell.name}, H={H} B={B} {dtype}: {'; '.join(why)}; now {plan or 'stepwise'}"
+        warnings.warn(what, RuntimeWarning, stacklevel=2)
+    return plan, why
+
+
+def planned(
+    on: residence.Device, cell: Cell, gates: Any, w_hr: Any, backward: bool, tf32: bool, held: Held | None
+) -> residence.Residence | None:
     """The resident plan for arrays; gates [T, B, G, H]."""
     T, B, _, H = gates.shape
     P = None if w_hr is None else w_hr.shape[0]
-    problem = Problem(cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), training)
-    return residence_of(problem, on)[0]
+    problem = Problem(cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32)
+    return residence_of(problem, on, backward, held)[0]
 
 
-def walk(run: Runner, on: residence.Device, cell: Cell, given: sequence.Forward) -> None:
+def walk(run: Runner, on: residence.Device, cell: Cell, given: sequence.Forward, *, held: Held | None = None) -> None:
     save = given.saved is not None
-    plan = planned(on, cell, given.xg, given.w_hr, save)
+    plan = planned(on, cell, given.xg, given.w_hr, False, given.tf32, held)
     if plan is None:
         stepwise.walk(partial(bind, run), cell, given)
     else:
         whole = (given.b_hh, given.h0, given.others, given.saved, given.y)
-        resident(run, plan, cell, given.w_hh, (given.xg,), whole, given.xg.shape, given.reverse, save, backward=False)
+        resident(run, plan, cell, given.w_hh, (given.xg,), whole, given.xg.shape, given.reverse, save)
 
 
-def walk_back(run: Runner, on: residence.Device, cell: Cell, given: sequence.Backward) -> None:
-    plan = planned(on, cell, given.dxg, given.w_hr, True)
+def walk_back(
+    run: Runner, on: residence.Device, cell: Cell, given: sequence.Backward, *, held: Held | None = None
+) -> None:
+    plan = planned(on, cell, given.dxg, given.w_hr, True, given.tf32, held)
     if plan is None:
         stepwise.walk_back(partial(bind, run), cell, given)
     else:
         before = (given.dy, given.dh, given.dothers)
         whole = (given.y, given.h0, given.others, given.saved, given.dxg, given.dhg)
-        resident(run, plan, cell, given.w_hh, before, whole, given.dxg.shape, given.reverse, True, backward=True)
+        resident(run, plan, cell, given.w_hh, before, whole, given.dxg.shape, given.reverse, True)
 
 
 def resident(
     run: Runner, plan: residence.Residence, cell: Cell, w_hh: Any, before: tuple, after: tuple, shape: tuple,
-    reverse: bool, save: bool, *, backward: bool,
+    reverse: bool, save: bool,
 ) -> None:  # fmt: skip
     """Pack the weights, then run the sequence. `before` and `after`: the kernel's arrays around the packed weights."""
     (T, B, _, H), dtype = shape, arrays.dtype(w_hh)
     packed = arrays.empty((plan.fragments, 4), like=w_hh, dtype="int32")
-    run(residence.pack(plan, cell, dtype, arrays.pointer(w_hh), arrays.pointer(packed), H, backward=backward))()
-    exchange = arrays.empty((plan.exchange_bytes(backward=backward),), like=w_hh, dtype="uint8")
-    flags = arrays.zeros((plan.flags,), like=w_hh, dtype="int32")
+    run(residence.pack(plan, cell, dtype, arrays.pointer(w_hh), arrays.pointer(packed), H))()
+    exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=w_hh, dtype="uint8")
     launches = residence.sequence(
-        plan, cell, dtype, tuple(map(arrays.pointer, (*before, packed, *after))), arrays.pointer(exchange),
-        arrays.pointer(flags), T, B, H, reverse=reverse, save=save, backward=backward,
+        plan, cell, dtype, tuple(map(arrays.pointer, (*before, packed, *after))), arrays.pointer(exchange), T, B, H,
+        reverse=reverse, save=save,
     )  # fmt: skip
     for launch in launches:
         run(launch)()
@@ -151,9 +187,10 @@ def bind(run: Runner, cell: Cell, given: stepwise.Step | stepwise.Grad) -> Calla
     """Either kernel on its arrays, for whoever runs it."""
     gates, product = (given.xg, given.hg) if isinstance(given, stepwise.Step) else (given.dxg, given.back)
     _, B, _, H = gates.shape
+    R = 1 if given.units is None else given.units.shape[1]
     return run(
         plans.launch(
-            KERNELS[type(given)], cell, B=B, H=H, storage=arrays.dtype(gates), product=arrays.dtype(product),
+            KERNELS[type(given)], cell, B=B, H=H, R=R, storage=arrays.dtype(gates), product=arrays.dtype(product),
             addresses=tuple(map(arrays.pointer, given)),
         )
     )  # fmt: skip
@@ -174,14 +211,19 @@ def loaded(unit: Unit, kernel: str) -> Any:
     return module(unit).get_function(kernel)
 
 
+def prepared(unit: Unit, kernel: str, shared: int, cluster: int) -> Any:
+    """The kernel, allowed so many bytes of shared memory and blocks in a cluster."""
+    raw = loaded(unit, kernel)
+    if shared > PLAIN_SHARED_BYTES:
+        raw.max_dynamic_shared_size_bytes = shared
+    if cluster > PORTABLE_CLUSTER:
+        driver().allow_large_clusters(raw.kernel.ptr)
+    return raw
+
+
 def ready(launch: Launch) -> Callable[..., None]:
     """A `Runner` on the current device and stream. It loads the kernel, and compiles it if nobody has."""
-    raw = loaded(launch.unit, launch.kernel)
-    if launch.shared > PLAIN_SHARED_BYTES:
-        raw.max_dynamic_shared_size_bytes = launch.shared
-    function = raw.kernel
-    if launch.cluster[0] > PORTABLE_CLUSTER:
-        allow_large_clusters(function.ptr)
+    function = prepared(launch.unit, launch.kernel, launch.shared, launch.cluster[0]).kernel
 
     def repeat(*more: int) -> None:
         function(
@@ -194,17 +236,18 @@ def ready(launch: Launch) -> Callable[..., None]:
 
 PLAIN_SHARED_BYTES = 48 << 10  # more must be asked for, kernel by kernel
 PORTABLE_CLUSTER = 8  # blocks; more must be asked for, too
-NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # of CUfunction_attribute
 
 
-@cache
-def allow_large_clusters(function: int) -> None:
-    """CuPy has no word for this attribute, so it is set through the driver that CuPy has loaded."""
-    status = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
-        ctypes.c_void_p(function), NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1
-    )
-    if status:
-        raise RuntimeError(f"the driver refuses clusters of more than {PORTABLE_CLUSTER} blocks (CUresult {status})")
+# ---- What fits the device at once, as the driver knows it -----------------------------------------------------------
+
+
+def held(cell: Cell, dtype: str, plan: residence.Residence) -> int:
+    """`Held`, of the current device."""
+    in_cluster = plan.blocks if plan.scope == "cluster" else 1
+    kernel = prepared(residence.compiled(plan, cell, dtype), residence.name(plan), plan.shared_bytes, in_cluster).kernel
+    if plan.scope == "cluster":
+        return driver().clusters(kernel.ptr, plan.blocks, plan.threads, plan.shared_bytes)
+    return device().multiprocessors * driver().blocks(kernel.ptr, plan.threads, plan.shared_bytes)
 
 
 def device() -> residence.Device:
@@ -214,13 +257,78 @@ def device() -> residence.Device:
 
 @cache
 def device_of(index: int) -> residence.Device:
+    """Of a part of a device (MIG, MPS) the driver says how many multiprocessors it has, and how many clusters fit."""
     properties = compat.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
-    capability, count = (properties["major"], properties["minor"]), properties["multiProcessorCount"]
-    clusters = {9: 16, 10: 16, 12: 8}.get(capability[0], 1)  # the largest of each architecture
+    capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
     return residence.Device(
-        capability, count, properties["sharedMemPerBlockOptin"], clusters, max(1, count // clusters),
+        capability, properties["multiProcessorCount"], shared, clusters(shared) if capability >= (9, 0) else (),
         cooperative=bool(properties["cooperativeLaunch"]),
     )  # fmt: skip
+
+
+def clusters(shared: int) -> tuple[tuple[int, int], ...]:
+    """By size, how many clusters are resident at once whose blocks have a multiprocessor each."""
+    sizes = (2, 4, 8, 16)
+    code = "".join(f'extern "C" __global__ void __cluster_dims__({n}) cluster_of_{n}() {{}}\n' for n in sizes)
+    module = compat.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
+    found = []
+    for n in sizes:
+        raw = module.get_function(f"cluster_of_{n}")
+        raw.max_dynamic_shared_size_bytes = shared
+        if n > PORTABLE_CLUSTER:
+            driver().allow_large_clusters(raw.kernel.ptr)
+        found.append((n, driver().clusters(raw.kernel.ptr, n, 32, shared)))
+    return tuple((n, count) for n, count in found if count)
+
+
+class Driver:
+    """What CuPy has no word for, through the driver that it has loaded. Functions are CUfunctions."""
+
+    NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # of CUfunction_attribute
+    INVALID_CLUSTER_SIZE = 912  # of CUresult
+
+    class Configuration(ctypes.Structure):  # CUlaunchConfig
+        _fields_ = (
+            *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z")),
+            ("shared", ctypes.c_uint),
+            ("stream", ctypes.c_void_p),
+            ("attributes", ctypes.c_void_p),
+            ("attribute_count", ctypes.c_uint),
+        )
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL("libcuda.so.1")
+
+    def allow_large_clusters(self, function: int) -> None:
+        attribute = self.NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        self.check("cuFuncSetAttribute", self.library.cuFuncSetAttribute(ctypes.c_void_p(function), attribute, 1))
+
+    def blocks(self, function: int, threads: int, shared: int) -> int:
+        """How many blocks a multiprocessor has at once."""
+        count, name = ctypes.c_int(), "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+        ask = getattr(self.library, name)
+        self.check(name, ask(ctypes.byref(count), ctypes.c_void_p(function), threads, ctypes.c_size_t(shared)))
+        return count.value
+
+    def clusters(self, function: int, blocks: int, threads: int, shared: int) -> int:
+        """How many clusters of so many blocks the device has at once, of a kernel that declares this size."""
+        count, name = ctypes.c_int(), "cuOccupancyMaxActiveClusters"
+        launch = self.Configuration(blocks, 1, 1, threads, 1, 1, shared)
+        status = getattr(self.library, name)(ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(launch))
+        if status == self.INVALID_CLUSTER_SIZE:
+            return 0
+        self.check(name, status)
+        return count.value
+
+    @staticmethod
+    def check(name: str, status: int) -> None:
+        if status:
+            raise RuntimeError(f"{name}: CUresult {status}")
+
+
+@cache
+def driver() -> Driver:
+    return Driver()
 
 
 @contextmanager

@@ -1,31 +1,37 @@
 """NumPy: the oracle and the fallback. float64 and float32; torch's halves are computed in float32.
 
 The page's operations come as a `Program` of calls on preallocated rows; here are the products and the time loop.
-Arrays per gate and instant have the logical shape [G, T, B, H], gates in the order of `Layout`. Per gate they are one
-matrix [T*B, H], so that projections and weight gradients are one product per gate for all instants together.
+Inside, an instant is feature-major, [H, B] for each gate and state: so the weights are multiplied as they lie, and the
+gates are contiguous blocks of their product. What comes and goes is transposed, and turned round if `reverse`, by
+chunks of instants.
 """
 
+import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
-from gpu_rnn.kernels.cells import Cell
+from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
+from gpu_rnn.kernels.derive import OPERATIONS
 from gpu_rnn.kernels.program import Layout, grad_program, layout, natural, step_program
+from gpu_rnn.kernels.weave import HOLD
 
 from ..arrays import HALVES, from_numpy, library, to_numpy
 from ..arrays import dtype as dtype_of
+from ..extra import Extra
 from ..problem import Problem, Weights
 
 NAME = "numpy"
 FSDP = "torch.distributed.fsdp"
-CHUNK_BYTES = 1 << 18  # the input part of so many instants is computed at once: it is still in cache when it is read
-CHUNK_ROWS = 64  # but of as many as a product needs to run at full speed
-FEW = 4  # instants that don't repay arranging the weights
-SUM_ROWS = 128  # that are added one after the other
-PRODUCT = 1 << 19  # multiply-adds below which OpenBLAS reads its operands where they lie, twice as fast in this range
-LEAST_COLUMNS, LEAST_ROWS = 64, 8  # of a block: less and its edges cost more than the blocks gain
+SIZES, KEPT_BYTES = 16, 1 << 20  # of problems whose arrays are kept for the next call, and of each one's arrays
+CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
+CHUNK_ROWS = 512  # instants times batch rows backward that a product needs to run at full speed
+WIDE = 8  # batch rows that make a product of one instant run at full speed
+PRODUCT = 10**6  # multiply-adds up to which OpenBLAS reads its operands where they lie, twice as fast for a small batch
+LEAST_ROWS = 16  # of the blocks that a product is cut into: of smaller ones it takes too many
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -41,13 +47,16 @@ def reasons(problem: Problem) -> list[str]:
 
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
-    calls = len(step_program(problem.cell, arranged(problem.cell, problem.T)).calls)
+    order = arranged(problem.cell, problem.T, problem.B, problem.H * (problem.I + (problem.P or problem.H)))
+    calls = len(step_program(problem.cell, order).calls)
     return f"{width}; one product and {calls} elementwise calls per step, input projection by chunks"
 
 
 def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, save: bool
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool
 ) -> tuple[Any, tuple, tuple]:
+    if isinstance(x, np.ndarray):
+        return run_forward(cell, x, weights, state, reverse=reverse, save=save)
     y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse=reverse, save=save)
     tape = tuple(from_numpy(array, like=x, keep_dtype=True) for array in tape)
     return from_numpy(y, like=x), tuple(from_numpy(array, like=x) for array in last), tape
@@ -55,14 +64,27 @@ def forward(
 
 def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
-    *, reverse: bool, needs: Collection[str],
+    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    y, dy, tape, dlast = to_numpy(y), to_numpy(dy), tuple(map(to_numpy, tape)), tuple(map(to_numpy, dlast))
+    y, dy, (tape, dlast, dhistory) = (
+        to_numpy(y),
+        to_numpy(dy),
+        (tuple(map(to_numpy, a)) for a in (tape, dlast, dhistory)),
+    )
     gradients = run_backward(
-        cell, to_numpy(x), *numpied(weights, state), y, tape, dy, dlast, reverse=reverse, needs=needs
+        cell, to_numpy(x), *numpied(weights, state), y, tape, dy, dlast, dhistory, reverse=reverse, needs=needs
     )
     dstate = tuple(from_numpy(array, like=x) for array in gradients.pop("state"))
     return {name: from_numpy(array, like=x) for name, array in gradients.items()} | {"state": dstate}
+
+
+def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
+    """The other states after every instant, each [T, B, H], in the dtype of `like`."""
+    return tuple(from_numpy(to_numpy(array).copy(), like=like) for array in tape[1 : cell.S])
+
+
+def warmup(problem: Problem) -> tuple[str, ...]:
+    return ()  # there is nothing to compile
 
 
 def numpied(weights: Weights, state: tuple) -> tuple[Weights, tuple]:
@@ -79,229 +101,320 @@ def lent(weight: Any) -> np.ndarray:
 def run_forward(
     cell: Cell, x: np.ndarray, weights: Weights, state: tuple, *, reverse: bool, save: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
-    T, B, _ = x.shape
+    T, B, I = x.shape
     H, P = sizes(cell, weights)
-    order = arranged(cell, T)
-    program = step_program(cell, order)
-    W = by_gate(weights.w_ih, order.inputs, order.scale).swapaxes(1, 2)  # [G, I, H]
-    R = by_gate(weights.w_hh, order.recurrent, order.scale)  # [G, H, P]
-    b_x, b_h = biases(cell, order, weights, H, x.dtype)
-    hg = np.empty((cell.G, B, H), x.dtype)
-    recur = recurrent_product(R, hg, copy=T > FEW)
-    run = program.bind(B, H, x.dtype, h=hg, b=b_h)
+    n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * x.itemsize, 1))
+    size = cell, arranged(cell, T, B, H * (I + P)), n, B, I, H, P, x.dtype
+    idle = kept(*size)
+    try:
+        instants = idle.pop()
+    except IndexError:
+        instants = Instants(*size)
+    W, recur = instants.take(weights, state)
+    h, run, v = instants.h, instants.run, instants.v
+    more = More(cell, weights, T, reverse, instants.m)
 
     y = np.empty((T, B, P), x.dtype)
-    kept = T if save else 2  # instants of everything but y; without a tape, this one and the one before
-    shown = y if weights.w_hr is None else np.empty((kept, B, H), x.dtype)  # h before its projection
-    others = [np.empty((kept, B, H), x.dtype) for _ in state[1:]]
-    saved = instants(cell.K, kept, B, H, x.dtype)
-
-    before = list(state)
-    for chunk in chunks(T, B, cell.G * H * x.itemsize, reverse):
-        first = min(chunk)
-        xg = instants(cell.G, len(chunk), B, H, x.dtype)
-        project(x[first : first + len(chunk)], W, b_x, xg)
-        for t in chunk:
-            recur(before[0])
-            after = [shown[t % len(shown)], *(other[t % kept] for other in others)]
-            run(xg[:, t - first], *before, *after, saved[:, t % kept])
+    tape = (
+        [np.empty((T, *v.shape), x.dtype), *(np.empty((T, H, B), x.dtype) for _ in instants.recorded)] if save else []
+    )
+    x, out, *records = in_order(reverse, x, y, *tape)
+    for first in range(0, T, n):
+        m = min(n, T - first)
+        now = slice(first, first + m)
+        instants.project(W, x[now])
+        for k, (seen, rows) in enumerate(instants.views[:m]):
+            recur(more.operand(first + k, seen) if cell.E else seen)
+            run(*rows)
+            if save:
+                records[0][first + k] = v
             if weights.w_hr is not None:
-                after[0] = np.matmul(after[0], weights.w_hr.T, out=y[t])
-            before = after
-    tape = (saved, *others, *([] if shown is y else [shown])) if save else ()
-    return y, tuple(array.copy() for array in before), tape
+                np.dot(weights.w_hr, instants.shown[k], h[k + 1])
+                more.hold(h[k], h[k + 1])
+        out[now] = h[1 : m + 1].swapaxes(1, 2)
+        for record, array in zip(records[1:], instants.recorded):
+            record[now] = array[:m]
+        for array in instants.states:
+            array[0] = array[m]
+    last = tuple(array[0].T.copy() for array in instants.states)
+    if instants.bytes <= KEPT_BYTES:
+        idle.append(instants)
+    return y, last, turned(*tape)
 
 
 def run_backward(
     cell: Cell, x: np.ndarray, weights: Weights, state: tuple, y: np.ndarray, tape: tuple,
-    dy: np.ndarray, dlast: tuple, *, reverse: bool, needs: Collection[str],
+    dy: np.ndarray, dlast: tuple, dhistory: tuple = (), *, reverse: bool, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    T, B, _ = x.shape
+    T, B, I = x.shape
     H, P = sizes(cell, weights)
-    order, program = layout(cell), grad_program(cell)
+    G, order, program = cell.G, layout(cell), grad_program(cell)
     n = len(order.separate)
-    saved, *others = tape
-    shown = y if weights.w_hr is None else others.pop()
-    R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent))  # [G, H, P]
-    run = program.bind(B, H, x.dtype)
+    W = by_gate(weights.w_ih, order.inputs).reshape(G * H, I)
+    R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
+    v, d = np.empty((cell.K, H, B), x.dtype), np.empty((G + n, H, B), x.dtype)
+    g, dunits = np.zeros((2, cell.learned, H, B), x.dtype)
+    more = More(cell, weights, T, reverse, np.empty((cell.E, H, B), x.dtype))
+    run = program.bind((H, B), x.dtype, v=v, d=d, **more.fixed(g=g))
+    dh, *asked = (gradient.T.copy() for gradient in dlast)  # what the later instants ask of the states
+    dshown, e0, *asking = (np.zeros((H, B), x.dtype) for _ in range(1 + cell.S))
+    spread, dr = product(R.T, dh), d[n:].reshape(G * H, B)
 
-    d = instants(cell.G + n, T, B, H, x.dtype)
-    dshown = np.empty((T, B, P), x.dtype) if weights.w_hr is not None else None  # gradient of y, h's future included
-    dh = np.array(dlast[0])  # [B, P] what the later instants ask of h
-    spread = transposed_product(R, dh)
-    dafter = [np.empty((B, H), x.dtype), *(np.array(gradient) for gradient in dlast[1:])]
-    dbefore = [np.zeros((B, H), x.dtype) for _ in state]
+    x, y, dy, saved, *others = in_order(reverse, x, y, dy, *turned(*tape))
+    dhistory = in_order(reverse, *dhistory)
+    dx = np.empty(x.shape, x.dtype)
+    h = np.concatenate((state[0][None], y))
+    seen = h if cell.operand is None else np.empty_like(h)  # by the recurrent weights
+    shown = None if weights.w_hr is None else others.pop()
+    before = [[initial.T, *array[:-1]] for initial, array in zip(state[1:], others)]
 
-    for t in range(T) if reverse else range(T - 1, -1, -1):
-        if dshown is None:
-            np.add(dy[t], dh, dafter[0])
-        else:
-            np.matmul(np.add(dy[t], dh, dshown[t]), weights.w_hr, out=dafter[0])
-        previous = t + 1 if reverse else t - 1
-        before = [array[previous] for array in (y, *others)] if 0 <= previous < T else state
-        after = [array[t] for array in (shown, *others)]
-        run(*dafter, *after, *before, saved[:, t], d[:, t], *dbefore)
-        spread(d[n:, t])
-        if "e0" in program.written:
-            np.add(dh, dbefore[0], dh)
-        dafter[1:], dbefore[1:] = dbefore[1:], dafter[1:]
+    sums: dict[str, Any] = dict.fromkeys(needs, 0)
+    length = max(CHUNK_ROWS // max(B, 1), 1)
+    for first in reversed(range(0, T, length)):
+        now = slice(first, min(first + length, T))
+        m = now.stop - first
+        rows = by_feature(h[first : now.stop + 1])
+        after = rows[1:] if shown is None else shown[now]
+        own = rows if shown is None else np.zeros((m, H, B), x.dtype)  # unseen by a cell with a projection
+        states_of = zip(after, *(array[now] for array in others), own, *(array[now] for array in before))
+        instants = list(zip(by_feature(dy[now]), saved[now], states_of))
+        ds = np.empty((G + n, H, m, B), x.dtype)
+        dhs = np.empty((P, m, B), x.dtype)  # of y, h's future included: only a projection needs it
+        for k in reversed(range(m)):
+            arriving, recorded, states = instants[k]
+            if cell.E:
+                seen[first + k] = more.operand(first + k, h[first + k].T).T
+            for gradient, of_history in zip(asked, dhistory):
+                gradient += of_history[first + k].T
+            held = None
+            if shown is None:
+                np.add(arriving, dh, dshown)
+            else:
+                np.add(arriving, dh, dh)
+                held = more.held(dh)
+                dhs[:, k] = dh
+                np.dot(weights.w_hr.T, dh, dshown)
+            np.copyto(v, recorded)
+            run(dshown, *asked, *states, e0, *asking)
+            ds[:, :, k] = d
+            spread(dr)
+            if cell.E:
+                dunits += g
+                more.operand_back(dh, dunits)
+            if held is not None:
+                dh += held
+            if shown is None and "e0" in program.written:
+                np.add(dh, e0, dh)
+            asked, asking = asking, asked
 
-    dx, dr = d[: cell.G].reshape(cell.G, T * B, H), d[n:].reshape(cell.G, T * B, H)
-    gradients: dict[str, Any] = {"state": (dh, *dafter[1:])}
+        inputs, recurrent = ds[:G].reshape(G * H, m * B), ds[n:].reshape(G * H, m * B)
+        if "x" in needs:
+            np.dot(inputs.T, W, dx[now].reshape(m * B, I))
+        if "w_ih" in needs:
+            sums["w_ih"] += np.dot(inputs, x[now].reshape(m * B, I))
+        if "w_hh" in needs:
+            sums["w_hh"] += np.dot(recurrent, seen[now].reshape(m * B, P))
+        if "b_ih" in needs:
+            sums["b_ih"] += inputs.sum(1)
+        if "b_hh" in needs:
+            sums["b_hh"] += recurrent.sum(1)
+        if shown is not None and "w_hr" in needs:
+            sums["w_hr"] += np.dot(dhs.reshape(P, m * B), shown[now].swapaxes(1, 2).reshape(m * B, H))
     if "x" in needs:
-        gradients["x"] = gathered(dx, by_gate(weights.w_ih, order.inputs)).reshape(x.shape)
-    if "w_ih" in needs:
-        gradients["w_ih"] = in_gate_order(np.matmul(dx.swapaxes(1, 2), x.reshape(T * B, x.shape[2])), order.inputs)
-    if "w_hh" in needs:
-        gradients["w_hh"] = in_gate_order(recurrent_gradient(d[n:], y, state[0], reverse), order.recurrent)
-    if "b_ih" in needs:
-        gradients["b_ih"] = in_gate_order(total(dx), order.inputs)
-    if "b_hh" in needs:
-        gradients["b_hh"] = in_gate_order(total(dr), order.recurrent)
-    if "w_hr" in needs and dshown is not None:
-        gradients["w_hr"] = dshown.reshape(T * B, P).T @ shown.reshape(T * B, H)
-    return gradients
+        sums["x"] = dx[::-1].copy() if reverse else dx
+    gates = {"w_ih": order.inputs, "b_ih": order.inputs, "w_hh": order.recurrent, "b_hh": order.recurrent}
+    gradients = {name: in_gate_order(array, gates[name]) if name in gates else array for name, array in sums.items()}
+    if "units" in needs:
+        gradients["units"] = more.of_units(dunits)
+    return gradients | {"state": (dh.T.copy(), *(gradient.T.copy() for gradient in asked))}
 
 
 # ---- arrangement ----------------------------------------------------------------------------------------------------
-
-
-def arranged(cell: Cell, T: int) -> Layout:
-    """The order of the gates going forward."""
-    return layout(cell) if T > FEW else natural(cell)
 
 
 def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
     return weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
 
-def by_gate(w: np.ndarray, gates: Sequence[int], scale: Sequence[float] | None = None) -> np.ndarray:
-    """[G*H, N] in torch's order -> [G, H, N] in the order of `gates`, times their scale; a view if it can be."""
-    stacked = w.reshape(len(gates), len(w) // len(gates), w.shape[1])
-    if scale is not None and set(scale) != {1.0}:
-        return stacked[list(gates)] * np.array([scale[g] for g in gates], w.dtype)[:, None, None]
+def arranged(cell: Cell, T: int, B: int, weights: int) -> Layout:
+    """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate."""
+    repaid = (T - 4) * (B + 8) * 256
+    return natural(cell) if repaid < weights else layout(cell)
+
+
+def by_gate(w: np.ndarray, gates: Sequence[int]) -> np.ndarray:
+    """[G*H, ...] in torch's order -> [G, H, ...] in the order of `gates`; a view if it can be."""
+    stacked = w.reshape(len(gates), len(w) // len(gates), *w.shape[1:])
     return stacked if list(gates) == sorted(gates) else stacked[list(gates)]
 
 
-def in_gate_order(stacked: np.ndarray, gates: Sequence[int]) -> np.ndarray:
-    """[G, H, ...] in the order of `gates` -> [G*H, ...] in torch's."""
-    ordered = np.empty_like(stacked)
-    ordered[list(gates)] = stacked
-    return ordered.reshape(stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
+def scaled(w: np.ndarray, gates: Sequence[int], scale: Sequence[float]) -> np.ndarray:
+    """[G*H, ...] in torch's order -> the same in the order of `gates`, times their scale."""
+    stacked = by_gate(w, range(len(gates)))
+    out = np.empty(stacked.shape, w.dtype)
+    for row, g in zip(out, gates):
+        np.multiply(stacked[g], scale[g], row)
+    return out.reshape(w.shape)
 
 
-def biases(cell: Cell, order: Layout, weights: Weights, H: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """-> [G, 1, H] to add to the input part, as much as can be; [n, 1, H] to add to h of the separate gates."""
-    zero = np.zeros(cell.G * H, dtype)
-    b_ih = zero if weights.b_ih is None else weights.b_ih
-    b_hh = (zero if weights.b_hh is None else weights.b_hh).reshape(cell.G, 1, H)
-    b_x = b_ih.reshape(cell.G, 1, H).copy()
-    shared = [g for g in range(cell.G) if g not in order.separate]
-    b_x[shared] += b_hh[shared]
-    b_x *= np.array(order.scale, dtype)[:, None, None]
-    return b_x[list(order.inputs)], b_hh[list(order.separate)]
+def in_gate_order(rows: np.ndarray, gates: Sequence[int]) -> np.ndarray:
+    """[G*H, ...] in the order of `gates` -> the same in torch's."""
+    ordered = np.empty((len(gates), len(rows) // len(gates), *rows.shape[1:]), rows.dtype)
+    ordered[list(gates)] = rows.reshape(ordered.shape)
+    return ordered.reshape(rows.shape)
 
 
-def instants(rows: int, T: int, B: int, H: int, dtype: np.dtype) -> np.ndarray:
-    """Empty [rows, T, B, H]. With one batch row, an instant is contiguous, as a matrix-vector product wants it."""
-    return np.empty((T, rows, B, H), dtype).swapaxes(0, 1) if B == 1 else np.empty((rows, T, B, H), dtype)
+def by_feature(array: np.ndarray) -> np.ndarray:
+    """[T, B, H] -> [T, H, B]"""
+    return np.ascontiguousarray(array.swapaxes(1, 2))
 
 
-def chunks(T: int, B: int, row_bytes: int, reverse: bool) -> Iterator[range]:
-    """The instants in the order of computation, cut into runs whose input part stays in cache."""
-    length = max(-(-CHUNK_ROWS // max(B, 1)), CHUNK_BYTES // max(B * row_bytes, 1))
-    for start in range(0, T, length):
-        stop = min(start + length, T)
-        yield range(T - 1 - start, T - 1 - stop, -1) if reverse else range(start, stop)
+def in_order(reverse: bool, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The first instant to be computed first."""
+    return tuple(array[::-1] for array in arrays) if reverse else arrays
+
+
+def turned(*tape: np.ndarray) -> tuple[np.ndarray, ...]:
+    """saved [T, K, H, B] <-> [K, T, B, H], and all the others [T, H, B] <-> [T, B, H]; views."""
+    return tuple(array.transpose(1, 0, 3, 2) if array.ndim == 4 else array.swapaxes(1, 2) for array in tape)
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+class Instants:
+    """The arrays of n instants going forward, and their views: to make them takes longer than a small step."""
+
+    def __init__(self, cell: Cell, order: Layout, n: int, B: int, I: int, H: int, P: int, dtype: np.dtype):
+        def rows(*shape: int) -> np.ndarray:
+            self.bytes += dtype.itemsize * math.prod(shape)
+            return np.empty(shape, dtype)
+
+        G, self.order, self.scaled, self.bytes = cell.G, order, order != natural(cell), 0
+        self.zero = np.zeros(G * H, dtype)
+        self.x, self.xg = rows(n, I, B), rows(n, G * H, B)  # what comes in, and the input part of all gates
+        self.h, self.hg = rows(n + 1, P, B), rows(G * H, B)
+        self.m = rows(cell.E, H, B)
+        self.v, self.b_x, self.b_h = rows(cell.K, H, B), rows(G * H, B), rows(len(order.separate), H, B)
+        others = [rows(n + 1, H, B) for _ in cell.states[1:]]
+        self.states, after = [self.h, *others], [array[1:] for array in others]
+        self.shown = self.h[1:] if P == H else rows(n, H, B)  # h before its projection
+        self.recorded = after if P == H else [*after, self.shown]  # for the gradient, beside v
+        fixed = {"h": self.hg.reshape(G, H, B), "b": self.b_h, "v": self.v} | ({"m": self.m} if cell.E else {})
+        self.run = step_program(cell, order).bind((H, B), dtype, **fixed)
+        own = self.h if P == H else np.zeros((n + 1, H, B), dtype)  # a cell with a projection can't look at its own h
+        self.views = list(zip(self.h, zip(self.xg.reshape(n, G, H, B), own, *others, self.shown, *after)))
+
+    def take(self, weights: Weights, state: tuple) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        """-> the input weights for `project`, and a function that computes the recurrent part of all gates from h."""
+        for array, initial in zip(self.states, state):
+            array[0] = initial.T
+        w_ih, w_hh = np.ascontiguousarray(weights.w_ih), np.ascontiguousarray(weights.w_hh)
+        b_ih, b_hh = (self.zero if b is None else b for b in (weights.b_ih, weights.b_hh))
+        bias, H = b_ih + b_hh, self.b_h.shape[1]
+        for row, g in enumerate(self.order.separate):
+            gate = slice(g * H, (g + 1) * H)
+            self.b_h[row], bias[gate] = b_hh[gate, None], b_ih[gate]
+        if self.scaled:
+            w_ih, bias = (scaled(w, self.order.inputs, self.order.scale) for w in (w_ih, bias))
+            w_hh = scaled(w_hh, self.order.recurrent, self.order.scale)
+        self.b_x[...] = bias[:, None]
+        return w_ih, product(w_hh, self.hg)
+
+    def project(self, W: np.ndarray, x: np.ndarray) -> None:
+        """The input part of all gates for the m instants x [m, B, I]."""
+        (m, B, I), xg = x.shape, self.xg[: len(x)]
+        if B < WIDE:
+            together = np.dot(W, x.reshape(m * B, I).T).reshape(len(W), m, B)
+            np.add(together.swapaxes(0, 1), self.b_x, xg)
+        else:
+            self.x[:m] = x.swapaxes(1, 2)
+            product(W, xg)(self.x[:m])
+            np.add(xg, self.b_x, xg)
+
+
+class More:
+    """What a cell's page takes beside gates and states, as rows of m [E, H, B]; does nothing for a cell without."""
+
+    def __init__(self, cell: Cell, weights: Weights, T: int, reverse: bool, m: np.ndarray):
+        self.cell, self.extra, self.m, self.last = cell, Extra.of(weights), m, T - 1 if reverse else None
+        if cell.units:
+            m[: len(cell.units)] = weights.units.swapaxes(1, 2)
+
+    def fixed(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Those that there are and m, for a program."""
+        return {name: array for name, array in (arrays | {"m": self.m}).items() if len(array)}
+
+    def operand(self, k: int, h: np.ndarray) -> np.ndarray:
+        """Fetch what belongs to the k-th instant. h [P, B] -> what the recurrent weights see of it."""
+        cell, (_, H, B) = self.cell, self.m.shape
+        t, row = k if self.last is None else self.last - k, len(cell.units)
+        for j in range(len(cell.flags)):
+            self.m[row + j] = self.extra.flags[t] >> j & 1
+        for j, uniform in enumerate(self.extra.drawn(cell, t, B, H), row + len(cell.flags)):
+            self.m[j] = uniform.T
+        if cell.operand is None:
+            return h
+        ((seen,),) = operand_graph(cell).run(OPERATIONS, h=[h], extra=self.m[:, : len(h)])
+        return seen
+
+    def operand_back(self, dh: np.ndarray, dunits: np.ndarray) -> None:
+        """The gradient of that, in place; those of values per unit are added to dunits."""
+        if self.cell.operand is not None:
+            P = len(dh)
+            (found,), parts = operand_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=self.m[:, :P])
+            for total, part in zip(dunits, parts):
+                total[:P] += part
+            dh[...] = found
+
+    def hold(self, before: np.ndarray, h: np.ndarray) -> None:
+        """Where the page holds its states, a projected h stays what it was before."""
+        if HOLD in self.cell.flags:
+            np.copyto(h, before, where=self.m[self.holding, : len(h)] > 0)
+
+    def held(self, dh: np.ndarray) -> np.ndarray | None:
+        """The gradient of that: what goes to the h before, taken from dh."""
+        if HOLD not in self.cell.flags:
+            return None
+        held = np.where(self.m[self.holding, : len(dh)] > 0, dh, 0)
+        dh -= held
+        return held
+
+    @property
+    def holding(self) -> int:
+        return len(self.cell.units) + self.cell.flags.index(HOLD)
+
+    def of_units(self, dunits: np.ndarray) -> np.ndarray:
+        """[learned, H, B] -> [N, R, H]."""
+        N, R, H = self.extra.units.shape
+        found = np.zeros((N, R, H), dunits.dtype)
+        found[: len(dunits)] = dunits.swapaxes(1, 2) if R > 1 else dunits.sum(2)[:, None]
+        return found
+
+
+@lru_cache(SIZES)
+def kept(*size: Any) -> list[Instants]:
+    """Those that nobody uses now: a call takes one out and puts it back, in whichever thread."""
+    return []
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-def blocks(rows: int, inner: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of the blocks that a product is cut into: small enough for OpenBLAS to leave packing out."""
-    r, c = rows, columns
-    while r * inner * c > PRODUCT and c % 2 == 0 and c > LEAST_COLUMNS:
-        c //= 2
-    while r * inner * c > PRODUCT and r % 2 == 0 and r > LEAST_ROWS:
-        r //= 2
-    return (r, c) if r * inner * c <= PRODUCT else (rows, columns)
+def product(M: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
+    """M [N, K] -> a function of z [.., K, B] that computes M z into out [.., N, B], by blocks of rows."""
+    (N, K), B = M.shape, out.shape[-1]
+    count = blocks(N, K, B)
+    if count == 1:
+        return (lambda z: M.dot(z, out)) if out.ndim == 2 else (lambda z: np.matmul(M, z, out))
+    pieces, places = M.reshape(count, N // count, K), out.reshape(*out.shape[:-2], count, N // count, B)
+    return lambda z: np.matmul(pieces, z[..., None, :, :], places)
 
 
-def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
-    """a [.., N, K] -> a @ b [.., K, M] into out [.., N, M]: a function for arrays shaped as `a`, cut into blocks.
-
-    The blocks are strided views, so NumPy's one call hands them to BLAS as they lie.
-    """
-    (N, K), M = a.shape[-2:], b.shape[-1]
-    r, c = blocks(N, K, M)
-    if (r, c) == (N, M) or not out.size:
-        return lambda a: np.matmul(a, b, out)
-    pieces = b.reshape(*b.shape[:-1], M // c, c)[..., None, :, :, :].swapaxes(-2, -3)  # [.., 1, M/c, K, c]
-    places = out.reshape(*out.shape[:-2], N // r, r, M // c, c).swapaxes(-2, -3)  # [.., N/r, M/c, r, c]
-    return lambda a: np.matmul(a.reshape(*a.shape[:-2], N // r, 1, r, K), pieces, places)
-
-
-def project(x: np.ndarray, W: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """The input part of several instants, x [n, B, I] @ W [G, I, H] + bias, into out [G, n, B, H]."""
-    G, n, B, H = out.shape
-    rows, flat = x.reshape(n * B, x.shape[2]), out.reshape(G, n * B, H)
-    product(rows, W, flat)(rows)
-    np.add(flat, bias, flat)
-
-
-def recurrent_product(R: np.ndarray, out: np.ndarray, *, copy: bool) -> Callable[[np.ndarray], Any]:
-    """h [B, P] -> R h of all gates, into out [G, B, H]; for one batch row a single matrix-vector product."""
-    G, B, H = out.shape
-    if B == 1:
-        rows, vector = R.reshape(G * H, R.shape[2]), out.reshape(G * H)
-        return lambda h: np.dot(rows, h[0], vector)
-    columns = R.swapaxes(1, 2)
-    if not copy:
-        return lambda h: np.matmul(h, columns, out)
-    return product(np.empty((B, R.shape[2]), R.dtype), np.ascontiguousarray(columns), out)
-
-
-def transposed_product(R: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
-    """Gate gradients [G, B, H] -> sum over gates of R^T da, into out [B, P]."""
-    (G, H, P), B = R.shape, len(out)
-    if B == 1:
-        rows, vector = R.reshape(G * H, P), out.reshape(P)
-        return lambda da: np.dot(da.reshape(G * H), rows, vector)
-    parts = np.empty((G, B, P), out.dtype)
-    multiply = product(np.empty((G, B, H), R.dtype), R, parts)
-
-    def spread(da: np.ndarray) -> None:
-        multiply(da)
-        np.add.reduce(parts, 0, out=out)
-
-    return spread
-
-
-def gathered(d: np.ndarray, W: np.ndarray) -> np.ndarray:
-    """Sum over gates of d [G, N, H] @ W [G, H, I], a block of rows at a time -> [N, I]."""
-    G, N, _ = d.shape
-    out = np.empty((N, W.shape[2]), d.dtype)
-    block = max(CHUNK_ROWS, CHUNK_BYTES // max(G * W.shape[2] * d.itemsize, 1))
-    for start in range(0, N, block):
-        np.add.reduce(np.matmul(d[:, start : start + block], W), 0, out=out[start : start + block])
-    return out
-
-
-def total(d: np.ndarray) -> np.ndarray:
-    """Sum of [G, N, H] over N -> [G, H]; of blocks first, because the error of a plain sum grows with its length."""
-    G, N, H = d.shape
-    whole = N // SUM_ROWS * SUM_ROWS
-    parts = np.einsum("gbnh->gbh", d[:, :whole].reshape(G, N // SUM_ROWS, SUM_ROWS, H))
-    return parts.sum(1) + d[:, whole:].sum(1)
-
-
-def recurrent_gradient(da: np.ndarray, y: np.ndarray, h0: np.ndarray, reverse: bool) -> np.ndarray:
-    """da [G, T, B, H] and the h each instant saw -> [G, H, P]; h0 stands before the first one."""
-    G, T, B, H = da.shape
-    first, rest, seen = (T - 1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
-    gradient = np.matmul(da[:, first].swapaxes(1, 2), h0)
-    if T > 1:
-        later = da[:, rest].reshape(G, (T - 1) * B, H).swapaxes(1, 2)
-        gradient += np.matmul(later, y[seen].reshape((T - 1) * B, y.shape[2]))
-    return gradient
+@cache
+def blocks(N: int, K: int, B: int) -> int:
+    """How many blocks of rows make up a product; 1 for none, and for a matrix with a vector."""
+    work, count = N * K * B, 1
+    while work > count * PRODUCT and N % (2 * count) == 0:
+        count *= 2
+    return 1 if B == 1 or work > count * PRODUCT or N // count < LEAST_ROWS else count

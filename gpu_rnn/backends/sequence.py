@@ -13,9 +13,10 @@ and t: going forward an instant leads from boundary t to t+1, in reverse from t+
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from gpu_rnn.kernels.cells import Cell
+from gpu_rnn.kernels.cells import Cell, operand_graph
 
 from .. import arrays
+from ..extra import Extra
 from ..problem import Weights
 
 
@@ -31,7 +32,9 @@ class Forward(NamedTuple):
     saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; xg itself where K = G
     shown: Any  # [T, B, H] storage, written; h before its projection, y itself without one
     y: Any  # [T, B, P] storage, written
+    extra: Extra
     reverse: bool
+    tf32: bool  # float32 products may be rounded to TF32
 
 
 class Backward(NamedTuple):
@@ -49,12 +52,16 @@ class Backward(NamedTuple):
     y: Any  # [T, B, P] storage
     dxg: Any  # [T, B, G, H] storage, written
     dhg: Any  # [T, B, G, H] storage, written; None where it equals dxg (no gate is `separate`)
+    dhistory: Any  # [T, S-1, B, H] storage; gradients of the other states after every instant, or None for zero
+    dunits: Any  # [learned, B, H] real; zeros, to be added to
+    extra: Extra
     reverse: bool
+    tf32: bool  # as in Forward
 
 
 def forward(
     walk: Callable[[Cell, Forward], None], cell: Cell, x: Any, weights: Weights, state: tuple,
-    *, reverse: bool, save: bool,
+    *, reverse: bool, tf32: bool = False, save: bool,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
     x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
@@ -72,7 +79,13 @@ def forward(
     y = arrays.empty((T, B, P), like=x)
     shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
 
-    walk(cell, Forward(xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, reverse))
+    walk(
+        cell,
+        Forward(
+            xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
+            tf32,
+        ),
+    )  # fmt: skip
     final = (y[0 if reverse else -1], *others[last])
     tape = (saved, others, *([] if shown is y else [shown])) if save else ()
     return y, tuple(stored(array, like=x) for array in final), tape
@@ -80,7 +93,8 @@ def forward(
 
 def backward(
     walk_back: Callable[[Cell, Backward], None], cell: Cell, x: Any, weights: Weights, state: tuple, y: Any,
-    tape: tuple, dy: Any, dlast: tuple, *, reverse: bool, needs: Collection[str],
+    tape: tuple, dy: Any, dlast: tuple, dhistory: tuple = (),
+    *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     """As a backend's `backward`, with the walk to make."""
     x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
@@ -96,11 +110,16 @@ def backward(
     (shown,) = hidden or (y,)
     if weights.w_hr is not None:
         dy = stored(dy, like=x)  # the walk writes to it
+    extra, dunits = Extra.of(weights), arrays.zeros((cell.learned, B, H), like=x, dtype=real)
+    histories = arrays.stack(dhistory, 1) if dhistory else None
 
     walk_back(
         cell,
-        Backward(dy, dh, dothers, weights.w_hh, weights.w_hr, state[0], others, saved, shown, y, dxg, dhg, reverse),
-    )
+        Backward(
+            dy, dh, dothers, weights.w_hh, weights.w_hr, state[0], others, saved, shown, y, dxg, dhg, histories, dunits,
+            extra, reverse, tf32,
+        ),
+    )  # fmt: skip
     rows, recurrent = dxg.reshape(T * B, GH), (dxg if dhg is None else dhg).reshape(T, B, GH)
     gradients: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (dh, *dothers))}
     if "x" in needs:
@@ -108,24 +127,50 @@ def backward(
     if "w_ih" in needs:
         gradients["w_ih"] = product(rows.T, x.reshape(T * B, I), like=x)
     if "w_hh" in needs:
-        gradients["w_hh"] = recurrent_gradient(recurrent, y, state[0], reverse)
+        gradients["w_hh"] = recurrent_gradient(recurrent, seen_by_weights(cell, y, state[0], extra, reverse), reverse)
     if "b_ih" in needs:
         gradients["b_ih"] = rows.sum(0)
     if "b_hh" in needs:
         gradients["b_hh"] = recurrent.reshape(T * B, GH).sum(0)
     if "w_hr" in needs and weights.w_hr is not None:
         gradients["w_hr"] = product(dy.reshape(T * B, P).T, shown.reshape(T * B, H), like=x)
+    if "units" in needs:
+        given = arrays.zeros(tuple(weights.units.shape), like=x)
+        given[: cell.learned] = dunits if given.shape[1] == B else dunits.sum(1, keepdims=True)
+        gradients["units"] = given
     return gradients
 
 
-def recurrent_gradient(da: Any, y: Any, h0: Any, reverse: bool) -> Any:
-    """da [T, B, G*H] and the h that each instant saw -> [G*H, P]; h0 stands before the first one."""
-    (T, B, GH), P = da.shape, h0.shape[1]
-    first, later, seen = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
-    total = product(da[first].T, h0, like=h0)
+def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
+    """The other states after every instant, each [T, B, H], in the dtype of `like`."""
+    _, others, *_ = tape
+    after = others[:-1] if reverse else others[1:]
+    return tuple(stored(after[:, s], like) for s in range(after.shape[1]))
+
+
+def seen_by_weights(cell: Cell, y: Any, h0: Any, extra: Extra, reverse: bool) -> tuple[Any, Any]:
+    """What the recurrent weights saw: at the first instant [B, P], at the later ones [T-1, B, P], in order of t."""
+    first, later, before = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
+    if cell.operand is None:
+        return h0, y[before]
+    return operand(cell, h0, extra, first), operand(cell, y[before], extra, later)
+
+
+def recurrent_gradient(da: Any, seen: tuple[Any, Any], reverse: bool) -> Any:
+    """da [T, B, G*H] and what the recurrent weights saw -> [G*H, P]."""
+    (T, B, GH), (first, rest), P = da.shape, seen, seen[0].shape[1]
+    total = product(da[-1 if reverse else 0].T, first, like=first)
     if T > 1:
-        arrays.matmul(da[later].reshape((T - 1) * B, GH).T, y[seen].reshape((T - 1) * B, P), out=total, add=total)
+        later = da[:-1] if reverse else da[1:]
+        arrays.matmul(later.reshape((T - 1) * B, GH).T, rest.reshape((T - 1) * B, P), out=total, add=total)
     return total
+
+
+def operand(cell: Cell, h: Any, extra: Extra, t: Any) -> Any:
+    """What the recurrent weights see in the place of h [.., B, P], at the instant or instants t."""
+    given = extra.at(cell, t, h.shape[-1])
+    ((seen,),) = operand_graph(cell).run(arrays.operations(h), h=[h], extra=given)
+    return arrays.converted(seen, arrays.dtype(h))
 
 
 def product(a: Any, b: Any, like: Any) -> Any:

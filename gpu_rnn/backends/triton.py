@@ -17,6 +17,7 @@ from gpu_rnn.kernels.triton import plan as plans
 from .. import arrays, compat
 from ..problem import Problem, Weights
 from . import sequence, stepwise
+from .sequence import history as history
 
 NAME = "triton"
 LARGEST_SHARED_MEMORY = 232448  # bytes; that of sm_90 and sm_100, which the interpreter stands for
@@ -66,18 +67,50 @@ def plan(problem: Problem) -> str:
 
 
 def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, save: bool
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool
 ) -> tuple[Any, tuple, tuple]:
-    with device_of(x):
-        return sequence.forward(walk, cell, x, weights, state, reverse=reverse, save=save)
+    with device_of(x), arrays.products(x, tf32):
+        return sequence.forward(walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save)
 
 
 def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
-    *, reverse: bool, needs: Collection[str],
+    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    with device_of(x):
-        return sequence.backward(walk_back, cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
+    with device_of(x), arrays.products(x, tf32):
+        return sequence.backward(
+            walk_back, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
+        )
+
+
+def warmup(problem: Problem) -> tuple[str, ...]:
+    """Compile what a problem needs, for the current device, by running it on zeros. -> the kernels.
+
+    Triton specializes on sizes that are 1 or divisible by 16, so that a few instants stand for all, and on whether
+    there is a bias.
+    """
+    torch = compat.require("torch", "the triton backend")
+    cell, B, H, I = problem.cell, problem.B, problem.H, problem.I
+    T, P = 1 if problem.T == 1 else 2 if problem.T % 16 else 16, problem.P or H
+
+    def zeros(*shape: int, dtype: str = problem.dtype) -> Any:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=problem.device)
+
+    weights = Weights(
+        zeros(cell.G * H, I), zeros(cell.G * H, P), zeros(cell.G * H), zeros(cell.G * H),
+        w_hr=zeros(P, H) if problem.P else None,
+        units=zeros(len(cell.units), 1, H) if cell.units else None,
+        flags=zeros(T, B, dtype="uint8") if cell.flags else None,
+        seed=zeros(1, dtype="int64") if cell.uniforms else None,
+    )  # fmt: skip
+    x, state = zeros(T, B, I), (zeros(B, P), *(zeros(B, H) for _ in cell.states[1:]))
+    how = {"reverse": problem.reverse, "tf32": problem.tf32}
+    for given in (weights, weights._replace(b_ih=None, b_hh=None)):
+        y, last, tape = forward(cell, x, given, state, **how, save=problem.training)
+        if problem.training:
+            backward(cell, x, given, state, y, tape, y, last, **how, needs={"x", "w_hh"})
+    name = "stepwise" if sequence_plan(problem)[0] is None else "sequence"
+    return tuple(f"{name}_{way}" for way in ("forward", "backward")[: 1 + problem.training])
 
 
 def device_of(x: Any) -> Any:
@@ -93,11 +126,10 @@ def walk(cell: Cell, given: sequence.Forward) -> None:
     if chosen is None:
         stepwise.walk(bind, cell, given)
         return
-    from gpu_rnn.kernels.triton.page import page
     from gpu_rnn.kernels.triton.sequence import forward_kernel
 
     whole = (given.xg, given.w_hh, given.b_hh, given.h0, given.others, given.saved, given.y)
-    launch(forward_kernel, page(cell).step, chosen, cell, whole, given.xg.shape, given.reverse)
+    launch(forward_kernel, stepping(cell), chosen, whole, given, given.xg.shape)
 
 
 def walk_back(cell: Cell, given: sequence.Backward) -> None:
@@ -105,25 +137,44 @@ def walk_back(cell: Cell, given: sequence.Backward) -> None:
     if chosen is None:
         stepwise.walk_back(bind, cell, given)
         return
-    from gpu_rnn.kernels.triton.page import page
     from gpu_rnn.kernels.triton.sequence import backward_kernel
 
     whole = (
         given.w_hh, given.dy, given.dh, given.dothers, given.y, given.h0, given.others, given.saved, given.dxg,
-        given.dhg,
+        given.dhg, given.dhistory, given.dunits,
     )  # fmt: skip
-    launch(backward_kernel, page(cell).grad, chosen, cell, whole, given.dxg.shape, given.reverse)
+    launch(backward_kernel, differentiating(cell), chosen, whole, given, given.dxg.shape)
 
 
 def launch(
-    kernel: Any, function: Callable, chosen: plans.Sequence, cell: Cell, whole: tuple, shape: tuple, reverse: bool
-) -> None:
-    T, B, G, H = shape
-    precision = "tf32" if arrays.tf32("torch") else "ieee"  # of float32 products; others have one only
+    kernel: Any, page: tuple, chosen: plans.Sequence, whole: tuple, given: sequence.Forward | sequence.Backward,
+    shape: tuple,
+) -> None:  # fmt: skip
+    T, B, _, H = shape
+    precision = "tf32" if given.tf32 else "ieee"  # of float32 products; others have one only
     kernel[(-(-B // chosen.rows),)](
-        *whole, T, B, int(reverse), function, G, cell.S, cell.K, H, chosen.rows, chosen.tile, precision, chosen.stages,
-        num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
+        *whole, *given.extra, T, B, given.extra.rows, int(given.reverse), *page, H, chosen.rows, chosen.tile, precision,
+        chosen.stages, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def stepping(cell: Cell) -> tuple:
+    """What a kernel that goes forward is specialized on: functions and sizes of the page."""
+    from gpu_rnn.kernels.triton.page import page
+
+    return page(cell).step, page(cell).operand, *sizes(cell)
+
+
+def differentiating(cell: Cell) -> tuple:
+    """The same of one that goes back."""
+    from gpu_rnn.kernels.triton.page import page
+
+    operand_grad = None if cell.operand is None else page(cell).operand_grad
+    return page(cell).grad, operand_grad, *sizes(cell), cell.learned
+
+
+def sizes(cell: Cell) -> tuple[int, ...]:
+    return cell.G, cell.S, cell.K, len(cell.units), len(cell.flags), cell.uniforms
 
 
 def planned(cell: Cell, gates: Any, w_hr: Any, *, backward: bool) -> plans.Sequence | None:
@@ -163,22 +214,22 @@ def bind(cell: Cell, given: stepwise.Step | stepwise.Grad) -> Callable[..., None
     """Either kernel on its arrays. The first call finds or makes the binary for them, the others launch just that."""
     from triton import language as tl
 
-    from gpu_rnn.kernels.triton.page import page
     from gpu_rnn.kernels.triton.stepwise import grad_kernel, step_kernel
 
     if isinstance(given, stepwise.Step):
-        kernel, function, gates, real = step_kernel, page(cell).step, given.xg, given.h
+        kernel, page, gates, real = step_kernel, stepping(cell), given.xg, given.h
     else:
-        kernel, function, gates, real = grad_kernel, page(cell).grad, given.dxg, given.dh
-    _, B, G, H = gates.shape
+        kernel, page, gates, real = grad_kernel, differentiating(cell), given.dxg, given.dh
+    _, B, _, H = gates.shape
+    R = 1 if given.units is None else given.units.shape[1]
     block_b, block_h, num_warps = plans.instant(H)
     grid = (-(-B // block_b), -(-H // block_h), 1)
-    constants = (function, G, cell.S, cell.K, getattr(tl, arrays.dtype(real)), block_b, block_h)
+    constants = (*page, getattr(tl, arrays.dtype(real)), block_b, block_h)
     binary = None
 
     def repeat(*instant: int) -> None:
         nonlocal binary
-        arguments = (*given, *instant, B, H, *constants)
+        arguments = (*given, *instant, B, H, R, *constants)
         if binary is None:
             binary = kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True)
         else:

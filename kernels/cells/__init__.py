@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from ..derive import derive
+from ..derive import derive, pullback
 from ..trace import Graph, trace
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -69,15 +69,22 @@ class Cell:
 @cache
 def get(name: str) -> Cell:
     """The cell of that name, or a ValueError that names them all."""
-    base, *options = name.split("+")
-    if options:
-        from ..weave import read, woven
+    from ..weave import read, woven
 
-        return woven(name, get(base), **read(options))
-    if base in NAMES:
-        page = importlib.import_module(f"{__name__}.{base}")
-        return made(base, page.GATES, page.STATES, page.step, getattr(page, "grad", None), getattr(page, "UNITS", ()))
-    raise ValueError(f"unknown cell {name!r}; there are {', '.join(NAMES)}")
+    base, *parts = name.split("+")
+    if base not in NAMES:
+        raise ValueError(f"unknown cell {base!r}; there are {', '.join(NAMES)}")
+    page = importlib.import_module(f"{__name__}.{base}")
+    if not parts:
+        return made(name, page.GATES, page.STATES, page.step, getattr(page, "grad", None), getattr(page, "UNITS", ()))
+    own, options = getattr(page, "VARIANTS", ()), read(parts)
+    if own_options := {word: value for word, value in options.items() if word in own}:
+        gates, units, step = page.variant(**own_options)
+        cell = made(name, gates, page.STATES, step, None, units)
+    else:
+        cell = get(base)
+    around = {word: value for word, value in options.items() if word not in own}
+    return woven(name, cell, **around) if around else cell
 
 
 def made(
@@ -107,4 +114,20 @@ def step_graph(cell: Cell) -> Graph:
 
 @cache
 def grad_graph(cell: Cell) -> Graph:
-    return trace(cell.grad, dnew=cell.S, new=cell.S, state=cell.S, saved=cell.K, **extra(cell))
+    """With the group of what is learned per unit also where there is nothing."""
+    graph = trace(cell.grad, dnew=cell.S, new=cell.S, state=cell.S, saved=cell.K, **extra(cell))
+    graph.outputs = (*graph.outputs, ())[:4]
+    return graph
+
+
+@cache
+def operand_graph(cell: Cell) -> Graph:
+    """h, extra -> what the recurrent weights see."""
+    seen = cell.operand or (lambda h, _: h)
+    return trace(lambda h, extra: ((seen(h[0], extra),),), h=1, extra=cell.E).pruned()
+
+
+@cache
+def operand_grad_graph(cell: Cell) -> Graph:
+    """The gradient of that, extra -> that of h, those of the learned among extra."""
+    return pullback(operand_graph(cell), {"h": 1, "extra": cell.learned})

@@ -18,9 +18,10 @@ Backwards, with dh' and dc' arriving:
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import sigmoid, tanh
+from ..mathematics import maximum, minimum, sigmoid, tanh
 
 GATES, STATES = "ifgo", "hc"
+VARIANTS = ("peephole", "coupled", "clip")
 
 
 def step(x, h, state):
@@ -43,3 +44,33 @@ def grad(dnew, new, state, saved):
         dnew[0] * t * (o * (1 - o)),
     )
     return da, da, (0.0, dc * f)
+
+
+def variant(peephole=False, coupled=False, clip=()):
+    """The page with any of
+
+    peephole  gates that see the cell state (Gers & Schmidhuber 2000), by weights p of which every unit has its own:
+              i = sigmoid(x_i + h_i + p_i c), f = sigmoid(x_f + h_f + p_f c), o = sigmoid(x_o + h_o + p_o c')
+    coupled   one gate for two (CIFG; Greff et al. 2017): f = 1 - i, and neither weights nor p for f
+    clip      a bound for the cell state, before anything sees it (Sak et al. 2014): c' = min(max(c', -clip), clip)
+
+    -> gates, names of what there is per unit, step; its gradient is derived
+    """
+    gates = "igo" if coupled else "ifgo"
+    units = tuple(gate for gate in gates if gate != "g") if peephole else ()
+
+    def step(x, h, state, extra=()):
+        a = {gate: x[k] + h[k] for k, gate in enumerate(gates)}
+        p = dict(zip(units, extra))
+
+        def gate(name, c):
+            return sigmoid(a[name] + p[name] * c if peephole else a[name])
+
+        i = gate("i", state[1])
+        f = 1 - i if coupled else gate("f", state[1])
+        c = f * state[1] + i * tanh(a["g"])
+        for bound in clip:
+            c = minimum(maximum(c, -bound), bound)
+        return gate("o", c) * tanh(c), c
+
+    return gates, units, step

@@ -27,7 +27,8 @@ class Unit(NamedTuple):
         """The text to compile. Files are joined, not included: CuPy's cache sees only the text that it is given."""
         device, mathematics = HERE / "device.cuh", HERE / "mathematics.cuh"
         parts = {file.name: file.read_text() for file in (device, mathematics)}
-        parts |= {f"cell {self.cell.name}": page(self.cell), self.kernels.name: self.kernels.read_text()}
+        parts[f"cell {self.cell.name}"] = page(self.cell)
+        parts |= {file.name: file.read_text() for file in (HERE / "extra.cuh", self.kernels)}
         return "".join(f'#line 1 "{name}"\n{text}' for name, text in parts.items())
 
 

@@ -3,10 +3,10 @@
 A pure function of the problem and of what the driver says about the device. Every plan it gives holds all weights on
 the chip, covers every hidden unit and batch row once, and fits the registers and the shared memory of the device; for
 a problem without one it says why, and the stepwise kernels take over. Times are predictions, in microseconds a step,
-from the constants below; they only rank plans.
+from the constants below; they only rank plans. `settled` asks the driver once more, about the compiled kernels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,23 +21,31 @@ SCOPES = ("block", "cluster", "grid")  # SCOPE 0, 1, 2 of resident.cu
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 UNIT = 16  # rows of an mma: hidden units are dealt out in tiles of so many
-ROWS = 8  # its columns: so are batch rows
+ROWS = 8  # its columns: so are batch rows ...
+IEEE_ROWS = 2  # ... and for fused multiply-adds pairs, which lanes share out
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, all architectures since sm_70
 MOST_REGISTERS = 255  # of a thread
-WORK_REGISTERS = 92  # what a thread needs beside weights, sums and elements; compile-only tests hold it against ptxas
-LOADING_REGISTERS = 16  # what it needs more where weights come from shared memory
+# What a thread needs beside weights, sums and elements, and what more to load weights from shared memory (if IEEE): all
+# of it is held against ptxas by compile-only tests.
+WORK_REGISTERS = {"block": 84, "cluster": 80, "grid": 96}
+LOADING_REGISTERS = {False: 16, True: 20}
+MOST_ELEMENTS = 4  # of a thread: what it keeps for each is hard to foresee
 MOST_WARPS = 16
-MOST_BATCH_TILES = 4  # more sums than these leave no registers for weights
-MOST_GRID_BLOCKS = 128  # of one group: each polls all the others
+BATCH_TILES = (1, 2, 3, 4)  # more sums than these leave no registers for weights
+IEEE_BATCH_TILES = (1, 2, 4, 8)  # more code than this leaves no room in the instruction cache
+PIECES = (1, 2, 4, 8)  # of the operand in the grid; backward's is G times as large as forward's
+MOST_GRID_BLOCKS = 128  # of one group: each reads from all the others
 
 CYCLES_PER_MICROSECOND = 1750.0
 MMA_CYCLES = 8.0  # of one tensor core for m16n8k16, by the rate that mma.sync reaches on sm_90; a k8 TF32 one alike
 MMA_LATENCY_CYCLES = 33.0  # until the sum may be used by the next one
+FMA_CYCLES = 1.0  # of one scheduler, four to a multiprocessor, for a warp's 32 multiply-adds
 SHARED_BYTES_PER_CYCLE = 128.0
-EXCHANGE = {"block": 0.05, "cluster": 0.45, "grid": 1.8}  # latency of a step's exchange, its barriers included
-EXCHANGE_BYTES_PER_MICROSECOND = {"block": 1e9, "cluster": 60e3, "grid": 40e3}  # into one multiprocessor
+EXCHANGE = {"block": 0.05, "cluster": 0.45, "grid": 0.9}  # latency of a step's exchange, its barriers included
+EXCHANGE_BYTES_PER_MICROSECOND = {"block": 1e9, "cluster": 60e3, "grid": 50e3}  # into one multiprocessor
 LAUNCHES = 6.0  # of a step that takes a product and a fused kernel
-WEIGHT_BYTES_PER_MICROSECOND, OPERATIONS_PER_MICROSECOND = 4e6, 4e8  # of that product
+WEIGHT_BYTES_PER_MICROSECOND = 4e6  # of that product
+OPERATIONS_PER_MICROSECOND, IEEE_OPERATIONS_PER_MICROSECOND = 4e8, 4e7
 POINTWISE = 0.15  # the cell's mathematics, its barrier, memory
 
 
@@ -48,41 +56,50 @@ class Device:
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int  # a block may ask for
-    cluster_blocks: int = 1  # the largest cluster that can be launched
-    clusters: int = 0  # how many of that size are resident at once
-    cooperative: bool = True  # a cooperative launch is possible: not under MPS, for one
+    clusters: tuple[tuple[int, int], ...] = ()  # (blocks of a cluster, how many of them are resident at once)
+    cooperative: bool = True  # a cooperative launch is possible
 
-    @classmethod
-    def named(cls, name: str) -> "Device":
-        return DEVICES[name]
+    @property
+    def cluster_blocks(self) -> int:
+        """The largest cluster that can be launched."""
+        return max((blocks for blocks, _ in self.clusters), default=1)
+
+    def holding(self, plan: "Residence", count: int) -> "Device":
+        """As this one, which turns out to hold `count` of the plan's clusters, or of its grid's blocks, at once."""
+        if plan.scope == "grid":
+            return replace(self, multiprocessors=max(1, count), cooperative=count > 0)
+        others = tuple(entry for entry in self.clusters if entry[0] != plan.blocks)
+        return replace(self, clusters=(*others, (plan.blocks, count)) if count else others)
 
 
-DEVICES = {  # for planning without a device; the clusters that fit at once are asked of the driver where there is one
+DEVICES = {  # for planning without a device; where there is one, the driver is asked
     "a100": Device((8, 0), 108, 166912),
-    "h100": Device((9, 0), 132, 232448, 16, 8),
-    "h200": Device((9, 0), 132, 232448, 16, 8),
-    "b200": Device((10, 0), 148, 232448, 16, 8),
-    "rtx5090": Device((12, 0), 170, 101376, 8, 20),
+    "h100": Device((9, 0), 132, 232448, ((2, 66), (4, 32), (8, 16), (16, 8))),
+    "h200": Device((9, 0), 132, 232448, ((2, 66), (4, 32), (8, 16), (16, 8))),
+    "b200": Device((10, 0), 148, 232448, ((2, 74), (4, 36), (8, 16), (16, 8))),
+    "rtx5090": Device((12, 0), 170, 101376, ((2, 85), (4, 42), (8, 20))),
 }
 
 
 @dataclass(frozen=True)
 class Residence:
-    """A launch plan of resident.cu. The same numbers are its macros."""
+    """A launch plan of resident.cu, for one direction of time. The same numbers are its macros."""
 
+    backward: bool
     scope: str
     blocks: int  # of a group, which shares one batch tile
     unit_tiles: int  # of 16 hidden units, a block's own
     k_splits: int  # warps that share a unit tile
-    k_registers: int  # forward k tiles of a warp that are held in registers ...
+    k_registers: int  # k tiles of a warp that are held in registers, backward per gate ...
     k_shared: int  # ... and in shared memory
-    batch_tiles: int  # of 8 batch rows, a group's own
+    batch_tiles: int  # of 8 batch rows, or of 2 if `ieee`, a group's own
+    pieces: int  # that the operand comes in
     gates: int
     size: int  # bytes of a stored number
+    ieee: bool  # float32 products by fused multiply-adds, not as TF32
     groups: int  # batch tiles of one launch
     launches: int  # one after another, where they can't all be resident
     waves: int  # how often the device is filled, in all launches
-    microseconds: float  # predicted for a forward step
 
     @property
     def units(self) -> int:
@@ -92,7 +109,7 @@ class Residence:
     @property
     def rows(self) -> int:
         """Batch rows of a group."""
-        return ROWS * self.batch_tiles
+        return (IEEE_ROWS if self.ieee else ROWS) * self.batch_tiles
 
     @property
     def threads(self) -> int:
@@ -102,34 +119,65 @@ class Residence:
     def grid(self) -> int:
         return self.groups * self.blocks
 
-    def shared_bytes(self, *, backward: bool) -> int:
+    @property
+    def row_sets(self) -> int:
+        return 1 if self.backward else self.gates
+
+    @property
+    def values(self) -> int:
+        """Exchanged, of a hidden unit."""
+        return self.gates if self.backward else 1
+
+    @property
+    def k_tiles(self) -> int:
+        """Of a warp and a row set."""
+        return self.values * (self.k_registers + self.k_shared)
+
+    @property
+    def shared_bytes(self) -> int:
         """Dynamic shared memory; resident.cu asserts that it computes the same."""
-        row_sets, scale = (1, self.gates) if backward else (self.gates, 1)
-        k_tiles = scale * (self.k_registers + self.k_shared)
-        operand = self.rows * (self.k_splits * k_tiles * 32 + 16)
-        parts = self.k_splits * row_sets * self.rows * (self.units + 4) * 4
-        weights = self.unit_tiles * self.k_splits * row_sets * scale * self.k_shared * 512
-        return (2 if self.scope == "cluster" else 1) * operand + parts + weights + 16
+        operand = self.rows * (self.k_splits * -(-self.k_tiles // self.pieces) * 32 + 16)
+        staged = -(-self.rows // 3) * 3 * self.values * self.units * self.size if self.scope == "grid" else 0
+        parts = self.k_splits * self.row_sets * self.rows * (self.units + 4) * 4
+        weights = self.unit_tiles * self.k_splits * self.gates * self.k_shared * 512
+        return (2 if self.scope == "cluster" else 1) * operand + staged + parts + weights + 16
 
     @property
     def fragments(self) -> int:
-        """16-byte parts of the packed weights, one for each lane that holds one: the same number both ways."""
-        return self.blocks * self.threads * self.gates * (self.k_registers + self.k_shared)
+        """16-byte parts of the packed weights, one for each lane that holds one."""
+        return self.blocks * self.threads * self.row_sets * self.k_tiles
 
     @property
-    def flags(self) -> int:
-        """Of a grid plan: one for each block of each launch."""
-        return self.launches * self.grid if self.scope == "grid" else 0
-
-    def exchange_bytes(self, *, backward: bool) -> int:
-        """Global scratch of a grid plan."""
+    def exchange_bytes(self) -> int:
+        """Zeros that one launch of a grid plan wants for itself: a stamp and 4 bytes of three batch rows each."""
         if self.scope != "grid":
             return 0
-        values = self.gates if backward else 1
-        return self.groups * 2 * self.rows * self.blocks * values * self.units * self.size
+        return self.groups * 2 * -(-self.rows // 3) * self.blocks * self.values * self.units * self.size // 4 * 16
+
+    @property
+    def microseconds(self) -> float:
+        """Predicted for a step: the slowest of arithmetic, latency and shared memory, and the rest."""
+        warps = self.unit_tiles * self.k_splits
+        if self.ieee:
+            fragment, latency = 4 * self.rows * FMA_CYCLES, 0.0
+            read = 2 if self.row_sets > 1 else 1  # cycles for a batch row of a k tile, by 16- or 8-byte loads
+            operand = 1.0 * warps * self.k_tiles * self.rows * read
+        else:
+            fragment = self.batch_tiles * MMA_CYCLES
+            latency = self.k_tiles * MMA_LATENCY_CYCLES / max(1, 4 // (self.row_sets * self.batch_tiles))
+            operand = warps * self.k_tiles * self.rows * 32 / SHARED_BYTES_PER_CYCLE
+        arithmetic = -(-warps // 4) * self.row_sets * self.k_tiles * fragment
+        from_shared = operand + warps * self.gates * self.k_shared * 512 / SHARED_BYTES_PER_CYCLE
+        received = (self.blocks - 1) * self.values * self.units * self.rows * self.size
+        if self.scope == "grid":
+            received = self.exchange_bytes // self.groups // 2
+        exchange = EXCHANGE[self.scope] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
+        return max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND + exchange + POINTWISE
 
     def defines(self) -> dict[str, int]:
         return {
+            "BACKWARD": int(self.backward),
+            "IEEE": int(self.ieee),
             "SCOPE": SCOPES.index(self.scope),
             "BLOCKS": self.blocks,
             "UNIT_TILES": self.unit_tiles,
@@ -137,61 +185,66 @@ class Residence:
             "K_REGISTERS": self.k_registers,
             "K_SHARED": self.k_shared,
             "BATCH_TILES": self.batch_tiles,
-            "SHARED_FORWARD": self.shared_bytes(backward=False),
-            "SHARED_BACKWARD": self.shared_bytes(backward=True),
+            "PIECES": self.pieces,
+            "SHARED_BYTES": self.shared_bytes,
         }
 
     def __str__(self) -> str:
         held = f"{self.k_registers} k tiles a warp in registers"
         if self.k_shared:
             held += f", {self.k_shared} in shared memory"
+        product = "16-bit" if self.size == 2 else "IEEE float32" if self.ieee else "TF32"
         return (
             f"resident, {self.scope}: {self.blocks} blocks of {self.threads} threads, {self.units} hidden units each, "
-            f"{held}; {self.groups} groups of {self.rows} batch rows in each of {self.launches} launches; "
-            f"about {self.microseconds:.2f} us a step"
+            f"{held}; {product} products; {self.groups} groups of {self.rows} batch rows in each of {self.launches} "
+            f"launches; predicted {self.microseconds:.2f} us a step"
         )
 
 
 # ---- Launches --------------------------------------------------------------------------------------------------------
 
 
-def compiled(plan: Residence, cell: Cell, dtype: str) -> Unit:
-    return unit(KERNELS, cell, {"SCALAR": C_TYPES[dtype], **plan.defines()})
+def compiled(plan: Residence, cell: Cell, dtype: str, only: str | None = None) -> Unit:
+    """The kernels of a plan; only "exchange" or "product": what a step spends on it, for benchmarks."""
+    return unit(KERNELS, cell, {"SCALAR": C_TYPES[dtype], **plan.defines(), **({"ONLY": only.upper()} if only else {})})
 
 
-def pack(plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int, *, backward: bool) -> Launch:
+def pack(plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int) -> Launch:
     """The weights at address R, [G*H, H], into `plan.fragments` times 16 bytes at `packed`."""
     blocks = -(-plan.fragments // 128)
-    arguments = (R, packed, np.int32(H), np.int32(backward))
-    return Launch(compiled(plan, cell, dtype), "resident_pack", (blocks, 1, 1), (128, 1, 1), arguments)
+    return Launch(compiled(plan, cell, dtype), "resident_pack", (blocks, 1, 1), (128, 1, 1), (R, packed, np.int32(H)))
 
 
 def sequence(
-    plan: Residence, cell: Cell, dtype: str, addresses: tuple[int, ...], exchange: int, flags: int, T: int, B: int,
-    H: int, *, reverse: bool, save: bool, backward: bool,
+    plan: Residence, cell: Cell, dtype: str, addresses: tuple[int, ...], exchange: int, T: int, B: int, H: int,
+    *, reverse: bool, save: bool, only: str | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The whole sequence, in `plan.launches` parts of the batch.
 
-    addresses: of the kernel's arrays, in its order. exchange: of `plan.exchange_bytes` of scratch; flags: of
-    `plan.flags` zeros; both for a grid plan only.
+    addresses: of the kernel's arrays, in its order. exchange: of `plan.exchange_bytes` of zeros for each launch of a
+    grid plan. save: of a forward plan. only: see `compiled`; the results are then wrong.
     """
-    name = "resident_backward" if backward else "resident_forward"
-    keep = () if backward else (np.int32(save),)
+    keep = () if plan.backward else (np.int32(save),)
     for part in range(plan.launches):
         first_row = part * plan.groups * plan.rows
         yield Launch(
-            compiled(plan, cell, dtype),
-            name,
+            compiled(plan, cell, dtype, only),
+            name(plan),
             (plan.grid, 1, 1),
             (plan.threads, 1, 1),
             (
-                *(*addresses, exchange, flags and flags + 4 * part * plan.grid),
+                *(*addresses, exchange and exchange + part * plan.exchange_bytes),
                 *(T, np.int32(B), np.int32(H), np.int32(reverse), *keep, np.int32(first_row)),
             ),
-            shared=plan.shared_bytes(backward=backward),
+            shared=plan.shared_bytes,
             cluster=(plan.blocks if plan.scope == "cluster" else 1, 1, 1),
             cooperative=plan.scope == "grid",
         )
+
+
+def name(plan: Residence) -> str:
+    """Of the kernel."""
+    return "resident_backward" if plan.backward else "resident_forward"
 
 
 # ---- Planning --------------------------------------------------------------------------------------------------------
@@ -199,23 +252,48 @@ def sequence(
 
 @lru_cache(maxsize=1024)  # asked at every call
 def plan(
-    gates: int, states: int, dtype: str, H: int, B: int, device: Device, *, training: bool, scope: str | None = None
-) -> tuple[Residence | None, tuple[str, ...]]:
-    """The fastest plan by prediction, or None and the reasons; `scope` insists on one."""
+    gates: int, states: int, dtype: str, H: int, B: int, device: Device,
+    *, backward: bool, ieee: bool = False, scope: str | None = None,
+) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
+    """The fastest plan by prediction, or None and the reasons. ieee: float32 isn't to be TF32. `scope` insists."""
     if dtype not in SIZES:
-        return None, (f"{dtype} has no resident kernel: tensor cores take float16, bfloat16 and float32 as TF32",)
+        return None, (f"{dtype} has no resident kernel: there are {', '.join(SIZES)}",)
     if device.capability < (8, 0):
         return None, (f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0",)
+    size, ieee = SIZES[dtype], ieee and dtype == "float32"
     scopes = SCOPES if scope is None else (scope,)
-    found = [made for name in scopes for made in candidates(name, gates, states, SIZES[dtype], H, B, device, training)]
+    found = [made for name in scopes for made in candidates(name, backward, gates, states, size, ieee, H, B, device)]
     if not found:
-        return None, tuple(why_not(name, gates, SIZES[dtype], H, device) for name in scopes)
+        return None, tuple(why_not(name, gates, size, H, device) for name in scopes)
     best = min(found, key=lambda made: made.waves * made.microseconds)
-    other = stepwise(gates, SIZES[dtype], H, B)
+    other = stepwise(gates, size, H, B, ieee)
     if scope is None and best.waves * best.microseconds > other:
         taken = f"{best.waves} times {best.microseconds:.1f} us a step for {B} batch rows"
         return None, (f"{best.scope}: predicted to take {taken}, and one product per step {other:.1f} us",)
     return best, ()
+
+
+def settled(
+    gates: int, states: int, dtype: str, H: int, B: int, device: Device,
+    *, backward: bool, ieee: bool, held: Callable[[Residence], int],
+) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
+    """The plan that the driver agrees to, and the reasons against those that it doesn't.
+
+    held: how many clusters of a plan, or blocks of a grid, are resident at once: of its compiled kernel.
+    """
+    refused: tuple[str, ...] = ()
+    while True:
+        made, reasons = plan(gates, states, dtype, H, B, device, backward=backward, ieee=ieee)
+        if made is None or made.scope == "block":  # blocks that wait for no other come in their turn
+            return made, (*refused, *reasons)
+        grid = made.scope == "grid"
+        wanted = made.grid if grid else resident_groups(made.scope, made.blocks, device)
+        count = held(made)
+        if count >= wanted:
+            return made, refused
+        what = f"{wanted} blocks" if grid else f"{wanted} clusters of {made.blocks} blocks"
+        refused += (f"{made.scope}: {what} were to be resident at once, and the driver holds {count}",)
+        device = device.holding(made, count)
 
 
 def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
@@ -229,19 +307,20 @@ def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
 
 
 def candidates(
-    scope: str, gates: int, states: int, size: int, H: int, B: int, device: Device, training: bool
+    scope: str, backward: bool, gates: int, states: int, size: int, ieee: bool, H: int, B: int, device: Device
 ) -> Iterator[Residence]:
     """Every plan of a scope that fits."""
+    rows, all_tiles = (IEEE_ROWS, IEEE_BATCH_TILES) if ieee else (ROWS, BATCH_TILES)
+    enough = next((tiles for tiles in all_tiles if tiles * rows >= B), all_tiles[-1])
     for unit_tiles in (1, 2, 4, 8):
         blocks = group_blocks(scope, -(-H // (UNIT * unit_tiles)), device)
         if blocks is None:
             continue
-        for batch_tiles in range(1, min(MOST_BATCH_TILES, max(1, -(-B // ROWS))) + 1):
+        for batch_tiles in all_tiles[: all_tiles.index(enough) + 1]:
             for k_splits in (1, 2, 4, 8, 16):
                 if unit_tiles * k_splits <= MOST_WARPS:
-                    made = fitted(
-                        scope, blocks, unit_tiles, k_splits, batch_tiles, gates, states, size, B, device, training
-                    )
+                    shape = (scope, blocks, unit_tiles, k_splits, batch_tiles)
+                    made = fitted(backward, shape, gates, states, size, ieee, B, device)
                     if made is not None:
                         yield made
 
@@ -251,60 +330,54 @@ def group_blocks(scope: str, needed: int, device: Device) -> int | None:
     if scope == "block":
         return 1 if needed == 1 else None
     if scope == "cluster":
-        sizes = [n for n in (2, 4, 8, 16) if needed <= n <= device.cluster_blocks]
-        return sizes[0] if sizes and needed > 1 else None
+        sizes = sorted(blocks for blocks, _ in device.clusters if blocks >= needed > 1)
+        return sizes[0] if sizes else None
     fits = 1 < needed <= min(device.multiprocessors, MOST_GRID_BLOCKS) and device.cooperative
     return needed if fits else None
 
 
 def fitted(
-    scope: str, blocks: int, unit_tiles: int, k_splits: int, batch_tiles: int,
-    gates: int, states: int, size: int, B: int, device: Device, training: bool,
+    backward: bool, shape: tuple[str, int, int, int, int], gates: int, states: int, size: int, ieee: bool, B: int,
+    device: Device,
 ) -> Residence | None:  # fmt: skip
     """A plan with as many k tiles in registers as there is room for and the rest in shared memory, or None."""
+    scope, blocks, unit_tiles, k_splits, batch_tiles = shape
     threads = 32 * unit_tiles * k_splits
-    k_step = 32 // size
-    k_tiles = -(-blocks * UNIT * unit_tiles // (k_step * k_splits))
-    own = -(-UNIT * unit_tiles * ROWS * batch_tiles // threads)
-    sums = 4 * max(gates * batch_tiles, 4 * batch_tiles)
-    elements = own * (2 * states + 3 * gates)
-    room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS - sums - elements
+    rows = (IEEE_ROWS if ieee else ROWS) * batch_tiles
+    k_tiles = -(-blocks * UNIT * unit_tiles // (32 // size * k_splits))
+    own = -(-UNIT * unit_tiles * rows // threads)
+    row_sets = 1 if backward else gates
+    sums = max(row_sets, 2) * rows if ieee else 4 * max(row_sets * batch_tiles, 4) + 4 * (batch_tiles - 1)
+    elements = own * (3 * states + 2 * gates + 6 if backward else states + 3 * gates)
+    room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS[scope] - sums - elements
     k_registers = min(k_tiles, room // (4 * gates))
     if k_registers < k_tiles:
-        k_registers = (room - LOADING_REGISTERS) // (4 * gates)
-    if k_registers < 0:
+        k_registers = (room - LOADING_REGISTERS[ieee]) // (4 * gates)
+    if k_registers < 0 or own > MOST_ELEMENTS:
         return None
-    tiles = -(-B // (ROWS * batch_tiles))
+    tiles = -(-B // rows)
     at_once = resident_groups(scope, blocks, device)
     groups = min(tiles, at_once) if scope == "grid" else tiles  # a cooperative launch refuses what can't be resident
     launches, waves = -(-tiles // max(groups, 1)), -(-tiles // at_once)
-    shape = (scope, blocks, unit_tiles, k_splits, k_registers, k_tiles - k_registers, batch_tiles, gates, size)
-    sketch = Residence(*shape, groups, launches, waves, 0.0)
-    if max(sketch.shared_bytes(backward=back) for back in {False, training}) > device.shared_bytes:
-        return None
-    return replace(sketch, microseconds=predicted(sketch))
+    held = (k_registers, k_tiles - k_registers)
+    for pieces in PIECES if scope == "grid" else (1,):
+        made = Residence(
+            backward, scope, blocks, unit_tiles, k_splits, *held, batch_tiles, pieces, gates, size, ieee,
+            groups, launches, waves,
+        )  # fmt: skip
+        none_empty = (pieces - 1) * -(-made.k_tiles // pieces) < made.k_tiles
+        if none_empty and made.shared_bytes <= device.shared_bytes:
+            return made
+    return None
 
 
-def stepwise(gates: int, size: int, H: int, B: int) -> float:
+def stepwise(gates: int, size: int, H: int, B: int, ieee: bool) -> float:
     """Microseconds of a step of stepwise.cu: two launches, and a product that reads R from L2 or memory."""
     weights, operations = gates * H * H * size, 2 * B * gates * H * H
-    return LAUNCHES + max(weights / WEIGHT_BYTES_PER_MICROSECOND, operations / OPERATIONS_PER_MICROSECOND)
+    rate = IEEE_OPERATIONS_PER_MICROSECOND if ieee else OPERATIONS_PER_MICROSECOND
+    return LAUNCHES + max(weights / WEIGHT_BYTES_PER_MICROSECOND, operations / rate)
 
 
 def resident_groups(scope: str, blocks: int, device: Device) -> int:
-    if scope == "cluster":  # clusters of fewer blocks fit at least as often
-        return max(1, device.clusters * device.cluster_blocks // blocks)
-    return max(1, device.multiprocessors // blocks)
-
-
-def predicted(plan: Residence) -> float:
-    """Microseconds of a forward step: the slowest of tensor cores, latency and shared memory, and the rest."""
-    k_tiles = plan.k_registers + plan.k_shared
-    warps = plan.unit_tiles * plan.k_splits
-    rate = -(-warps // 4) * plan.gates * k_tiles * plan.batch_tiles * MMA_CYCLES
-    latency = k_tiles * MMA_LATENCY_CYCLES
-    from_shared = warps * plan.gates * plan.k_shared * 512 / SHARED_BYTES_PER_CYCLE
-    from_shared += warps * k_tiles * plan.rows * 32 / SHARED_BYTES_PER_CYCLE
-    received = (plan.blocks - 1) * plan.units * plan.rows * plan.size
-    exchange = EXCHANGE[plan.scope] + received / EXCHANGE_BYTES_PER_MICROSECOND[plan.scope]
-    return max(rate, latency, from_shared) / CYCLES_PER_MICROSECOND + exchange + POINTWISE
+    """How many groups of so many blocks the device has at once."""
+    return dict(device.clusters)[blocks] if scope == "cluster" else max(1, device.multiprocessors // blocks)

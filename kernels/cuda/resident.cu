@@ -8,36 +8,53 @@
 //     SCOPE 0, block     BLOCKS = 1: a barrier of the block is all it takes
 //     SCOPE 1, cluster   through distributed shared memory: 16-byte stores that count their bytes at the receiver's
 //                        mbarrier, so that a block waits for data and nothing else (sm_90 and later)
-//     SCOPE 2, grid      through L2: a slice, then a flag with release; every block of the group must be resident,
-//                        which the cooperative launch guarantees
+//     SCOPE 2, grid      through L2: 16-byte words of 12 bytes of data and a stamp, the number of the publication. A
+//                        word is read until its stamp is the awaited one: data and notice come in one trip, where a
+//                        flag behind the data costs a fence and two more
 //
-// The batch is cut into tiles of NB = 8 * BATCH_TILES rows; each tile has a group of its own, and groups never wait
-// for each other. The product is mma with the weights as the stationary 16-row operand and the batch on its narrow
-// side, so that one row pays for 8, not for 16. It serves both directions of time:
+// The batch is cut into tiles of NB rows; each tile has a group of its own, and groups never wait for each other. The
+// product is mma with the weights as the stationary 16-row operand and the batch on its narrow side, so that one row
+// pays for 8, not for 16; where float is to be IEEE's it is fused multiply-adds, and one row pays for 2. It serves both
+// directions of time:
 //
 //     forward     out[g][unit] = sum over units p of R[g][unit][p] h[p]           G row sets, 1 exchanged value a unit
 //     backward    out[unit]    = sum over g, p of R[g][p][unit] da[g][p]          1 row set, G exchanged values a unit
 //
-// so both hold the same number of fragments and are one loop: await, multiply, reduce, the cell's mathematics, publish.
-// Warps that share a unit tile split the sum (K_SPLITS); their parts meet in shared memory, and there every thread
-// takes its elements (unit, batch row), for which it alone keeps the state. Nothing is atomic: two runs are bitwise equal.
+// so both hold the same number of fragments and are one loop: await, multiply, reduce, the cell's mathematics, publish;
+// what only later readers want is stored after that. Warps that share a unit tile split the sum (K_SPLITS); their parts
+// meet in shared memory, and there every thread takes its elements (unit, batch row), for which it alone keeps the
+// state. Nothing is atomic: two runs are bitwise equal. In the grid the operand may come in pieces, one after the other
+// through the same shared memory: backward's is G times as large as forward's.
+//
+// Launches can't deadlock each other, on however many streams: a block waits only for blocks of its own group, and
+// those are resident with it or none of them is. A block alone waits for nobody. The hardware starts the blocks of a
+// cluster together. In the grid the cooperative launch starts all blocks or, until there is room, none. And no two
+// launches share what they wait on: mbarriers are the block's own, the exchange is the caller's, for one launch only.
 //
 // Not the obvious: one launch and one product per step (stepwise.cu) reads R from L2 at every step and pays for two
-// launches. Limits: H <= U * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, then multiplied as TF32.
+// launches. Limits: H <= U * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, then multiplied as TF32 or IEEE's.
 //
-// Compiled with -D: SCALAR SCOPE BLOCKS UNIT_TILES K_SPLITS K_REGISTERS K_SHARED BATCH_TILES SHARED_FORWARD
-// SHARED_BACKWARD, all from the launch plan; a warp's k tiles are K_REGISTERS + K_SHARED (backward G times as many).
+// Compiled with -D: BACKWARD SCALAR IEEE SCOPE BLOCKS UNIT_TILES K_SPLITS K_REGISTERS K_SHARED BATCH_TILES PIECES
+// SHARED_BYTES, all from the launch plan, one for each direction of time; a warp's k tiles are K_REGISTERS + K_SHARED,
+// backward for each gate.
+// For benchmarks alone: -DONLY=EXCHANGE leaves the products out, -DONLY=PRODUCT sends and awaits nothing.
 
 #define BLOCK 0
 #define CLUSTER 1
 #define GRID 2
 
+#define EXCHANGE 1
+#define PRODUCT 2
+#ifndef ONLY
+#define ONLY 0
+#endif
+
 constexpr int WARPS = UNIT_TILES * K_SPLITS;
 constexpr int THREADS = 32 * WARPS;
-constexpr int U = 16 * UNIT_TILES;    // hidden units of a block
-constexpr int NB = 8 * BATCH_TILES;   // batch rows of a group
+constexpr int U = 16 * UNIT_TILES;                     // hidden units of a block
+constexpr int NB = (IEEE ? 2 : 8) * BATCH_TILES;       // batch rows of a group
 constexpr int OWN = (U * NB + THREADS - 1) / THREADS;  // elements of a thread
-constexpr int PITCH = U + 4;          // of a row of partial sums: the four lanes of a column hit different banks
+constexpr int PITCH = U + 4;                           // of a row of partial sums: few lanes hit the same bank
 constexpr int K_STEP = 32 / sizeof(SCALAR);            // k tile: 16 halves or 8 floats, 32 bytes either way
 
 #if SCOPE == CLUSTER && !GPU_RNN_ON_HOST
@@ -46,23 +63,13 @@ constexpr int K_STEP = 32 / sizeof(SCALAR);            // k tile: 16 halves or 8
 #define RESIDENT_KERNEL __launch_bounds__(THREADS, 1)
 #endif
 
-// ---- The operands of mma, by storage type -------------------------------------------------------------------------
+// ---- The operands of the product, by storage type -------------------------------------------------------------------
 
 DEVICE __half encoded(float x, __half) { return from_float<__half>(x); }
 DEVICE __nv_bfloat16 encoded(float x, __nv_bfloat16) { return from_float<__nv_bfloat16>(x); }
-DEVICE float encoded(float x, float) { return __uint_as_float(to_tf32(x)); }
+DEVICE float encoded(float x, float) { return IEEE ? x : __uint_as_float(to_tf32(x)); }
 
-DEVICE void multiply(float sums[4], const unsigned a[4], const unsigned b[2], __half) {
-    mma_m16n8k16_f16(sums, a, b, sums);
-}
-DEVICE void multiply(float sums[4], const unsigned a[4], const unsigned b[2], __nv_bfloat16) {
-    mma_m16n8k16_bf16(sums, a, b, sums);
-}
-DEVICE void multiply(float sums[4], const unsigned a[4], const unsigned b[2], float) {
-    mma_m16n8k8_tf32(sums, a, b, sums);
-}
-
-// One lane's part of the 16 x K_STEP fragment whose corner is (0, 0) of `element(row, k)`.
+// One lane's part of the 16 x K_STEP fragment whose corner is (0, 0) of `element(row, k)`, as mma wants it.
 template <class Element>
 DEVICE void fragment(unsigned a[4], Element element, int lane, __half) {
     for (int i = 0; i < 4; ++i) {
@@ -82,46 +89,192 @@ DEVICE void fragment(unsigned a[4], Element element, int lane, float) {
     for (int i = 0; i < 4; ++i) a[i] = to_tf32(element(lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4));
 }
 
+// The same for fused multiply-adds. A lane has 1 row and 4 k of a fragment, or 2 and 2, so that few lanes share a row
+// and have to add up, and yet an operand that is read from shared memory is used more than once.
+template <int LANE_ROWS, class Element>
+DEVICE void ieee_fragment(unsigned a[4], Element element, int lane) {
+    constexpr int LANES = 16 / LANE_ROWS;  // with the same k
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane % LANES + i % LANE_ROWS * 8, k = lane / LANES * (4 / LANE_ROWS) + i / LANE_ROWS;
+        a[i] = __float_as_uint(element(row, k));
+    }
+}
+
+// ---- The product ----------------------------------------------------------------------------------------------------
+
+#if IEEE
+
+template <int ROWS>
+struct Sums {
+    static constexpr int LANE_ROWS = ROWS > 1 ? 1 : 2;
+    struct alignas(16 / LANE_ROWS) Operand {
+        float k[4 / LANE_ROWS];
+    };
+    float sums[ROWS][LANE_ROWS][NB] = {};  // over this lane's k
+
+    // Add k tiles `first` to `last`. Batch rows of the operand are ROW bytes apart, `tile` is where the tiles begin;
+    // take(a, r, j) gives this lane's part of fragment j of row set r.
+    template <int ROW, class Take>
+    DEVICE void add(const unsigned char* tile, int first, int last, int lane, Take take) {
+        tile += lane / (16 / LANE_ROWS) * sizeof(Operand);
+#pragma unroll
+        for (int j = first; j < last; ++j, tile += 32) {
+            unsigned a[ROWS][4];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) take(a[r], r, j);
+#pragma unroll
+            for (int n = 0; n < NB; ++n) {
+                const Operand b = *reinterpret_cast<const Operand*>(tile + n * ROW);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float& sum = sums[r][i % LANE_ROWS][n];
+                        sum = fmaf(__uint_as_float(a[r][i]), b.k[i / LANE_ROWS], sum);
+                    }
+                }
+            }
+        }
+    }
+
+    // Lanes that differ in one bit add up two sums that both have: the one with the bit gets the second.
+    DEVICE static float folded(float first, float second, int lane, int bit) {
+        const bool upper = (lane & bit) != 0;
+        return (upper ? second : first) + __shfl_xor_sync(~0u, upper ? first : second, bit);
+    }
+
+    // Give what this lane is to write: give(r, row of the fragment, batch row, sum).
+    template <class Give>
+    DEVICE void finish(int lane, Give give) const {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+            for (int n = 0; n < NB; n += 2) {
+                float sum[LANE_ROWS];
+#pragma unroll
+                for (int i = 0; i < LANE_ROWS; ++i) sum[i] = folded(sums[r][i][n], sums[r][i][n + 1], lane, 16);
+                if (LANE_ROWS == 2) sum[0] = folded(sum[0], sum[LANE_ROWS - 1], lane, 8);
+                give(r, lane % 16, n + lane / 16, sum[0]);
+            }
+        }
+    }
+};
+
+#else
+
+DEVICE void multiply(float sums[4], const unsigned a[4], const unsigned b[2], __half) {
+    mma_m16n8k16_f16(sums, a, b, sums);
+}
+DEVICE void multiply(float sums[4], const unsigned a[4], const unsigned b[2], __nv_bfloat16) {
+    mma_m16n8k16_bf16(sums, a, b, sums);
+}
+DEVICE void multiply(float sums[4], const unsigned a[4], const unsigned b[2], float) {
+    mma_m16n8k8_tf32(sums, a, b, sums);
+}
+
+template <int ROWS>
+struct Sums {
+    static constexpr int CHAINS = ROWS * BATCH_TILES > 2 ? 1 : 4 / (ROWS * BATCH_TILES);  // to hide mma's latency
+    float sums[CHAINS][ROWS][BATCH_TILES][4] = {};
+
+    // Add k tiles `first` to `last`. Batch rows of the operand are ROW bytes apart, `tile` is where the tiles begin;
+    // take(a, r, j) gives this lane's part of fragment j of row set r.
+    template <int ROW, class Take>
+    DEVICE void add(const unsigned char* tile, int first, int last, int lane, Take take) {
+        tile += lane % 8 * ROW;
+#pragma unroll
+        for (int j = first; j < last; j += 2, tile += 64) {
+            unsigned b[BATCH_TILES][4];  // the columns of two k tiles
+#pragma unroll
+            for (int n = 0; n < BATCH_TILES; ++n) {
+                if (j + 1 < last)
+                    ldmatrix_x4(b[n], tile + n * 8 * ROW + lane / 8 * 16);
+                else
+                    ldmatrix_x2(b[n], tile + n * 8 * ROW + lane / 8 % 2 * 16);
+            }
+#pragma unroll
+            for (int next = 0; next < 2 && j + next < last; ++next) {
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    unsigned a[4];
+                    take(a, r, j + next);
+#pragma unroll
+                    for (int n = 0; n < BATCH_TILES; ++n)
+                        multiply(sums[(j + next) % CHAINS][r][n], a, &b[n][2 * next], SCALAR());
+                }
+            }
+        }
+    }
+
+    // Give what this lane is to write: give(r, row of the fragment, batch row, sum).
+    template <class Give>
+    DEVICE void finish(int lane, Give give) const {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+            for (int n = 0; n < BATCH_TILES; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float sum = sums[0][r][n][i];
+                    for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][r][n][i];
+                    give(r, lane / 4 + i / 2 * 8, n * 8 + lane % 4 * 2 + i % 2, sum);
+                }
+            }
+        }
+    }
+};
+
+#endif
+
 // ---- What a block holds, and how it exchanges ----------------------------------------------------------------------
 
-// ROWS row sets, VALUES exchanged values a unit, and of each warp's k tiles IN_REGISTERS and IN_SHARED.
-template <int ROWS, int VALUES, int IN_REGISTERS, int IN_SHARED>
-struct Residence {
+struct Residence {  // for one direction of time
+    static constexpr int ROWS = BACKWARD ? 1 : Cell::G;                  // row sets
+    static constexpr int VALUES = BACKWARD ? Cell::G : 1;                // exchanged values a unit
+    static constexpr int IN_REGISTERS = VALUES * K_REGISTERS;            // k tiles of a warp
+    static constexpr int IN_SHARED = VALUES * K_SHARED;
     static constexpr int TILES = IN_REGISTERS + IN_SHARED;
+    static constexpr int PIECE = (TILES + PIECES - 1) / PIECES;          // k tiles of a warp in one piece
     static constexpr int SLICE = VALUES * U * sizeof(SCALAR);            // bytes a block publishes per batch row
-    static constexpr int WIDTH = K_SPLITS * TILES * 32;                  // bytes of an operand row that are multiplied
-    static constexpr int ROW = WIDTH + 16;                               // its pitch: ldmatrix without bank conflicts
+    static constexpr int ROW = K_SPLITS * PIECE * 32 + 16;               // operand's pitch: ldmatrix without conflicts
     static constexpr int OPERAND = NB * ROW;
     static constexpr int PARTS = K_SPLITS * ROWS * NB * PITCH * 4;
     static constexpr int WEIGHTS = WARPS * ROWS * IN_SHARED * 512;
     static constexpr int OPERANDS = SCOPE == CLUSTER ? 2 : 1;            // peers of a cluster store ahead of the reader
-    static constexpr int BYTES = OPERANDS * OPERAND + PARTS + WEIGHTS + 16;
-    static constexpr int CHAINS = ROWS * BATCH_TILES >= 4 ? 1 : 4;       // independent sums, to hide mma's latency
-    static_assert(BLOCKS * SLICE <= WIDTH, "the warps' k tiles cover what all blocks publish");
+    static constexpr int TRIPLES = (NB + 2) / 3;                         // a stamped word has 4 bytes of 3 batch rows
+    static constexpr int STAGED = SCOPE == GRID ? TRIPLES * 3 * SLICE : 0;
+    static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + WEIGHTS + 16;
+    static_assert(BYTES == SHARED_BYTES, "the launch plan asks for this much shared memory");
+    static_assert(BLOCKS * SLICE <= K_SPLITS * TILES * 32, "the warps' k tiles cover what all blocks publish");
+    static_assert((PIECES - 1) * PIECE < TILES, "no piece is empty");
+    static_assert(SCOPE == GRID || PIECES == 1, "what peers store at any time is there as a whole");
 
     unsigned char* operand;  // [OPERANDS][NB][ROW]: the one multiplied, and in a cluster the one being received
+    unsigned char* staged;   // GRID: [TRIPLES * 3][SLICE], the block's own values, to be published
     float* parts;            // [K_SPLITS][ROWS][NB][PITCH]
     uint4* weights;          // [WARPS][ROWS][IN_SHARED][32]
     unsigned held[ROWS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
     int warp, lane, rank;
+    int rows;                // of the batch that this group has: the others aren't exchanged
 #if SCOPE == CLUSTER
     Mbarrier* received;      // [2], one for each operand
 #elif SCOPE == GRID
-    unsigned char* exchange; // of this group: two of [NB][BLOCKS * SLICE]
-    unsigned* flags;         // of this group: [BLOCKS], how often each block has published
+    uint4* exchange;         // of this group: two of [TRIPLES][BLOCKS * SLICE / 4]
 #endif
 
-    DEVICE Residence(unsigned char* arena, unsigned char* exchanges, unsigned* all_flags)
+    DEVICE Residence(unsigned char* arena, uint4* exchanges, int rows_left)
         : operand(arena),
-          parts(reinterpret_cast<float*>(arena + OPERANDS * OPERAND)),
-          weights(reinterpret_cast<uint4*>(arena + OPERANDS * OPERAND + PARTS)),
+          staged(operand + OPERANDS * OPERAND),
+          parts(reinterpret_cast<float*>(staged + STAGED)),
+          weights(reinterpret_cast<uint4*>(staged + STAGED + PARTS)),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
-          rank(blockIdx.x % BLOCKS) {
-        for (int i = threadIdx.x; i < OPERANDS * OPERAND / 16; i += THREADS)
+          rank(blockIdx.x % BLOCKS),
+          rows(max(0, min(NB, rows_left - static_cast<int>(blockIdx.x / BLOCKS) * NB))) {
+        for (int i = threadIdx.x; i < (OPERANDS * OPERAND + STAGED) / 16; i += THREADS)
             reinterpret_cast<uint4*>(operand)[i] = make_uint4(0, 0, 0, 0);  // what nobody publishes stays zero
 #if SCOPE == CLUSTER
-        received = reinterpret_cast<Mbarrier*>(arena + OPERANDS * OPERAND + PARTS + WEIGHTS);
+        received = reinterpret_cast<Mbarrier*>(staged + STAGED + PARTS + WEIGHTS);
         if (threadIdx.x == 0) {
             mbarrier_init(&received[0], 1);
             mbarrier_init(&received[1], 1);
@@ -132,8 +285,7 @@ struct Residence {
         __syncthreads();  // operands are zero before anyone fills them
 #endif
 #if SCOPE == GRID
-        exchange = exchanges + static_cast<long long>(blockIdx.x / BLOCKS) * 2 * NB * BLOCKS * SLICE;
-        flags = all_flags + blockIdx.x / BLOCKS * BLOCKS;
+        exchange = exchanges + static_cast<long long>(blockIdx.x / BLOCKS) * 2 * TRIPLES * BLOCKS * (SLICE / 4);
 #endif
     }
 
@@ -152,49 +304,6 @@ struct Residence {
         }
     }
 
-    // Multiply with operand `which`; the sums are then in `parts`, one for each K split, for `sum` to add.
-    DEVICE void multiply_all(int which) {
-        float sums[CHAINS][ROWS][BATCH_TILES][4] = {};
-        const unsigned char* tile = operand + which % OPERANDS * OPERAND + lane % 8 * ROW + warp % K_SPLITS * TILES * 32;
-#pragma unroll
-        for (int j = 0; j < TILES; j += 2) {
-            unsigned b[BATCH_TILES][4];  // the columns of two k tiles
-#pragma unroll
-            for (int n = 0; n < BATCH_TILES; ++n) {
-                const unsigned char* rows = tile + n * 8 * ROW + j * 32;
-                if (j + 1 < TILES)
-                    ldmatrix_x4(b[n], rows + lane / 8 * 16);
-                else
-                    ldmatrix_x2(b[n], rows + lane / 8 % 2 * 16);
-            }
-#pragma unroll
-            for (int next = 0; next < 2 && j + next < TILES; ++next) {
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    unsigned a[4];
-                    take(a, r, j + next);
-#pragma unroll
-                    for (int n = 0; n < BATCH_TILES; ++n)
-                        multiply(sums[(j + next) % CHAINS][r][n], a, &b[n][2 * next], SCALAR());
-                }
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int n = 0; n < BATCH_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float sum = sums[0][r][n][i];
-                    for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][r][n][i];
-                    const int unit = warp / K_SPLITS * 16 + lane / 4 + i / 2 * 8, row = n * 8 + lane % 4 * 2 + i % 2;
-                    parts[((warp % K_SPLITS * ROWS + r) * NB + row) * PITCH + unit] = sum;
-                }
-            }
-        }
-        __syncthreads();  // all parts are there
-    }
-
     DEVICE void take(unsigned a[4], int r, int j) const {
         if (j < IN_REGISTERS) {
             for (int i = 0; i < 4; ++i) a[i] = held[r][j < IN_REGISTERS ? j : 0][i];
@@ -204,6 +313,26 @@ struct Residence {
         }
     }
 
+    // In the following n is the number of a publication, from 0.
+
+    // Multiply with what has been published. The sums are then in `parts`, one for each K split, for `sum` to add.
+    DEVICE void multiply_all(long long n) {
+        Sums<ROWS> sums;
+        const unsigned char* tile = operand + n % OPERANDS * OPERAND + warp % K_SPLITS * PIECE * 32;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+            const int first = piece * PIECE, last = min(first + PIECE, TILES);
+            if (piece > 0) team_sync();  // the one before it has been multiplied
+            await(n, first, last);
+            if (ONLY == EXCHANGE) continue;
+            sums.template add<ROW>(tile, first, last, lane, [&](unsigned a[4], int r, int j) { take(a, r, j); });
+        }
+        sums.finish(lane, [&](int r, int row, int column, float sum) {
+            parts[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;
+        });
+        __syncthreads();  // all parts are there
+    }
+
     DEVICE float sum(int r, int row, int unit) const {
         float total = 0;
 #pragma unroll
@@ -211,54 +340,83 @@ struct Residence {
         return total;
     }
 
-    // This thread's value for everyone, in the operand that is multiplied next.
-    DEVICE void put(int which, int value, int row, int unit, float x) {
-        SCALAR* slice = reinterpret_cast<SCALAR*>(operand + which % OPERANDS * OPERAND + row * ROW + rank * SLICE);
-        slice[value * U + unit] = encoded(x, SCALAR());
+    // This thread's value for everyone, to be published.
+    DEVICE void put(long long n, int value, int row, int unit, float x) {
+        unsigned char* slice = staged + row * SLICE;
+        if (SCOPE != GRID) slice = operand + n % OPERANDS * OPERAND + row * ROW + rank * SLICE;
+        reinterpret_cast<SCALAR*>(slice)[value * U + unit] = encoded(x, SCALAR());
     }
 
-    // All threads have put: give the block's slice to the others. `published` counts the calls before this one.
-    DEVICE void publish(int which, long long published) {
+    // All threads have put: give the block's slice to the others.
+    DEVICE void publish(long long n) {
         __syncthreads();  // the slice is complete, and the parts have been read
+        if (ONLY == PRODUCT) return;
 #if SCOPE == CLUSTER
-        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[which], (BLOCKS - 1) * NB * SLICE);
-        for (int i = threadIdx.x; i < (BLOCKS - 1) * NB * (SLICE / 16); i += THREADS) {
-            const int peer = i / (NB * (SLICE / 16)), at = i % (NB * (SLICE / 16));
-            uint4* mine = reinterpret_cast<uint4*>(operand + which % OPERANDS * OPERAND + at / (SLICE / 16) * ROW + rank * SLICE);
-            mine += at % (SLICE / 16);
-            st_async(mine, *mine, &received[which], (rank + 1 + peer) % BLOCKS);  // not all at one peer at a time
-        }
-#elif SCOPE == GRID
-        for (int i = threadIdx.x; i < NB * (SLICE / 16); i += THREADS) {
-            const int row = i / (SLICE / 16), at = i % (SLICE / 16) * 16 + rank * SLICE;
-            *reinterpret_cast<uint4*>(exchange + (which * NB + row) * BLOCKS * SLICE + at) =
-                *reinterpret_cast<const uint4*>(operand + which % OPERANDS * OPERAND + row * ROW + at);
-        }
-        __syncthreads();  // the whole slice is written before one thread says so
-        if (threadIdx.x == 0) st_release_gpu(&flags[rank], static_cast<unsigned>(published + 1));
-#endif
-    }
-
-    // Wait until operand `which` is complete. `published` as when it was published.
-    DEVICE void await(int which, long long published) {
-#if SCOPE == CLUSTER
-        mbarrier_wait_cluster(&received[which], published / 2 % 2);
-#elif SCOPE == GRID
-        for (int peer = threadIdx.x; peer < BLOCKS; peer += THREADS) {
-            while (static_cast<int>(ld_acquire_gpu(&flags[peer]) - static_cast<unsigned>(published + 1)) < 0) {
+        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[n % 2], (BLOCKS - 1) * rows * SLICE);
+        unsigned char* slice = operand + n % OPERANDS * OPERAND + rank * SLICE;
+        for (int peer = warp; peer < BLOCKS - 1; peer += WARPS) {
+            for (int i = lane; i < rows * (SLICE / 16); i += 32) {
+                uint4* mine = reinterpret_cast<uint4*>(slice + i / (SLICE / 16) * ROW) + i % (SLICE / 16);
+                st_async(mine, *mine, &received[n % 2], (rank + 1 + peer) % BLOCKS);  // not all at one peer at a time
             }
         }
-        __syncthreads();  // every peer has published
-        for (int i = threadIdx.x; i < NB * BLOCKS * (SLICE / 16); i += THREADS) {
-            const int row = i / (BLOCKS * (SLICE / 16)), at = i % (BLOCKS * (SLICE / 16)) * 16;
-            if (at / SLICE != rank)
-                cp_async_16(operand + which % OPERANDS * OPERAND + row * ROW + at,
-                            exchange + (which * NB + row) * BLOCKS * SLICE + at);
+#elif SCOPE == GRID
+        constexpr int WORDS = SLICE / 4;
+        uint4* to = exchange + n % 2 * TRIPLES * BLOCKS * WORDS + rank * WORDS;
+        for (int i = threadIdx.x; i < (rows + 2) / 3 * WORDS; i += THREADS) {
+            const unsigned* three = reinterpret_cast<const unsigned*>(staged) + i / WORDS * 3 * WORDS + i % WORDS;
+            st_relaxed_gpu(to + i / WORDS * BLOCKS * WORDS + i % WORDS,
+                           make_uint4(three[0], three[WORDS], three[2 * WORDS], stamp(n)));
         }
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();  // every thread's copies have landed
 #endif
+    }
+
+    // Wait until the k tiles `first` to `last` are there.
+    DEVICE void await(long long n, int first, int last) {
+        if (ONLY == PRODUCT) return;
+#if SCOPE == CLUSTER
+        mbarrier_wait_cluster(&received[n % 2], n / 2 % 2);
+#elif SCOPE == GRID
+        // The warps that multiply the same columns receive them: nobody waits for what he doesn't multiply. A word is
+        // overwritten two publications later. No fence is needed for that: its owner stores it after it has seen all of
+        // the publication between, which every block stores after it has seen all of this one.
+        constexpr int IN_FLIGHT = 8, TEAM = 32 * UNIT_TILES;
+        const int split = warp % K_SPLITS, count = (last - first) * 8, words = (rows + 2) / 3 * count;
+        const uint4* source = exchange + n % 2 * TRIPLES * BLOCKS * (SLICE / 4);
+        auto column = [&](int i) { return (split * TILES + first) * 8 + i % count; };  // 4 bytes of a batch row
+        auto word = [&](int i) { return source + i / count * BLOCKS * (SLICE / 4) + column(i); };
+        for (int begin = warp / K_SPLITS * 32 + lane; begin < words; begin += IN_FLIGHT * TEAM) {
+            uint4 got[IN_FLIGHT];
+#pragma unroll
+            for (int f = 0; f < IN_FLIGHT; ++f) {
+                const int i = begin + f * TEAM;
+                got[f] = make_uint4(0, 0, 0, stamp(n));  // of columns that nobody publishes
+                if (i < words && column(i) < BLOCKS * (SLICE / 4)) got[f] = ld_relaxed_gpu(word(i));
+            }
+#pragma unroll
+            for (int f = 0; f < IN_FLIGHT; ++f) {
+                const int i = begin + f * TEAM;
+                if (i >= words) break;
+                while (got[f].w != stamp(n)) got[f] = ld_relaxed_gpu(word(i));
+                unsigned char* to = operand + i / count * 3 * ROW + split * PIECE * 32 + i % count * 4;
+                const unsigned data[3] = {got[f].x, got[f].y, got[f].z};
+#pragma unroll
+                for (int row = 0; row < 3; ++row)
+                    if (i / count * 3 + row < NB) *reinterpret_cast<unsigned*>(to + row * ROW) = data[row];
+            }
+        }
+        team_sync();  // every thread's words are there
+#endif
+    }
+
+    DEVICE static unsigned stamp(long long n) { return static_cast<unsigned>(n + 1); }
+
+    // The warps that multiply the same columns wait for each other.
+    DEVICE void team_sync() {
+        if (UNIT_TILES == 1)
+            __syncwarp();
+        else
+            named_barrier_sync(1 + warp % K_SPLITS, 32 * UNIT_TILES);
     }
 };
 
@@ -299,41 +457,37 @@ struct Instants {
 
 // ---- The weights, in the order in which the lanes hold them ---------------------------------------------------------
 
-// packed[rank][warp][row set][k tile][lane]: one lane's part of an mma fragment, for either direction of time. A launch
-// of its own: the weights are read once, all loads of the resident kernels are 16 bytes and coalesced.
-template <int ROWS, int VALUES, int TILES, class Weight>
-DEVICE void pack(uint4* packed, int H, Weight weight) {
+// One lane's part of a fragment after the other. A launch of its own: the weights are read once, all loads of the
+// resident kernels are 16 bytes and coalesced.
+extern "C" __global__ void __launch_bounds__(128) resident_pack(
+    const SCALAR* R,  // [G, H, H]
+    uint4* packed,    // [BLOCKS, WARPS, row sets, k tiles, 32] written
+    int H) {
+    constexpr int ROWS = Residence::ROWS, VALUES = Residence::VALUES, TILES = Residence::TILES;
     const int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= BLOCKS * WARPS * ROWS * TILES * 32) return;
     const int lane = index % 32, j = index / 32 % TILES, r = index / 32 / TILES % ROWS;
     const int warp = index / 32 / TILES / ROWS % WARPS, rank = index / 32 / TILES / ROWS / WARPS;
     const int unit0 = rank * U + warp / K_SPLITS * 16, column0 = (warp % K_SPLITS * TILES + j) * K_STEP;
-    unsigned a[4];
     auto element = [&](int row, int k) {  // operand columns run over blocks, values, units of the block
         const int column = column0 + k, within = column % (VALUES * U);
-        const int from = column / (VALUES * U) * U + within % U;
-        return unit0 + row < H && from < H ? weight(r, unit0 + row, within / U, from) : 0.0f;
+        const int unit = unit0 + row, other = column / (VALUES * U) * U + within % U;
+        if (unit >= H || other >= H) return 0.0f;
+        const long long at = BACKWARD ? (static_cast<long long>(within / U) * H + other) * H + unit
+                                      : (static_cast<long long>(r) * H + unit) * H + other;
+        return to_float(R[at]);
     };
+    unsigned a[4];
+#if IEEE
+    ieee_fragment<Sums<ROWS>::LANE_ROWS>(a, element, lane);
+#else
     fragment(a, element, lane, SCALAR());
+#endif
     packed[index] = make_uint4(a[0], a[1], a[2], a[3]);
 }
-
-extern "C" __global__ void __launch_bounds__(128) resident_pack(
-    const SCALAR* R,  // [G, H, H]
-    uint4* packed,    // [BLOCKS, WARPS, row sets, k tiles, 32] written
-    int H,
-    int backward) {
-    constexpr int G = Cell::G, TILES = K_REGISTERS + K_SHARED;
-    if (backward)
-        pack<1, G, G * TILES>(packed, H, [&](int, int unit, int g, int from) {
-            return to_float(R[(static_cast<long long>(g) * H + from) * H + unit]);
-        });
-    else
-        pack<G, 1, TILES>(packed, H, [&](int g, int unit, int, int from) {
-            return to_float(R[(static_cast<long long>(g) * H + unit) * H + from]);
-        });
-}
 EXPORT(resident_pack)
+
+#if !BACKWARD
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
@@ -346,35 +500,30 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
                               // where nothing is saved, [1, S-1, B, H] in place
     SCALAR* saved,            // [T, B, K, H] written; it may be xg where K = G
     SCALAR* y,                // [T, B, H] written
-    unsigned char* exchange,  // GRID: [groups, 2, NB, BLOCKS * U] SCALARs of scratch; else null
-    unsigned* flags,          // GRID: [groups, BLOCKS], zero; else null
+    uint4* exchange,          // GRID: [groups, 2, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
     long long T, int B, int H, int reverse,
     int save,                 // whether saved and others are kept
     int first_row) {          // batch row of the first group: what isn't resident at once takes several launches
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
-    using Home = Residence<G, 1, K_REGISTERS, K_SHARED>;
-    static_assert(Home::BYTES == SHARED_FORWARD, "the launch plan asks for this much shared memory");
     DYNAMIC_SHARED(unsigned char, arena);
-    Home home(arena, exchange, flags);
+    Residence home(arena, exchange, B - first_row);
     home.load(weights);
 
     const Instants at{T, B, H, S, reverse != 0};
-    float state[OWN][S], bias[OWN][G];
+    float state[OWN][S], bias[OWN][G], kept[OWN][K > 0 ? K : 1];
     SCALAR x[OWN][G];  // of the coming instant, fetched while this one's h is under way
-    auto fetch = [&](long long t) {
+    auto fetch = [&](long long n) {
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
 #pragma unroll
-            for (int g = 0; g < G; ++g) x[k][g] = e.real ? xg[at.row(t, e, G, g)] : from_float<SCALAR>(0.0f);
+            for (int g = 0; g < G; ++g) {
+                x[k][g] = e.real ? xg[at.row(at.nth(n), e, G, g)] : from_float<SCALAR>(0.0f);
+                if (e.real && e.unit % 16 == 0 && n + 1 < T)  // a step may be shorter than the way to memory
+                    prefetch_l2(&xg[at.row(at.nth(n + 1), e, G, g)]);
+            }
         }
     };
-    for (int i = threadIdx.x; i < NB * BLOCKS * U; i += THREADS) {  // every block loads all of h0
-        const int row = i / (BLOCKS * U), unit = i % (BLOCKS * U);
-        const long long b = first_row + static_cast<long long>(blockIdx.x / BLOCKS) * NB + row;
-        const float h = unit < H && b < B ? to_float(h0[b * H + unit]) : 0.0f;
-        reinterpret_cast<SCALAR*>(home.operand + row * Home::ROW)[unit] = encoded(h, SCALAR());
-    }
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
         const Element e(k, first_row, B, H);
@@ -384,37 +533,42 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
             state[k][s] = e.real ? others[at.other(save ? at.before(at.nth(0)) : 0, s, e)] : 0.0f;
 #pragma unroll
         for (int g = 0; g < G; ++g) bias[k][g] = e.real && b_hh != nullptr ? to_float(b_hh[g * H + e.hidden]) : 0.0f;
+        if (e.row < NB) home.put(0, 0, e.row, e.unit, state[k][0]);
     }
-    fetch(at.nth(0));
-    __syncthreads();  // h0 is there
+    home.publish(0);
+    fetch(0);
 
     for (long long n = 0; n < T; ++n) {
-        const long long t = at.nth(n);
-        if (n > 0) home.await(n % 2, n - 1);
-        home.multiply_all(n % 2);
+        home.multiply_all(n);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
             if (e.row >= NB) continue;
-            float in[G], recurrent[G], kept[K > 0 ? K : 1];
+            float in[G], recurrent[G];
 #pragma unroll
             for (int g = 0; g < G; ++g) {
                 in[g] = to_float(x[k][g]);
                 recurrent[g] = home.sum(g, e.row, e.unit) + bias[k][g];
             }
-            Cell::step(in, recurrent, state[k], kept);
-            if (n + 1 < T) home.put((n + 1) % 2, 0, e.row, e.unit, state[k][0]);
+            Cell::step(in, recurrent, state[k], kept[k]);
+            if (n + 1 < T) home.put(n + 1, 0, e.row, e.unit, state[k][0]);
+        }
+        if (n + 1 < T) {
+            home.publish(n + 1);
+            fetch(n + 1);
+        }
+        const long long t = at.nth(n);
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
+            const Element e(k, first_row, B, H);
             if (!e.real) continue;
             y[at.h(t, e)] = from_float<SCALAR>(state[k][0]);
             if (!save) continue;
 #pragma unroll
-            for (int j = 0; j < K; ++j) saved[at.row(t, e, K, j)] = from_float<SCALAR>(kept[j]);
+            for (int j = 0; j < K; ++j) saved[at.row(t, e, K, j)] = from_float<SCALAR>(kept[k][j]);
 #pragma unroll
             for (int s = 1; s < S; ++s) others[at.other(at.after(t), s, e)] = state[k][s];
         }
-        if (n + 1 == T) break;
-        home.publish((n + 1) % 2, n);
-        fetch(at.nth(n + 1));
     }
     if (save) return;
 #pragma unroll
@@ -426,6 +580,8 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
     }
 }
 EXPORT(resident_forward)
+
+#else
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
@@ -440,29 +596,28 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     const SCALAR* saved,      // [T, B, K, H]
     SCALAR* dxg,              // [T, B, G, H] written
     SCALAR* dhg,              // [T, B, G, H] written; null where a cell's two parts have one gradient
-    unsigned char* exchange,  // GRID: [groups, 2, NB, BLOCKS * G * U] SCALARs of scratch; else null
-    unsigned* flags,          // GRID: [groups, BLOCKS], zero; else null
+    uint4* exchange,          // GRID: [groups, 2, NB / 3, BLOCKS * G * U * sizeof(SCALAR) / 4], zero; else null
     long long T, int B, int H, int reverse,
     int first_row) {          // batch row of the first group
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
-    using Home = Residence<1, G, G * K_REGISTERS, G * K_SHARED>;
-    static_assert(Home::BYTES == SHARED_BACKWARD, "the launch plan asks for this much shared memory");
     DYNAMIC_SHARED(unsigned char, arena);
-    Home home(arena, exchange, flags);
+    Residence home(arena, exchange, B - first_row);
     home.load(weights);
 
     const Instants at{T, B, H, S, reverse != 0};
     float asked[OWN][S];  // gradient of the states after the instant; of h without what y and the weights ask
-    float after[OWN][S], before[OWN][S], kept[OWN][K > 0 ? K : 1], shown[OWN];
+    float after[OWN][S], before[OWN][S];
+    SCALAR shown[OWN], earlier[OWN], kept[OWN][K > 0 ? K : 1];  // as stored: a conversion would wait for them
     auto fetch = [&](long long n) {  // what the instant needs from memory, while the others' gradients are under way
         const long long t = at.nth(n);
+        const SCALAR zero = from_float<SCALAR>(0.0f);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
-            shown[k] = e.real ? to_float(dy[at.h(t, e)]) : 0.0f;
+            shown[k] = e.real ? dy[at.h(t, e)] : zero;
+            earlier[k] = !e.real ? zero : n > 0 ? y[at.h(at.nth(n - 1), e)] : h0[at.initial(e)];
 #pragma unroll
-            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? to_float(saved[at.row(t, e, K, j)]) : 0.0f;
-            before[k][0] = !e.real ? 0.0f : to_float(n > 0 ? y[at.h(at.nth(n - 1), e)] : h0[at.initial(e)]);
+            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? saved[at.row(t, e, K, j)] : zero;
 #pragma unroll
             for (int s = 1; s < S; ++s) before[k][s] = e.real ? others[at.other(at.before(t), s, e)] : 0.0f;
         }
@@ -483,33 +638,40 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     for (long long turn = 0; turn <= T; ++turn) {  // the last one only finishes the gradient of h0
         const long long n = T - 1 - turn;
         if (n >= 0) fetch(n);
-        if (turn > 0) {
-            home.await(turn % 2, turn - 1);
-            home.multiply_all(turn % 2);
-        }
+        if (turn > 0) home.multiply_all(turn - 1);
+        float dx[OWN][G], da[OWN][G];
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
             if (e.row >= NB) continue;
             if (turn > 0) asked[k][0] += home.sum(0, e.row, e.unit);
             if (n < 0) continue;
-            asked[k][0] += shown[k];
-            float dx[G], da[G], dbefore[S];
-            Cell::grad(asked[k], after[k], before[k], kept[k], dx, da, dbefore);
+            asked[k][0] += to_float(shown[k]);
+            before[k][0] = to_float(earlier[k]);
+            float from_step[K > 0 ? K : 1], dbefore[S];
+#pragma unroll
+            for (int j = 0; j < K; ++j) from_step[j] = to_float(kept[k][j]);
+            Cell::grad(asked[k], after[k], before[k], from_step, dx[k], da[k], dbefore);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 asked[k][s] = dbefore[s];
                 after[k][s] = before[k][s];
             }
 #pragma unroll
+            for (int g = 0; g < G; ++g) home.put(turn, g, e.row, e.unit, da[k][g]);
+        }
+        if (n < 0) break;
+        home.publish(turn);
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
+            const Element e(k, first_row, B, H);
+            if (!e.real) continue;
+#pragma unroll
             for (int g = 0; g < G; ++g) {
-                home.put((turn + 1) % 2, g, e.row, e.unit, da[g]);
-                if (!e.real) continue;
-                dxg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(dx[g]);
-                if (dhg != nullptr) dhg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(da[g]);
+                dxg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(dx[k][g]);
+                if (dhg != nullptr) dhg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(da[k][g]);
             }
         }
-        if (n >= 0) home.publish((turn + 1) % 2, turn);
     }
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
@@ -521,3 +683,5 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     }
 }
 EXPORT(resident_backward)
+
+#endif

@@ -12,6 +12,8 @@
 // Not the obvious: the weights could stay on the chip (resident.cu) and the product could be fused with this; both need
 // sizes that fit. Limits: none but memory; offsets are 64 bits.
 //
+// What a cell's page takes beside gates and states, `extra`, is explained in extra.cuh.
+//
 // Compiled with -D: SCALAR (stored), PRODUCT (what the matrix products give: SCALAR, or float for halves), REAL
 // (computed in), UNITS. An instant t is an index into [T, ...]; boundary t lies between the instants t-1 and t.
 
@@ -20,6 +22,7 @@ using product = PRODUCT;
 
 constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
 constexpr int K_OR_1 = K > 0 ? K : 1;  // an array has an element
+constexpr int LEARNED = Cell::LEARNED, LEARNED_OR_1 = LEARNED > 0 ? LEARNED : 1;
 constexpr int THREADS = 128;           // of a block, at most
 
 // ---- A thread's units ----------------------------------------------------------------------------------------------
@@ -74,7 +77,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
     real* others,        // [boundaries, S-1, B, H] the other states: `after` written; it may be `before`
     scalar* saved,       // [T, B, K, H] written, or null; it may be xg where K = G
     scalar* y,           // [T, B, H] written
-    long long B, long long H, long long t, long long before, long long after) {
+    scalar* operand,     // [B, H] what the next instant's product sees, written; null where that is y
+    const real* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
+    long long B, long long H, long long rows, long long t, long long before, long long after,
+    long long following) {  // the instant computed after t, or -1
+    const Extra extra{units, flags, seed, B, H, rows};
     const long long unit = first_unit();
     if (unit >= H) return;
 #pragma unroll 1  // rarely more than one turn
@@ -89,13 +96,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
         load(state, 0, h + b * H + unit);
         for (int s = 1; s < S; ++s) load(state, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
 
-        for (int u = 0; u < UNITS; ++u) Cell::step(x[u], r[u], state[u], kept[u]);
+        real more[UNITS][EXTRA_OR_1];
+        for (int u = 0; u < UNITS; ++u) {
+            extra.of_unit(more[u], b, unit + u);
+            extra.of_instant(more[u], t, b, unit + u);
+            Cell::step(x[u], r[u], state[u], kept[u], more[u]);
+        }
 
         store(y + row * H + unit, state, 0);
         store(h + b * H + unit, state, 0);
         for (int s = 1; s < S; ++s) store(others + ((after * (S - 1) + s - 1) * B + b) * H + unit, state, s);
-        if (saved == nullptr) continue;
-        for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
+        if (saved != nullptr)
+            for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
+        if (operand == nullptr || following < 0) continue;
+        for (int u = 0; u < UNITS; ++u) {
+            extra.flags_of(more[u], following, b);
+            Cell::operand(state[u], more[u]);
+        }
+        store(operand + b * H + unit, state, 0);
     }
 }
 EXPORT(stepwise_forward)
@@ -113,30 +131,53 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
     const scalar* saved,   // [T, B, K, H]
     scalar* dxg,           // [T, B, G, H] written
     scalar* dhg,           // [T, B, G, H] written, or null where it equals dxg
-    long long B, long long H, long long t,
+    const scalar* dhistory,  // [T, S-1, B, H] gradients of the other states after each instant, or null for zero
+    real* dunits,          // [LEARNED, B, H] added to
+    const real* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
+    long long B, long long H, long long rows, long long t,
     long long previous,    // the instant computed before t; -1: none, and h was h0
-    long long before, long long after) {
+    long long before, long long after,
+    long long following) {  // the one after t, whose product gave `back`, or -1
+    const Extra extra{units, flags, seed, B, H, rows};
     const long long unit = first_unit();
     if (unit >= H) return;
 #pragma unroll 1  // rarely more than one turn
     for (long long b = first_row(); b < B; b += rows_apart()) {
         const long long row = t * B + b;
         real dnew[UNITS][S], next[UNITS][S], last[UNITS][S], kept[UNITS][K_OR_1];
-        load(dnew, 0, dh + b * H + unit);
-        add(dnew, 0, back + b * H + unit);
+        real more[UNITS][EXTRA_OR_1], sums[UNITS][LEARNED_OR_1];
+        for (int u = 0; u < UNITS; ++u) extra.of_unit(more[u], b, unit + u);
+        for (int n = 0; n < LEARNED; ++n) load(sums, n, dunits + (n * B + b) * H + unit);
+        load(dnew, 0, back + b * H + unit);
+        if (Cell::OPERAND && following >= 0) {
+            for (int u = 0; u < UNITS; ++u) {
+                real parts[LEARNED_OR_1];
+                extra.flags_of(more[u], following, b);
+                Cell::operand_grad(dnew[u], parts, more[u]);
+                for (int n = 0; n < LEARNED; ++n) sums[u][n] += parts[n];
+            }
+        }
+        add(dnew, 0, dh + b * H + unit);
         if (dy != nullptr) add(dnew, 0, dy + row * H + unit);
         load(next, 0, y + row * H + unit);
         load(last, 0, (previous < 0 ? h0 : y + previous * B * H) + b * H + unit);
         for (int s = 1; s < S; ++s) {
             load(dnew, s, dothers + ((s - 1) * B + b) * H + unit);
+            if (dhistory != nullptr) add(dnew, s, dhistory + ((t * (S - 1) + s - 1) * B + b) * H + unit);
             load(next, s, others + ((after * (S - 1) + s - 1) * B + b) * H + unit);
             load(last, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
         }
         for (int k = 0; k < K; ++k) load(kept, k, saved + (row * K + k) * H + unit);
 
         real dx[UNITS][G], dr[UNITS][G], dlast[UNITS][S];
-        for (int u = 0; u < UNITS; ++u) Cell::grad(dnew[u], next[u], last[u], kept[u], dx[u], dr[u], dlast[u]);
+        for (int u = 0; u < UNITS; ++u) {
+            real parts[LEARNED_OR_1];
+            extra.of_instant(more[u], t, b, unit + u);
+            Cell::grad(dnew[u], next[u], last[u], kept[u], dx[u], dr[u], dlast[u], parts, more[u]);
+            for (int n = 0; n < LEARNED; ++n) sums[u][n] += parts[n];
+        }
 
+        for (int n = 0; n < LEARNED; ++n) store(dunits + (n * B + b) * H + unit, sums, n);
         store(dh + b * H + unit, dlast, 0);
         for (int s = 1; s < S; ++s) store(dothers + ((s - 1) * B + b) * H + unit, dlast, s);
         for (int g = 0; g < G; ++g) store(dxg + (row * G + g) * H + unit, dx, g);

@@ -10,10 +10,13 @@ THREADS = 128  # of a block: small, so that the few threads of a small batch are
 MAX_GRID_Y = 65535  # what the hardware takes; beyond, a thread does several rows
 
 
-def launch(kernel: str, cell: Cell, *, B: int, H: int, storage: str, product: str, addresses: Sequence[int]) -> Launch:
+def launch(
+    kernel: str, cell: Cell, *, B: int, H: int, R: int, storage: str, product: str, addresses: Sequence[int]
+) -> Launch:
     """Of `stepwise_forward` or `stepwise_backward`, without the arguments of the instant.
 
-    storage, product: dtypes of what the caller has and of the recurrent products. addresses: of the kernel's arrays.
+    storage, product: dtypes of what the caller has and of the recurrent products. addresses: of the kernel's arrays. R:
+    batch rows of the values per unit, B or 1.
     """
     real = "float64" if storage == "float64" else "float32"
     wide = {"float64": 2, "float32": 4}[real]  # units whose `real` fill 16 bytes, the widest load
@@ -25,4 +28,4 @@ def launch(kernel: str, cell: Cell, *, B: int, H: int, storage: str, product: st
     x = min(THREADS, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows
     y = THREADS // x
     grid = (-(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)
-    return Launch(unit(KERNELS, cell, defines), kernel, grid, (x, y, 1), (*addresses, B, H))
+    return Launch(unit(KERNELS, cell, defines), kernel, grid, (x, y, 1), (*addresses, B, H, R))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..cells import Cell, extra, grad_graph, step_graph
+from ..cells import Cell, grad_graph, operand_grad_graph, operand_graph, step_graph
 from ..emit import assignments
 from ..trace import ARITY, Graph
 from . import mathematics
@@ -18,22 +18,27 @@ NUMBERS = count()
 
 
 class Page(NamedTuple):
-    step: Callable  # x [G], h [G], state [S] -> new states [S], saved [K]; tuples of tiles
-    grad: Callable  # dnew [S], new [S], state [S], saved [K] -> dx [G], dh [G], dstate [S]; a zero is a plain 0.0
+    """Functions of tuples of tiles, and to such; a zero is a plain 0.0."""
+
+    step: Callable  # x [G], h [G], state [S], extra -> new states [S], saved [K]
+    grad: Callable  # dnew [S], new [S], state [S], saved [K], extra -> dx [G], dh [G], dstate [S], dunits [learned]
+    operand: Callable  # h [1], extra -> [1]
+    operand_grad: Callable  # dnew [1], extra -> dh [1], dunits [learned]
 
 
 @cache
 def page(cell: Cell) -> Page:
-    more = tuple(extra(cell))
     return Page(
-        function("step", step_graph(cell), "x", "h", "state", *more),
-        function("grad", grad_graph(cell), "dnew", "new", "state", "saved", *more),
+        function("step", step_graph(cell), "x", "h", "state", "extra"),
+        function("grad", grad_graph(cell), "dnew", "new", "state", "saved", "extra"),
+        function("operand", operand_graph(cell), "h", "extra"),
+        function("operand_grad", operand_grad_graph(cell), "dnew", "extra"),
     )
 
 
 def function(name: str, graph: Graph, *arguments: str) -> Callable:
     lines, groups = assignments(graph, repr)
-    results = ", ".join("({})".format("".join(f"{value}, " for value in group)) for group in groups)
+    results = "".join("({}), ".format("".join(f"{value}, " for value in group)) for group in groups)
     body = [f"    {line}\n" for line in [*lines, f"return {results}"]]
     text = f"def {name}({', '.join(arguments)}):\n{''.join(body)}"
     known: dict[str, Any] = {op: getattr(mathematics, op) for op in ARITY if hasattr(mathematics, op)}

@@ -11,6 +11,7 @@ T and B are plain arguments: a new length or batch compiles nothing. Offsets to 
 import triton
 import triton.language as tl
 
+from .extra import flag_tiles, key_of, uniform_tiles, unit_tiles
 from .tiles import add_tiles, load_tiles, store_tiles
 
 
@@ -26,7 +27,7 @@ def tile(B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     return top, row, column, (row < B - top) & (column < H)
 
 
-@triton.jit(do_not_specialize=["t", "before", "after", "B"])
+@triton.jit(do_not_specialize=["t", "before", "after", "following", "B", "R"])
 def step_kernel(
     xg,  # [T, B, G, H] storage; input part, b_ih included
     hg,  # [B, G, H] product; recurrent part of this instant, without b_hh
@@ -35,8 +36,11 @@ def step_kernel(
     others,  # [boundaries, S-1, B, H] real; reads boundary `before`, writes `after`
     saved,  # [T, B, K, H] storage, written, or None; may be xg itself
     y,  # [T, B, H] storage, written; h after
-    t, before, after, B, H,
-    STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr,
+    operand,  # [B, H] storage, written: what the next instant's product sees; None where that is y
+    units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see extra.py
+    t, before, after, following, B, H, R,
+    STEP: tl.constexpr, OPERAND: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    UNITS: tl.constexpr, FLAGS: tl.constexpr, UNIFORMS: tl.constexpr, REAL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     top, row, column, mask = tile(B, H, BLOCK_B, BLOCK_H)
@@ -51,16 +55,24 @@ def step_kernel(
     state = load_tiles(h + top * H, size, at, mask, REAL, 1)
     state = state + load_tiles(others + before * size * (S - 1) + top * H, size, at, mask, REAL, S - 1)
 
-    new, kept = STEP(x_part, h_part, state)
+    per_unit = unit_tiles(units, R, top, row, column, mask, H, UNITS)
+    extra = per_unit + flag_tiles(flags, t, B, top, row, REAL, FLAGS)
+    extra = extra + uniform_tiles(key_of(seed, UNIFORMS), t, top, row, column, REAL, UNIFORMS)
+
+    new, kept = STEP(x_part, h_part, state, extra)
 
     store_tiles(h + top * H, size, at, mask, new, 0, 1)
     store_tiles(y + here * H, size, at, mask, new, 0, 1)
     store_tiles(others + after * size * (S - 1) + top * H, size, at, mask, new, 1, S - 1)
     if saved is not None:
         store_tiles(saved + here * K * H, H, row * K * H + column, mask, kept, 0, K)
+    if operand is not None:  # noqa: SIM102 -- known when it is compiled, and the other when it runs
+        if following >= 0:
+            seen = OPERAND((new[0],), per_unit + flag_tiles(flags, following, B, top, row, REAL, FLAGS))
+            store_tiles(operand + top * H, size, at, mask, seen[0], 0, 1)
 
 
-@triton.jit(do_not_specialize=["t", "previous", "before", "after", "B"])
+@triton.jit(do_not_specialize=["t", "previous", "before", "after", "following", "B", "R"])
 def grad_kernel(
     dy,  # [T, B, H] storage, or None for zero
     back,  # [B, H] product; what came back through the recurrent weights
@@ -72,8 +84,12 @@ def grad_kernel(
     saved,  # [T, B, K, H] storage
     dxg,  # [T, B, G, H] storage, written
     dhg,  # [T, B, G, H] storage, written, or None where it equals dxg
-    t, previous, before, after, B, H,
-    GRAD: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr,
+    dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each instant, or None for zero
+    dunits,  # [learned, B, H] real, added to
+    units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see extra.py
+    t, previous, before, after, following, B, H, R,
+    GRAD: tl.constexpr, OPERAND_GRAD: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    UNITS: tl.constexpr, FLAGS: tl.constexpr, UNIFORMS: tl.constexpr, LEARNED: tl.constexpr, REAL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     top, row, column, mask = tile(B, H, BLOCK_B, BLOCK_H)
@@ -81,11 +97,26 @@ def grad_kernel(
     here = t * B.to(tl.int64) + top  # the row among those of all instants
     at = row * H + column
     gate = row * G * H + column
-    arrived = tl.load(dh + top * H + at, mask=mask, other=0.0)
-    arrived += tl.load(back + top * H + at, mask=mask, other=0.0).to(REAL)
+    per_unit = unit_tiles(units, R, top, row, column, mask, H, UNITS)
+    sums = ()
+    if LEARNED > 0:
+        sums = load_tiles(dunits + top * H, size, at, mask, REAL, LEARNED)
+    arrived = tl.load(back + top * H + at, mask=mask, other=0.0).to(REAL)
+    if OPERAND_GRAD is not None:  # noqa: SIM102 -- as above
+        if following >= 0:
+            flagged = per_unit + flag_tiles(flags, following, B, top, row, REAL, FLAGS)
+            met, parts = OPERAND_GRAD((arrived,), flagged)
+            arrived = met[0]
+            sums = add_tiles(sums, parts, LEARNED)
+    arrived += tl.load(dh + top * H + at, mask=mask, other=0.0)
     if dy is not None:
         arrived += tl.load(dy + here * H + at, mask=mask, other=0.0).to(REAL)
-    dnew = (arrived,) + load_tiles(dothers + top * H, size, at, mask, REAL, S - 1)
+    dnew = (arrived,)
+    others_after = load_tiles(dothers + top * H, size, at, mask, REAL, S - 1)
+    if dhistory is not None:
+        of_history = load_tiles(dhistory + t * size * (S - 1) + top * H, size, at, mask, REAL, S - 1)
+        others_after = add_tiles(others_after, of_history, S - 1)
+    dnew = dnew + others_after
     new = load_tiles(y + here * H, size, at, mask, REAL, 1)
     new = new + load_tiles(others + after * size * (S - 1) + top * H, size, at, mask, REAL, S - 1)
     seen = tl.where(previous < 0, h0, y + previous * size)
@@ -93,10 +124,15 @@ def grad_kernel(
     state = state + load_tiles(others + before * size * (S - 1) + top * H, size, at, mask, REAL, S - 1)
     kept = load_tiles(saved + here * K * H, H, row * K * H + column, mask, REAL, K)
 
-    dx_part, dh_part, past = GRAD(dnew, new, state, kept)
+    extra = per_unit + flag_tiles(flags, t, B, top, row, REAL, FLAGS)
+    extra = extra + uniform_tiles(key_of(seed, UNIFORMS), t, top, row, column, REAL, UNIFORMS)
+    dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra)
+    sums = add_tiles(sums, parts, LEARNED)
 
     store_tiles(dxg + here * G * H, H, gate, mask, dx_part, 0, G)
     if dhg is not None:
         store_tiles(dhg + here * G * H, H, gate, mask, dh_part, 0, G)
     store_tiles(dh + top * H, size, at, mask, past, 0, 1)
     store_tiles(dothers + top * H, size, at, mask, past, 1, S - 1)
+    if LEARNED > 0:
+        store_tiles(dunits + top * H, size, at, mask, sums, 0, LEARNED)

@@ -22,6 +22,7 @@ def store_tiles(first, stride, offsets, mask, tiles, FROM: tl.constexpr, N: tl.c
 
 @triton.jit
 def add_tiles(a, b, N: tl.constexpr):
+    """Tiles plus tiles, or plain numbers."""
     sums = ()
     for k in tl.static_range(N):
         sums = sums + (a[k] + b[k],)

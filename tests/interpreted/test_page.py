@@ -101,6 +101,7 @@ def step_kernel(
         load_tiles(x, n, at, at < n, REAL, G),
         load_tiles(h, n, at, at < n, REAL, G),
         load_tiles(state, n, at, at < n, REAL, S),
+        (),
     )
     store_tiles(new, n, at, at < n, results[0], 0, S)
     store_tiles(saved, n, at, at < n, results[1], 0, K)
@@ -118,6 +119,7 @@ def grad_kernel(
         load_tiles(new, n, at, at < n, REAL, S),
         load_tiles(state, n, at, at < n, REAL, S),
         load_tiles(saved, n, at, at < n, REAL, K),
+        (),
     )
     store_tiles(dx, n, at, at < n, results[0], 0, G)
     store_tiles(dh, n, at, at < n, results[1], 0, G)

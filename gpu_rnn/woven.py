@@ -1,0 +1,197 @@
+"""What a call asks for around its cell, as a woven cell (`gpu_rnn.kernels.weave`) and the arrays that this cell takes.
+
+    reset       before an instant the states of a row become the reset state: an episode has ended
+    lengths     outside of starts[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
+    recurrent_dropout
+                of what the recurrent weights see, one mask for a sequence
+    zoneout     of each state, one mask for an instant
+    peephole, coupled, cell_clip
+                variants of the LSTM
+
+Masks are functions of the seed and of where they are used (`gpu_rnn.kernels.random`): a seed gives the same masks on
+every backend. Everything here is made of whole arrays before and after the sequence; torch differentiates it by itself,
+and for other arrays `Applied.pulled` does.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.random import uniforms
+from gpu_rnn.kernels.weave import weave
+
+from . import arrays
+from .arguments import ShapeError, shape
+from .problem import Around, Weights
+
+PLAIN = Around()
+MASK = 0xFFFFFFFF  # the instant of masks that hold for a whole sequence; sequences are shorter
+
+
+class Applied(NamedTuple):
+    """A call without anything around its cell, and the way back from its results."""
+
+    name: str
+    x: Any
+    weights: Weights
+    valid: Any  # [T, B, 1], or None
+    parts: dict[str, Any]  # the given arrays that `weights.units` is made of, by argument; several are tuples
+
+    def shown(self, y: Any) -> Any:
+        """Outputs [T, B, .], zero where a row holds its states."""
+        return y if self.valid is None else arrays.operations(y)["where"](self.valid, y, 0.0)
+
+    def results(self, y: Any, after: Sequence[Any], S: int) -> tuple[Any, ...]:
+        """y, the S states after; with a history also the states after every instant, y being that of the first."""
+        y, last, history = self.shown(y), tuple(after[:S]), [self.shown(array) for array in after[S:]]
+        return (y, last, (y, *history)) if len(after) > S else (y, last)
+
+    def pulled(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        """The gradients of x and of the given arrays, from those of what is called."""
+        found = {label: gradient for label, gradient in gradients.items() if label not in ("units", "flags", "seed")}
+        if "x" in found:
+            found["x"] = self.shown(found["x"])
+        row = 0
+        for label, given in self.parts.items():
+            many = given if isinstance(given, tuple) else (given,)
+            pulled = []
+            for array in many:
+                rows = array.shape[0] // gradients["units"].shape[2] if label == "peephole" else 1
+                pulled.append(unspread(gradients["units"][row : row + rows], array))
+                row += rows
+            found[label] = tuple(pulled) if isinstance(given, tuple) else pulled[0]
+        return found
+
+
+def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
+    """Errors repeat the shapes. An `around` that asks for nothing costs nothing."""
+    if all(given is default for given, default in zip(around, PLAIN)):
+        return Applied(name, x, weights, None, {})
+    T, B, _ = x.shape
+    options: dict[str, Any] = {word: True for word in ("coupled",) if getattr(around, word)}
+    if around.cell_clip is not None:
+        options["clip"] = (float(around.cell_clip),)
+    if around.peephole is not None:
+        options["peephole"] = True
+    cell = weave(cells.get(name), **options)
+    H, P = weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
+
+    parts: dict[str, Any] = {}
+    units: list[Any] = []
+    if around.peephole is not None:
+        fitting("peephole", around.peephole, (len(cell.units) * H,), x)
+        parts["peephole"] = around.peephole
+        units += list(around.peephole.reshape(len(cell.units), 1, H))
+    flags = None
+    if around.reset is not None:
+        fitting("reset", around.reset, (T, B), x)
+        options["reset"], flags = True, raised(around.reset, 0)
+    if around.reset_state is not None:
+        if around.reset is None:
+            raise ValueError("reset_state is given, but reset, which says when it is taken, is None")
+        options["given"], parts["reset_state"] = True, tuple(around.reset_state)
+        units += [
+            spread(f"reset_state {letter}", array, (B, P if k == 0 else H), H, x)
+            for k, (letter, array) in enumerate(zip(cell.states, around.reset_state, strict=True))
+        ]
+    valid = None
+    if around.lengths is not None or around.starts is not None:
+        valid = within(around.starts, around.lengths, x)
+        hold = raised(~valid, len(options.keys() & {"reset"}))
+        options["hold"], flags = True, hold if flags is None else flags | hold
+        valid = valid[..., None]
+        x = arrays.operations(x)["where"](valid, x, 0.0)
+    seed = None
+    if around.training and around.recurrent_dropout:
+        seed = seeded(around.seed, x, "recurrent dropout")
+        options["dropout"] = True
+        units.append(padded(dropout_mask(seed, around.recurrent_dropout, (B, P), x), H))
+    zoneout = around.zoneout if isinstance(around.zoneout, tuple) else (around.zoneout,) * cell.S
+    if len(zoneout) != cell.S:
+        raise ValueError(f"zoneout is {zoneout}; {cell.name} has {cell.S} states, {', '.join(cell.states)}")
+    if zoneout[0] and P != H:
+        raise ValueError(
+            f"zoneout of h needs h itself, but it is projected from {H} to {P} units; give (0, p) for c alone"
+        )
+    if any(zoneout):
+        options["zoneout"], options["mean"] = tuple(map(float, zoneout)), not around.training
+        if around.training:
+            seed = seeded(around.seed, x, "zoneout")
+    woven = weave(cells.get(name), **options)
+    stacked = together(units, B) if units else None
+    weights = weights._replace(units=stacked, flags=flags, seed=seed if woven.uniforms else None)
+    return Applied(woven.name, x, weights, valid, parts)
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+def raised(flag: Any, bit: int) -> Any:
+    """A flag [T, B] in its bit."""
+    return arrays.converted(flag != 0, "uint8") << bit
+
+
+def within(starts: Any, lengths: Any, x: Any) -> Any:
+    """[T, B], true from a row's start to its end."""
+    T, B, _ = x.shape
+    t, valid = arrays.counted(T, like=x)[:, None], None
+    for label, bound in (("starts", starts), ("lengths", lengths)):
+        if bound is not None:
+            fitting(label, bound, (B,), x)
+            inside = t >= bound[None] if label == "starts" else t < bound[None]
+            valid = inside if valid is None else valid & inside
+    return valid
+
+
+# ---- values per unit ------------------------------------------------------------------------------------------------
+
+
+def spread(label: str, array: Any, sizes: tuple[int, int], H: int, x: Any) -> Any:
+    """[B, N], [1, N] or [N] -> [R, H], the last units zero."""
+    B, N = sizes
+    if tuple(array.shape) not in ((B, N), (1, N), (N,)):
+        raise ShapeError(f"{label} has shape {shape(array)}; expected {[B, N]} or {[N]}, with x {shape(x)}")
+    return padded(array.reshape(-1, N), H)
+
+
+def unspread(gradient: Any, array: Any) -> Any:
+    """The gradient [n, R, H] of what was spread, or of n * H values in a row -> in the shape of the array."""
+    if array.ndim == 1 and array.shape[0] == len(gradient) * gradient.shape[2]:
+        return gradient.sum(1).reshape(array.shape)
+    found = gradient[0, :, : array.shape[-1]]
+    return found if tuple(found.shape) == tuple(array.shape) else found.sum(0).reshape(array.shape)
+
+
+def padded(array: Any, H: int) -> Any:
+    """[R, N] -> [R, H]."""
+    R, N = array.shape
+    return array if N == H else arrays.concatenate([array, arrays.zeros((R, H - N), like=array)], 1)
+
+
+def together(units: Sequence[Any], B: int) -> Any:
+    """Arrays [R, H] -> [n, R, H], each repeated if there is one that isn't the same for all rows."""
+    R = max(array.shape[0] for array in units)
+    return arrays.stack([array if array.shape[0] == R else arrays.repeated(array, R) for array in units], 0)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def seeded(seed: Any, x: Any, what: str) -> Any:
+    """[1] int64 where x is."""
+    if seed is None:
+        raise ValueError(f"{what} draws masks and needs a seed: an int, or an int64 array [1] where x is")
+    return arrays.integer(seed, like=x) if isinstance(seed, int) else seed.reshape(1)
+
+
+def dropout_mask(seed: Any, p: float, sizes: tuple[int, int], x: Any, which: int = 0) -> Any:
+    """[rows, columns]: 0 with probability p, else 1 / (1 - p). Masks that differ in `which` are independent."""
+    row, column = (arrays.counted(n, like=x) for n in sizes)
+    (u,) = uniforms(seed, 0 * seed + (MASK - which), row[:, None], column[None], 1)
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    return arrays.converted((u >= p) * scale, arrays.dtype(x))
+
+
+def fitting(label: str, array: Any, sizes: tuple[int, ...], x: Any) -> None:
+    if tuple(array.shape) != sizes:
+        raise ShapeError(f"{label} has shape {shape(array)}; expected {list(sizes)}, with x {shape(x)}")

@@ -1,0 +1,33 @@
+"""Resets, holds, dropout and zoneout in Triton, against a loop in torch that follows the rules."""
+
+import pytest
+
+from gpu_rnn.backends import triton
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.triton import plan
+
+from .. import woven
+
+EVERY = pytest.mark.parametrize("name", cells.NAMES)
+OPTIONS = pytest.mark.parametrize("options", woven.OPTIONS.values(), ids=woven.OPTIONS)
+
+
+@pytest.fixture(params=["stepwise", "sequence"], autouse=True)
+def how(request, monkeypatch):
+    if request.param == "stepwise":
+        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
+    return request.param
+
+
+@EVERY
+@OPTIONS
+def test_every_option(name, options):
+    made = woven.drawn(name, options, "float32", 5, 3, 4, 6)
+    woven.check(made, made.case.run(triton.forward, triton.backward))
+
+
+@pytest.mark.parametrize("rows", [1, None], ids=["one row", "all rows"])
+@pytest.mark.parametrize(("dtype", "H"), [("float64", 3), ("bfloat16", 8), ("float16", 5)])
+def test_every_dtype_in_reverse(dtype, H, rows):
+    made = woven.drawn("lstm", woven.OPTIONS["all"], dtype, 6, 18, 3, H, rows=rows, reverse=True)
+    woven.check(made, made.case.run(triton.forward, triton.backward))

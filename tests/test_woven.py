@@ -1,0 +1,58 @@
+"""Resets, holds, dropout and zoneout by every backend, against a loop in torch that follows the rules."""
+
+from functools import partial
+
+import pytest
+
+from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.kernels import cells
+
+from . import on_host, woven
+from .host import runtime
+
+EVERY = pytest.mark.parametrize("name", cells.NAMES)
+OPTIONS = pytest.mark.parametrize("options", woven.OPTIONS.values(), ids=woven.OPTIONS)
+on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
+
+
+def by_steps(case):
+    bind = partial(cuda.bind, on_host.ready)
+    return case.run(
+        partial(sequence.forward, partial(stepwise.walk, bind)),
+        partial(sequence.backward, partial(stepwise.walk_back, bind)),
+    )
+
+
+@on_host_runtime
+@EVERY
+@OPTIONS
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_cuda_stepwise(name, options, reverse):
+    made = woven.drawn(name, options, "float32", 5, 3, 4, 6, reverse=reverse)
+    woven.check(made, by_steps(made.case))
+
+
+@on_host_runtime
+@pytest.mark.parametrize("rows", [1, None], ids=["one row", "all rows"])
+@pytest.mark.parametrize(("dtype", "H"), [("float64", 3), ("bfloat16", 8), ("float16", 5)])
+def test_cuda_stepwise_in_every_dtype(dtype, H, rows):
+    made = woven.drawn("lstm", woven.OPTIONS["all"], dtype, 6, 4, 3, H, rows=rows)
+    woven.check(made, by_steps(made.case))
+
+
+@on_host_runtime
+@pytest.mark.parametrize("options", ["reset", "given", "hold", "dropout"])
+def test_cuda_stepwise_with_a_projection(options):
+    made = woven.drawn("lstm", woven.OPTIONS[options], "float64", 6, 4, 3, 5, P=2)
+    woven.check(made, by_steps(made.case))
+
+
+@EVERY
+@OPTIONS
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_numpy(name, options, reverse):
+    projected = 4 if name == "lstm" and "zoneout" not in options else None
+    for B, rows, P in ((3, None, None), (2, 1, None), (1, None, projected)):
+        made = woven.drawn(name, options, "float32", 5, B, 4, 6, P, rows=rows, reverse=reverse)
+        woven.check(made, made.case.run(oracle.forward, oracle.backward))
