@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import gpu_rnn
+from gpu_rnn import dispatch
 from gpu_rnn.compat import missing, no_gpu
+from gpu_rnn.problem import Weights
 
 from . import problems
 from .data import Data, function
@@ -82,6 +84,39 @@ class Layer:
 
     def prepare(self, case: Case, data: Data) -> Run:
         return module_run(gpu_rnn, case, data)
+
+
+class TorchKernel:
+    """The function that torch.nn's layer calls, with its arguments made beforehand."""
+
+    def absent(self, case: Case) -> str | None:
+        return "it is compared going forward" if case.training else None
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        kernel = getattr(torch._VF, case.cell)
+        weights, state = [*data.weights.values()], [value[None] for value in data.state.values()]
+        first = state if len(state) > 1 else state[0]
+
+        def call(k: int) -> tuple:
+            y, *last = kernel(data.x[k % len(data.x)], first, weights, True, 1, 0.0, False, False, False)
+            return y, tuple(last)
+
+        return call
+
+
+class Kernel:
+    """The backend that our layer calls, with its arguments made beforehand."""
+
+    absent = TorchKernel.absent
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        problem, weights, state = case.problem(), Weights(**data.weights), tuple(data.state.values())
+        backend = dispatch.choose(problem)
+
+        def call(k: int) -> tuple:
+            return dispatch.forward(backend, problem, data.x[k % len(data.x)], weights, state)[:2]
+
+        return call
 
 
 class Ours:
@@ -184,6 +219,8 @@ def contender(name: str) -> Contender:
         problems.TRITON: lambda: Ours("triton"),
         problems.NUMPY: OursNumpy,
         problems.LAYER: Layer,
+        problems.NN_KERNEL: TorchKernel,
+        problems.KERNEL: Kernel,
         problems.EAGER: lambda: Loop(compiled=False),
         problems.COMPILED: lambda: Loop(compiled=True),
         problems.ONNX: peers.OnnxRuntime,

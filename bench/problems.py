@@ -14,9 +14,11 @@ MOST_BYTES = 64 << 30  # of input, output and saved values: beyond, a problem is
 
 NN = "torch.nn"
 NUMPY, LAYER, CUDA, TRITON = "ours (numpy)", "ours (layer)", "ours (cuda)", "ours (triton)"
+NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers call, without their Python
+KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
 ONNX, EAGER, COMPILED = "onnxruntime", "torch loop", "torch.compile loop"
 FLASHRNN, HASTE, TORCHRL, XLSTM = "FlashRNN", "Haste", "TorchRL", "xlstm"
-EVERYBODY = (NN, CUDA, TRITON, NUMPY, LAYER, ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM)
+EVERYBODY = (NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, KERNEL, ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def cpu() -> list[Group]:
     layers = grid(names, (1,), (1,), (64,), modes=("step",))
     return [
         Group("one step", tuple(steps), (NN, NUMPY)),
-        Group("the layer's overhead", tuple(layers), (NN, NUMPY, LAYER)),
+        Group("what a call costs beside its kernel", tuple(layers), (NN, NN_KERNEL, LAYER, KERNEL)),
         Group("peers", tuple(grid(("lstm", "gru"), (32,), (8,), (128,))), (NN, NUMPY, ONNX, EAGER, XLSTM)),
         Group("sequences", tuple(sequences), (NN, NUMPY)),
     ]

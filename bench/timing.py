@@ -19,7 +19,7 @@ import torch.utils.benchmark
 from .contenders import Run, contender
 from .data import Data
 from .oracle import Judge
-from .problems import NN, WIDTH, Case
+from .problems import KERNEL_OF, NN, WIDTH, Case
 
 ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
 BLOCK_S = 0.01  # a timed block on the CPU is at least as long
@@ -52,7 +52,8 @@ def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
             "row": {
                 "contender": name, "status": "ok", "median_us": median, "p20_us": p20, "p80_us": p80,
                 "rounds": len(rounds), "us_per_step": median / case.T, "peak_bytes": checked.peak,
-                "error": checked.error, "ratio": float(np.median(rounds / ready[NN].times)) if NN in ready else None,
+                "error": checked.error, "note": beside_kernel(name, ready),
+                "ratio": float(np.median(rounds / ready[NN].times)) if NN in ready else None,
             }
         })  # fmt: skip
 
@@ -64,6 +65,14 @@ class Checked:
         self.run, self.error = run, error
         self.peak: int | None = None
         self.times: list[float] = []  # seconds per call, by round
+
+
+def beside_kernel(name: str, ready: dict[str, Checked]) -> str:
+    """What a layer costs beside the kernel that it calls: the median difference within a round."""
+    kernel = KERNEL_OF.get(name)
+    if kernel not in ready:
+        return ""
+    return f"{1e6 * np.median(np.subtract(ready[name].times, ready[kernel].times)):.1f} us more than {kernel}"
 
 
 def prepared(name: str, case: Case, data: Data, judge: Judge) -> Checked | dict[str, str]:
