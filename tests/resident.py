@@ -84,7 +84,8 @@ def planned(case: Case, device: residence.Device = residence.DEVICES["h200"]) ->
     made = []
     for backward in (False, True) if case.save else (False,):
         options = {"backward": backward, "ieee": case.ieee, "scope": case.scope}
-        plan, reasons = residence.plan(cell.G, cell.S, case.storage, case.H, case.B, device, **options)
+        element = residence.element(cell, backward=backward)
+        plan, reasons = residence.plan(cell.G, element, case.storage, case.H, case.B, device, **options)
         assert plan is not None, reasons
         made.append(plan)
     return tuple(made)
@@ -118,7 +119,7 @@ def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
 
 def sources(cell: str, kernel: runtime.Source | None = None) -> list:
     page = runtime.Source(f"cell {cell}", pages.page(cells.get(cell)))
-    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, kernel or CUDA / "resident.cu"]
+    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, CUDA / "extra.cuh", kernel or CUDA / "resident.cu"]
 
 
 def libraries(case: Case, plans: Plans, sanitizer=None, kernel=None) -> list[runtime.Library]:
@@ -144,7 +145,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         exchange = zeros(plan.launches * plan.exchange_bytes)
         addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
         for launch in residence.sequence(
-            plan, cell, dtype, addresses, exchange.ctypes.data, T, B, H, reverse=case.reverse, save=case.save
+            plan, cell, dtype, addresses, exchange.ctypes.data, T, B, H, 1, reverse=case.reverse, save=case.save
         ):
             on_host.execute(kernels[backward], launch, seed=seed, **options)
 
@@ -161,6 +162,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     y = poison((T, B, H), dtype)
     saved = poison((T, B, K, H), dtype) if case.save else None
     step = [encode(xg, dtype), packed(backward=False), encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
+    step += [None] * 3
     run(step, backward=False)
 
     weights = Weights(np.eye(G * H), R, None, b_hh)  # xg is given, so the input part passes through
@@ -178,7 +180,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
     tape_before = [a.copy() for a in (y, others, saved)]
     back = [encode(dy, dtype), dh_ours, dothers_ours, packed(backward=True), y, encode(h0, dtype), others, saved]
-    run([*back, dxg, dhg], backward=True)
+    run([*back, dxg, dhg, *[None] * 5], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
 
     gradients = oracle.backward(

@@ -169,7 +169,14 @@ def test_functions(dtype):
 )
 def test_plan_covers_every_unit(B, H, storage, offset):
     launch = plans.launch(
-        "stepwise_forward", cells.get("lstm"), B=B, H=H, storage=storage, product=storage, addresses=(256, offset)
+        "stepwise_forward",
+        cells.get("lstm"),
+        B=B,
+        H=H,
+        R=1,
+        storage=storage,
+        product=storage,
+        addresses=(256, offset),
     )
     units = int(dict(launch.unit.defines)["UNITS"])
     x, y, _ = launch.block

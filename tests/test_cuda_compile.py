@@ -22,7 +22,7 @@ MOST_REGISTERS = 128  # 16 warps on a multiprocessor, each with ten wide loads u
 def check(arch, name, storage, product, H, record_property):
     """H decides how many units a thread has."""
     launch = stepwise.launch(
-        "stepwise_forward", cells.get(name), B=4, H=H, storage=storage, product=product, addresses=()
+        "stepwise_forward", cells.get(name), B=4, H=H, R=1, storage=storage, product=product, addresses=()
     )
     options = [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)]
     cubin = nvrtc.compile(launch.unit.source, arch, options)
@@ -57,11 +57,18 @@ def test_ragged(name, storage, product, record_property):
     check("sm_90", name, storage, product, 63, record_property)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", ["lstm+dropout+given+hold+reset+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole"])
+@pytest.mark.parametrize(("storage", "product"), DTYPES[1:])
+def test_woven(arch, name, storage, product, record_property):
+    check(arch, name, storage, product, 64, record_property)
+
+
 def test_errors_name_the_file():
     """Files are joined for the compiler, yet its messages have the name and the line of each."""
     launch = stepwise.launch(
-        "stepwise_forward", cells.get("gru"), B=1, H=1, storage="float32", product="float32", addresses=()
+        "stepwise_forward", cells.get("gru"), B=1, H=1, R=1, storage="float32", product="float32", addresses=()
     )
     source = launch.unit.source.replace("const real t8 = tanh(", "const real t8 = tanh_of(")
-    with pytest.raises(nvrtc.CompileError, match=r'cell gru\(12\).*"tanh_of" is undefined'):
+    with pytest.raises(nvrtc.CompileError, match=r'cell gru\(13\).*"tanh_of" is undefined'):
         nvrtc.compile(source, "sm_90", [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)])

@@ -30,7 +30,8 @@ problems = st.tuples(
 
 def planned(cell, dtype, H, B, device, backward=True, scope=None):
     page, ieee = cells.get(cell), dtype == "ieee"
-    return residence.plan(page.G, page.S, stored(dtype), H, B, device, backward=backward, ieee=ieee, scope=scope)
+    element = residence.element(page, backward=backward)
+    return residence.plan(page.G, element, stored(dtype), H, B, device, backward=backward, ieee=ieee, scope=scope)
 
 
 def stored(dtype):
@@ -84,7 +85,7 @@ def test_every_plan_fits_and_covers(problem):
 
 def launches(plan, cell, dtype, B, H):
     options = {"reverse": False, "save": True}
-    return residence.sequence(plan, cells.get(cell), dtype, (), 0, 1, B, H, **options)
+    return residence.sequence(plan, cells.get(cell), dtype, (), 0, 1, B, H, 1, **options)
 
 
 def test_small_layers_need_one_block_and_large_ones_the_grid():
@@ -147,7 +148,9 @@ def test_an_older_or_shared_device_falls_to_the_next_scale():
 def settled(H, device, held):
     page = cells.get("lstm")
     options = {"backward": True, "ieee": False, "held": held}
-    return residence.settled(page.G, page.S, "bfloat16", H, 8, DEVICES[device], **options)
+    return residence.settled(
+        page.G, residence.element(page, backward=True), "bfloat16", H, 8, DEVICES[device], **options
+    )
 
 
 def test_a_driver_that_agrees_is_asked_once():
@@ -260,6 +263,7 @@ def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
 
 # ---- What the compiler makes of the plans -----------------------------------------------------------------------
 
+WOVEN = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
 COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared memory, one and more batch tiles
     ("lstm", "bfloat16", 64, 8), ("lstm", "bfloat16", 128, 8), ("lstm", "bfloat16", 512, 16),
     ("lstm", "bfloat16", 1024, 8), ("lstm", "bfloat16", 1024, 64), ("lstm", "float16", 512, 128),
@@ -268,6 +272,8 @@ COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared m
     ("rnn_tanh", "bfloat16", 1024, 8), ("rnn_tanh", "float32", 512, 64), ("rnn_relu", "float16", 256, 1),
     ("lstm", "bfloat16", 2048, 8), ("lstm", "ieee", 64, 4), ("lstm", "ieee", 256, 8), ("lstm", "ieee", 1024, 8),
     ("gru", "ieee", 512, 32), ("rnn_tanh", "ieee", 256, 16),
+    (WOVEN, "bfloat16", 128, 8), (WOVEN, "bfloat16", 512, 32), (WOVEN, "float32", 512, 8),
+    ("gru+hold+reset", "bfloat16", 1024, 8), (WOVEN, "ieee", 256, 8),
 ]  # fmt: skip
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
 

@@ -7,6 +7,7 @@ import pytest
 from gpu_rnn.backends import cuda, sequence, stepwise
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import residence
 
 from . import on_host, woven
 from .host import runtime
@@ -22,6 +23,37 @@ def by_steps(case):
         partial(sequence.forward, partial(stepwise.walk, bind)),
         partial(sequence.backward, partial(stepwise.walk_back, bind)),
     )
+
+
+@pytest.fixture(params=residence.SCOPES)
+def resident(request, monkeypatch):
+    """A case's `run` by the resident kernels of a scope."""
+    monkeypatch.setattr(residence, "plan", partial(residence.plan, scope=request.param))
+    on = residence.DEVICES["h200"]
+    cuda.plan_of.cache_clear()
+    yield lambda case: case.run(
+        partial(sequence.forward, partial(cuda.walk, on_host.ready, on)),
+        partial(sequence.backward, partial(cuda.walk_back, on_host.ready, on)),
+    )
+    cuda.plan_of.cache_clear()
+
+
+RESIDENT = [("lstm", option) for option in woven.OPTIONS] + [("gru", "all"), ("rnn_tanh", "all"), ("rnn_relu", "given")]
+
+
+@on_host_runtime
+@pytest.mark.parametrize(("name", "option"), RESIDENT)
+def test_cuda_resident(name, option, resident, monkeypatch):
+    options = woven.OPTIONS[option]
+    monkeypatch.setattr(stepwise, "walk", None)  # which would be no test
+    made = woven.drawn(name, options, "bfloat16", 5, 9, 4, 20, reverse=name == "gru")
+    woven.check(made, resident(made.case))
+
+
+@on_host_runtime
+def test_cuda_resident_in_float32_with_one_row_for_all(resident):
+    made = woven.drawn("lstm", woven.OPTIONS["all"], "float32", 6, 3, 4, 18, rows=1)
+    woven.check(made, resident(made.case))
 
 
 @on_host_runtime

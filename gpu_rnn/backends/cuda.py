@@ -120,11 +120,12 @@ def residence_of(
 def plan_of(
     cell: Cell, dtype: str, H: int, B: int, on: residence.Device, backward: bool, ieee: bool, held: Held | None
 ) -> tuple[residence.Residence | None, Sequence[str]]:
-    announced = residence.plan(cell.G, cell.S, dtype, H, B, on, backward=backward, ieee=ieee)
+    element = residence.element(cell, backward=backward)
+    announced = residence.plan(cell.G, element, dtype, H, B, on, backward=backward, ieee=ieee)
     if held is None:
         return announced
     ours = partial(held, cell, dtype)
-    plan, why = residence.settled(cell.G, cell.S, dtype, H, B, on, backward=backward, ieee=ieee, held=ours)
+    plan, why = residence.settled(cell.G, element, dtype, H, B, on, backward=backward, ieee=ieee, held=ours)
     if plan != announced[0]:
         what = f"{cell.name}, H={H} B={B} {dtype}: {'; '.join(why)}; now {plan or 'stepwise'}"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
@@ -147,8 +148,8 @@ def walk(run: Runner, on: residence.Device, cell: Cell, given: sequence.Forward,
     if plan is None:
         stepwise.walk(partial(bind, run), cell, given)
     else:
-        whole = (given.b_hh, given.h0, given.others, given.saved, given.y)
-        resident(run, plan, cell, given.w_hh, (given.xg,), whole, given.xg.shape, given.reverse, save)
+        whole = (given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra)
+        resident(run, plan, cell, given.w_hh, (given.xg,), whole, given.xg.shape, given.extra.rows, given.reverse, save)
 
 
 def walk_back(
@@ -159,12 +160,15 @@ def walk_back(
         stepwise.walk_back(partial(bind, run), cell, given)
     else:
         before = (given.dy, given.dh, given.dothers)
-        whole = (given.y, given.h0, given.others, given.saved, given.dxg, given.dhg)
-        resident(run, plan, cell, given.w_hh, before, whole, given.dxg.shape, given.reverse, True)
+        whole = (
+            given.y, given.h0, given.others, given.saved, given.dxg, given.dhg, given.dhistory, given.dunits,
+            *given.extra,
+        )  # fmt: skip
+        resident(run, plan, cell, given.w_hh, before, whole, given.dxg.shape, given.extra.rows, given.reverse, True)
 
 
 def resident(
-    run: Runner, plan: residence.Residence, cell: Cell, w_hh: Any, before: tuple, after: tuple, shape: tuple,
+    run: Runner, plan: residence.Residence, cell: Cell, w_hh: Any, before: tuple, after: tuple, shape: tuple, R: int,
     reverse: bool, save: bool,
 ) -> None:  # fmt: skip
     """Pack the weights, then run the sequence. `before` and `after`: the kernel's arrays around the packed weights."""
@@ -173,7 +177,7 @@ def resident(
     run(residence.pack(plan, cell, dtype, arrays.pointer(w_hh), arrays.pointer(packed), H))()
     exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=w_hh, dtype="uint8")
     launches = residence.sequence(
-        plan, cell, dtype, tuple(map(arrays.pointer, (*before, packed, *after))), arrays.pointer(exchange), T, B, H,
+        plan, cell, dtype, tuple(map(arrays.pointer, (*before, packed, *after))), arrays.pointer(exchange), T, B, H, R,
         reverse=reverse, save=save,
     )  # fmt: skip
     for launch in launches:

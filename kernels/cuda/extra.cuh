@@ -31,14 +31,14 @@ struct Extra {
         for (int n = 0; n < EXTRA_UNITS; ++n) extra[n] = units[(n * rows + (rows > 1 ? b : 0)) * H + unit];
     }
 
-    DEVICE void flags_of(real extra[EXTRA_OR_1], long long t, long long b) const {
-        if (EXTRA_FLAGS == 0) return;
-        const unsigned bits = flags[t * B + b];
+    // The flags of an instant, all in one: to be fetched ahead.
+    DEVICE unsigned bits(long long t, long long b) const { return EXTRA_FLAGS > 0 ? flags[t * B + b] : 0; }
+
+    DEVICE static void flags_of(real extra[EXTRA_OR_1], unsigned bits) {
         for (int n = 0; n < EXTRA_FLAGS; ++n) extra[EXTRA_UNITS + n] = (bits >> n & 1) != 0 ? 1 : 0;
     }
 
-    DEVICE void of_instant(real extra[EXTRA_OR_1], long long t, long long b, long long unit) const {
-        flags_of(extra, t, b);
+    DEVICE void uniforms_of(real extra[EXTRA_OR_1], long long t, long long b, long long unit) const {
         for (int n = 0; n < EXTRA_UNIFORMS; n += 4) {
             unsigned words[4] = {static_cast<unsigned>(unit), static_cast<unsigned>(b), static_cast<unsigned>(t),
                                  static_cast<unsigned>(n / 4)};

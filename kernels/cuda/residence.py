@@ -216,13 +216,14 @@ def pack(plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int) -
 
 
 def sequence(
-    plan: Residence, cell: Cell, dtype: str, addresses: tuple[int, ...], exchange: int, T: int, B: int, H: int,
+    plan: Residence, cell: Cell, dtype: str, addresses: tuple[int, ...], exchange: int, T: int, B: int, H: int, R: int,
     *, reverse: bool, save: bool, only: str | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The whole sequence, in `plan.launches` parts of the batch.
 
     addresses: of the kernel's arrays, in its order. exchange: of `plan.exchange_bytes` of zeros for each launch of a
-    grid plan. save: of a forward plan. only: see `compiled`; the results are then wrong.
+    grid plan. R: batch rows of the values per unit, B or 1. save: of a forward plan. only: see `compiled`; the
+    results are then wrong.
     """
     keep = () if plan.backward else (np.int32(save),)
     for part in range(plan.launches):
@@ -234,7 +235,7 @@ def sequence(
             (plan.threads, 1, 1),
             (
                 *(*addresses, exchange and exchange + part * plan.exchange_bytes),
-                *(T, np.int32(B), np.int32(H), np.int32(reverse), *keep, np.int32(first_row)),
+                *(T, np.int32(B), np.int32(H), np.int32(R), np.int32(reverse), *keep, np.int32(first_row)),
             ),
             shared=plan.shared_bytes,
             cluster=(plan.blocks if plan.scope == "cluster" else 1, 1, 1),
@@ -252,17 +253,20 @@ def name(plan: Residence) -> str:
 
 @lru_cache(maxsize=1024)  # asked at every call
 def plan(
-    gates: int, states: int, dtype: str, H: int, B: int, device: Device,
+    gates: int, element: int, dtype: str, H: int, B: int, device: Device,
     *, backward: bool, ieee: bool = False, scope: str | None = None,
 ) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
-    """The fastest plan by prediction, or None and the reasons. ieee: float32 isn't to be TF32. `scope` insists."""
+    """The fastest plan by prediction, or None and the reasons.
+
+    element: registers, from `element`. ieee: float32 isn't to be TF32. `scope` insists on one.
+    """
     if dtype not in SIZES:
         return None, (f"{dtype} has no resident kernel: there are {', '.join(SIZES)}",)
     if device.capability < (8, 0):
         return None, (f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0",)
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
     scopes = SCOPES if scope is None else (scope,)
-    found = [made for name in scopes for made in candidates(name, backward, gates, states, size, ieee, H, B, device)]
+    found = [made for name in scopes for made in candidates(name, backward, gates, element, size, ieee, H, B, device)]
     if not found:
         return None, tuple(why_not(name, gates, size, H, device) for name in scopes)
     best = min(found, key=lambda made: made.waves * made.microseconds)
@@ -274,7 +278,7 @@ def plan(
 
 
 def settled(
-    gates: int, states: int, dtype: str, H: int, B: int, device: Device,
+    gates: int, element: int, dtype: str, H: int, B: int, device: Device,
     *, backward: bool, ieee: bool, held: Callable[[Residence], int],
 ) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
     """The plan that the driver agrees to, and the reasons against those that it doesn't.
@@ -283,7 +287,7 @@ def settled(
     """
     refused: tuple[str, ...] = ()
     while True:
-        made, reasons = plan(gates, states, dtype, H, B, device, backward=backward, ieee=ieee)
+        made, reasons = plan(gates, element, dtype, H, B, device, backward=backward, ieee=ieee)
         if made is None or made.scope == "block":  # blocks that wait for no other come in their turn
             return made, (*refused, *reasons)
         grid = made.scope == "grid"
@@ -294,6 +298,14 @@ def settled(
         what = f"{wanted} blocks" if grid else f"{wanted} clusters of {made.blocks} blocks"
         refused += (f"{made.scope}: {what} were to be resident at once, and the driver holds {count}",)
         device = device.holding(made, count)
+
+
+def element(cell: Cell, *, backward: bool) -> int:
+    """Registers that one unit of one batch row takes for the whole sequence."""
+    extra = cell.E + bool(cell.flags)  # and the flags of the instant to come
+    if not backward:
+        return cell.S + 3 * cell.G + extra
+    return 3 * cell.S + 2 * cell.G + 6 + extra + cell.learned + (cell.S - 1) * bool(cell.E)
 
 
 def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
@@ -307,7 +319,7 @@ def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
 
 
 def candidates(
-    scope: str, backward: bool, gates: int, states: int, size: int, ieee: bool, H: int, B: int, device: Device
+    scope: str, backward: bool, gates: int, element: int, size: int, ieee: bool, H: int, B: int, device: Device
 ) -> Iterator[Residence]:
     """Every plan of a scope that fits."""
     rows, all_tiles = (IEEE_ROWS, IEEE_BATCH_TILES) if ieee else (ROWS, BATCH_TILES)
@@ -320,7 +332,7 @@ def candidates(
             for k_splits in (1, 2, 4, 8, 16):
                 if unit_tiles * k_splits <= MOST_WARPS:
                     shape = (scope, blocks, unit_tiles, k_splits, batch_tiles)
-                    made = fitted(backward, shape, gates, states, size, ieee, B, device)
+                    made = fitted(backward, shape, gates, element, size, ieee, B, device)
                     if made is not None:
                         yield made
 
@@ -337,7 +349,7 @@ def group_blocks(scope: str, needed: int, device: Device) -> int | None:
 
 
 def fitted(
-    backward: bool, shape: tuple[str, int, int, int, int], gates: int, states: int, size: int, ieee: bool, B: int,
+    backward: bool, shape: tuple[str, int, int, int, int], gates: int, element: int, size: int, ieee: bool, B: int,
     device: Device,
 ) -> Residence | None:  # fmt: skip
     """A plan with as many k tiles in registers as there is room for and the rest in shared memory, or None."""
@@ -348,8 +360,7 @@ def fitted(
     own = -(-UNIT * unit_tiles * rows // threads)
     row_sets = 1 if backward else gates
     sums = max(row_sets, 2) * rows if ieee else 4 * max(row_sets * batch_tiles, 4) + 4 * (batch_tiles - 1)
-    elements = own * (3 * states + 2 * gates + 6 if backward else states + 3 * gates)
-    room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS[scope] - sums - elements
+    room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS[scope] - sums - own * element
     k_registers = min(k_tiles, room // (4 * gates))
     if k_registers < k_tiles:
         k_registers = (room - LOADING_REGISTERS[ieee]) // (4 * gates)

@@ -500,8 +500,9 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
                               // where nothing is saved, [1, S-1, B, H] in place
     SCALAR* saved,            // [T, B, K, H] written; it may be xg where K = G
     SCALAR* y,                // [T, B, H] written
+    const float* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
     uint4* exchange,          // GRID: [groups, 2, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
-    long long T, int B, int H, int reverse,
+    long long T, int B, int H, int rows, int reverse,
     int save,                 // whether saved and others are kept
     int first_row) {          // batch row of the first group: what isn't resident at once takes several launches
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
@@ -510,7 +511,9 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
     home.load(weights);
 
     const Instants at{T, B, H, S, reverse != 0};
-    float state[OWN][S], bias[OWN][G], kept[OWN][K > 0 ? K : 1];
+    const Extra extra{units, flags, seed, B, H, rows};
+    float state[OWN][S], bias[OWN][G], kept[OWN][K > 0 ? K : 1], more[OWN][EXTRA_OR_1];
+    unsigned bits[OWN];  // flags of the instant after the coming one
     SCALAR x[OWN][G];  // of the coming instant, fetched while this one's h is under way
     auto fetch = [&](long long n) {
 #pragma unroll
@@ -522,6 +525,9 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
                 if (e.real && e.unit % 16 == 0 && n + 1 < T)  // a step may be shorter than the way to memory
                     prefetch_l2(&xg[at.row(at.nth(n + 1), e, G, g)]);
             }
+            if (!e.real) continue;
+            if (n + 1 < T) bits[k] = extra.bits(at.nth(n + 1), e.b);
+            extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
         }
     };
 #pragma unroll
@@ -533,7 +539,15 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
             state[k][s] = e.real ? others[at.other(save ? at.before(at.nth(0)) : 0, s, e)] : 0.0f;
 #pragma unroll
         for (int g = 0; g < G; ++g) bias[k][g] = e.real && b_hh != nullptr ? to_float(b_hh[g * H + e.hidden]) : 0.0f;
-        if (e.row < NB) home.put(0, 0, e.row, e.unit, state[k][0]);
+        for (int i = 0; i < EXTRA; ++i) more[k][i] = 0;
+        bits[k] = 0;
+        if (e.real) {
+            extra.of_unit(more[k], e.b, e.hidden);
+            extra.flags_of(more[k], extra.bits(at.nth(0), e.b));
+        }
+        float seen = state[k][0];
+        Cell::operand(&seen, more[k]);
+        if (e.row < NB) home.put(0, 0, e.row, e.unit, seen);
     }
     home.publish(0);
     fetch(0);
@@ -550,8 +564,11 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
                 in[g] = to_float(x[k][g]);
                 recurrent[g] = home.sum(g, e.row, e.unit) + bias[k][g];
             }
-            Cell::step(in, recurrent, state[k], kept[k]);
-            if (n + 1 < T) home.put(n + 1, 0, e.row, e.unit, state[k][0]);
+            Cell::step(in, recurrent, state[k], kept[k], more[k]);
+            extra.flags_of(more[k], bits[k]);
+            float seen = state[k][0];
+            Cell::operand(&seen, more[k]);
+            if (n + 1 < T) home.put(n + 1, 0, e.row, e.unit, seen);
         }
         if (n + 1 < T) {
             home.publish(n + 1);
@@ -596,17 +613,22 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     const SCALAR* saved,      // [T, B, K, H]
     SCALAR* dxg,              // [T, B, G, H] written
     SCALAR* dhg,              // [T, B, G, H] written; null where a cell's two parts have one gradient
+    const SCALAR* dhistory,   // [T, S-1, B, H] gradients of the other states after every instant; null for zero
+    float* dunits,            // [LEARNED, B, H] added to
+    const float* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
     uint4* exchange,          // GRID: [groups, 2, NB / 3, BLOCKS * G * U * sizeof(SCALAR) / 4], zero; else null
-    long long T, int B, int H, int reverse,
+    long long T, int B, int H, int rows, int reverse,
     int first_row) {          // batch row of the first group
-    constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
+    constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
     DYNAMIC_SHARED(unsigned char, arena);
     Residence home(arena, exchange, B - first_row);
     home.load(weights);
 
     const Instants at{T, B, H, S, reverse != 0};
     float asked[OWN][S];  // gradient of the states after the instant; of h without what y and the weights ask
-    float after[OWN][S], before[OWN][S];
+    const Extra extra{units, flags, seed, B, H, rows};
+    float after[OWN][S], before[OWN][S], more[OWN][EXTRA_OR_1], sums[OWN][LEARNED > 0 ? LEARNED : 1];
+    unsigned bits[OWN];
     SCALAR shown[OWN], earlier[OWN], kept[OWN][K > 0 ? K : 1];  // as stored: a conversion would wait for them
     auto fetch = [&](long long n) {  // what the instant needs from memory, while the others' gradients are under way
         const long long t = at.nth(n);
@@ -620,6 +642,11 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
             for (int j = 0; j < K; ++j) kept[k][j] = e.real ? saved[at.row(t, e, K, j)] : zero;
 #pragma unroll
             for (int s = 1; s < S; ++s) before[k][s] = e.real ? others[at.other(at.before(t), s, e)] : 0.0f;
+            if (!e.real) continue;
+            bits[k] = extra.bits(t, e.b);
+            if (dhistory == nullptr) continue;
+#pragma unroll
+            for (int s = 1; s < S; ++s) asked[k][s] += to_float(dhistory[at.other(t, s, e)]);
         }
     };
 #pragma unroll
@@ -633,6 +660,10 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
             asked[k][s] = e.real ? dothers[at.other(0, s, e)] : 0.0f;
             after[k][s] = e.real ? others[at.other(at.after(t), s, e)] : 0.0f;
         }
+        for (int i = 0; i < EXTRA; ++i) more[k][i] = 0;
+        bits[k] = 0;
+        if (e.real) extra.of_unit(more[k], e.b, e.hidden);
+        for (int i = 0; i < LEARNED; ++i) sums[k][i] = e.real ? dunits[(i * at.B + e.b) * H + e.hidden] : 0.0f;
     }
 
     for (long long turn = 0; turn <= T; ++turn) {  // the last one only finishes the gradient of h0
@@ -644,14 +675,25 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
             if (e.row >= NB) continue;
-            if (turn > 0) asked[k][0] += home.sum(0, e.row, e.unit);
+            float parts[LEARNED > 0 ? LEARNED : 1];
+            if (turn > 0) {
+                float back = home.sum(0, e.row, e.unit);
+                if (Cell::OPERAND) {  // the flags are still those of the instant that saw this h
+                    Cell::operand_grad(&back, parts, more[k]);
+                    for (int i = 0; i < LEARNED; ++i) sums[k][i] += parts[i];
+                }
+                asked[k][0] += back;
+            }
             if (n < 0) continue;
+            extra.flags_of(more[k], bits[k]);
+            if (e.real) extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
             asked[k][0] += to_float(shown[k]);
             before[k][0] = to_float(earlier[k]);
             float from_step[K > 0 ? K : 1], dbefore[S];
 #pragma unroll
             for (int j = 0; j < K; ++j) from_step[j] = to_float(kept[k][j]);
-            Cell::grad(asked[k], after[k], before[k], from_step, dx[k], da[k], dbefore);
+            Cell::grad(asked[k], after[k], before[k], from_step, dx[k], da[k], dbefore, parts, more[k]);
+            for (int i = 0; i < LEARNED; ++i) sums[k][i] += parts[i];
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 asked[k][s] = dbefore[s];
@@ -677,6 +719,7 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     for (int k = 0; k < OWN; ++k) {
         const Element e(k, first_row, B, H);
         if (!e.real) continue;
+        for (int j = 0; j < LEARNED; ++j) dunits[(j * at.B + e.b) * H + e.hidden] = sums[k][j];
         dh[at.initial(e)] = asked[k][0];
 #pragma unroll
         for (int s = 1; s < S; ++s) dothers[at.other(0, s, e)] = asked[k][s];

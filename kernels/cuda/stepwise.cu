@@ -99,7 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
         real more[UNITS][EXTRA_OR_1];
         for (int u = 0; u < UNITS; ++u) {
             extra.of_unit(more[u], b, unit + u);
-            extra.of_instant(more[u], t, b, unit + u);
+            extra.flags_of(more[u], extra.bits(t, b));
+            extra.uniforms_of(more[u], t, b, unit + u);
             Cell::step(x[u], r[u], state[u], kept[u], more[u]);
         }
 
@@ -108,12 +109,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
         for (int s = 1; s < S; ++s) store(others + ((after * (S - 1) + s - 1) * B + b) * H + unit, state, s);
         if (saved != nullptr)
             for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
-        if (operand == nullptr || following < 0) continue;
-        for (int u = 0; u < UNITS; ++u) {
-            extra.flags_of(more[u], following, b);
-            Cell::operand(state[u], more[u]);
+        if constexpr (Cell::OPERAND != 0) {
+            if (operand == nullptr || following < 0) continue;
+            for (int u = 0; u < UNITS; ++u) {
+                extra.flags_of(more[u], extra.bits(following, b));
+                Cell::operand(state[u], more[u]);
+            }
+            store(operand + b * H + unit, state, 0);
         }
-        store(operand + b * H + unit, state, 0);
     }
 }
 EXPORT(stepwise_forward)
@@ -152,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
         if (Cell::OPERAND && following >= 0) {
             for (int u = 0; u < UNITS; ++u) {
                 real parts[LEARNED_OR_1];
-                extra.flags_of(more[u], following, b);
+                extra.flags_of(more[u], extra.bits(following, b));
                 Cell::operand_grad(dnew[u], parts, more[u]);
                 for (int n = 0; n < LEARNED; ++n) sums[u][n] += parts[n];
             }
@@ -172,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
         real dx[UNITS][G], dr[UNITS][G], dlast[UNITS][S];
         for (int u = 0; u < UNITS; ++u) {
             real parts[LEARNED_OR_1];
-            extra.of_instant(more[u], t, b, unit + u);
+            extra.flags_of(more[u], extra.bits(t, b));
+            extra.uniforms_of(more[u], t, b, unit + u);
             Cell::grad(dnew[u], next[u], last[u], kept[u], dx[u], dr[u], dlast[u], parts, more[u]);
             for (int n = 0; n < LEARNED; ++n) sums[u][n] += parts[n];
         }
