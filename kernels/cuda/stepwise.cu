@@ -112,8 +112,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
         if constexpr (Cell::OPERAND != 0) {
             if (operand == nullptr || following < 0) continue;
             for (int u = 0; u < UNITS; ++u) {
-                extra.flags_of(more[u], extra.bits(following, b));
-                Cell::operand(state[u], more[u]);
+                real again[EXTRA_OR_1];  // kept from above, these would take too many registers
+                extra.of_unit(again, b, unit + u);
+                extra.flags_of(again, extra.bits(following, b));
+                Cell::operand(state[u], again);
             }
             store(operand + b * H + unit, state, 0);
         }
