@@ -19,13 +19,12 @@ from gpu_rnn.kernels.derive import OPERATIONS
 from gpu_rnn.kernels.program import Layout, grad_program, layout, natural, step_program
 from gpu_rnn.kernels.weave import HOLD
 
-from ..arrays import HALVES, from_numpy, library, to_numpy
+from ..arrays import HALVES, from_numpy, to_numpy
 from ..arrays import dtype as dtype_of
 from ..extra import Extra
 from ..problem import Problem, Weights
 
 NAME = "numpy"
-FSDP = "torch.distributed.fsdp"
 SIZES, KEPT_BYTES = 16, 1 << 20  # of problems whose arrays are kept for the next call, and of each one's arrays
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_ROWS = 512  # instants times batch rows backward that a product needs to run at full speed
@@ -88,14 +87,19 @@ def warmup(problem: Problem) -> tuple[str, ...]:
 
 
 def numpied(weights: Weights, state: tuple) -> tuple[Weights, tuple]:
-    return Weights(*(None if w is None else lent(w) for w in weights)), tuple(map(to_numpy, state))
+    borrowed = lent if distributed() else to_numpy
+    return Weights(*(None if w is None else borrowed(w) for w in weights)), tuple(map(to_numpy, state))
+
+
+def distributed() -> bool:
+    """Whether weights may be FSDP's, which frees their memory between uses; torch's `numpy()` forbids that for good."""
+    torch = sys.modules.get("torch.distributed")
+    return torch is not None and torch.is_available() and torch.is_initialized()
 
 
 def lent(weight: Any) -> np.ndarray:
-    """As `to_numpy`. FSDP frees its weights' memory between uses, and torch's `numpy()` would forbid that for good."""
-    if FSDP in sys.modules and library(weight) == "torch" and dtype_of(weight) not in HALVES:
-        return np.from_dlpack(weight.detach())
-    return to_numpy(weight)
+    """As `to_numpy`, and the weight stays as it was."""
+    return to_numpy(weight) if dtype_of(weight) in HALVES else np.from_dlpack(weight.detach())
 
 
 def run_forward(
