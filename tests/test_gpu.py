@@ -8,11 +8,11 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import arrays
-from gpu_rnn.backends import cuda
+from gpu_rnn.backends import cuda, triton
 from gpu_rnn.kernels import cells
 from gpu_rnn.problem import Problem, Weights
 
-from . import sequences, twins
+from . import sequences, twins, woven
 
 pytestmark = pytest.mark.gpu
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
@@ -54,6 +54,16 @@ def test_resident_kernels(name, dtype, reverse):
         case = sequences.draw(name, dtype, T, B, I, H, reverse=reverse)
         results = moved("torch", case).run(partial(cuda.forward, tf32=tf32), partial(cuda.backward, tf32=tf32))
         sequences.check(case, results, tf32=tf32)
+
+
+@pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
+@pytest.mark.parametrize("option", woven.OPTIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_woven_into_a_cell(backend, option, dtype):
+    """Resident in one block, a cluster and the grid, and an instant at a time; with IEEE products."""
+    for name, T, B, H in (("lstm", 6, 9, 20), ("gru", 5, 20, 300), ("rnn_tanh", 6, 5, 1100), ("lstm", 3, 4, 33)):
+        made = woven.drawn(name, woven.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru")
+        woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
 def test_a_long_resident_sequence():
