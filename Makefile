@@ -20,8 +20,9 @@ lint: $(VENV)/test  ## the style, the types and the direction of imports; on the
 gpu:  ## tests and benchmarks on this machine's NVIDIA GPU, with this machine's own python3; nothing is installed
 	$(PYTHON) -m bench gpu --out $(or $(OUT),bench/results) --minutes $(or $(MINUTES),9)
 
-bench: $(VENV)/demo  ## microbenchmarks on this machine
+bench: $(VENV)/demo  ## microbenchmarks on this machine, in under 15 minutes; then tables, plots and bench/figures/benchmarks.html
 	$(BIN)/python -m bench run
+	$(BIN)/python -m bench report
 
 hub:  ## the Triton kernels in the layout of Hugging Face's kernels hub, in .build/hub; by this machine's own python3
 	$(PYTHON) -m hub --repo $(or $(REPO),owner/gpu-rnn)

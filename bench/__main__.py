@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process for each number (1 2)")
     run.add_argument("--filter", help="only cases whose text has these words, as in 'lstm forward H=128'")
     run.add_argument("--out", type=Path, help="the CSV to append to (bench/results/MACHINE.csv)")
-    run.add_argument("--contender", nargs="+", help="beside torch.nn: " + ", ".join(problems.EVERYBODY[1:]))
+    run.add_argument(
+        "--contender", nargs="+", help="beside torch.nn: " + ", ".join((*problems.EVERYBODY[1:], *problems.TOGETHER))
+    )
     problem_options(run)
     run.set_defaults(command=run_command)
 
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 def problem_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cell", nargs="+", default=["lstm"])
-    for letter, what in {"T": "instants", "B": "batch rows", "H": "hidden units"}.items():
+    for letter, what in {"T": "instants", "B": "batch rows", "H": "hidden units", "L": "layers"}.items():
         command.add_argument(f"-{letter}", f"--{letter}", type=int, nargs="+", help=what)
     command.add_argument("-I", "--I", type=int, help="input size (H)")
     command.add_argument("--dtype", nargs="+", default=["float32"])
@@ -81,12 +83,12 @@ def problem_options(command: argparse.ArgumentParser) -> None:
 def asked_for(options: argparse.Namespace, contenders: list[str]) -> list[Group]:
     return problems.custom(
         options.cell, options.T or [256], options.B or [8], options.H or [128], options.I, options.dtype,
-        options.mode, options.device, contenders,
+        options.mode, options.device, contenders, options.L or [1],
     )  # fmt: skip
 
 
 def run_command(options: argparse.Namespace) -> int:
-    sizes = (options.T, options.B, options.H, options.I, options.contender)
+    sizes = (options.T, options.B, options.H, options.L, options.I, options.contender)
     if any(value is not None for value in sizes):
         default = [problems.NUMPY] if options.device == "cpu" else [problems.CUDA, problems.TRITON]
         groups = asked_for(options, options.contender or default)
@@ -99,12 +101,12 @@ def run_command(options: argparse.Namespace) -> int:
     from . import machine  # asks for the versions of everything: not before the arguments are right
 
     path = options.out or results.FOLDER / f"{machine.slug()}.csv"
-    minutes, seconds = (0.8, 0.15) if options.quick else (14, 0.4)
+    minutes, seconds = (0.8, 0.15) if options.quick else (14, 0.3)
     return run(groups, threads, path, options.minutes or minutes, seconds)
 
 
 def run(groups: list[Group], threads: list[int | None], path: Path, minutes: float, seconds: float) -> int:
-    """Every case, each with every number of threads before the next one. What was measured is kept, also on Ctrl-C."""
+    """Every case, small ones first, each with every number of threads. What was measured is kept, also on Ctrl-C."""
     when, until, left = results.now(), time.monotonic() + 60 * minutes, 0
     workers = {count: Worker(count) for count in threads}
     device = groups[0].cases[0].device
@@ -112,8 +114,10 @@ def run(groups: list[Group], threads: list[int | None], path: Path, minutes: flo
     interrupted = False
     try:
         ceilings = {count: measured_ceilings(worker, device) for count, worker in workers.items()}
-        with Progress(sum(work(case) for group in groups for case in group.cases) * len(workers)) as progress:
-            for group, case, count in ((g, case, n) for g in groups for case in g.cases for n in threads):
+        plan = [(g, case, n) for g in groups for case in g.cases for n in (threads[:1] if g.once else threads)]
+        plan.sort(key=lambda entry: work(entry[1]))  # who stops early has most of it
+        with Progress(sum(work(case) for _, case, _ in plan)) as progress:
+            for group, case, count in plan:
                 if time.monotonic() > until:
                     left += 1
                     continue
@@ -182,7 +186,7 @@ def once_command(options: argparse.Namespace) -> int:
     for group in asked_for(options, options.contender):
         for case in group.cases:
             torch.set_grad_enabled(case.training)
-            for name in options.contender:
+            for name in problems.expanded(options.contender):
                 run = contender(name).prepare(case, Data(case))
                 for k in range(options.calls):
                     run(k)

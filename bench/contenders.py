@@ -1,11 +1,13 @@
-"""Who takes part, each behind the same two methods, imported only when asked for. Other people's packages: peers.py.
+"""Who takes part, each behind the same methods, imported only when asked for. Other people's packages: peers.py; what
+is around a cell: around.py; our kernels alone: kernels.py.
 
 A contender's `prepare` returns a function of k that runs the case on the k-th input and returns (y, last states), in
 training also the gradients by name, of x, the weights and the states. Autograd is switched on by whoever times.
 """
 
+import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +15,44 @@ import torch.nn.functional as F
 import gpu_rnn
 from gpu_rnn import dispatch
 from gpu_rnn.compat import missing, no_gpu
-from gpu_rnn.problem import Weights
+from gpu_rnn.problem import Problem, Weights
 
-from . import problems
+from . import machine, problems
 from .data import Data, function
 from .problems import Case
 
-Run = Callable[[int], tuple]
+if TYPE_CHECKING:
+    from .oracle import Judge
+
+Run = Callable[[int], Any]
 
 
-class Contender(Protocol):
+class Contender:
     def absent(self, case: Case) -> str | None:
         """Why it can't take part, None when it can."""
+        return None
 
-    def prepare(self, case: Case, data: Data) -> Run: ...
+    def prepare(self, case: Case, data: Data) -> Run:
+        raise NotImplementedError
+
+    def answer(self, case: Case, data: Data, run: Run) -> Any:
+        """What is checked."""
+        return run(0)
+
+    def judge(self, case: Case, data: Data, usual: "Callable[[], Judge]") -> "Judge":
+        """Who checks it."""
+        return usual()
+
+    def plan(self, case: Case) -> str:
+        """Which of several plans it runs by; empty for who has one only."""
+        return ""
+
+
+def plan_of(backend: Any, problem: Problem) -> str:
+    """The kinds of plan that a backend has for a problem: forward, and where that differs the way back."""
+    ways = [re.search(r"resident, (\w+)|stepwise|sequence", way) for way in backend.plan(problem).split("; back: ")]
+    kinds = dict.fromkeys(found[1] or found[0] for found in ways if found)
+    return ", back ".join(kinds)
 
 
 def differentiated(
@@ -55,38 +81,36 @@ def module_run(library: Any, case: Case, data: Data) -> Run:
     """The layer of torch.nn, or of whoever has the same ones, with the weights of the case."""
     kind, _, nonlinearity = case.cell.partition("_")
     options = {"nonlinearity": nonlinearity} if nonlinearity else {}
-    module = getattr(library, kind.upper())(case.I, case.H, **options).to(data.dy.device, data.dy.dtype)
+    module = getattr(library, kind.upper())(case.I, case.H, case.L, **options).to(data.dy.device, data.dy.dtype)
     module.train(case.training)
     parameters = dict(zip(data.weights, module.parameters(), strict=True))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(data.weights[name])
-    state = {name: value[None].clone() for name, value in data.state.items()}
+    state = {name: value.reshape(case.L, case.B, case.H).clone() for name, value in data.state.items()}
     h0 = next(iter(state.values())) if len(state) == 1 else tuple(state.values())
     return differentiated(case, data, lambda x: module(x, h0), parameters, state)
 
 
-class Torch:
+class Torch(Contender):
     """torch.nn: cuDNN on a GPU, oneDNN or ATen on a CPU."""
-
-    def absent(self, case: Case) -> str | None:
-        return None
 
     def prepare(self, case: Case, data: Data) -> Run:
         return module_run(torch.nn, case, data)
 
 
-class Layer:
+class Layer(Contender):
     """gpu_rnn.LSTM, GRU, RNN: what a drop-in costs beside the function."""
-
-    def absent(self, case: Case) -> str | None:
-        return None
 
     def prepare(self, case: Case, data: Data) -> Run:
         return module_run(gpu_rnn, case, data)
 
+    def plan(self, case: Case) -> str:
+        problem = case.problem(machine.tf32(case))
+        return plan_of(dispatch.choose(problem), problem)
 
-class TorchKernel:
+
+class TorchKernel(Contender):
     """The function that torch.nn's layer calls, with its arguments made beforehand."""
 
     def absent(self, case: Case) -> str | None:
@@ -104,7 +128,7 @@ class TorchKernel:
         return call
 
 
-class Kernel:
+class Kernel(Contender):
     """The backend that our layer calls, with its arguments made beforehand."""
 
     absent = TorchKernel.absent
@@ -119,7 +143,7 @@ class Kernel:
         return call
 
 
-class Ours:
+class Ours(Contender):
     """gpu_rnn's functions on torch tensors, with a backend insisted on."""
 
     def __init__(self, backend: str) -> None:
@@ -138,8 +162,11 @@ class Ours:
 
         return differentiated(case, data, call, weights, state)
 
+    def plan(self, case: Case) -> str:
+        return plan_of(dispatch.backend(self.backend), case.problem(machine.tf32(case)))
 
-class OursNumpy:
+
+class OursNumpy(Contender):
     """gpu_rnn's functions on NumPy arrays, without torch."""
 
     def absent(self, case: Case) -> str | None:
@@ -163,30 +190,30 @@ class OursNumpy:
         return run
 
 
-def step_lstm(xg: torch.Tensor, state: tuple, R: torch.Tensor, b: torch.Tensor) -> tuple:
-    i, f, g, o = (xg + F.linear(state[0], R, b)).chunk(4, 1)
+def step_lstm(xg: torch.Tensor, hg: torch.Tensor, state: tuple) -> tuple:
+    i, f, g, o = (xg + hg).chunk(4, 1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def step_gru(xg: torch.Tensor, state: tuple, R: torch.Tensor, b: torch.Tensor) -> tuple:
-    (xr, xz, xn), (hr, hz, hn) = xg.chunk(3, 1), F.linear(state[0], R, b).chunk(3, 1)
+def step_gru(xg: torch.Tensor, hg: torch.Tensor, state: tuple) -> tuple:
+    (xr, xz, xn), (hr, hz, hn) = xg.chunk(3, 1), hg.chunk(3, 1)
     z, n = torch.sigmoid(xz + hz), torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
     return (n + z * (state[0] - n),)
 
 
-def step_rnn_tanh(xg: torch.Tensor, state: tuple, R: torch.Tensor, b: torch.Tensor) -> tuple:
-    return (torch.tanh(xg + F.linear(state[0], R, b)),)
+def step_rnn_tanh(xg: torch.Tensor, hg: torch.Tensor, state: tuple) -> tuple:
+    return (torch.tanh(xg + hg),)
 
 
-def step_rnn_relu(xg: torch.Tensor, state: tuple, R: torch.Tensor, b: torch.Tensor) -> tuple:
-    return (torch.relu(xg + F.linear(state[0], R, b)),)
+def step_rnn_relu(xg: torch.Tensor, hg: torch.Tensor, state: tuple) -> tuple:
+    return (torch.relu(xg + hg),)
 
 
 STEPS = {"lstm": step_lstm, "gru": step_gru, "rnn_tanh": step_rnn_tanh, "rnn_relu": step_rnn_relu}
 
 
-class Loop:
+class Loop(Contender):
     """What people write themselves: one product for all inputs, then a Python loop; its step compiled, if asked."""
 
     def __init__(self, compiled: bool) -> None:
@@ -196,7 +223,13 @@ class Loop:
         return None if case.cell in STEPS else f"nobody wrote a loop for {case.cell}"
 
     def prepare(self, case: Case, data: Data) -> Run:
-        step = torch.compile(STEPS[case.cell]) if self.compiled else STEPS[case.cell]
+        cell = STEPS[case.cell]
+
+        def step(xg: torch.Tensor, now: tuple, R: torch.Tensor, b: torch.Tensor) -> tuple:
+            return cell(xg, F.linear(now[0], R, b), now)
+
+        if self.compiled:
+            step = torch.compile(step)
         weights = {name: value.clone() for name, value in data.weights.items()}
         state = {name: value.clone() for name, value in data.state.items()}
 
@@ -211,8 +244,12 @@ class Loop:
 
 
 def contender(name: str) -> Contender:
-    from . import peers
+    from . import around, kernels, peers
 
+    if name in problems.FEATURES:
+        return around.Around(name)
+    if name in problems.KERNELS:
+        return kernels.Alone(*problems.KERNELS[name])
     known: dict[str, Callable[[], Contender]] = {
         problems.NN: Torch,
         problems.CUDA: lambda: Ours("cuda"),

@@ -22,20 +22,25 @@ class Data:
         def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (scale * torch.randn(shape, generator=generator, device=case.device)).to(dtype)
 
-        G, B, H = case.gates, case.B, case.H
+        G, B, H, L = case.gates, case.B, case.H, case.L
         size = case.T * B * case.I * WIDTH[case.dtype]
         copies = 1 if case.device == "cpu" else min(512, -(-ROTATED_BYTES // size))
         self.x = list(draw(copies, case.T, B, case.I))
-        self.weights = {
-            "w_ih": draw(G * H, case.I, scale=case.I**-0.5),
-            "w_hh": draw(G * H, H, scale=H**-0.5),
-            "b_ih": draw(G * H),
-            "b_hh": draw(G * H),
-        }
-        letters = cells.get(case.cell).states
-        self.state = {f"{letter}0": draw(B, H) for letter in letters}
+        self.weights: dict[
+            str, torch.Tensor
+        ] = {}  # by names that are our functions', above the first layer with _l1...
+        for layer in range(L):
+            I, end = (H, f"_l{layer}") if layer else (case.I, "")
+            self.weights |= {
+                f"w_ih{end}": draw(G * H, I, scale=I**-0.5),
+                f"w_hh{end}": draw(G * H, H, scale=H**-0.5),
+                f"b_ih{end}": draw(G * H),
+                f"b_hh{end}": draw(G * H),
+            }
+        letters, sizes = cells.get(case.cell).states, (B, H) if L == 1 else (L, B, H)
+        self.state = {f"{letter}0": draw(*sizes) for letter in letters}
         self.dy = draw(case.T, B, H)
-        self.dlast = tuple(draw(B, H) for _ in letters)
+        self.dlast = tuple(draw(*sizes) for _ in letters)
 
     def double(self) -> "Data":
         """The same numbers, exactly, in float64; of the inputs only the first."""
@@ -54,8 +59,10 @@ def function(cell: str) -> tuple[Any, dict[str, str]]:
     return getattr(gpu_rnn, cell), {}
 
 
-def named(case: Case, answer: tuple) -> dict[str, torch.Tensor]:
-    """What a contender returned, as (y, last states[, gradients by name]), flat and by name."""
+def named(case: Case, answer: Any) -> dict[str, torch.Tensor]:
+    """What a contender returned, as (y, last states[, gradients by name]) or by name, flat and by name."""
+    if isinstance(answer, dict):
+        return answer
     y, last, *gradients = answer
     last = last if isinstance(last, (tuple, list)) else (last,)
     letters = cells.get(case.cell).states

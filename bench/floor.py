@@ -9,11 +9,18 @@ and m that of memory, forward:
 
 A backward pass has the same chain again, and three such big products (dx, dW, dR). Nobody reaches it: it leaves out the
 pointwise part, and that chain and products compete for the same units. It says how much there is left to gain.
+
+A kernel alone has a floor of its own: the fused kernel of an instant crosses the memory bus once with each of its
+arrays, so that floor over time is its fraction of the copy bandwidth; of the resident kernels it is the chain's part.
 """
 
 from dataclasses import dataclass
 
-from .problems import WIDTH, Case
+from gpu_rnn import arrays
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cells import grad_graph
+
+from .problems import FEATURES, KERNELS, WIDTH, Case
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,61 @@ def scale(case: Case, ceilings: Ceilings) -> Scale:
     return next((scale for scale in ceilings.scales if weights <= scale.bytes), STREAMED)
 
 
-def floor_us(case: Case, ceilings: Ceilings) -> float | None:
-    """The least microseconds for a case; None for a dtype whose ceiling wasn't measured."""
-    if case.dtype not in ceilings.flops:
+def least_us(contender: str, case: Case, ceilings: Ceilings) -> float | None:
+    """The least microseconds for a row; None for a dtype whose ceiling wasn't measured, and for what changes a cell."""
+    if case.dtype not in ceilings.flops or FEATURES.get(contender):
         return None
-    width, G, T, B, I, H = WIDTH[case.dtype], case.gates, case.T, case.B, case.I, case.H
-    flops, where = ceilings.flops[case.dtype], scale(case, ceilings)
-    streamed = G * H * H * width / ceilings.bandwidth if where is STREAMED else 0.0
-    chain = T * max(where.exchange_us * 1e-6, 2 * B * G * H * H / flops, streamed)
-    projection, recurrent = 2 * T * B * G * H * I / flops, 2 * T * B * G * H * H / flops
+    if contender in KERNELS:
+        return 1e6 * kernel_s(*KERNELS[contender][1:], case, ceilings)
+    return floor_us(case, ceilings)
+
+
+def floor_us(case: Case, ceilings: Ceilings) -> float:
+    """The least microseconds for a case."""
+    flops, L = ceilings.flops[case.dtype], case.L
+    chain = L * max(waits(case, ceilings), multiplies(case, ceilings))
+    once = 2 * case.T * case.B * case.gates * case.H / flops  # a column of inputs
+    projection, recurrent = once * case.inputs, once * L * case.H
     traffic = case.bytes / ceilings.bandwidth
     if case.training:  # what is kept is written and read; dx, dW and y's gradient are as large as x, W and y
         return 1e6 * (2 * chain + max(3 * projection + recurrent, 2 * traffic))
     return 1e6 * (chain + max(projection, traffic))
+
+
+def waits(case: Case, ceilings: Ceilings) -> float:
+    """Seconds of all exchanges of a layer, one way through time."""
+    return case.T * scale(case, ceilings).exchange_us * 1e-6
+
+
+def multiplies(case: Case, ceilings: Ceilings) -> float:
+    """Seconds of all its recurrent products, or of reading their weights where the chip doesn't hold them."""
+    weights = case.gates * case.H**2
+    streamed = weights * WIDTH[case.dtype] / ceilings.bandwidth if scale(case, ceilings) is STREAMED else 0.0
+    return case.T * max(2 * case.B * weights / ceilings.flops[case.dtype], streamed)
+
+
+# ---- kernels alone --------------------------------------------------------------------------------------------------
+
+
+def kernel_s(way: str, part: str, case: Case, ceilings: Ceilings) -> float:
+    """Seconds of one of our kernels alone, for all instants."""
+    if part == "step":
+        return case.T * instant_bytes(way, case) / ceilings.bandwidth
+    parts = {"exchange": waits(case, ceilings), "product": multiplies(case, ceilings)}
+    return parts.get(part, max(parts.values()))
+
+
+def instant_bytes(way: str, case: Case) -> int:
+    """What the fused kernel of an instant reads and writes; of what it is given back, what the page's gradient uses."""
+    cell = cells.get(case.cell)
+    stored, real = WIDTH[case.dtype], 8 if case.dtype == "float64" else 4
+    product = WIDTH[arrays.product_dtype("torch", case.dtype)]
+    if way == "forward":  # xg, y and what is saved; hg; the states before and after
+        unit = stored * (cell.G + 1 + case.training * cell.K) + product * cell.G + real * 2 * cell.S
+    else:  # dy and the gradients of the gates; back; gradients of the states before and after; the tape
+        used = {node.operands for node in grad_graph(cell).pruned().nodes.values() if node.op == "input"}
+        tape = [name for name, k in used if name == "saved" or (name in ("new", "state") and k == 0)]
+        others = [name for name, k in used if name in ("new", "state") and k > 0]
+        unit = stored * (1 + cell.G * (1 + any(cell.separate)) + len(tape)) + product + real * 2 * cell.S
+        unit += real * len(others)
+    return unit * case.B * case.H

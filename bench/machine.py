@@ -10,6 +10,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .problems import Case
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("numpy", "torch", "triton", "cupy", "onnxruntime")
 DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
@@ -89,8 +91,10 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def tf32() -> bool:
-    """Whether torch.nn's recurrent layers round float32 products on a GPU. The old flag raises where the new is set."""
+def tf32(case: Case) -> bool:
+    """Whether torch.nn's recurrent layers round the products of a case. The old flag raises where the new is set."""
+    if case.device != "cuda" or case.dtype != "float32":
+        return False
     import torch
 
     new = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .contenders import Run, differentiated
+from .contenders import Contender, Run, differentiated
 from .data import Data
 from .problems import Case
 
@@ -37,7 +37,7 @@ def both_biases(run: Run) -> Run:
     return renamed
 
 
-class OnnxRuntime:
+class OnnxRuntime(Contender):
     """onnxruntime's LSTM, GRU and RNN operators on the CPU; inference only."""
 
     ORDER: ClassVar = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}  # i o f c and z r h
@@ -93,7 +93,7 @@ class OnnxRuntime:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-class FlashRNN:
+class FlashRNN(Contender):
     """flashrnn's fused CUDA kernels; its loop on a CPU. Its GRU silently runs on another backend, so it stays out."""
 
     FUNCTIONS: ClassVar = {"lstm": "lstm", "rnn_tanh": "elman"}
@@ -122,7 +122,7 @@ class FlashRNN:
         return both_biases(differentiated(case, data, call, weights, state))
 
 
-class Haste:
+class Haste(Contender):
     """haste_pytorch's LSTM and GRU."""
 
     def absent(self, case: Case) -> str | None:
@@ -160,7 +160,7 @@ class Haste:
         return {**gradients, **found}
 
 
-class TorchRL:
+class TorchRL(Contender):
     """The Triton kernels behind torchrl's LSTMModule and GRUModule, without its tensordicts; batch first."""
 
     def absent(self, case: Case) -> str | None:
@@ -185,7 +185,7 @@ class TorchRL:
         return differentiated(case, data, call, weights, state)
 
 
-class XLSTM:
+class XLSTM(Contender):
     """xlstm's sLSTM cell with its `lstm` function in place of the exponential gates; its loop on a CPU."""
 
     def absent(self, case: Case) -> str | None:

@@ -1,19 +1,21 @@
-"""The plots, as SVG that is the same for the same results: speed-up over H x B, and cost over H, over T, in memory.
+"""The plots, as SVG that is the same for the same results: speed-up over H x B; cost over T, B, H and layers; memory.
 
 Needs matplotlib. A panel for every cell and mode; a figure for every machine, number of threads, dtype and, for the
-maps, contender of ours. What wasn't measured isn't drawn.
+maps, contender of ours. What wasn't measured isn't drawn. Where a backend hands over from one of its plans to the next
+there is a vertical line with their names.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from .problems import CUDA, NN, NUMPY, TRITON
+from .problems import CUDA, FEATURES, KERNELS, LAYER, NN, NUMPY, TRITON
 
 matplotlib.use("agg")
 matplotlib.rcParams |= {"svg.hashsalt": "gpu_rnn", "svg.fonttype": "none", "font.size": 9}
@@ -22,12 +24,15 @@ from matplotlib import pyplot
 Row = dict[str, Any]
 OURS = (CUDA, TRITON, NUMPY)
 MODES = {"forward": "forward", "training": "forward + backward"}
+SCALED = (*OURS, LAYER)  # whose cost is drawn over sizes
+LEAST_SIZES = 4  # fewer make no curve
 PLACE = ("gpu", "machine", "threads", "dtype")
 
 
 def draw(rows: list[Row], out: Path) -> list[Path]:
     """All the figures there are measurements for; their paths."""
-    rows = [row for row in rows if row["status"] == "ok" and row["mode"] in MODES]
+    parts = {*FEATURES, *KERNELS}
+    rows = [row for row in rows if row["status"] == "ok" and row["mode"] in MODES and row["contender"] not in parts]
     paths = []
     for place in sorted({tuple(row[name] for name in PLACE) for row in rows}, key=str):
         here = [row for row in rows if tuple(row[name] for name in PLACE) == place]
@@ -36,8 +41,8 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
         figures: dict[str, Any] = {
             f"speedup-{name}": maps(here, name, title) for name in OURS if any(row["contender"] == name for row in here)
         }
-        figures["steps"] = curves(here, "H", us_per_step, "us per step", title)
-        figures["time"] = curves(here, "T", us_per_step, "us per step", title)
+        for name, letter in {"steps": "H", "time": "T", "batch": "B", "layers": "L"}.items():
+            figures[name] = curves(here, letter, us_per_step, "us per step", title)
         figures["memory"] = curves(here, "H", mebibytes, "MiB beside the inputs", title)
         for name, figure in figures.items():
             if figure is not None:
@@ -83,7 +88,7 @@ def panels(rows: list[Row], title: str, at: list[Row] | None = None) -> tuple[An
 
 def maps(rows: list[Row], contender: str, title: str) -> Any:
     """Times as fast as torch.nn, over H and B, at the usual T."""
-    rows = usual([row for row in rows if row["contender"] == contender and row["ratio"]], "T")
+    rows = usual([row for row in rows if row["contender"] == contender and row["ratio"]], "T", "L")
     if not rows:
         return None
     figure, axes = panels(rows, f"{contender}: times as fast as torch.nn\n{title}, T = {rows[0]['T']}")
@@ -102,20 +107,30 @@ def maps(rows: list[Row], contender: str, title: str) -> Any:
 
 
 def curves(rows: list[Row], letter: str, value: Callable[[Row], float | None], what: str, title: str) -> Any:
-    """`value` of every contender over one letter, T or H, the others as usual; for times with the floor drawn in."""
-    others = [other for other in "TB" if other != letter] if letter == "H" else ["B", "H"]
-    chosen = usual([row for row in rows if row["contender"] in OURS and value(row)], *others)
-    if len({row[letter] for row in chosen}) < 2:
+    """`value` of every contender over one letter, the others where it has most sizes; times with the floor."""
+    others = [other for other in "TBHL" if other != letter]
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["contender"] in SCALED and value(row) and row["I"] == row["H"]:
+            lines.setdefault(tuple(row[other] for other in others), []).append(row)
+    sizes, chosen = max(lines.items(), key=lambda line: len({row[letter] for row in line[1]}), default=((), []))
+    if len({row[letter] for row in chosen}) < LEAST_SIZES:
         return None
-    sizes = {other: chosen[0][other] for other in others}
-    rows = [row for row in rows if value(row) and all(row[other] == size for other, size in sizes.items())]
-    where = ", ".join(f"{other} = {size}" for other, size in sizes.items())
+    at = dict(zip(others, sizes))
+    rows = [
+        row for row in rows if value(row) and row["I"] == row["H"] and all(row[o] == size for o, size in at.items())
+    ]
+    where = ", ".join(f"{other} = {size}" for other, size in at.items())
     figure, axes = panels(rows, f"{what} over {letter}\n{title}, {where}")
     for (cell, mode), axis in axes.items():
         here = [row for row in rows if (row["cell"], row["mode"]) == (cell, mode)]
-        for name in sorted({row["contender"] for row in here}, key=(NN, *OURS).__contains__, reverse=True):
-            points = sorted((row[letter], value(row)) for row in here if row["contender"] == name)
-            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+        for name in sorted({row["contender"] for row in here}, key=(NN, *SCALED).__contains__, reverse=True):
+            line = sorted((row for row in here if row["contender"] == name), key=lambda row: row[letter])
+            (drawn,) = axis.plot(
+                [row[letter] for row in line], [value(row) for row in line], marker="o", markersize=3, label=name
+            )
+            if value is us_per_step:
+                hand_over(axis, line, letter, drawn.get_color())
         if value is us_per_step:
             floor = sorted({(row[letter], row["floor_us"] / row["T"]) for row in here if row["floor_us"]})
             if floor:
@@ -126,3 +141,13 @@ def curves(rows: list[Row], letter: str, value: Callable[[Row], float | None], w
         axis.minorticks_off()
         axis.legend(fontsize=7)
     return figure
+
+
+def hand_over(axis: Any, line: list[Row], letter: str, color: str) -> None:
+    """Between two sizes that run by different plans, a line with their names."""
+    for before, after in pairwise(line):
+        if before["plan"] != after["plan"]:
+            x = (before[letter] * after[letter]) ** 0.5  # the middle, on a logarithmic axis
+            axis.axvline(x, color=color, linewidth=0.7, linestyle=":")
+            text, at = f"{before['plan']} | {after['plan']}", axis.get_xaxis_transform()
+            axis.text(x, 0.98, text, transform=at, rotation=90, ha="right", va="top", fontsize=6, color=color)

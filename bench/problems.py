@@ -18,7 +18,35 @@ NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers ca
 KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
 ONNX, EAGER, COMPILED = "onnxruntime", "torch loop", "torch.compile loop"
 FLASHRNN, HASTE, TORCHRL, XLSTM = "FlashRNN", "Haste", "TorchRL", "xlstm"
-EVERYBODY = (NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, KERNEL, ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM)
+LAYERED = (NN, LAYER)  # who computes several layers
+
+# What can be around a cell, by the keywords of our functions; ... stands for an array that around.py draws.
+PLAIN = "ours, plain"
+FEATURES: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "ours, reset": {"reset": ...},
+    "ours, lengths": {"lengths": ...},
+    "ours, zoneout": {"zoneout": 0.1, "seed": 1},
+    "ours, recurrent_dropout": {"recurrent_dropout": 0.25, "seed": 1},
+    "ours, peephole": {"peephole": ...},
+    "ours, coupled": {"coupled": True},
+    "ours, return_states": {"return_states": True},
+    "ours, recompute": {"recompute": True},
+}
+
+# Our kernels alone; kernels.py says what each is.
+PARTS = ("step", "sequence", "exchange", "product")
+KERNELS = {
+    f"{backend} {way} {part}": (backend, way, part)
+    for backend, parts in {"cuda": PARTS, "triton": PARTS[:1]}.items()
+    for way, part in product(("forward", "backward"), parts)
+}
+
+EVERYBODY = (
+    NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, KERNEL, ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM,
+    *FEATURES, *KERNELS,
+)  # fmt: skip
+TOGETHER = {"features": tuple(FEATURES), "kernels": tuple(KERNELS)}  # names for several of them
 
 
 @dataclass(frozen=True)
@@ -33,6 +61,7 @@ class Case:
     dtype: str = "float32"
     mode: str = "forward"
     device: str = "cpu"
+    L: int = 1
 
     def __post_init__(self) -> None:
         cells.get(self.cell)  # an unknown name is a ValueError that lists the known ones
@@ -48,11 +77,11 @@ class Case:
             raise ValueError(f"{self} would take about {self.bytes >> 30} GiB; at most {MOST_BYTES >> 30} are measured")
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes().items())
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes().items() if letter != "L" or size > 1)
         return f"{self.cell} {self.mode} {sizes} {self.dtype} {self.device}"
 
     def sizes(self) -> dict[str, Any]:
-        return {"T": self.T, "B": self.B, "I": self.I, "H": self.H}
+        return {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "L": self.L}
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,16 +95,22 @@ class Case:
         return self.mode == "training"
 
     @property
+    def inputs(self) -> int:
+        """What comes into all layers together."""
+        return self.I + (self.L - 1) * self.H
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of its matrix products; a backward pass has twice those of a forward pass."""
-        return 2 * self.T * self.B * self.gates * self.H * (self.I + self.H) * (3 if self.training else 1)
+        columns = self.inputs + self.L * self.H
+        return 2 * self.T * self.B * self.gates * self.H * columns * (3 if self.training else 1)
 
     @property
     def bytes(self) -> int:
         """Input, weights and output; in training the saved gates and states, too."""
         kept = self.gates + cells.get(self.cell).S if self.training else 1
-        weights = self.gates * self.H * (self.I + self.H)
-        return (self.T * self.B * (self.I + kept * self.H) + weights) * WIDTH[self.dtype]
+        weights = self.gates * self.H * (self.inputs + self.L * self.H)
+        return (self.T * self.B * (self.inputs + self.L * kept * self.H) + weights) * WIDTH[self.dtype]
 
     def problem(self, tf32: bool = False) -> Problem:
         cell = cells.get(self.cell)
@@ -85,7 +120,7 @@ class Case:
 
     def small(self) -> "Case":
         """The same in little on the CPU: what a dry run runs."""
-        return replace(self, T=min(self.T, 3), B=2, I=8, H=8, dtype="float32", device="cpu")
+        return replace(self, T=min(self.T, 3), B=2, I=8, H=8, L=min(self.L, 2), dtype="float32", device="cpu")
 
 
 @dataclass(frozen=True)
@@ -95,6 +130,7 @@ class Group:
     name: str
     cases: tuple[Case, ...]
     contenders: tuple[str, ...]
+    once: bool = False  # with the first number of threads only, where there are several
 
 
 def grid(
@@ -106,18 +142,51 @@ def grid(
         yield Case(cell, t, b, h, h, dtype, mode, device)
 
 
+def scaling(
+    centre: Case, T: tuple[int, ...], B: tuple[int, ...], H: tuple[int, ...], L: tuple[int, ...]
+) -> tuple[Case, ...]:
+    """From one case along each axis, forward and forward+backward: how the cost of a step grows."""
+    along = [replace(centre, T=t) for t in T] + [replace(centre, B=b) for b in B]
+    along += [replace(centre, H=h, I=h) for h in H] + [replace(centre, L=n) for n in L]
+    return tuple(replace(case, mode=mode) for case in dict.fromkeys(along) for mode in ("forward", "training"))
+
+
+def by_layers(name: str, cases: tuple[Case, ...], contenders: tuple[str, ...], once: bool = False) -> list[Group]:
+    """A group of one layer with these contenders, and one of several with those who compute them."""
+    one = tuple(case for case in cases if case.L == 1)
+    centre = replace(cases[0], L=1)
+    first = (centre, replace(centre, mode="training"))  # several are compared with one
+    several = (*first, *(case for case in cases if case.L > 1))
+    return [Group(name, one, contenders, once), Group(f"{name}, layers", several, LAYERED, once)]
+
+
+GRID = ((32, 256, 1024), (1, 8, 64), (32, 128, 512))  # T, B, H of the NumPy fallback's goals
+
+
 def cpu() -> list[Group]:
-    """NumPy against torch.nn. The small ones first: whoever stops early has most of them."""
+    """NumPy against torch.nn; what is around a cell, and far from the usual sizes, with one number of threads."""
     names = ("lstm", "gru", "rnn_tanh")
-    sequences = sorted(grid(names, (32, 256, 1024), (1, 8, 64), (32, 128, 512)), key=lambda case: case.flops)
-    steps = grid(names, (1,), (1, 8, 64), (32, 128, 512), modes=("step",))
+    steps = grid(names, (1,), *GRID[1:], modes=("step",))
     layers = grid(names, (1,), (1,), (64,), modes=("step",))
+    far = scaling(
+        Case("lstm", 64, 8, 128, 128),
+        T=(64, 1, 16, 256, 1024, 4096, 16384), B=(1, 64, 256, 1024), H=(32, 64, 256, 512, 1024), L=(2, 4, 8),
+    )  # fmt: skip
     return [
         Group("one step", tuple(steps), (NN, NUMPY)),
         Group("what a call costs beside its kernel", tuple(layers), (NN, NN_KERNEL, LAYER, KERNEL)),
         Group("peers", tuple(grid(("lstm", "gru"), (32,), (8,), (128,))), (NN, NUMPY, ONNX, EAGER, XLSTM)),
-        Group("sequences", tuple(sequences), (NN, NUMPY)),
+        Group("features", tuple(grid(("lstm", "gru"), (64,), (16,), (128,))), (NN, *FEATURES), once=True),
+        *by_layers("scaling", far, (NN, NUMPY), once=True),
+        Group("sequences", tuple(grid(names, *GRID)), (NN, NUMPY)),
     ]
+
+
+def among_goals(row: dict[str, Any]) -> bool:
+    """Whether a row is of a case that the NumPy fallback's goals are about."""
+    T, B, H = GRID
+    sizes = row["T"] in (1,) if row["mode"] == "step" else row["T"] in T
+    return sizes and row["B"] in B and row["H"] in H and row["I"] == row["H"] and row["L"] == 1
 
 
 def quick() -> list[Group]:
@@ -140,11 +209,24 @@ def gpu() -> list[Group]:
     def bf16(cells: tuple[str, ...], T: tuple[int, ...], B: tuple[int, ...], H: tuple[int, ...], **more) -> tuple:
         return tuple(grid(cells, T, B, H, ("bfloat16",), device="cuda", **more))
 
+    parts = (*bf16(("lstm",), (256,), (16,), (512, 128, 1024, 2048)), *bf16(("gru",), (256,), (16,), (512,)))
+    large = bf16(both, (8,), (1024,), (4096,))  # an instant that is far more than the L2 cache holds
+    far: list[Group] = []
+    for cell in both:
+        away = scaling(
+            Case(cell, 256, 16, 512, 512, "bfloat16", device="cuda"),
+            T=(256, 1, 4, 16, 64, 1024, 4096, 16384), B=(1, 4, 64, 256, 1024),
+            H=(32, 64, 128, 256, 768, 1024, 1536, 2048, 4096), L=(2, 4, 8),
+        )  # fmt: skip
+        far += by_layers(f"{cell} scaling", away, ours)
     rivals = (NN, CUDA, TRITON, EAGER, FLASHRNN, HASTE, TORCHRL, XLSTM)
     return [
-        *groups,
-        Group("T", bf16(both, (16, 64, 256, 4096), (16,), (512,)), ours),
-        Group("B", bf16(both, (256,), (2, 4, 16, 256, 512), (512,)), ours),
+        *groups[:2],
+        Group("kernels", parts, (NN, CUDA, *KERNELS)),
+        Group("gates and states", large, (NN, *(name for name in KERNELS if name.endswith("step")))),
+        Group("features", bf16(both, (256,), (16,), (512,)), (NN, *FEATURES)),
+        *groups[2:],
+        *far,
         Group("one step", bf16(both, (1,), (1, 64), (128, 512, 1024), modes=("step",)), ours),
         Group("peers", bf16(both, (256,), (16,), (256, 768)), rivals),
         Group("compiled loop", bf16(("lstm",), (256,), (16,), (256,)), (NN, CUDA, COMPILED)),
@@ -154,16 +236,21 @@ def gpu() -> list[Group]:
 
 def custom(
     cells: list[str], T: list[int], B: list[int], H: list[int], I: int | None, dtypes: list[str], modes: list[str],
-    device: str, contenders: list[str],
+    device: str, contenders: list[str], layers: list[int],
 ) -> list[Group]:  # fmt: skip
     """What the command line asks for."""
+    contenders = expanded(contenders)
     for name in contenders:
         if name not in EVERYBODY:
-            raise ValueError(f"unknown contender {name!r}; there are {', '.join(EVERYBODY)}")
+            raise ValueError(f"unknown contender {name!r}; there are {', '.join((*EVERYBODY, *TOGETHER))}")
     cases = grid(tuple(cells), tuple(T), tuple(B), tuple(H), tuple(dtypes), tuple(modes), device)
-    if I is not None:
-        cases = (replace(case, I=I) for case in cases)
+    cases = (replace(case, L=L, I=case.I if I is None else I) for case in cases for L in layers)
     return [Group("asked for", tuple(cases), (NN, *(name for name in contenders if name != NN)))]
+
+
+def expanded(names: list[str]) -> list[str]:
+    """With each name of several contenders replaced by theirs."""
+    return [name for given in names for name in TOGETHER.get(given, (given,))]
 
 
 def filtered(groups: list[Group], text: str | None) -> list[Group]:

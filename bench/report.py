@@ -1,6 +1,6 @@
 """From the CSV files: tables and plots for README.md, and one HTML page that needs nothing else.
 
-README.md is changed only between `<!-- bench:NAME -->` and `<!-- /bench -->`. NAME is sources, cpu or gpu, which are
+README.md is changed only between `<!-- bench:NAME -->` and `<!-- /bench -->`. NAME is one in BLOCKS, which are
 text, or maps or curves, which are images.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, problems, results
-from .summary import Ratio, ratio
+from .summary import Ratio, ratio, where
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
@@ -83,8 +83,9 @@ def sources(rows: list[Row]) -> list[str]:
 
 
 def cpu(rows: list[Row]) -> list[str]:
-    """NumPy's time over torch.nn's, geometric mean and worst case."""
+    """NumPy's time over torch.nn's, geometric mean and worst case, over the cases of its goals."""
     rows = [row for row in rows if row["device"] == "cpu" and row["contender"] == problems.NUMPY]
+    rows = list(filter(problems.among_goals, rows))
     names = {"forward": "forward", "training": "forward+backward", "step": "one step"}
     columns = sorted({(row["mode"], row["threads"]) for row in rows}, key=lambda at: (list(names).index(at[0]), at[1]))
     head = ["", *(f"{names[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
@@ -99,7 +100,8 @@ def cpu(rows: list[Row]) -> list[str]:
 
 def gpu(rows: list[Row]) -> list[str]:
     """How much faster than torch.nn: geometric mean and worst case, over all sequences."""
-    rows = [row for row in rows if row["device"] == "cuda" and row["contender"] != problems.NN]
+    parts = {problems.NN, *problems.FEATURES, *problems.KERNELS}
+    rows = [row for row in rows if row["device"] == "cuda" and row["contender"] not in parts]
     body = []
     for key, group in by(rows, lambda row: (row["contender"], row["cell"], row["dtype"])).items():
         found = [ratio(row for row in group if row["mode"] == mode) for mode in ("forward", "training")]
@@ -109,7 +111,53 @@ def gpu(rows: list[Row]) -> list[str]:
     return table(["", "forward", "forward+backward", "cases"], body)
 
 
-BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {"sources": sources, "cpu": cpu, "gpu": gpu}
+def features(rows: list[Row]) -> list[str]:
+    """Times the plain function's time in the same run, and in training the memory; torch.nn beside them."""
+    head = ["", "forward", "forward+backward", "kept for backward, MiB", "most beside inputs, MiB"]
+    body = []
+    sized = "device", "cell", "dtype", *"TBIHL", "threads"
+    for group in by(rows, lambda row: tuple(row[name] for name in sized)).values():
+        found = {(row["contender"], row["mode"], row["run"]): row for row in group if row["status"] == "ok"}
+        for name in (problems.NN, *problems.FEATURES):
+            times, last = list[str](), dict[str, Any]()
+            for mode in ("forward", "training"):
+                mine = [row for (who, how, _), row in found.items() if (who, how) == (name, mode)]
+                last = mine[0] if mine else {}
+                plain = found.get((problems.PLAIN, mode, last.get("run")))
+                times.append(f"{last['median_us'] / plain['median_us']:.2f}" if plain else "")
+            if any(times):
+                memory = [last.get(column) for column in ("saved_bytes", "peak_bytes")]
+                case = f"{group[0]['cell']} {where(group[0])} {group[0]['dtype']}"
+                body.append([f"{case}: {name}", *times, *map(mebibytes, memory)])
+    return table(head, body)
+
+
+def kernels(rows: list[Row]) -> list[str]:
+    """Where the time of a step goes: our kernels alone, beside the whole of their case."""
+    head = ["", "plan", "us per step", "floor", "of the floor", "GB/s"]
+    body = []
+    for _, group in by(rows, lambda row: (row["run"], *(row[name] for name in results.CASE))).items():
+        if not any(row["contender"] in problems.KERNELS for row in group):
+            continue
+        for row in group:
+            if row["status"] == "ok":
+                case = f"{row['cell']} {row['mode']} {where(row)} {row['dtype']}"
+                numbers = [f"{row['us_per_step']:.3g}"]
+                of_memory = row["contender"].endswith(" step")
+                if row["of_floor"]:
+                    numbers += [f"{row['floor_us'] / row['T']:.3g}", f"{row['of_floor']:.0%}"]
+                    numbers += [f"{row['of_floor'] * row['ceiling_bandwidth'] / 1e9:.0f}" if of_memory else ""]
+                body.append([f"{case}: {row['contender']}", row["plan"], *numbers, *[""] * (4 - len(numbers))])
+    return table(head, body)
+
+
+BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
+    "sources": sources, "cpu": cpu, "gpu": gpu, "features": features, "kernels": kernels,
+}  # fmt: skip
+
+
+def mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.2g}"
 
 
 def shown(found: Ratio | None) -> str:
@@ -137,6 +185,8 @@ def body(blocks: dict[str, list[str]], figures: list[Path], rows: list[Row]) -> 
         "sources": "Measured on",
         "cpu": "CPU: time over torch.nn's, geometric mean (worst case)",
         "gpu": "GPU: times as fast as torch.nn, geometric mean (worst case)",
+        "features": "What is around a cell: times the plain function's time",
+        "kernels": "Kernels alone",
     }
     for name, title in titles.items():
         yield f"<h2>{title}</h2>"

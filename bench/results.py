@@ -11,7 +11,7 @@ from . import floor, machine
 from .problems import Case
 
 FOLDER = Path(__file__).parent / "results"
-CASE = ("cell", "mode", "T", "B", "I", "H", "dtype", "device")
+CASE = ("cell", "mode", "T", "B", "I", "H", "L", "dtype", "device")
 FIELDS = (
     "run",  # when the run began, UTC; all its rows have it
     "contender", *CASE,
@@ -22,16 +22,18 @@ FIELDS = (
     "ratio",  # to torch.nn in the same rounds; under 1 is faster
     "floor_us", "of_floor",  # floor.py; floor over median
     "peak_bytes",  # beside inputs and weights
+    "saved_bytes",  # that torch's autograd keeps for the gradient, beside inputs, weights and outputs
     "error",  # the largest against float64, relative to the largest value of that array
     "cudnn_algorithm",  # that PyTorch's rules predict for torch.nn on a GPU
     "ceiling_flops", "ceiling_bandwidth",  # measured at the start, per second
     "machine", "gpu", "driver", "python", "numpy", "torch", "triton", "cupy", "onnxruntime", "cudnn",
     "commit", "source",
+    "plan",  # which of its plans a backend took: block, cluster, grid, sequence or stepwise; back, where it differs
     "note",
 )  # fmt: skip
 NUMBERS = {
-    "T", "B", "I", "H", "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio",
-    "floor_us", "of_floor", "peak_bytes", "error", "ceiling_flops", "ceiling_bandwidth",
+    "T", "B", "I", "H", "L", "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio",
+    "floor_us", "of_floor", "peak_bytes", "saved_bytes", "error", "ceiling_flops", "ceiling_bandwidth",
 }  # fmt: skip
 SUBJECT = ("contender", *CASE, "threads", "tf32", "machine", "gpu")  # what two rows must agree in to be compared
 NOISE = 0.05  # a change under this is none, whatever the spread says
@@ -45,13 +47,13 @@ def now() -> str:
 def complete(row: Row, case: Case, run: str, threads: int | None, ceilings: floor.Ceilings | None) -> Row:
     """A contender's row with everything that is known about where it comes from."""
     known = {"run": run, **case.asdict(), "threads": threads, **machine.describe()}
-    known["tf32"] = int(case.device == "cuda" and case.dtype == "float32" and machine.tf32())
+    known["tf32"] = int(machine.tf32(case))
     if case.device == "cuda":
         from gpu_rnn import cudnn
 
         known["cudnn_algorithm"] = cudnn.algorithm(case.problem(bool(known["tf32"])))
     if ceilings is not None:
-        least = floor.floor_us(case, ceilings)
+        least = floor.least_us(row["contender"], case, ceilings)
         known |= {"floor_us": least, "ceiling_bandwidth": ceilings.bandwidth}
         known["ceiling_flops"] = ceilings.flops.get(case.dtype)
         if least is not None and "median_us" in row:
@@ -67,12 +69,29 @@ def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = path.exists() and path.stat().st_size > 0
     if begun and header(path) != list(FIELDS):
-        raise ValueError(f"{path} has other columns; give it a new name, results are never rewritten")
+        widen(path)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not begun:
             writer.writeheader()
         writer.writerow({name: shown(value) for name, value in row.items()})
+
+
+def widen(path: Path) -> None:
+    """Give a file the columns that there were none of when it was begun, empty; not a value changes."""
+    strange = set(header(path)) - set(FIELDS)
+    if strange:
+        raise ValueError(
+            f"{path} has columns {', '.join(sorted(strange))}; another name, please: it is never rewritten"
+        )
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    whole = path.with_suffix(".new")
+    with whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    whole.replace(path)
 
 
 def header(path: Path) -> list[str]:
@@ -85,12 +104,13 @@ def shown(value: Any) -> Any:
 
 
 def read(*paths: Path) -> list[Row]:
-    """Rows in the order they were written; numbers as numbers, None where there is none."""
+    """Rows in the order they were written; numbers as numbers, None where there is none, or was no such column yet."""
     rows = []
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                rows.append({name: parsed(name, value) for name, value in row.items()})
+                given = dict.fromkeys(FIELDS, "") | {"L": "1"} | {name: value for name, value in row.items() if value}
+                rows.append({name: parsed(name, value) for name, value in given.items()})
     return rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .problems import NN
+from .problems import KERNELS, NN
 
 Row = dict[str, Any]
 KIND = ("contender", "cell", "dtype", "mode", "threads")
@@ -38,7 +38,7 @@ def ratio(rows: Iterable[Row]) -> Ratio | None:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """A line for every kind of case, then one for every way to have no time."""
+    """A line for every kind of case, one for every way to have no time, then kernels alone."""
     kinds: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["contender"] != NN:
@@ -47,17 +47,23 @@ def summary(rows: list[Row]) -> list[str]:
     for (*words, threads), group in kinds.items():
         found = ratio(group)
         if found is not None:
-            where = " ".join(f"{letter}={found.worst[letter]}" for letter in "TBH")
             algorithm = found.worst.get("cudnn_algorithm")
             lines.append(
                 f"{' '.join(words)}{f', threads {threads}' if threads else ''}: {found.mean:.2f} of torch.nn's time "
-                f"({1 / found.mean:.2f}x), {found.cases} cases, worst {found.worst['ratio']:.2f} at {where}"
+                f"({1 / found.mean:.2f}x), {found.cases} cases, "
+                f"worst {found.worst['ratio']:.2f} at {where(found.worst)}"
                 + (f" against {algorithm}" if algorithm else "")
             )
     without = Counter(f"{row['contender']}: {row['status']}" for row in rows if row["status"] not in ("ok", "absent"))
     absent = sorted({row["contender"] for row in rows if row["status"] == "absent"})
     lines += [f"{what}, {count} cases" for what, count in without.items()]
-    return lines + ([f"absent in some or all cases: {', '.join(absent)}"] if absent else [])
+    lines += [f"absent in some or all cases: {', '.join(absent)}"] if absent else []
+    alone = [row for row in rows if row["contender"] in KERNELS and row["status"] == "ok"]
+    return lines + [f"{row['cell']} {row['mode']} {where(row)}: {short(row)}" for row in alone]
+
+
+def where(row: Row) -> str:
+    return " ".join(f"{letter}={row[letter]}" for letter in "TBH")
 
 
 def short(row: Row) -> str:
@@ -66,4 +72,6 @@ def short(row: Row) -> str:
     if status != "ok":
         return f"{name} {status}" + (f" ({row['note'][:80]})" if status != "absent" else "")
     faster = f" {1 / row['ratio']:.2f}x" if row["ratio"] and name != NN else ""
+    if name in KERNELS and row.get("of_floor"):
+        faster = f", {row['of_floor']:.0%} of " + ("the copy bandwidth" if name.endswith("step") else "its floor")
     return f"{name} {row['us_per_step']:.3g} us/step{faster}"

@@ -1,14 +1,16 @@
 """One case: every contender is checked first, then those that passed are timed in turn, A B A B.
 
-On the CPU, and for single steps, by torch.utils.benchmark; sequences on a GPU by CUDA events around each call, with
-inputs that rotate through more than the L2 cache. Every call starts on an idle device: it is the time that a caller
+On the CPU, and for single steps, by torch.utils.benchmark, which warms up in every round; calls of over 10 ms without
+that, by timeit. Sequences on a GPU by CUDA events around each call, with inputs that rotate through more than the L2
+cache. Every call starts on an idle device: it is the time that a caller
 waits. Each round times everybody once, so that the ratio to torch.nn is a median of ratios within a round.
 """
 
 import ctypes
 import math
 import time
-from collections.abc import Callable
+import timeit
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,9 +19,9 @@ import torch
 import torch.utils.benchmark
 
 from .contenders import Run, contender
-from .data import Data
-from .oracle import Judge
-from .problems import KERNEL_OF, NN, WIDTH, Case
+from .data import Data, named
+from .oracle import Judge, exact
+from .problems import KERNEL_OF, KERNELS, LAYERED, NN, WIDTH, Case
 
 ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
 BLOCK_S = 0.01  # a timed block on the CPU is at least as long
@@ -34,7 +36,7 @@ def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
     torch.set_grad_enabled(case.training)
     emit({"doing": "oracle"})
     data = Data(case)
-    judge, ready = Judge(case, data), {}
+    judge, ready = Judge(case, exact(case, data)), {}
     for name in names:
         emit({"doing": name})
         outcome = prepared(name, case, data, judge)
@@ -52,8 +54,9 @@ def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
             "row": {
                 "contender": name, "status": "ok", "median_us": median, "p20_us": p20, "p80_us": p80,
                 "rounds": len(rounds), "us_per_step": median / case.T, "peak_bytes": checked.peak,
-                "error": checked.error, "note": beside_kernel(name, ready),
-                "ratio": float(np.median(rounds / ready[NN].times)) if NN in ready else None,
+                "saved_bytes": checked.saved, "error": checked.error, "plan": checked.plan,
+                "note": beside_kernel(name, ready),
+                "ratio": float(np.median(rounds / ready[NN].times)) if NN in ready and name not in KERNELS else None,
             }
         })  # fmt: skip
 
@@ -61,8 +64,8 @@ def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
 class Checked:
     """A contender whose answer was right."""
 
-    def __init__(self, run: Run, error: float) -> None:
-        self.run, self.error = run, error
+    def __init__(self, run: Run, error: float, saved: int | None, plan: str) -> None:
+        self.run, self.error, self.saved, self.plan = run, error, saved, plan
         self.peak: int | None = None
         self.times: list[float] = []  # seconds per call, by round
 
@@ -75,21 +78,25 @@ def beside_kernel(name: str, ready: dict[str, Checked]) -> str:
     return f"{1e6 * np.median(np.subtract(ready[name].times, ready[kernel].times)):.1f} us more than {kernel}"
 
 
-def prepared(name: str, case: Case, data: Data, judge: Judge) -> Checked | dict[str, str]:
+def prepared(name: str, case: Case, data: Data, judge_of_all: Judge) -> Checked | dict[str, str]:
     """The contender, or the status and the note of the row that says why not."""
     try:
         somebody = contender(name)
-        reason = somebody.absent(case)
+        reason = "it computes one layer" if case.L > 1 and name not in LAYERED else somebody.absent(case)
         if reason:
             return {"status": "absent", "note": reason}
         run = somebody.prepare(case, data)
-        errors = judge.errors(run(0))
+        judge = somebody.judge(case, data, lambda: judge_of_all)
+        with Kept() as kept:
+            answer = somebody.answer(case, data, run)
+        errors = judge.errors(answer)
         wrong = judge.verdict(errors)
         if wrong:
             return {"status": "wrong", "note": wrong}
         if name == NN:
             judge.baseline(errors)
-        return Checked(run, judge.relative(errors))
+        saved = None if name in KERNELS else kept.bytes(beside=(*named(case, answer).values(), *data.x))
+        return Checked(run, judge.relative(errors), saved, somebody.plan(case))
     except (MemoryError, torch.OutOfMemoryError) as error:
         return {"status": "out of memory", "note": line(error)}
     except Exception as error:  # whatever it is, it costs one row
@@ -105,7 +112,8 @@ def alternated(case: Case, ready: dict[str, Checked], seconds: float, emit: Emit
     clocks, first = {name: clock(case, checked.run) for name, checked in ready.items()}, {}
     for name, checked in ready.items():
         emit({"doing": name})
-        first[name], checked.peak = watched(case, partial(clocks[name], 0, 1))  # the check was the warm-up
+        first[name], peak = watched(case, partial(clocks[name], 0, 1))  # the check was the warm-up
+        checked.peak = None if name in KERNELS else peak  # theirs was taken before
     calls = {name: max(1, math.ceil(BLOCK_S / t)) if counts_calls(case) else 1 for name, t in first.items()}
     round_s = sum(first[name] * calls[name] for name in ready)
     rounds = int(min(max(seconds / max(round_s, 1e-9), ROUNDS[0]), ROUNDS[1]))
@@ -128,10 +136,11 @@ def clock(case: Case, run: Run) -> Callable[[int, int], float]:
     if counts_calls(case):
         scope = {"run": run, "k": 0}
         timer = torch.utils.benchmark.Timer("run(k)", globals=scope, num_threads=torch.get_num_threads())
+        without_warming = timeit.Timer("run(k)", globals=scope)
 
         def counted(k: int, calls: int) -> float:
             scope["k"] = k
-            return timer.timeit(calls).median
+            return timer.timeit(calls).median if calls > 1 else without_warming.timeit(1)
 
         return counted
 
@@ -165,6 +174,31 @@ def watched(case: Case, call: Callable[[], float]) -> tuple[float, int | None]:
         return call(), None
     before = resident("VmRSS")
     return call(), max(resident("VmHWM") - before, 0)
+
+
+class Kept:
+    """While it is entered, what torch's autograd keeps for a gradient, beside what one is asked of."""
+
+    def __enter__(self) -> "Kept":
+        self.asked, self.found = False, dict[int, int]()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.asked = True
+        if not (tensor.is_leaf and tensor.requires_grad):
+            storage = tensor.untyped_storage()
+            self.found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def bytes(self, beside: Iterable[torch.Tensor]) -> int | None:
+        """Of all but these; None where torch's autograd wasn't asked to keep any."""
+        others = {tensor.untyped_storage().data_ptr() for tensor in beside}
+        return sum(size for at, size in self.found.items() if at not in others) if self.asked else None
 
 
 def resident(field: str) -> int:

@@ -1,5 +1,6 @@
 """What NumPy, torch and CuPy call differently, so that nothing else needs to know whose array it holds."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -8,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_rnn.kernels import derive
-
-from .compat import require
+from gpu_rnn.kernels.derive import OPERATIONS
 
 HALVES = ("float16", "bfloat16")
 DTYPES = ("float64", "float32", *HALVES)
@@ -31,10 +30,9 @@ def library_of(kind: type) -> str:
     raise TypeError(f"expected a NumPy, torch or CuPy array, got {kind.__name__}")
 
 
-@cache
 def module(kind: str) -> Any:
-    """NumPy, torch or CuPy itself."""
-    return require(kind, f"a {kind} array")
+    """NumPy, torch or CuPy itself. Whoever has an array has it loaded; and this torch.compile can look up."""
+    return sys.modules[kind]
 
 
 def dtype(array: Any) -> str:
@@ -118,13 +116,13 @@ def integer(value: int, like: Any) -> Any:
 
 def operations(array: Any) -> Mapping[str, Callable]:
     """The operations of a cell's page (`gpu_rnn.kernels.trace.ARITY`) on arrays of the library of `array`."""
-    return torch_operations() if library(array) == "torch" else derive.OPERATIONS
+    return torch_operations() if library(array) == "torch" else OPERATIONS
 
 
 @cache
 def torch_operations() -> Mapping[str, Callable]:
     torch = module("torch")
-    return derive.OPERATIONS | {
+    return OPERATIONS | {
         "maximum": lambda a, b: torch.where(
             a <= b, b, a
         ),  # NaN wins; where both are equal the gradient is the second's

@@ -30,6 +30,7 @@ from . import arrays, dispatch
 from .arguments import fitted, known, prepared
 from .extra import Extra
 from .problem import Options, Problem, Weights
+from .woven import page
 
 FIRST_STATE = 1 + len(Weights._fields)  # its place in `given`
 
@@ -40,9 +41,9 @@ def sequence(
     """As `functional.sequence`, for tensors."""
     if capturing():
         return captured(name, x, weights, state, options)
-    training = tracked(x, *weights, *state)
-    backend, problem, filled = prepared(name, x, weights, state, options, training)
-    if training:
+    wanted = tracked(x, *weights, *state)
+    backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
+    if wanted:
         y, *last = Sequence.apply(backend, problem, x, *weights, *filled)[: problem.outputs]
         return y, tuple(last)
     y, last, _ = dispatch.forward(backend, problem, x, weights, filled)
@@ -97,7 +98,7 @@ class Sequence(Direct):
         ctx.tape = len(tape)
         ctx.mark_non_differentiable(*tape)
         ctx.set_materialize_grads(False)  # or the tape would be sent zeros of its size
-        ctx.save_for_backward(*given, output[0], *tape)
+        ctx.save_for_backward(*given, *recorded(output[0], tape))
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*given)
 
@@ -105,11 +106,11 @@ class Sequence(Direct):
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
         saved = ctx.saved_tensors
         n = FIRST_STATE + ctx.problem.cell.S
-        given, recorded = saved[:n], saved[n:]
-        doutputs = zero_filled(recorded[0], given[FIRST_STATE:], arriving[: ctx.problem.outputs])
+        given = saved[:n]
+        doutputs = zero_filled(given[0], given[FIRST_STATE:], arriving[: ctx.problem.outputs])
         needs = ctx.needs_input_grad[2:]
         run = Gradient.apply if torch.is_grad_enabled() or transformed() else Gradient.forward
-        gradients = run(ctx.backend, ctx.problem, needs, *given, *doutputs, *recorded)
+        gradients = run(ctx.backend, ctx.problem, needs, *given, *doutputs, *saved[n:])
         return None, None, *spread(gradients, needs)
 
     @staticmethod
@@ -128,20 +129,16 @@ class Sequence(Direct):
 class Gradient(Direct):
     """The gradient of `Sequence`: given, gradients of y and the states after, y, tape -> gradients of those in `needs`.
 
-    Without y and tape it records them anew.
+    Without y and tape these are computed anew.
     """
 
     @staticmethod
     def forward(backend: ModuleType, problem: Problem, needs: tuple, *rest: Any) -> tuple:
         n = FIRST_STATE + problem.cell.S
         end = n + problem.outputs
-        given, dy, dlast, recorded = named(rest[:n]), rest[n], rest[n + 1 : end], rest[end:]
-        if len(recorded) > 1:
-            y, tape = recorded[0], tuple(recorded[1:])
-        else:
-            y, _, tape = dispatch.forward(backend, problem, *given)
+        given, dy, dlast, (y, *tape) = named(rest[:n]), rest[n], rest[n + 1 : end], rest[end:] or (None,)
         wanted = {name for name, needed in zip(("x", *Weights._fields), needs) if needed}
-        gradients = dispatch.backward(backend, problem, *given, y, tape, dy, dlast, wanted)
+        gradients = dispatch.backward(backend, problem, *given, y, tuple(tape), dy, dlast, wanted)
         found = [*(gradients.get(name) for name in ("x", *Weights._fields)), *gradients["state"]]
         return tuple(gradient for gradient, needed in zip(found, needs) if needed)
 
@@ -185,11 +182,17 @@ class Gradient(Direct):
         return unfolded(V, gradients, sequences=needs[0])
 
 
-def zero_filled(y: Tensor, state: List[Tensor], arriving: List[Tensor | None]) -> list[Tensor]:
+def recorded(y: Tensor, tape: List[Tensor]) -> tuple[Tensor, ...]:
+    """What is kept for `Gradient` beside `given`: y is of no use without the tape."""
+    return (y, *tape) if tape else ()
+
+
+def zero_filled(x: Tensor, state: List[Tensor], arriving: List[Tensor | None]) -> list[Tensor]:
     """The gradients of y, of the states after, and of other states' histories, with zeros for None."""
-    shapes = [y.shape, *(initial.shape for initial in state)]
-    shapes += [(*y.shape[:2], state[-1].shape[1])] * (len(arriving) - len(shapes))
-    return [y.new_zeros(shape) if d is None else d for shape, d in zip(shapes, arriving)]
+    T, B, _ = x.shape
+    shapes = [(T, B, state[0].shape[1]), *(initial.shape for initial in state)]
+    shapes += [(T, B, state[-1].shape[1])] * (len(arriving) - len(shapes))
+    return [x.new_zeros(shape) if d is None else d for shape, d in zip(shapes, arriving)]
 
 
 def named(given: List) -> tuple[Tensor, Weights, tuple]:
@@ -307,6 +310,8 @@ def uncast(x: Tensor) -> torch.autocast:
 
 
 capturing = torch.compiler.is_compiling
+for looked_up in (page, arrays.library_of.__wrapped__):  # what a capture needn't look into
+    torch.compiler.assume_constant_result(looked_up)
 
 
 def captured(
@@ -316,17 +321,18 @@ def captured(
     B, P = x.shape[1], weights.w_hh.shape[1]
     H = P if weights.w_hr is None else weights.w_hr.shape[1]
     filled = [x.new_zeros(B, H if k else P) if initial is None else initial for k, initial in enumerate(state)]
-    save = required(x, *weights, *filled) and not torch.compiler.is_exporting()  # what is exported seldom trains
+    wanted = required(x, *weights, *filled) and not torch.compiler.is_exporting()  # what is exported seldom trains
     precision = options.precision
-    if precision is None and save and x.is_cuda and x.dtype == torch.float32:
+    if precision is None and wanted and x.is_cuda and x.dtype == torch.float32:
         precision = precision_now()
     backend = options.backend or "auto"
     names = " ".join([field for field, weight in zip(Weights._fields, weights) if weight is not None])
     there = [weight for weight in weights if weight is not None]
     history = options.history
     y, *rest = torch.ops.gpu_rnn.forward(
-        name, x, there, names, filled, options.reverse, backend, precision, history, save
-    )
+        name, x, there, names, filled, options.reverse, backend, precision, history,
+        wanted and not options.recompute,
+    )  # fmt: skip
     return y, tuple(rest[: len(state) + (len(state) - 1) * history])
 
 
@@ -364,7 +370,7 @@ def backward(
     cell: str, x: Tensor, weights: List[Tensor], names: str, state: List[Tensor], doutputs: List[Tensor],
     recorded: List[Tensor], reverse: bool, backend: str, precision: str | None, history: bool, needs: List[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """-> the gradients of x, the weights and the states, those in `needs`. `recorded` is y and the tape."""
+    """-> the gradients of x, the weights and the states, those in `needs`. `recorded`: y and the tape, or nothing."""
     given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
     chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), True)
     wanted = dict(zip(names.split(), needs[1:]))
@@ -409,19 +415,17 @@ def keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.cell, x, weights, ctx.names, state, *ctx.options, _ = inputs
     ctx.outputs = 1 + len(state) + (len(state) - 1) * ctx.options[-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *weights, *state, output[0], *output[ctx.outputs :])
+    ctx.save_for_backward(x, *weights, *state, *recorded(output[0], output[ctx.outputs :]))
 
 
 def pull(ctx: Any, arriving: list[Tensor | None]) -> tuple:
     x, *saved = ctx.saved_tensors
     W, S = len(ctx.names.split()), cells.get(ctx.cell).S
-    weights, state, recorded = saved[:W], saved[W : W + S], saved[W + S :]
-    doutputs = zero_filled(recorded[0], state, arriving[: ctx.outputs])
+    weights, state, kept = saved[:W], saved[W : W + S], saved[W + S :]
+    doutputs = zero_filled(x, state, arriving[: ctx.outputs])
     _, of_x, of_weights, _, of_state, *others = ctx.needs_input_grad
     needs = [of_x, *of_weights, *of_state]
-    gradients = torch.ops.gpu_rnn.backward(
-        ctx.cell, x, weights, ctx.names, state, doutputs, recorded, *ctx.options, needs
-    )
+    gradients = torch.ops.gpu_rnn.backward(ctx.cell, x, weights, ctx.names, state, doutputs, kept, *ctx.options, needs)
     dx, *found = spread(gradients, needs)
     return None, dx, found[:W], None, found[W:], *[None] * len(others)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -70,8 +70,10 @@ def backward(
     backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any,
     dlast: tuple, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """-> the gradients in `needs` by name, and those of the states as "state"."""
+    """-> the gradients in `needs` by name, and those of the states as "state". Without a tape it is recorded now."""
     S = problem.cell.S
+    if not tape:
+        y, _, tape = forward(backend, replace(problem, training=True, history=False), x, weights, state)
     return backend.backward(
         problem.cell, x, weights, state, y, tape, dy, dlast[:S], dlast[S:], reverse=problem.reverse,
         tf32=problem.tf32, needs=needs,

@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.weave import weave
 
 from .compat import require
 from .functional import ShapeError, shape
 from .problem import Weights
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+VARIANTS = ("coupled", "peephole")
 DTYPES = ("float16", "float32", "float64")
+UNSEEN = {  # keywords of layers that a format for inference needn't know
+    "backend", "precision", "recompute", "recurrent_dropout", "input_dropout", "weight_dropout", "forget_bias",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,13 @@ class Stack:
     """L layers in D directions, in torch's layout and gate order. It needs no torch to run:
 
         (forward,), = stack.weights                       # one layer, one direction
-        y, (hT, cT) = gpu_rnn.lstm(x, *forward[:4], reverse=stack.reverse)
+        y, (hT, cT) = gpu_rnn.lstm(x, *forward[:4], reverse=stack.reverse)  # coupled=stack.coupled, peephole=...
 
     Raises ShapeError where a layer doesn't fit the one below it, TypeError for dtypes that NumPy doesn't have.
     """
 
-    cell: str  # the page: one of CELLS
-    weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse
+    cell: str  # one of CELLS; of the LSTM also its variants "lstm+coupled", "lstm+peephole" and "lstm+coupled+peephole"
+    weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse; peepholes are their units, [N, 1, H]
     reverse: bool = False  # D = 1, from the last instant to the first
     batch_first: bool = False  # of input and output where they come from
 
@@ -52,7 +57,10 @@ class Stack:
     L = property(lambda self: len(self.weights))
     D = property(lambda self: len(self.weights[0]))
     dtype = property(lambda self: self.weights[0][0].w_ih.dtype)
+    page = property(lambda self: self.cell.partition("+")[0])
     gates = property(lambda self: cells.get(self.cell).gates)
+    coupled = property(lambda self: "+coupled" in self.cell)
+    peephole = property(lambda self: "+peephole" in self.cell)
 
     @property
     def direction(self) -> str:
@@ -64,7 +72,7 @@ class Stack:
         if isinstance(layer, cls):
             return layer
         torch = require("torch", "saving a layer")
-        from .layers import RecurrentLayer
+        from .layers import Recurrent, RecurrentLayer
 
         if not isinstance(layer, RecurrentLayer):
             raise TypeError(
@@ -73,17 +81,24 @@ class Stack:
             )
         if layer.page not in CELLS:
             raise NotImplementedError(f"{layer}: only {', '.join(CELLS)} are exchanged, not {layer.page}")
+        computing = layer.keywords.__annotations__.keys() - UNSEEN - set(VARIANTS)
+        if beyond := [name for name in sorted(computing) if getattr(layer, name) != getattr(Recurrent, name)]:
+            raise NotImplementedError(
+                f"{layer} has {', '.join(beyond)}, which counts in inference too and which other formats don't have"
+            )
         if any(weight.dtype == torch.bfloat16 for weight in layer.parameters()):
             raise TypeError(f"{layer} has bfloat16 weights, which NumPy lacks; save layer.float()")
-        units = [
-            Weights(*(weight if weight is None else weight.detach().cpu().numpy() for weight in layer._weights(suffix)))
-            for suffix in layer._suffixes
-        ]
-        if more := [shape(weight) for w in units for weight in w[4:] if weight is not None]:
+        units = []
+        for suffix in layer._suffixes:
+            weights = layer._weights(suffix)
+            for peephole in layer._own(suffix).values():
+                weights = weights._replace(units=peephole.reshape(-1, 1, layer.hidden_size))
+            units.append(Weights(*(None if w is None else w.detach().cpu().numpy() for w in weights)))
+        if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:
             raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
-        D = layer._directions
+        D, cell = layer._directions, weave(cells.get(layer.page), **{name: getattr(layer, name) for name in VARIANTS})
         stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))
-        return cls(layer.page, stacked, batch_first=layer.batch_first)
+        return cls(cell.name, stacked, batch_first=layer.batch_first)
 
     def module(self) -> Any:
         """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched."""
@@ -95,11 +110,13 @@ class Stack:
                 f"{self.cell} with weights {shape(self.weights[0][0].w_ih)} in reverse alone is no layer; "
                 "take weights() instead of load(), and the function of gpu_rnn with reverse=True"
             )
-        kind, _, nonlinearity = self.cell.partition("_")
+        kind, _, nonlinearity = self.page.partition("_")
+        options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
+        options |= {name: True for name in VARIANTS if getattr(self, name)}
         bias = any(w.b_ih is not None for directions in self.weights for w in directions)
         layer = getattr(layers, kind.upper())(
             self.I, self.H, self.L, bias=bias, batch_first=self.batch_first, bidirectional=self.D == 2,
-            device="meta", **({"nonlinearity": nonlinearity} if nonlinearity else {}),
+            device="meta", **options,
         )  # fmt: skip
         none = np.zeros(len(self.gates) * self.H, self.dtype)
         units = [w for directions in self.weights for w in directions]
@@ -108,14 +125,22 @@ class Stack:
             for suffix, w in zip(layer._suffixes, units, strict=True)
             for name, array in zip(layers.NAMES[: 4 if bias else 2], w)
         }
+        if self.peephole:
+            state |= {
+                layers.PEEPHOLE + suffix: torch.tensor(w.units.ravel()) for suffix, w in zip(layer._suffixes, units)
+            }
         layer.load_state_dict(state, strict=True, assign=True)
         return layer
 
 
 def reordered(array: np.ndarray, given: str, wanted: str) -> np.ndarray:
-    """The blocks of H rows, one for each gate, in another order of the gates: [G*H, ...] -> the same shape, a copy."""
+    """The blocks of H rows, one for each gate, for other gates: [G*H, ...] -> the same with another G, a copy.
+
+    Of a gate that isn't given there are zeros.
+    """
     blocks = array.reshape(len(given), -1, *array.shape[1:])
-    return np.ascontiguousarray(blocks[[given.index(gate) for gate in wanted]]).reshape(array.shape)
+    made = [blocks[given.index(gate)] if gate in given else np.zeros_like(blocks[0]) for gate in wanted]
+    return np.concatenate(made)
 
 
 def chosen(

@@ -26,7 +26,7 @@ class AroundKeywords(TypedDict, total=False):
     """What every function takes beside its cell's arrays; docs/around.md has the equations, pictures and sources.
 
     reset: [T, B] bool. Where true, the states of a row are replaced before that instant, and no gradient crosses.
-    reset_state: what by, in a tuple one per state, [B, .] or one [.] for all rows; zeros when None.
+    reset_state: what by, one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
     lengths: [B] integers on the device of x, 0 allowed, in any order. Instants from there on leave the states as they
         are and have outputs 0 and gradients 0; in reverse the row starts at its end.
     starts: [B] integers; so do the instants before.
@@ -65,7 +65,7 @@ class LSTMKeywords(AroundKeywords, total=False):
 
 def lstm(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None, precision=None,
-    **around: Unpack[LSTMKeywords],
+    recompute=False, **around: Unpack[LSTMKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Long short-term memory over a whole sequence.
 
@@ -87,6 +87,8 @@ def lstm(
         precision: of float32 products, forward and backward: "tf32" lets a GPU round their factors to TF32, "ieee"
             doesn't. None follows torch.backends.cudnn.rnn.fp32_precision, as torch.nn does, for torch tensors, and is
             "ieee" for others. Halves have the same products either way, and so has a CPU, which knows no TF32.
+        recompute: True keeps nothing for the gradient but the arguments: backward first runs forward once more, and the
+            gradients are the same bit for bit (Chen et al. 2016, with one checkpoint per layer).
 
         around: `LSTMKeywords`.
 
@@ -99,13 +101,13 @@ def lstm(
         BackendError: a backend was insisted on that can't run this; the message has every reason.
         ValueError: an unknown backend or precision, or "tf32" for float64.
     """
-    weights, options = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Options(reverse, backend, precision)
+    weights, options = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Options(reverse, backend, precision, recompute=recompute)
     return structured(sequence("lstm", x, weights, (h0, c0), *wanted(options, around, LSTMKeywords)), 2)
 
 
 def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=None, precision=None,
-    **around: Unpack[AroundKeywords],
+    recompute=False, **around: Unpack[AroundKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product.
 
@@ -117,34 +119,37 @@ def gru(
 
     Args:
         x: [T, B, I] input. w_ih: [3*H, I]. w_hh: [3*H, H]. b_ih, b_hh: [3*H] or None. h0: [B, H] or None for zeros.
-        reverse, backend, precision: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
         y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`.
     """
-    options = Options(reverse, backend, precision)
+    options = Options(reverse, backend, precision, recompute=recompute)
     weights = Weights(w_ih, w_hh, b_ih, b_hh)
     return structured(sequence("gru", x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
 
 def rnn(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh", h0=None, reverse=False, backend=None, precision=None,
-    **around: Unpack[AroundKeywords],
+    recompute=False, **around: Unpack[AroundKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
 
     Args:
         x: [T, B, I] input. w_ih: [H, I]. w_hh: [H, H]. b_ih, b_hh: [H] or None. h0: [B, H] or None for zeros.
         nonlinearity: f, "tanh" or "relu".
-        reverse, backend, precision: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
         y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`, and
         ValueError for another f.
     """
-    options = Options(reverse, backend, precision)
+    options = Options(reverse, backend, precision, recompute=recompute)
     weights = Weights(w_ih, w_hh, b_ih, b_hh)
     return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
+
+
+KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: AroundKeywords, rnn: AroundKeywords}  # of what vjp takes
 
 
 def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
@@ -172,16 +177,17 @@ def elman(nonlinearity: str) -> str:
 
 
 def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
-    """Run `lstm`, `gru` or `rnn` and keep what its gradient needs: for those who bring their own autograd, or none.
+    """Run `lstm`, `gru`, `rnn` or a cell's `function` and keep what its gradient needs: for another autograd, or none.
 
         (y, (hT, cT)), pullback = gpu_rnn.vjp(gpu_rnn.lstm, x, w_ih, w_hh, b_ih, b_hh, h0=h0, c0=c0)
         gradients = pullback((dy, (dhT, dcT)))        # {"x": ..., "w_ih": ..., "h0": ..., ...}
 
     `pullback` takes gradients in the structure of the outputs, any of them None for zero, as often as one likes, and
-    gives one for every array that the function was given, by argument name and in its shape.
+    gives one for every array that the function was given, by argument name and in its shape; for `reset_state` a tuple,
+    if that is one. What only says where or how much (reset, lengths, starts, seed) has none.
     """
-    if function not in (lstm, gru, rnn):
-        raise TypeError(f"vjp differentiates gpu_rnn.lstm, gpu_rnn.gru and gpu_rnn.rnn, not {function!r}")
+    if function not in KEYWORDS:
+        raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -190,32 +196,47 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
         return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
     name = elman(given["nonlinearity"]) if function is rnn else function.__name__
     weights = Weights(*(given.get(field) for field in Weights._fields))
-    x, cell = given["x"], cells.get(name)
+    cell = cells.get(name)
     initial = {label: given[label] for label in first_states(cell)}
     options = Options(**{field: given[field] for field in Options._fields if field in given})
-    backend, problem, state = prepared(name, x, weights, (*initial.values(),), options, training=True)
-    y, last, tape = dispatch.forward(backend, problem, x, weights, state)
-    needs = {name for name in ("x", *Weights._fields) if given.get(name) is not None}
+    options, around = wanted(options, given["around"], KEYWORDS[function])
+    applied = apply(name, given["x"], weights, around)
+    called = applied.x, applied.weights
+    backend, problem, state = prepared(applied.name, *called, (*initial.values(),), options, not options.recompute)
+    y, after, tape = dispatch.forward(backend, problem, *called, state)
+    results = applied.results(y, after, cell.S, options.history)
+    needs = {label for label in ("x", *Weights._fields) if given.get(label) is not None}
+    needs |= {"units"} if applied.parts else set()
 
     def pullback(doutputs: Any) -> dict[str, Any]:
-        dy, dlast = doutputs
-        dlast = dlast if isinstance(dlast, (tuple, list)) else (dlast,)
-        if len(dlast) != cell.S:
-            raise ShapeError(f"{function.__name__} has {cell.S} final states, but {len(dlast)} gradients were given")
-        names = ["y", *(letter + "T" for letter in cell.states)]
-        filled = []
-        for label, output, gradient in zip(names, (y, *last), (dy, *dlast), strict=True):
-            if gradient is None:
-                gradient = arrays.zeros(tuple(output.shape), like=output)
-            elif tuple(gradient.shape) != tuple(output.shape):
-                raise ShapeError(f"the gradient of {label} {shape(output)} has shape {shape(gradient)}")
-            filled.append(gradient)
-        dy, *dlast = filled
-        gradients = dispatch.backward(backend, problem, x, weights, state, y, tape, dy, tuple(dlast), needs)
+        if len(doutputs) != len(results):
+            raise ShapeError(f"there are {len(results)} outputs, but {len(doutputs)} gradients were given")
+        labels: tuple[Any, ...] = "y", [letter + "T" for letter in cell.states], [*cell.states]
+        dy, *rest = map(of_output, labels, results, doutputs)
+        dlast, dstates = (*rest, [0.0])[:2]
+        dy, *dhistory = map(applied.shown, [dy + dstates[0], *dstates[1:]])
+        gradients = dispatch.backward(backend, problem, *called, state, y, tape, dy, (*dlast, *dhistory), needs)
         states = zip(initial, gradients.pop("state"), strict=True)
-        return gradients | {label: gradient for label, gradient in states if initial[label] is not None}
+        return applied.pulled(gradients) | {label: dstate for label, dstate in states if initial[label] is not None}
 
-    return (y, tuple(last) if cell.S > 1 else last[0]), pullback
+    return structured(results, cell.S), pullback
+
+
+def of_output(label: str | list[str], output: Any, gradient: Any) -> Any:
+    """The gradient of an output, or those of several in a list, with zeros for None; or an error."""
+    if isinstance(label, list):
+        given = gradient if isinstance(gradient, (tuple, list)) else [gradient]
+        if gradient is None:
+            given = [None] * len(label)
+        if len(given) != len(label):
+            states = ", ".join(label)
+            raise ShapeError(f"there are {len(label)} states ({states}), but {len(given)} gradients were given")
+        return [*map(of_output, label, output, given)]
+    if gradient is None:
+        return arrays.zeros(tuple(output.shape), like=output)
+    if tuple(gradient.shape) != tuple(output.shape):
+        raise ShapeError(f"the gradient of {label} {shape(output)} has shape {shape(gradient)}")
+    return gradient
 
 
 # ---- the way down ---------------------------------------------------------------------------------------------------
@@ -231,15 +252,16 @@ def sequence(
     if foreign(x):
         given = (lent(x), Weights(*map(lent, weights)), tuple(map(lent, state)))
         return returned(sequence(name, *given, options, Around(*map(lent, around))), like=x)
+    tensors = arrays.library(x) == "torch"
+    if tensors:
+        from . import autograd  # first: torch.compile then knows what it needn't look into
     applied = apply(name, x, weights, around)
-    if arrays.library(x) == "torch":
-        from . import autograd
-
+    if tensors:
         y, after = autograd.sequence(applied.name, applied.x, applied.weights, state, options)
     else:
         backend, problem, filled = prepared(applied.name, applied.x, applied.weights, state, options, training=False)
         y, after, _ = dispatch.forward(backend, problem, applied.x, applied.weights, filled)
-    return applied.results(y, after, len(state))
+    return applied.results(y, after, len(state), options.history)
 
 
 # ---- other libraries' arrays ----------------------------------------------------------------------------------------

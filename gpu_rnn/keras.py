@@ -271,11 +271,12 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
         name, config: which of the target's layers, and what not to look at in them, as for `load`.
 
     Raises:
-        NotImplementedError: proj_size, for which Keras has no form, and layers of Keras that compute something else.
+        NotImplementedError: proj_size, peephole, coupled, cell_clip and zoneout, for which Keras has no form; layers of
+            Keras that compute something else.
         ShapeError: shapes that don't fit. ValueError: another number of layers or cell, an unknown ending.
         TypeError: something else than a layer, or bfloat16.
     """
-    stack = Stack.of(layer)
+    stack = plain(layer)
     if isinstance(target, (str, PathLike)):
         path = fspath(target)
         if not path.endswith((".keras", ".h5")):
@@ -301,6 +302,15 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
         target.set_weights(arrays)
 
 
+def plain(layer: Any) -> Stack:
+    stack = Stack.of(layer)
+    if stack.cell != stack.page:
+        raise NotImplementedError(
+            f"Keras has no {stack.cell}; its LSTM has neither peepholes nor coupled gates, got {layer}"
+        )
+    return stack
+
+
 def theirs(kind: str, stack: Stack, directions: tuple[Weights, ...]) -> list[np.ndarray]:
     """The arrays of one layer: kernel [I, G*H], recurrent_kernel [H, G*H], and the bias; for each direction."""
     arrays = []
@@ -317,7 +327,7 @@ def model(layer: Any) -> Any:
 
     Input [B, T, I]; output [B, T, D*H]. It has the weights' dtype, and no dropout. Arguments and errors are `save`'s.
     """
-    stack = Stack.of(layer)
+    stack = plain(layer)
     if stack.reverse:
         raise NotImplementedError("Keras has no layer that reads backwards and leaves the outputs at their instants")
     keras = require("keras", "making a Keras model")

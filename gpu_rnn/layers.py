@@ -7,7 +7,7 @@ both ways with strict=True:
     ours.load_state_dict(torch.nn.LSTM(64, 128, num_layers=2).state_dict())
     torch.nn.LSTM(64, 128, num_layers=2).load_state_dict(ours.state_dict())
 
-Beyond torch.nn's: gradients in eval mode, on every device; and the keywords `backend` and `precision`.
+Beyond torch.nn's: gradients in eval mode, on every device; and the keywords of `Keywords`.
 """
 
 import math
@@ -29,7 +29,7 @@ from . import functional
 from .autograd import capturing, sequence
 from .functional import ShapeError
 from .problem import Around, Options, Weights
-from .woven import apply, dropout_mask
+from .woven import apply, dropout_mask, probability
 
 PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
@@ -40,6 +40,7 @@ class Keywords(TypedDict, total=False):
     """What torch.nn's layers don't have; every layer and cell takes these, and has them as attributes.
 
     backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of float32 on a GPU.
+    recompute: whether backward runs forward once more, layer by layer, instead of keeping what it needs: less memory.
     zoneout: probability by which a state stays what it was, one per state or one for all; in training by a mask for
         every instant, else by the mean (Krueger et al. 2017).
     recurrent_dropout: probability of a zero in what the recurrent weights see of h, and input_dropout: in the input of
@@ -49,6 +50,7 @@ class Keywords(TypedDict, total=False):
 
     backend: str | None
     precision: str | None
+    recompute: bool
     zoneout: float | tuple[float, ...]
     recurrent_dropout: float
     input_dropout: float
@@ -97,6 +99,7 @@ class Recurrent(nn.Module):
     proj_size = 0
     backend: str | None = None
     precision: str | None = None
+    recompute = False
     zoneout: float | tuple[float, ...] = 0.0
     recurrent_dropout = input_dropout = weight_dropout = 0.0
     peephole = coupled = False
@@ -132,8 +135,7 @@ class Recurrent(nn.Module):
             if name not in known.__annotations__:
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}")
             for p in () if name not in PROBABILITIES else value if isinstance(value, tuple) else (value,):
-                if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
-                    raise ValueError(f"{name} must be a number in [0, 1], a probability; got {value!r}")
+                probability(name, p)
         return dict(keywords)
 
     def _set(self, keywords: Any) -> None:
@@ -219,14 +221,15 @@ class Recurrent(nn.Module):
 
         -> y [T, B, P], the states after it; with return_states also the states after every instant
         """
-        weights, options = self._weights(suffix), Options(reverse, self.backend, self.precision, call.return_states)
+        options = Options(reverse, self.backend, self.precision, call.return_states, self.recompute)
+        weights = self._weights(suffix)
         if call is PLAIN and not self._around():
             return self._sequence(self.page, *cast(x, weights, state), options)
-        peephole = [getattr(self, PEEPHOLE + suffix)] if self.peephole else []
+        own = self._own(suffix)
         resets = [] if call.reset_state is None else [states[k] for states in call.reset_state]
-        S = len(state)
-        x, weights, given = cast(x, weights, [*state, *peephole, *resets])
-        state, peephole, resets = tuple(given[:S]), given[S : S + len(peephole)], given[S + len(peephole) :]
+        S, N = len(state), len(state) + len(own)
+        x, weights, given = cast(x, weights, [*state, *own.values(), *resets])
+        state, own, resets = given[:S], dict(zip(own, given[S:N])), [*given[N:]]
         seed = None
         if self.training and self._random():
             seed = drawn_seed(call.generator, x)
@@ -238,13 +241,18 @@ class Recurrent(nn.Module):
         around = Around(
             reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, starts=call.starts,
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
-            peephole=peephole[0] if peephole else None, coupled=self.coupled, cell_clip=self.cell_clip,
+            coupled=self.coupled, cell_clip=self.cell_clip, **own,
         )  # fmt: skip
         applied = apply(self.page, x, weights, around)
-        return applied.results(*self._sequence(applied.name, applied.x, applied.weights, state, options), S)
+        y, after = self._sequence(applied.name, applied.x, applied.weights, state, options)
+        return applied.results(y, after, S, options.history)
 
     def _sequence(self, *given: Any) -> tuple[Tensor, tuple]:
         return sequence(*given)
+
+    def _own(self, suffix: str) -> dict[str, Tensor]:
+        """What the page has per unit in one layer and direction, by its name in `Around`."""
+        return {"peephole": getattr(self, PEEPHOLE + suffix)} if self.peephole else {}
 
     def _random(self) -> bool:
         """Whether masks are drawn in training."""
@@ -350,16 +358,19 @@ class RecurrentLayer(Recurrent):
         transposed = self.batch_first and bool(batch)
         call = PLAIN
         if not (reset is reset_state is lengths is starts is generator is None) or return_states:
-            if reset is not None and reset.shape != input.shape[:-1]:
-                raise ShapeError(
-                    f"{self._get_name()}: reset has shape {functional.shape(reset)}; expected "
-                    f"{list(input.shape[:-1])}, with input {functional.shape(input)}"
-                )
-            if reset is not None:
-                reset = reset.t() if transposed else reset.reshape(-1, *(batch or (1,)))
+            marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
+            for name, (given, expected) in marks.items():
+                if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
+                    raise ShapeError(
+                        f"{self._get_name()}: {name} is {described(given)}; expected a tensor {list(expected)}, "
+                        f"with input {functional.shape(input)}"
+                    )
+            if not batch:
+                reset, lengths, starts = (None if m is None else m.unsqueeze(-1) for m in (reset, lengths, starts))
+            elif transposed and reset is not None:
+                reset = reset.t()
             resets = None if reset_state is None else self._resets(reset_state)
-            rows = [None if bound is None else bound.reshape(batch or (1,)) for bound in (lengths, starts)]
-            call = Call(reset, resets, *rows, generator, return_states)
+            call = Call(reset, resets, lengths, starts, generator, return_states)
         x = input.transpose(0, 1) if transposed else input
         if not batch:
             x, initial = x.unsqueeze(1), [state if state is None else state.unsqueeze(1) for state in initial]
@@ -369,6 +380,18 @@ class RecurrentLayer(Recurrent):
         if transposed:
             y, groups[1:] = y.transpose(0, 1), [[s.transpose(1, 2) for s in states] for states in groups[1:]]
         return y, *map(as_hx, groups)
+
+    def step(self, input: Tensor, hx: Any = None) -> tuple[Any, ...]:
+        """One instant, for layers with one direction: input [B, I] or [I], hx as ever -> y [B, P] or [P], the new hx.
+
+        As `forward` for a sequence of one, gradients included. What comes live is `gpu_rnn.stream`'s.
+        """
+        if self.bidirectional:
+            raise ValueError(f"a step goes from the past to the future, but the layer is bidirectional: {self!r}")
+        self._batch(input, "BI", "I")
+        time = 1 if self.batch_first and input.ndim == 2 else 0
+        y, hx = self(input.unsqueeze(time), hx)
+        return y.squeeze(time), hx
 
     def _resets(self, reset_state: Any) -> tuple[Tensor, ...]:
         """One per state, [L*D, B, .] or [L*D, .]; their other sizes are checked with the rest."""
@@ -488,10 +511,12 @@ class LSTM(RecurrentLayer):
         BackendError: a backend was insisted on that can't run this. ValueError, TypeError: from the constructor.
     """
 
+    keywords = LSTMKeywords
+
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
-        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
+        device: Any = None, dtype: Any = None, **keywords: Unpack[LSTMKeywords],
     ) -> None:  # fmt: skip
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -581,6 +606,7 @@ class LSTMCell(RecurrentCell):
     """
 
     page = "lstm"
+    keywords = LSTMKeywords
 
 
 class GRUCell(RecurrentCell):
@@ -669,7 +695,9 @@ def once(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
 
 # ---- swapping -------------------------------------------------------------------------------------------------------
 
-TWINS = {getattr(nn, twin.__name__): twin for twin in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
+TWINS: dict[type, type[Recurrent]] = {
+    getattr(nn, twin.__name__): twin for twin in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+}
 CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
 
 
@@ -700,7 +728,7 @@ def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
     return model
 
 
-def twin(module: nn.Module) -> type | None:
+def twin(module: nn.Module) -> type[Recurrent] | None:
     """The class to swap a module's for, if there is one."""
     theirs = type(module)
     if not parametrize.is_parametrized(module):

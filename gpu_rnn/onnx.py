@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.weave import weave
 
 from .compat import require
 from .exchange import Stack, chosen, reordered
@@ -28,6 +29,7 @@ onnx = require("onnx", "gpu_rnn.onnx")
 OPSET, IR = 17, 8
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 GATES = {"RNN": "a", "LSTM": "iofg", "GRU": "zrn"}  # our letters; ONNX calls g and n by c and h
+PEEPHOLES = "iof"
 CELLS = {  # operator and activations, the operator's default first
     ("RNN", "Tanh"): "rnn_tanh",
     ("RNN", "Relu"): "rnn_relu",
@@ -36,12 +38,10 @@ CELLS = {  # operator and activations, the operator's default first
 }
 
 
-def lacking(op: str, attributes: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+def lacking(op: str, attributes: dict[str, Any]) -> list[str]:
     """What a node asks for that no layer has."""
     asked = {
         "clip of the activations' inputs": "clip" in attributes,
-        "P: peepholes": bool(inputs.get("P")),
-        "input_forget=1: coupled gates": attributes.get("input_forget", 0) != 0,
         "linear_before_reset=0, its default: the reset gate before the recurrent product": (
             op == "GRU" and attributes.get("linear_before_reset", 0) == 0
         ),
@@ -66,8 +66,8 @@ def load(model: Any, node: str | Iterable[str] | None = None) -> Any:
         states and sequence_lens are data as X is: they go into the layer's call, as hx and as a packed sequence.
 
     Raises:
-        NotImplementedError: other activations, clip, peepholes P, input_forget, linear_before_reset=0, and the reverse
-            direction alone, which `weights` has. ShapeError: shapes that don't fit.
+        NotImplementedError: other activations, clip, linear_before_reset=0, and the reverse direction alone, which
+            `weights` has. ShapeError: shapes that don't fit.
         ValueError: no such node, several that aren't a stack, weights that aren't constants. TypeError: bfloat16.
     """
     return weights(model, node).module()
@@ -117,7 +117,7 @@ class Graph:
         direction = attributes.get("direction", b"forward").decode()
         D, G = 2 if direction == "bidirectional" else 1, len(GATES[op])
         arrays: dict[str, np.ndarray] = {}
-        for slot in ("W", "R", "B") if "B" in inputs else ("W", "R"):
+        for slot in ("W", "R", *(slot for slot in "BP" if slot in inputs)):
             array = self.constant(inputs.get(slot, ""))
             if array is None:
                 raise ValueError(f"{what}: {slot} is not a constant of the model; fold its constants first")
@@ -127,23 +127,27 @@ class Graph:
         given = [name.decode().capitalize() for name in attributes.get("activations", ())] or known[0] * D
         one = given[: len(known[0])]
         cell = CELLS.get((op, *one)) if given == one * D else None
-        reasons = lacking(op, attributes, inputs)
+        reasons = lacking(op, attributes)
         if cell is None or reasons:
             reasons = [f"activations {given}, of which there are {known}"] * (cell is None) + reasons
             raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
         H = attributes.get("hidden_size", shapes["R"][-1])
-        expected = {"W": [D, G * H, shapes["W"][-1]], "R": [D, G * H, H], "B": [D, 2 * G * H]}
+        expected = {"W": [D, G * H, shapes["W"][-1]], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
         if any(shapes[slot] != expected[slot] for slot in shapes):
             raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
-        gates = cells.get(cell).gates
+        page = weave(cells.get(cell), coupled=attributes.get("input_forget", 0) != 0, peephole="P" in arrays)
+        cell = page.name
 
         def ours(array: np.ndarray) -> np.ndarray:
-            return reordered(array, GATES[op], gates)
+            return reordered(array, GATES[op], page.gates)
 
         units = []
         for d in range(D):
             biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
-            units.append(Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases))
+            w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
+            if page.units:
+                w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.units)).reshape(-1, 1, H))
+            units.append(w)
         return (cell, direction, attributes.get("layout", 0)), tuple(units)
 
     def chain(self) -> list[str]:
@@ -195,16 +199,19 @@ def model(layer: Any) -> Any:
         layer: gpu_rnn.RNN, LSTM or GRU, or the stack that `weights` gives.
 
     Returns:
-        onnx.ModelProto, in the weights' dtype. Dropout is left out: a model is for inference.
+        onnx.ModelProto, in the weights' dtype. Dropout of every kind is left out: a model is for inference. Where a
+        layer's gates are coupled, ONNX's forget gate, which nothing reads, has zeros.
 
     Raises:
-        NotImplementedError: proj_size, for which ONNX has no form. TypeError: something else, or bfloat16.
+        NotImplementedError: proj_size, cell_clip and zoneout, for which ONNX has no form. TypeError: something else, or
+            bfloat16.
     """
     stack = Stack.of(layer)
-    op, *activations = next(key for key, cell in CELLS.items() if cell == stack.cell)
+    op, *activations = next(key for key, cell in CELLS.items() if cell == stack.page)
     attributes: dict[str, Any] = {"hidden_size": stack.H, "direction": stack.direction}
     attributes |= {"activations": activations * stack.D} if op == "RNN" else {}
     attributes |= {"linear_before_reset": 1} if op == "GRU" else {}
+    attributes |= {"input_forget": 1} if stack.coupled else {}
     nodes, constants = [], {}
 
     def apply(op: str, inputs: list[str], *outputs: str, name: str = "", **attributes: Any) -> str:
@@ -238,6 +245,9 @@ def model(layer: Any) -> Any:
         inputs += [constant(f"B_l{k}", biases) if biases else "", ""]
         units = constant(f"units_l{k}", np.arange(k * stack.D, (k + 1) * stack.D))
         inputs += [apply("Gather", [first[letter], units], f"initial_{letter}_l{k}") for letter in letters]
+        if stack.peephole:
+            peepholes = [reordered(w.units.ravel(), "io" if stack.coupled else "ifo", PEEPHOLES) for w in directions]
+            inputs.append(constant(f"P_l{k}", peepholes))
         last = [f"Y_{letter}_l{k}" for letter in letters]
         y = apply(op, inputs, f"Y_l{k}", *last, name=name, **attributes)
         turned = apply("Transpose", [y], f"Y_l{k}_turned", perm=[0, 2, 1, 3])

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     backend: str | None = None  # insists on one
     precision: str | None = None  # of float32 products, "tf32" or "ieee"; None: what the library's setting says
     history: bool = False  # whether the other states are wanted after every instant, too
+    recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
 
 
 class Around(NamedTuple):
@@ -41,6 +42,7 @@ class Around(NamedTuple):
     seed: Any = None  # of masks, an int or [1] int64
     training: bool = True  # whether masks are drawn
     peephole: Any = None  # [N*H]
+    units: Any = None  # [N*H] of a page that has them in any case
     coupled: bool = False
     cell_clip: float | None = None
 
@@ -58,7 +60,7 @@ class Problem:
     dtype: str = "float32"  # storage: float64, float32, float16 or bfloat16
     device: str = "cpu"  # "cpu" or "cuda"
     library: str = "numpy"  # whose arrays: numpy, torch or cupy
-    training: bool = False  # whether a gradient may be asked for
+    training: bool = False  # whether what a gradient needs is kept
     reverse: bool = False
     tf32: bool = False  # float32 products may be rounded to TF32, as torch.nn's are unless told otherwise
     history: bool = False  # whether the other states are wanted after every instant, too

@@ -13,6 +13,7 @@ every backend. Everything here is made of whole arrays before and after the sequ
 and for other arrays `Applied.pulled` does.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,10 +42,10 @@ class Applied(NamedTuple):
         """Outputs [T, B, .], zero where a row holds its states."""
         return y if self.valid is None else arrays.operations(y)["where"](self.valid, y, 0.0)
 
-    def results(self, y: Any, after: Sequence[Any], S: int) -> tuple[Any, ...]:
+    def results(self, y: Any, after: Sequence[Any], S: int, history: bool) -> tuple[Any, ...]:
         """y, the S states after; with a history also the states after every instant, y being that of the first."""
-        y, last, history = self.shown(y), tuple(after[:S]), [self.shown(array) for array in after[S:]]
-        return (y, last, (y, *history)) if len(after) > S else (y, last)
+        y, last = self.shown(y), tuple(after[:S])
+        return (y, last, (y, *map(self.shown, after[S:]))) if history else (y, last)
 
     def pulled(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """The gradients of x and of the given arrays, from those of what is called."""
@@ -56,43 +57,70 @@ class Applied(NamedTuple):
             many = given if isinstance(given, tuple) else (given,)
             pulled = []
             for array in many:
-                rows = array.shape[0] // gradients["units"].shape[2] if label == "peephole" else 1
+                rows = array.shape[0] // gradients["units"].shape[2] if label in ("peephole", "units") else 1
                 pulled.append(unspread(gradients["units"][row : row + rows], array))
                 row += rows
             found[label] = tuple(pulled) if isinstance(given, tuple) else pulled[0]
         return found
 
 
+class Page(NamedTuple):
+    """What has to be known of a cell here."""
+
+    name: str
+    G: int
+    states: str
+    units: int
+    uniforms: int
+
+    def __str__(self) -> str:
+        return f"{self.name} has {len(self.states)} states, {', '.join(self.states)}"
+
+
+def page(name: str, **options: Any) -> Page:
+    """Of a cell with what is woven in. torch.compile takes it for a constant (`autograd`)."""
+    cell = weave(cells.get(name), **options)
+    return Page(cell.name, cell.G, cell.states, len(cell.units), cell.uniforms)
+
+
 def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
     """Errors repeat the shapes. An `around` that asks for nothing costs nothing."""
-    if all(given is default for given, default in zip(around, PLAIN)):
-        return Applied(name, x, weights, None, {})
+    ranks = [len(getattr(array, "shape", ())) for array in (x, weights.w_hh)]
+    if ranks != [3, 2] or all(given is default for given, default in zip(around, PLAIN)):
+        return Applied(name, x, weights, None, {})  # arrays without sizes to go by are refused like any call's
     T, B, _ = x.shape
     options: dict[str, Any] = {word: True for word in ("coupled",) if getattr(around, word)}
     if around.cell_clip is not None:
+        if not around.cell_clip > 0:
+            raise ValueError(f"cell_clip must be larger than 0, got {around.cell_clip}")
         options["clip"] = (float(around.cell_clip),)
     if around.peephole is not None:
         options["peephole"] = True
-    cell = weave(cells.get(name), **options)
+    cell = page(name, **options)
     H, P = weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
     parts: dict[str, Any] = {}
     units: list[Any] = []
-    if around.peephole is not None:
-        fitting("peephole", around.peephole, (len(cell.units) * H,), x)
-        parts["peephole"] = around.peephole
-        units += list(around.peephole.reshape(len(cell.units), 1, H))
+    for label, own in {"peephole": around.peephole, "units": around.units}.items():
+        if own is not None:
+            fitting(label, own, [(cell.units * H,)], x, arrays.dtype(x))
+            parts[label] = own
+            units += list(own.reshape(cell.units, 1, H))
     flags = None
     if around.reset is not None:
-        fitting("reset", around.reset, (T, B), x)
+        fitting("reset", around.reset, [(T, B)], x)
         options["reset"], flags = True, raised(around.reset, 0)
     if around.reset_state is not None:
         if around.reset is None:
             raise ValueError("reset_state is given, but reset, which says when it is taken, is None")
-        options["given"], parts["reset_state"] = True, tuple(around.reset_state)
+        several = isinstance(around.reset_state, (tuple, list))
+        given = tuple(around.reset_state) if several else (around.reset_state,)
+        if len(given) != len(cell.states):
+            raise ValueError(f"reset_state has {len(given)} arrays; {cell}")
+        options["given"], parts["reset_state"] = True, given if several else given[0]
         units += [
             spread(f"reset_state {letter}", array, (B, P if k == 0 else H), H, x)
-            for k, (letter, array) in enumerate(zip(cell.states, around.reset_state, strict=True))
+            for k, (letter, array) in enumerate(zip(cell.states, given))
         ]
     valid = None
     if around.lengths is not None or around.starts is not None:
@@ -102,13 +130,16 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
         valid = valid[..., None]
         x = arrays.operations(x)["where"](valid, x, 0.0)
     seed = None
+    probability("recurrent_dropout", around.recurrent_dropout)
     if around.training and around.recurrent_dropout:
         seed = seeded(around.seed, x, "recurrent dropout")
         options["dropout"] = True
         units.append(padded(dropout_mask(seed, around.recurrent_dropout, (B, P), x), H))
-    zoneout = around.zoneout if isinstance(around.zoneout, tuple) else (around.zoneout,) * cell.S
-    if len(zoneout) != cell.S:
-        raise ValueError(f"zoneout is {zoneout}; {cell.name} has {cell.S} states, {', '.join(cell.states)}")
+    zoneout = around.zoneout if isinstance(around.zoneout, tuple) else (around.zoneout,) * len(cell.states)
+    if len(zoneout) != len(cell.states):
+        raise ValueError(f"zoneout is {zoneout}; {cell}")
+    for p in zoneout:
+        probability("zoneout", p)
     if zoneout[0] and P != H:
         raise ValueError(
             f"zoneout of h needs h itself, but it is projected from {H} to {P} units; give (0, p) for c alone"
@@ -117,7 +148,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
         options["zoneout"], options["mean"] = tuple(map(float, zoneout)), not around.training
         if around.training:
             seed = seeded(around.seed, x, "zoneout")
-    woven = weave(cells.get(name), **options)
+    woven = page(name, **options)
     stacked = together(units, B) if units else None
     weights = weights._replace(units=stacked, flags=flags, seed=seed if woven.uniforms else None)
     return Applied(woven.name, x, weights, valid, parts)
@@ -137,7 +168,7 @@ def within(starts: Any, lengths: Any, x: Any) -> Any:
     t, valid = arrays.counted(T, like=x)[:, None], None
     for label, bound in (("starts", starts), ("lengths", lengths)):
         if bound is not None:
-            fitting(label, bound, (B,), x)
+            fitting(label, bound, [(B,)], x)
             inside = t >= bound[None] if label == "starts" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
@@ -149,8 +180,7 @@ def within(starts: Any, lengths: Any, x: Any) -> Any:
 def spread(label: str, array: Any, sizes: tuple[int, int], H: int, x: Any) -> Any:
     """[B, N], [1, N] or [N] -> [R, H], the last units zero."""
     B, N = sizes
-    if tuple(array.shape) not in ((B, N), (1, N), (N,)):
-        raise ShapeError(f"{label} has shape {shape(array)}; expected {[B, N]} or {[N]}, with x {shape(x)}")
+    fitting(label, array, [(B, N), (N,), (1, N)], x, arrays.dtype(x))
     return padded(array.reshape(-1, N), H)
 
 
@@ -181,7 +211,10 @@ def seeded(seed: Any, x: Any, what: str) -> Any:
     """[1] int64 where x is."""
     if seed is None:
         raise ValueError(f"{what} draws masks and needs a seed: an int, or an int64 array [1] where x is")
-    return arrays.integer(seed, like=x) if isinstance(seed, int) else seed.reshape(1)
+    if isinstance(seed, numbers.Integral):
+        return arrays.integer(int(seed), like=x)
+    fitting("seed", seed, [(1,)], x, "int64")
+    return seed
 
 
 def dropout_mask(seed: Any, p: float, sizes: tuple[int, int], x: Any, which: int = 0) -> Any:
@@ -189,9 +222,23 @@ def dropout_mask(seed: Any, p: float, sizes: tuple[int, int], x: Any, which: int
     row, column = (arrays.counted(n, like=x) for n in sizes)
     (u,) = uniforms(seed, 0 * seed + (MASK - which), row[:, None], column[None], 1)
     scale = 1 / (1 - p) if p < 1 else 0.0
-    return arrays.converted((u >= p) * scale, arrays.dtype(x))
+    return arrays.converted(u >= p, arrays.dtype(x)) * scale
 
 
-def fitting(label: str, array: Any, sizes: tuple[int, ...], x: Any) -> None:
-    if tuple(array.shape) != sizes:
-        raise ShapeError(f"{label} has shape {shape(array)}; expected {list(sizes)}, with x {shape(x)}")
+# ---- what is given --------------------------------------------------------------------------------------------------
+
+
+def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, dtype: str | None = None) -> None:
+    """An error unless the array lies where x does, has one of the shapes and, if it matters, that dtype."""
+    found, wanted = ((arrays.library(each), arrays.device(each)) for each in (array, x))
+    if found != wanted or dtype not in (None, arrays.dtype(array)):
+        kind, there = " ".join((arrays.library(array), arrays.dtype(array), arrays.device(array))), " ".join(wanted)
+        raise TypeError(f"{label} is {kind}; with this x it must be {dtype or 'an array'} of {there}")
+    if tuple(array.shape) not in shapes:
+        expected = " or ".join(str(list(sizes)) for sizes in shapes)
+        raise ShapeError(f"{label} has shape {shape(array)}; expected {expected}, with x {shape(x)}")
+
+
+def probability(label: str, p: Any) -> None:
+    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= float(p) <= 1:
+        raise ValueError(f"{label} must be a number in [0, 1], a probability; got {p!r}")

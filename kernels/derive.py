@@ -3,6 +3,9 @@
 A value that meets the gradient is taken from the states after the instant where it is one of them, computed again where
 the states before, and what is saved anyway, give it; only what is left is saved. For the LSTM that are its four gates,
 which is what the page written by hand saves.
+
+What is saved may be rounded to halves, and of differences of such values even the sign would be another. So what was
+decided by a sign, as which of two is the larger, is decided once and saved.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,11 +55,12 @@ def derive(step: Callable, gates: int, states: int, extra: int = 0, learned: int
     graph = trace(lambda *given: (new_states(step(*given), states),), **sizes)
     (new,), order = graph.outputs, list(graph.nodes.values())
     wanted = pulled(graph, sizes | ({"extra": learned} if extra else {}))
-    saved = to_save(order, set(new), met(wanted, set(order)))
+    order += [node for node in graph.nodes.values() if node.op == "positive" and node not in order]  # of `above`
+    saved = to_save(order, new, met(wanted, set(order)))
 
-    forward, known = Graph(), {}
+    forward, backward = Graph(), Graph()
+    known: dict[Symbol, Symbol] = {}
     forward.outputs = tuple(tuple(forward.image(value, known) for value in group) for group in (new, saved))
-    backward = Graph()
     known = {value: backward.node("input", "saved", k) for k, value in enumerate(saved)}
     for k, value in enumerate(new):
         if operated(value):
@@ -68,7 +72,7 @@ def derive(step: Callable, gates: int, states: int, extra: int = 0, learned: int
 
 def new_states(outputs: tuple, states: int) -> tuple:
     """Of a step that gives (new, saved), or new alone."""
-    new = outputs[0] if len(outputs) == 2 and isinstance(outputs[0], (tuple, list)) else outputs
+    new = tuple(outputs[0] if len(outputs) == 2 and isinstance(outputs[0], (tuple, list)) else outputs)
     if len(new) != states:
         raise ValueError(f"step gives {len(new)} new states; the page has {states}")
     return new
@@ -115,14 +119,24 @@ def met(wanted: tuple, page: set[Symbol]) -> set[Symbol]:
     return found
 
 
-def to_save(order: list[Symbol], new: set[Symbol], read: set[Symbol]) -> tuple[Symbol, ...]:
+def to_save(order: list[Symbol], new: tuple[Symbol, ...], read: set[Symbol]) -> tuple[Symbol, ...]:
     saved: list[Symbol] = []
+    deciding = {value.operands[0] for value in order if value.op == "where"}
 
     def there(value: Symbol) -> bool:
         if value in saved or (value in new and operated(value)):
             return True
+        if value.op == "positive":
+            return value.operands[0] in new or exact(value)
+        return exact(value) if value in deciding else given(value, there)
+
+    def exact(value: Symbol) -> bool:
+        """Not even rounded, as h is."""
+        return value in new[1:] or given(value, exact)
+
+    def given(value: Symbol, known: Callable[[Symbol], bool]) -> bool:
         if operated(value):
-            return all(map(there, value.operands))
+            return all(map(known, value.operands))
         return value.op == "constant" or value.operands[0] not in ("x", "h")
 
     for value in order:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .trace import Symbol
 
-__all__ = ["exp", "log", "maximum", "minimum", "positive", "relu", "sigmoid", "tanh", "where"]
+__all__ = ["exp", "log", "log_sigmoid", "maximum", "minimum", "positive", "relu", "sigmoid", "tanh", "where"]
 
 
 def sigmoid(a):
@@ -38,6 +38,12 @@ def exp(a):
 
 def log(a):
     return a.apply("log") if isinstance(a, Symbol) else np.log(a)
+
+
+def log_sigmoid(a):
+    """log(sigmoid(a)) = min(a, 0) + log(sigmoid(|a|)), which nothing overflows in; right to an ulp of 1."""
+    m = minimum(a, 0.0)
+    return m + log(sigmoid(a - 2 * m))
 
 
 def maximum(a, b):

@@ -101,7 +101,8 @@ class Graph:
 
     def pruned(self) -> "Graph":
         """A graph with nothing but what the outputs need."""
-        graph, known = Graph(), {}
+        graph = Graph()
+        known: dict[Symbol, Symbol] = {}
         graph.outputs = tuple(tuple(graph.image(value, known) for value in group) for group in self.outputs)
         return graph
 

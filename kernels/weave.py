@@ -13,6 +13,7 @@ input is Gal & Ghahramani's (2016), zoneout is Krueger et al.'s (2017). The grad
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from .cells import Cell, get, made
 from .mathematics import where
@@ -20,7 +21,10 @@ from .mathematics import where
 RESET, HOLD, DROPOUT = "reset", "hold", "dropout"
 
 
-def weave(cell: Cell, **options: bool | tuple[float, ...]) -> Cell:
+Option = bool | tuple[float, ...]
+
+
+def weave(cell: Cell, **options: Option) -> Cell:
     """The cell with any of its page's own variants, and of
 
     reset    a flag by which states are replaced before the instant: by zero, or by one `given` for every unit
@@ -33,13 +37,13 @@ def weave(cell: Cell, **options: bool | tuple[float, ...]) -> Cell:
     return get("+".join([cell.name, *(named(word, value) for word, value in sorted(options.items()) if value)]))
 
 
-def named(word: str, value: bool | tuple[float, ...]) -> str:
-    return word if value is True else f"{word}({','.join(map(repr, value))})"
+def named(word: str, value: Option) -> str:
+    return word if isinstance(value, bool) else f"{word}({','.join(map(repr, value))})"
 
 
-def read(parts: Sequence[str]) -> dict[str, bool | tuple[float, ...]]:
+def read(parts: Sequence[str]) -> dict[str, Any]:
     """The parts of a name after the cell's, as options."""
-    found: dict[str, bool | tuple[float, ...]] = {}
+    found: dict[str, Option] = {}
     for part in parts:
         word, _, values = part.rstrip(")").partition("(")
         found[word] = tuple(map(float, values.split(","))) if values else True

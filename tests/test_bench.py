@@ -3,17 +3,24 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import floor, problems, results, supervise, timing
-from bench.contenders import Torch
+from bench import around, floor, kernels, problems, results, supervise, timing
+from bench.contenders import Torch, plan_of
+from bench.data import Data
 from bench.problems import NN, NUMPY, Case
 from bench.worker import Worker
+from gpu_rnn import functional
 from gpu_rnn.compat import no_gpu
+from gpu_rnn.kernels.cuda import residence
+
+from . import on_host
+from .host import runtime
 
 CASE = Case("lstm", 3, 2, 4, 5)
 TRAINING = replace(CASE, mode="training")
@@ -38,7 +45,8 @@ def test_the_gpu_begins_with_what_matters_most():
     ("change", "word"),
     [
         ({"T": 0}, "T = 0"), ({"B": -3}, "B = -3"), ({"H": 2.5}, "H = 2.5"), ({"I": True}, "I = True"),
-        ({"H": 10**6}, "GiB"), ({"dtype": "int8"}, "int8"), ({"mode": "step"}, "T = 3"), ({"cell": "lstn"}, "lstn"),
+        ({"H": 10**6}, "GiB"), ({"L": 0}, "L = 0"),
+        ({"dtype": "int8"}, "int8"), ({"mode": "step"}, "T = 3"), ({"cell": "lstn"}, "lstn"),
     ],
 )  # fmt: skip
 def test_a_senseless_case_says_what_is_wrong_with_it(change, word):
@@ -60,7 +68,21 @@ def test_the_floor_grows_with_the_problem():
     for larger in ({"T": 128}, {"B": 4096}, {"H": 1024}, {"mode": "training"}):
         assert floor.floor_us(replace(small, **larger), GPU) > floor.floor_us(small, GPU) > 0
     assert floor.floor_us(small, GPU) > 64 * 0.6, "no step is shorter than its exchange"
-    assert floor.floor_us(replace(small, dtype="float16"), GPU) is None, "its ceiling wasn't measured"
+    assert floor.floor_us(replace(small, L=2), GPU) > 1.9 * floor.floor_us(small, GPU)
+    assert floor.least_us(NN, small, GPU) == floor.floor_us(small, GPU)
+    assert floor.least_us(NN, replace(small, dtype="float16"), GPU) is None, "its ceiling wasn't measured"
+    assert floor.least_us("ours, coupled", small, GPU) is None, "it computes less"
+
+
+def test_the_floors_of_kernels_alone():
+    case = Case("lstm", 8, 16, 256, 256, "float32", "training", "cuda")
+    least = {part: floor.least_us(f"cuda forward {part}", case, GPU) for part in problems.PARTS}
+    assert least["sequence"] == max(least["exchange"], least["product"]) == pytest.approx(8 * 0.8)
+    forward = 4 * (4 + 4 + 1 + 4 + 4)  # xg, hg, y, h and c before and after, four gates saved; a unit's bytes
+    assert floor.instant_bytes("forward", case) == forward * 16 * 256
+    back = 4 * (1 + 1 + 4 + 4 + 4 + 2)  # dy, back, da, dh and dc before and after, gates, c before and after
+    assert floor.instant_bytes("backward", case) == back * 16 * 256
+    assert least["step"] == pytest.approx(1e6 * 8 * forward * 16 * 256 / 4e12)
 
 
 @pytest.mark.parametrize(("H", "name"), [(128, "SM"), (512, "cluster"), (1024, "grid"), (2048, "streamed")])
@@ -69,6 +91,16 @@ def test_weights_are_kept_at_the_smallest_scale_that_holds_them(H, name):
 
 
 # ---- one case -------------------------------------------------------------------------------------------------------
+
+
+def measured(case, *names, seconds=0.01):
+    """The rows of these contenders, by name."""
+    told, enabled = [], torch.is_grad_enabled()
+    try:
+        timing.measure(case, [NN, *names], seconds, told.append)
+    finally:
+        torch.set_grad_enabled(enabled)
+    return {message["row"]["contender"]: message["row"] for message in told if "row" in message}
 
 
 class Broken(Torch):
@@ -93,15 +125,9 @@ class Broken(Torch):
 
 @pytest.mark.parametrize("case", [CASE, TRAINING], ids=str)
 def test_who_is_wrong_or_breaks_has_a_row_without_a_time(case, monkeypatch):
-    real, told = timing.contender, []
+    real = timing.contender
     monkeypatch.setattr(timing, "contender", lambda name: real(name) if name in (NN, NUMPY) else Broken(name))
-    names = [NN, NUMPY, "off", "nan", "memory", "error"]
-    enabled = torch.is_grad_enabled()
-    try:
-        timing.measure(case, names, 0.01, told.append)
-    finally:
-        torch.set_grad_enabled(enabled)
-    rows = {message["row"]["contender"]: message["row"] for message in told if "row" in message}
+    rows = measured(case, NUMPY, "off", "nan", "memory", "error")
     assert {name: row["status"] for name, row in rows.items()} == {
         NN: "ok", NUMPY: "ok", "off": "wrong", "nan": "wrong", "memory": "out of memory", "error": "failed",
     }  # fmt: skip
@@ -111,6 +137,160 @@ def test_who_is_wrong_or_breaks_has_a_row_without_a_time(case, monkeypatch):
     for name in (NN, NUMPY):
         assert 0 < rows[name]["p20_us"] <= rows[name]["median_us"] <= rows[name]["p80_us"]
     assert not any("median_us" in row for row in rows.values() if row["status"] != "ok")
+
+
+def test_small_lstms_pass_their_check():
+    """Sums over T B rows, one after the other, were less exact than torch's."""
+    case = Case("lstm", 32, 8, 32, 32, mode="training")
+    assert measured(case, NUMPY)[NUMPY]["status"] == "ok"
+
+
+def test_several_layers():
+    case = replace(TRAINING, L=3, cell="gru")
+    rows = measured(case, NUMPY, problems.LAYER)
+    assert {name: row["status"] for name, row in rows.items()} == {NN: "ok", NUMPY: "absent", problems.LAYER: "ok"}
+    assert len(Data(case).weights) == 12
+    assert case.flops > 2 * replace(case, L=1).flops
+
+
+def test_memory_is_what_is_kept_for_the_gradient():
+    case = Case("lstm", 16, 4, 8, 8, mode="training")
+    rows = measured(case, problems.LAYER, problems.PLAIN, "ours, recompute", NUMPY)
+    tape = 4 * 16 * 4 * (4 + 1) * 8  # four gates and c, of all instants
+    assert tape <= rows[problems.PLAIN]["saved_bytes"] <= rows[problems.LAYER]["saved_bytes"] < 1.2 * tape
+    assert rows["ours, recompute"]["saved_bytes"] == 0
+    assert rows[NUMPY]["saved_bytes"] is None, "autograd knows nothing of it"
+    assert rows[NN]["saved_bytes"] > 0
+
+
+# ---- what is around a cell ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_every_feature_is_right_and_has_a_row(cell, mode):
+    rows = measured(Case(cell, 9, 3, 4, 5, mode=mode), *problems.FEATURES)
+    of_lstm = {"ours, peephole", "ours, coupled"} if cell != "lstm" else set()
+    wanted = {name: "absent" if name in of_lstm else "ok" for name in problems.FEATURES}
+    assert {name: row["status"] for name, row in rows.items() if name != NN} == wanted, rows
+
+
+@pytest.mark.parametrize("name", list(problems.FEATURES)[1:])
+def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
+    ours = functional.lstm
+
+    def forgetful(*args, **given):
+        left = {"w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0"}
+        if name == "ours, coupled":
+            raise ValueError("three gates")
+        y, last = ours(*args, **{key: value for key, value in given.items() if key in left})
+        return (y, last, (y, 0 * y)) if name == "ours, return_states" else (y, last)
+
+    monkeypatch.setattr(around, "function", lambda cell: (forgetful, {}))
+    row = measured(Case("lstm", 33, 3, 4, 5, mode="forward"), name)[name]
+    assert row["status"] == {"ours, coupled": "failed", "ours, recompute": "ok"}.get(name, "wrong")
+
+
+# ---- kernels alone --------------------------------------------------------------------------------------------------
+
+HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
+
+
+def on_cpu(backend, way, part):
+    """A kernel of ours, on the CPU, as an H200 would have it."""
+    place = kernels.Place(on_host.ready, residence.DEVICES["h200"], None, lambda x: nullcontext())
+    return kernels.Alone(backend, way, part, lambda: place)
+
+
+@HOST
+@pytest.mark.parametrize("H", [20, 130])
+def test_every_kernel_alone_runs_and_has_a_row(H, monkeypatch):
+    """The stepwise ones, and the resident ones in a block and in a cluster."""
+    real, alone = timing.contender, problems.KERNELS
+    cuda = [name for name in alone if name.startswith("cuda")]
+    monkeypatch.setattr(timing, "contender", lambda name: on_cpu(*alone[name]) if name in cuda else real(name))
+    case = Case("lstm", 4, 3, 5, H, mode="training")
+    rows = measured(case, *cuda)
+    assert {row["status"] for row in rows.values()} == {"ok"}, [row.get("note") for row in rows.values()]
+    for name in cuda:
+        assert rows[name]["median_us"] > 0
+        assert rows[name]["plan"] == ("stepwise" if name.endswith("step") else "block" if H == 20 else "cluster")
+        assert rows[name]["ratio"] is rows[name]["peak_bytes"] is rows[name]["saved_bytes"] is None
+    inference = measured(replace(case, mode="forward"), "cuda forward sequence", "cuda backward sequence")
+    assert inference["cuda forward sequence"]["status"] == "ok"
+    assert inference["cuda backward sequence"]["status"] == "absent"
+
+
+@HOST
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_resident_kernel_alone_computes_what_the_call_does(way):
+    case = Case("gru", 4, 3, 5, 20, mode="training")
+    alone, data = on_cpu("cuda", way, "sequence"), Data(case)
+    given = alone.given(case, data)
+    written = given.y if way == "forward" else given.dxg
+    written.fill_(float("nan"))
+    alone.whole(case, given)()
+    ours = written.clone()
+    written.fill_(float("nan"))
+    again = alone.given(case, data)
+    (alone.walk_back if way == "backward" else alone.walk)(case.problem().cell, again)
+    assert torch.equal(ours, again.dxg if way == "backward" else again.y)
+
+
+@HOST
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_an_instant_alone_is_launched_for_all_instants(way):
+    case = Case("lstm", 5, 2, 3, 4, mode="training")
+    alone, data, told = on_cpu("cuda", way, "step"), Data(case), []
+    run = alone.place().run
+    counted = kernels.Place(lambda launch: told.append(launch) or run(launch), *alone.place()[1:])
+    alone.place = lambda: counted
+    given = alone.given(case, data)
+    told.clear()
+    launch = alone.instants(case, given)
+    assert [each.kernel for each in told] == [f"stepwise_{way}"]
+    written = given.y if way == "forward" else given.dxg
+    written.fill_(float("nan"))
+    launch()
+    assert torch.isfinite(written).all()
+
+
+@HOST
+def test_a_kernel_of_a_wrong_call_has_no_time(monkeypatch):
+    real = timing.contender
+    monkeypatch.setattr(
+        timing, "contender", lambda name: real(name) if name == NN else on_cpu("cuda", "forward", "product")
+    )
+    monkeypatch.setattr(kernels.Alone, "walk", lambda self, cell, given: given.y.fill_(1.0))
+    row = measured(Case("lstm", 4, 3, 5, 20), "cuda forward product")["cuda forward product"]
+    assert row["status"] == "wrong"
+    assert "median_us" not in row
+
+
+@pytest.mark.skipif(no_gpu() is None, reason="there is a GPU")
+def test_without_a_gpu_kernels_alone_say_so():
+    rows = measured(CASE, *problems.KERNELS)
+    assert {row["status"] for name, row in rows.items() if name != NN} == {"absent"}
+    assert all("no NVIDIA GPU" in row["note"] for name, row in rows.items() if name != NN)
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("one product; then resident, cluster: 16 blocks; back: resident, grid: 64 blocks", "cluster, back grid"),
+        ("one product; then resident, grid: 2 blocks; back: resident, grid: 64 blocks", "grid"),
+        ("one product; then stepwise: one product; not resident: cluster: R does not fit", "stepwise"),
+        ("sequence: one product for all inputs; all steps in one launch", "sequence"),
+        ("float32; one product and 9 elementwise calls per step", ""),
+    ],
+)  # fmt: skip
+def test_the_plan_of_a_backend_in_a_word(text, plan):
+    class Backend:
+        @staticmethod
+        def plan(problem):
+            return text
+
+    assert plan_of(Backend, None) == plan
 
 
 PROCESS = """
@@ -195,6 +375,21 @@ def test_results_only_grow(tmp_path):
         results.append(path, row())
 
 
+def test_an_older_file_is_given_the_new_columns(tmp_path):
+    path = tmp_path / "old.csv"
+    results.append(path, row())
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    kept = [n for n, name in enumerate(lines[0]) if name not in ("L", "plan", "saved_bytes")]
+    path.write_text("".join(",".join(line[n] for n in kept) + "\n" for line in lines))
+    (old,) = results.read(path)
+    assert (old["L"], old["plan"], old["saved_bytes"]) == (1, "", None)
+    results.append(path, row(case=replace(CASE, L=2)))
+    first, second = results.read(path)
+    assert first == old
+    assert second["L"] == 2
+    assert not list(tmp_path.glob("*.new"))
+
+
 def test_compare_tells_what_changed_beyond_noise(tmp_path, capsys):
     names = {"a": (100.0, 100.0, 100.0), "b": (200.0, 103.0, 50.0)}
     for name, (slower, noisy, faster) in names.items():
@@ -229,12 +424,19 @@ def test_a_run_on_the_command_line(tmp_path, capsys):
 
 def test_report(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    for H in (8, 16):
-        for case in (replace(CASE, H=H), replace(TRAINING, H=H), replace(CASE, H=H, T=9)):
-            for name, ratio in ((NN, 1.0), (NUMPY, 0.5)):
-                results.append(tmp_path / "results" / "x.csv", row(name, case, us=H * 10.0, ratio=ratio))
+    for H in (32, 128, 256, 512):
+        usual = Case("lstm", 32, 8, H, H)
+        for case in (usual, replace(usual, mode="training"), replace(usual, T=9)):
+            for name, ratio in ((NN, 1.0), (NUMPY, 0.5 if case.T == 32 and H in problems.GRID[2] else 0.9)):
+                plan = "cluster" if H < 256 else "grid"
+                results.append(tmp_path / "results" / "x.csv", row(name, case, us=H * 10.0, ratio=ratio, plan=plan))
+    for name, us in ((problems.PLAIN, 100.0), ("ours, reset", 150.0), ("cuda forward step", 20.0)):
+        results.append(tmp_path / "results" / "x.csv", row(name, TRAINING, us=us, ratio=None, saved_bytes=1 << 20))
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nb\n<!-- bench:maps -->\n<!-- /bench -->\nc\n")
+    readme.write_text(
+        "a\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nb\n<!-- bench:maps -->\n<!-- /bench -->\nc\n"
+        "<!-- bench:features -->\n<!-- /bench -->\n<!-- bench:kernels -->\n<!-- /bench -->\n"
+    )
     given = ["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "out"), "--readme", str(readme)]
     assert command.main(given) == 0
     assert str(readme) in capsys.readouterr().out
@@ -242,6 +444,10 @@ def test_report(tmp_path, capsys):
     assert "| lstm | 0.50 (0.5) | 0.50 (0.5) |" in text
     assert "old" not in text
     assert "](out/" in text
+    assert "| lstm T=3 B=2 H=5 float32: ours, reset |  | 1.50 | 1 | 1 |" in text
+    assert "| lstm training T=3 B=2 H=5 float32: cuda forward step |  | 6.67 |" in text
+    (steps,) = (tmp_path / "out").glob("*-steps.svg")
+    assert "cluster | grid" in steps.read_text()
     page = (tmp_path / "out" / "benchmarks.html").read_text()
     assert "<svg" in page
     assert "src=" not in page, "it needs nothing else"

@@ -217,6 +217,13 @@ def test_what_does_not_fit_is_said_with_its_shapes(made, tmp_path):
         gpu_rnn.keras.save(gpu_rnn.GRU(I, H), target)
     with pytest.raises(ShapeError, match=r"LSTM with weights \(not built\); expected"):
         gpu_rnn.keras.load(made.layer("lstm"))
+    for options, why in (
+        ({"peephole": True}, r"no lstm\+peephole"), ({"coupled": True}, r"no lstm\+coupled"),
+        ({"cell_clip": 1.0}, "has cell_clip"), ({"zoneout": 0.1}, "has zoneout"),
+    ):  # fmt: skip
+        for to in (target, tmp_path / "layer.keras"):
+            with pytest.raises(NotImplementedError, match=why):
+                gpu_rnn.keras.save(gpu_rnn.LSTM(I, H, **options), to)
     with pytest.raises(NotImplementedError, match="projection"):
         gpu_rnn.keras.save(gpu_rnn.LSTM(I, H, proj_size=2), target)
     with pytest.raises(ValueError, match=r"layer\.pt must end in"):

@@ -185,7 +185,6 @@ def test_several_nodes_are_a_stack_only_where_each_feeds_the_next():
         ("lstm", {"activations": ["Sigmoid", "Tanh", "Relu"]}, r"activations \['Sigmoid', 'Tanh', 'Relu'\].*there are"),
         ("rnn_tanh", {"activations": ["Softsign"]}, "Softsign"),
         ("lstm", {"clip": 1.0}, "clip"),
-        ("lstm", {"input_forget": 1}, "input_forget=1"),
         ("gru", {"linear_before_reset": 0}, "linear_before_reset=0"),
     ],
 )
@@ -195,12 +194,46 @@ def test_what_no_layer_has_is_refused(kind, attributes, reason, rng):
         gpu_rnn.onnx.load(model)
 
 
-def test_peepholes_are_refused(rng):
-    model, _ = node_model("lstm", rng)
-    model.graph.node[0].input.append("P")
-    model.graph.initializer.append(numpy_helper.from_array(draw(rng, 1, 3 * H), "P"))
-    with pytest.raises(NotImplementedError, match="P: peepholes"):
-        gpu_rnn.onnx.weights(model)
+@pytest.mark.parametrize("variant", ["peephole", "coupled", "both"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_peepholes_and_coupled_gates_compute_what_onnxruntime_computes(direction, variant, rng):
+    model, arrays = node_model("lstm", rng, direction, input_forget=int(variant != "peephole"))
+    D = 2 if direction == "bidirectional" else 1
+    if variant != "coupled":
+        arrays["P"] = draw(rng, D, 3 * H)
+        model.graph.node[0].input.append("P")
+        model.graph.initializer.append(numpy_helper.from_array(arrays["P"], "P"))
+    x, states = draw(rng, T, B, I), [draw(rng, D, B, H) for _ in range(2)]
+    y, *last = run(model, x, *states)
+    stack = gpu_rnn.onnx.weights(model)
+    assert (stack.coupled, stack.peephole) == (variant != "peephole", variant != "coupled")
+    for d, w in enumerate(stack.weights[0]):
+        peephole = w.units.ravel() if stack.peephole else None
+        own = {"coupled": stack.coupled, "peephole": peephole, "reverse": stack.reverse or d == 1}
+        ours, (hT, cT) = gpu_rnn.lstm(x, *w[:4], h0=states[0][d], c0=states[1][d], **own)
+        assert_same([ours, hT, cT], [y[:, d], last[0][d], last[1][d]])
+    again = constants(gpu_rnn.onnx.model(stack))
+    for slot, array in arrays.items():
+        expected = array.reshape(D, -1, 3 if slot == "P" else 4, H, *array.shape[2:]).copy()
+        expected[:, :, 2] *= not stack.coupled  # nothing reads the forget gate
+        np.testing.assert_array_equal(again[f"{slot}_l0"], expected.reshape(array.shape))
+
+
+@pytest.mark.parametrize(
+    "options", [{"peephole": True}, {"coupled": True}, {"peephole": True, "coupled": True}], ids=str
+)
+def test_a_saved_lstm_with_variants_runs_in_onnxruntime_and_comes_back(options, rng, tmp_path):
+    dropout = {"recurrent_dropout": 0.5, "input_dropout": 0.5, "weight_dropout": 0.5}
+    layer = random_layer("lstm", num_layers=2, bidirectional=True, **options, **dropout).eval()
+    gpu_rnn.onnx.save(layer, tmp_path / "layer.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "layer.onnx"), full_check=True)
+    x = draw(rng, T, B, I)
+    assert_same(run(onnx.load(tmp_path / "layer.onnx"), x), flat(layer(torch.tensor(x))))
+    again = gpu_rnn.onnx.load(tmp_path / "layer.onnx")
+    assert all(getattr(again, name) for name in options)
+    assert again.state_dict().keys() == layer.state_dict().keys()
+    for name, parameter in layer.state_dict().items():
+        assert torch.equal(again.state_dict()[name], parameter)
 
 
 def test_directions_with_different_activations_are_refused(rng):
@@ -231,6 +264,9 @@ def test_what_does_not_fit_is_said_with_its_shapes(rng):
 def test_what_onnx_has_no_form_for_is_refused():
     with pytest.raises(NotImplementedError, match=r"weights \[2, 6\] beside W, R and b"):
         gpu_rnn.onnx.model(gpu_rnn.LSTM(I, H, proj_size=2))
+    for options in ({"cell_clip": 1.0}, {"zoneout": (0.0, 0.1)}):
+        with pytest.raises(NotImplementedError, match=rf"LSTM\(4, 6, .*has {next(iter(options))}, which counts in inf"):
+            gpu_rnn.onnx.model(gpu_rnn.LSTM(I, H, **options))
     with pytest.raises(TypeError, match="bfloat16"):
         gpu_rnn.onnx.model(gpu_rnn.GRU(I, H, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match=r"got LSTM; gpu_rnn\.replace_"):

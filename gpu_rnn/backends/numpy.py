@@ -337,6 +337,34 @@ class Instants:
             np.add(xg, self.b_x, xg)
 
 
+def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray, list, Callable[[], None]]:
+    """One layer that goes on instant by instant, on arrays that stay, without flags or random numbers.
+
+    -> x [I, B] and y [P, B], the states, [., B] each and zero; and what goes from x and the states to y and the states,
+    and allocates nothing
+    """
+    weights, _ = numpied(weights, ())
+    I, (H, P), w_hr = weights.w_ih.shape[1], sizes(cell, weights), weights.w_hr
+    instants = Instants(cell, layout(cell), 1, B, I, H, P, weights.w_ih.dtype)
+    More(cell, weights, 1, False, instants.m)
+    W, recur = instants.take(weights, tuple(np.zeros((B, P if k == 0 else H)) for k in range(cell.S)))
+    x, xg, y, shown = instants.x[0], instants.xg[0], instants.h[1], instants.shown[0]
+    enter, run, bias, ((seen, rows),) = product(W, xg), instants.run, instants.b_x, instants.views[:1]
+    moves = [(array[0], array[1]) for array in instants.states]
+
+    def step() -> None:
+        enter(x)
+        np.add(xg, bias, xg)
+        recur(seen)
+        run(*rows)
+        if w_hr is not None:
+            np.dot(w_hr, shown, y)
+        for before, after in moves:
+            np.copyto(before, after)
+
+    return x, y, [before for before, _ in moves], step
+
+
 class More:
     """What a cell's page takes beside gates and states, as rows of m [E, H, B]; does nothing for a cell without."""
 
@@ -359,14 +387,14 @@ class More:
             self.m[j] = uniform.T
         if cell.operand is None:
             return h
-        ((seen,),) = operand_graph(cell).run(OPERATIONS, h=[h], extra=self.m[:, : len(h)])
+        ((seen,),) = operand_graph(cell).run(OPERATIONS, h=[h], extra=list(self.m[:, : len(h)]))
         return seen
 
     def operand_back(self, dh: np.ndarray, dunits: np.ndarray) -> None:
         """The gradient of that, in place; those of values per unit are added to dunits."""
         if self.cell.operand is not None:
             P = len(dh)
-            (found,), parts = operand_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=self.m[:, :P])
+            (found,), parts = operand_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=list(self.m[:, :P]))
             for total, part in zip(dunits, parts):
                 total[:P] += part
             dh[...] = found

@@ -104,7 +104,7 @@ def warmup(problem: Problem) -> tuple[str, ...]:
         seed=zeros(1, dtype="int64") if cell.uniforms else None,
     )  # fmt: skip
     x, state = zeros(T, B, I), (zeros(B, P), *(zeros(B, H) for _ in cell.states[1:]))
-    how = {"reverse": problem.reverse, "tf32": problem.tf32}
+    how: dict[str, Any] = {"reverse": problem.reverse, "tf32": problem.tf32}
     for given in (weights, weights._replace(b_ih=None, b_hh=None)):
         y, last, tape = forward(cell, x, given, state, **how, save=problem.training)
         if problem.training:

@@ -17,18 +17,22 @@ grad, which then gives a fourth group, a fifth. A page without grad gives the ne
 
 Every cell also has variants, in which states are reset, held or mixed from one instant to the next: `weave.py`. Their
 names are the cell's with what is woven in, as in "lstm+reset+zoneout(0.1,0.05)".
+
+A page that stands elsewhere is made a cell by `made` and found by its name after `define`.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ..derive import derive, pullback
+from ..emit import assignments
 from ..trace import Graph, trace
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+DEFINED: dict[str, "Cell"] = {}  # of pages from elsewhere
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,45 @@ def get(name: str) -> Cell:
     from ..weave import read, woven
 
     base, *parts = name.split("+")
-    if base not in NAMES:
-        raise ValueError(f"unknown cell {base!r}; there are {', '.join(NAMES)}")
-    page = importlib.import_module(f"{__name__}.{base}")
-    if not parts:
-        return made(name, page.GATES, page.STATES, page.step, getattr(page, "grad", None), getattr(page, "UNITS", ()))
-    own, options = getattr(page, "VARIANTS", ()), read(parts)
-    if own_options := {word: value for word, value in options.items() if word in own}:
-        gates, units, step = page.variant(**own_options)
+    if base not in NAMES and base not in DEFINED:
+        raise ValueError(f"unknown cell {base!r}; there are {', '.join((*NAMES, *DEFINED))}")
+    if name in DEFINED:
+        return DEFINED[name]
+    options, own = read(parts), {}
+    if base not in DEFINED:
+        page = importlib.import_module(f"{__name__}.{base}")
+        if not parts:
+            grad, units = getattr(page, "grad", None), getattr(page, "UNITS", ())
+            return made(name, page.GATES, page.STATES, page.step, grad, units)
+        own = {word: options.pop(word) for word in getattr(page, "VARIANTS", ()) if word in options}
+    if own:
+        gates, units, step = page.variant(**own)
         cell = made(name, gates, page.STATES, step, None, units)
     else:
         cell = get(base)
-    around = {word: value for word, value in options.items() if word not in own}
-    return woven(name, cell, **around) if around else cell
+    return woven(name, cell, **options) if options else cell
+
+
+def define(cell: Cell) -> Cell:
+    """Have a cell of a page from elsewhere found by its name -> the cell, perhaps under a name with a number.
+
+    A name keeps its page: another page gets "mgu#2", so that layers and compiled programs with the one before stay what
+    they are. The same page again is the cell that is there already. ValueError for a name that isn't an identifier, or
+    that of a page in this folder.
+    """
+    if not cell.name.isidentifier() or cell.name.lower() in NAMES:
+        raise ValueError(f"a cell can't be named {cell.name!r}; it takes an identifier, and not {', '.join(NAMES)}")
+    named, number = cell, 1
+    while written(there := DEFINED.setdefault(named.name, named)) != written(cell):
+        number += 1
+        named = replace(cell, name=f"{cell.name}#{number}")
+    return there
+
+
+def written(cell: Cell) -> tuple:
+    """All that a page says."""
+    code = (assignments(graph, repr) for graph in (step_graph(cell), grad_graph(cell)))
+    return cell.gates, cell.states, cell.units, *code
 
 
 def made(

@@ -424,7 +424,7 @@ struct Residence {  // for one direction of time
 struct Element {
     int unit, row;        // within the block and the group
     long long hidden, b;  // in the layer
-    bool real;            // inside H and B; the others compute on zeros and store nothing
+    bool real;            // inside H and B; the others compute on zeros, even NaN, store nothing and publish zeros
 
     DEVICE Element(int k, int first_row, int B, int H) {
         const int at = threadIdx.x + k * THREADS;
@@ -568,7 +568,7 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
             extra.flags_of(more[k], bits[k]);
             float seen = state[k][0];
             Cell::operand(&seen, more[k]);
-            if (n + 1 < T) home.put(n + 1, 0, e.row, e.unit, seen);
+            if (n + 1 < T) home.put(n + 1, 0, e.row, e.unit, e.real ? seen : 0.0f);
         }
         if (n + 1 < T) {
             home.publish(n + 1);
@@ -700,7 +700,7 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
                 after[k][s] = before[k][s];
             }
 #pragma unroll
-            for (int g = 0; g < G; ++g) home.put(turn, g, e.row, e.unit, da[k][g]);
+            for (int g = 0; g < G; ++g) home.put(turn, g, e.row, e.unit, e.real ? da[k][g] : 0.0f);
         }
         if (n < 0) break;
         home.publish(turn);

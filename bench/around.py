@@ -1,0 +1,162 @@
+"""What is around a cell (`problems.FEATURES`), beside the plain function: what does each cost?
+
+The same data, the backend that would be taken anyway, and torch's autograd; `reference` is the same by the published
+rules, an instant at a time. In float64 it is the exact answer, in the case's own dtype the measure of what is allowed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gpu_rnn import dispatch
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.random import uniforms
+from gpu_rnn.woven import dropout_mask
+
+from . import machine
+from .contenders import STEPS, Contender, Run, plan_of
+from .data import Data, function
+from .oracle import Judge
+from .problems import FEATURES, Case
+
+Tensors = dict[str, torch.Tensor]
+LEARNED = ("peephole",)  # arrays that have gradients
+OF_LSTM = ("peephole", "coupled")
+
+
+class Around(Contender):
+    def __init__(self, name: str) -> None:
+        self.keywords = FEATURES[name]
+
+    def absent(self, case: Case) -> str | None:
+        if case.cell != "lstm" and self.keywords.keys() & set(OF_LSTM):
+            return "the LSTM has it"
+        if machine.tf32(case):
+            return "its reference is in IEEE float32, not in TF32"
+        return None
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        ours, options = function(case.cell)
+        return self.run(case, data, lambda x, given, fixed: ours(x, **given, **fixed, **options))
+
+    def judge(self, case: Case, data: Data, usual: Callable[[], Judge]) -> Judge:
+        def answer(data: Data) -> Tensors:
+            return self.run(case, data, lambda x, given, fixed: reference(case, x, given, fixed))(0)
+
+        judge = Judge(case, answer(data.double()))
+        judge.baseline(judge.errors(answer(data)))
+        return judge
+
+    def plan(self, case: Case) -> str:
+        problem = case.problem()
+        return plan_of(dispatch.choose(problem), problem)
+
+    def run(self, case: Case, data: Data, call: Callable[..., tuple]) -> Run:
+        """`call` of x, of what has gradients and of what hasn't, by name, with all its gradients in training."""
+        arrays = {name: draw(case, data) for name, draw in DRAWN.items() if self.keywords.get(name) is ...}
+        coupled = "coupled" in self.keywords
+        weights = {
+            name: torch.cat((w[: case.H], w[2 * case.H :])) if coupled else w for name, w in data.weights.items()
+        }
+        given = weights | data.state | {name: array for name, array in arrays.items() if name in LEARNED}
+        given = {name: value.clone().requires_grad_(case.training) for name, value in given.items()}
+        fixed = {name: value for name, value in (self.keywords | arrays).items() if name not in LEARNED}
+        letters, xs = cells.get(case.cell).states, [x.requires_grad_(case.training) for x in data.x]
+        arriving = {
+            "y": data.dy,
+            **{f"{s}T": d for s, d in zip(letters, data.dlast)},
+            **dict.fromkeys(letters, data.dy),
+        }
+
+        def run(k: int) -> Tensors:
+            x = xs[k % len(xs)]
+            y, last, *history = call(x, given, fixed)
+            outputs = {"y": y} | {f"{s}T": array for s, array in zip(letters, several(last))}
+            if history:
+                outputs |= dict(zip(letters[1:], several(history[0])[1:]))
+            if not case.training:
+                return outputs
+            leaves, wanted = {"x": x, **given}, [arriving[name] for name in outputs]
+            gradients = torch.autograd.grad((*outputs.values(),), (*leaves.values(),), wanted)
+            found = {name: array.detach() for name, array in outputs.items()}
+            return found | {f"d{name}": array for name, array in zip(leaves, gradients)}
+
+        return run
+
+
+def several(states: Any) -> tuple:
+    return states if isinstance(states, tuple) else (states,)
+
+
+# ---- arrays that features take --------------------------------------------------------------------------------------
+
+
+def generator(case: Case) -> torch.Generator:
+    return torch.Generator(case.device).manual_seed(21)
+
+
+def reset(case: Case, data: Data) -> torch.Tensor:
+    """[T, B], true at an instant of 16."""
+    return torch.rand(case.T, case.B, generator=generator(case), device=case.device) < 1 / 16
+
+
+def lengths(case: Case, data: Data) -> torch.Tensor:
+    """[B], from half of T to T."""
+    return torch.randint((case.T + 1) // 2, case.T + 1, (case.B,), generator=generator(case), device=case.device)
+
+
+def peephole(case: Case, data: Data) -> torch.Tensor:
+    """[3*H]"""
+    drawn = torch.randn(3 * case.H, generator=generator(case), device=case.device)
+    return drawn.to(getattr(torch, case.dtype)).to(data.dy.dtype)
+
+
+DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {"reset": reset, "lengths": lengths, "peephole": peephole}
+
+
+# ---- by the published rules -----------------------------------------------------------------------------------------
+
+
+def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]) -> tuple:
+    """What our functions return, in torch, an instant at a time. `docs/around.md` has the equations."""
+    letters, (B, H) = cells.get(case.cell).states, (case.B, case.H)
+    state: Any = [given[f"{letter}0"] for letter in letters]
+    seed = torch.tensor([fixed.get("seed", 0)], device=x.device)
+    row, unit = torch.arange(B, device=x.device)[:, None], torch.arange(H, device=x.device)
+    mask = dropout_mask(seed, fixed["recurrent_dropout"], (B, H), x) if "recurrent_dropout" in fixed else 1.0
+    shown, history = [], []
+    for t, xg in enumerate(F.linear(x, given["w_ih"], given["b_ih"])):
+        held, before = state, state
+        if "reset" in fixed:
+            before = [torch.where(fixed["reset"][t][:, None], 0.0, old) for old in state]
+        hg = F.linear(before[0] * mask, given["w_hh"], given["b_hh"])
+        if fixed.get("coupled") or "peephole" in given:
+            state = lstm(xg, hg, before[1], given.get("peephole"), "igo" if "coupled" in fixed else "ifgo")
+        else:
+            state = STEPS[case.cell](xg, hg, before)
+        if "zoneout" in fixed:
+            drawn = uniforms(seed, torch.tensor([t], device=x.device), row, unit, len(letters))
+            state = [torch.where(u < fixed["zoneout"], old, new) for u, old, new in zip(drawn, before, state)]
+        y = state[0]
+        if "lengths" in fixed:
+            inside = (t < fixed["lengths"])[:, None]
+            state = [torch.where(inside, new, old) for old, new in zip(held, state)]
+            y = torch.where(inside, y, 0.0)
+        shown.append(y)
+        history.append(state)
+    states = tuple(torch.stack(each) for each in zip(*history))
+    return torch.stack(shown), tuple(state), *([states] if "return_states" in fixed else [])
+
+
+def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str) -> tuple:
+    """The LSTM with gates that see the cell state by weights p, or with f = 1 - i where there is no gate f, or both."""
+    a = dict(zip(gates, (xg + hg).chunk(len(gates), 1)))
+    seen: dict[str, Any] = dict.fromkeys(gates, 0.0)
+    if p is not None:
+        seen |= zip(gates.replace("g", ""), p.chunk(len(gates) - 1))
+    i = torch.sigmoid(a["i"] + seen["i"] * c)
+    f = torch.sigmoid(a["f"] + seen["f"] * c) if "f" in gates else 1 - i
+    c = f * c + i * torch.tanh(a["g"])
+    return torch.sigmoid(a["o"] + seen["o"] * c) * torch.tanh(c), c

@@ -1,0 +1,186 @@
+"""Our kernels alone, so that a slow step can be placed: `python -m bench run --device cuda --contender kernels`.
+
+    step      an instant of the stepwise walk without its product: gates and states, bound by memory; all T in a row
+    sequence  the resident launch, without packing, input projection and the products after it
+    exchange  the same with the arithmetic left out
+    product   the same with the waiting left out
+
+They run on the arrays of a real call, by the plans of the backend. What the last two compute is wrong by design; a
+kernel has a time only if the whole call that it is part of is right.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+from gpu_rnn import arrays
+from gpu_rnn.backends import cuda, sequence, stepwise, triton
+from gpu_rnn.compat import missing, no_gpu
+from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.cuda.launch import Runner
+from gpu_rnn.problem import Weights
+
+from . import machine
+from .contenders import Contender, Run
+from .data import Data
+from .problems import Case
+
+
+class Place(NamedTuple):
+    """Where kernels run."""
+
+    run: Runner
+    device: residence.Device
+    held: cuda.Held | None
+    stream: Callable[[Any], AbstractContextManager]
+
+
+def here() -> Place:
+    return Place(cuda.ready, cuda.device(), cuda.held, cuda.stream_of)
+
+
+class Alone(Contender):
+    def __init__(self, backend: str, way: str, part: str, place: Callable[[], Place] = here) -> None:
+        self.backend, self.back, self.part, self.place = backend, way == "backward", part, place
+
+    def absent(self, case: Case) -> str | None:
+        library = "cupy" if self.backend == "cuda" else "triton"
+        reason = (missing(library) or no_gpu()) if self.place is here else None
+        if reason is None and self.back and not case.training:
+            reason = "it takes part in training"
+        if reason is None and self.part != "step":
+            plan, why = self.resident(case)
+            reason = None if plan else f"not resident: {'; '.join(why)}"
+        return reason
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        with self.stream(data):
+            given = self.given(case, data)
+            launch = self.instants(case, given) if self.part == "step" else self.whole(case, given)
+
+        def run(k: int) -> None:
+            with self.stream(data):
+                launch()
+
+        return run
+
+    def answer(self, case: Case, data: Data, run: Run) -> Any:
+        """That of the whole call."""
+        run(0)
+        with self.stream(data):
+            y, last, tape = self.forward(case, data, self.walk)
+            if not case.training:
+                return y, last
+            gradients = self.backward(case, data, y, tape, self.walk_back)
+        return y, last, gradients | dict(zip(data.state, gradients.pop("state")))
+
+    def plan(self, case: Case) -> str:
+        found = None if self.part == "step" else self.resident(case)[0]
+        return found.scope if found else "stepwise"
+
+    # ---- the call -------------------------------------------------------------------------------------------------
+
+    def stream(self, data: Data) -> AbstractContextManager:
+        return self.place().stream(data.dy) if self.backend == "cuda" else nullcontext()
+
+    def resident(self, case: Case) -> tuple[residence.Residence | None, Any]:
+        at = self.place()
+        return cuda.residence_of(case.problem(machine.tf32(case)), at.device, self.back, at.held)
+
+    @property
+    def bind(self) -> stepwise.Bind:
+        return triton.bind if self.backend == "triton" else partial(cuda.bind, self.place().run)
+
+    def walk(self, cell: Any, given: sequence.Forward) -> None:
+        if self.part == "step":
+            stepwise.walk(self.bind, cell, given)
+        else:
+            cuda.walk(self.place().run, self.place().device, cell, given, held=self.place().held)
+
+    def walk_back(self, cell: Any, given: sequence.Backward) -> None:
+        if self.part == "step":
+            stepwise.walk_back(self.bind, cell, given)
+        else:
+            cuda.walk_back(self.place().run, self.place().device, cell, given, held=self.place().held)
+
+    def forward(self, case: Case, data: Data, walk: Callable) -> tuple:
+        x, tf32 = data.x[0], machine.tf32(case)
+        weights, state = Weights(**data.weights), tuple(data.state.values())
+        with arrays.products(x, tf32):
+            return sequence.forward(
+                walk, case.problem().cell, x, weights, state, reverse=False, tf32=tf32, save=case.training
+            )
+
+    def backward(self, case: Case, data: Data, y: Any, tape: tuple, walk_back: Callable) -> dict[str, Any]:
+        x, tf32 = data.x[0], machine.tf32(case)
+        weights, state = Weights(**data.weights), tuple(data.state.values())
+        with arrays.products(x, tf32):
+            return sequence.backward(
+                walk_back, case.problem().cell, x, weights, state, y, tape, data.dy, data.dlast, reverse=False,
+                tf32=tf32, needs={"x", *data.weights},
+            )  # fmt: skip
+
+    # ---- one kernel of it -----------------------------------------------------------------------------------------
+
+    def given(self, case: Case, data: Data) -> Any:
+        """The arrays that a walk is given, one way through time."""
+        found: list[Any] = []
+        if not self.back:
+            self.forward(case, data, lambda cell, given: found.append(given))
+        else:
+            y, _, tape = self.forward(case, data, self.walk)
+            self.backward(case, data, y, tape, lambda cell, given: found.append(given))
+        return found[0]
+
+    def instants(self, case: Case, given: Any) -> Callable[[], None]:
+        found: list[Any] = []
+
+        def catch(cell: Any, arrays: Any) -> Callable[..., None]:
+            found.append(arrays)
+            return lambda *instant: None
+
+        (stepwise.walk_back if self.back else stepwise.walk)(catch, case.problem().cell, given)
+        (the,) = found
+        for array in (the.back, the.dh) if self.back else (the.hg,):
+            array.normal_()  # that walk made it of nothing
+        kernel, all_instants = self.bind(case.problem().cell, the), list(stepwise.instants(case.T, reverse=False))
+
+        def launch(held: Any = the) -> None:  # as in `whole`
+            for instant in all_instants:
+                if self.back:
+                    kernel(*instant)
+                else:
+                    boundaries = (instant.before, instant.after) if case.training else (0, 0)
+                    kernel(instant.t, *boundaries, instant.following)
+
+        return launch
+
+    def whole(self, case: Case, given: Any) -> Callable[[], None]:
+        run, cell, (plan, _) = self.place().run, case.problem().cell, self.resident(case)
+        assert plan is not None  # `absent` asked
+        packed = arrays.empty((plan.fragments, 4), like=given.w_hh, dtype="int32")
+        at = map(arrays.pointer, (given.w_hh, packed))
+        run(residence.pack(plan, cell, case.dtype, *at, case.H))()
+        exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=given.w_hh, dtype="uint8")
+        if self.back:
+            whole = (
+                given.dy, given.dh, given.dothers, packed, given.y, given.h0, given.others, given.saved, given.dxg,
+                given.dhg, given.dhistory, given.dunits, *given.extra,
+            )  # fmt: skip
+        else:
+            whole = (
+                given.xg, packed, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra,
+            )  # fmt: skip
+        parts = residence.sequence(
+            plan, cell, case.dtype, tuple(map(arrays.pointer, whole)), arrays.pointer(exchange), case.T, case.B, case.H,
+            1, reverse=False, save=case.training, only=None if self.part == "sequence" else self.part,
+        )  # fmt: skip
+        launches = list(map(run, parts))
+
+        def launch(held: Any = (whole, given)) -> None:  # the launches have addresses and keep nothing alive
+            exchange.zero_()  # or the last call's stamps would let everybody pass
+            for each in launches:
+                each()
+
+        return launch

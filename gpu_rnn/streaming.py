@@ -1,0 +1,169 @@
+"""`stream`: a layer whose input comes an instant at a time, as in live audio or a control loop."""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import prepared, shape
+from .backends import numpy
+from .functional import ShapeError
+from .inspection import as_ours, driven
+from .layers import RecurrentLayer, as_hx
+from .problem import Options, Weights
+
+
+def stream(layer: nn.Module, batch: int = 1) -> "Stream":
+    """A layer that goes on instant by instant and keeps its states itself.
+
+        listen = gpu_rnn.stream(layer)
+        for x in microphone:          # [1, I]
+            y = listen(x)             # [1, P], the same tensor every time
+        listen.reset()
+
+    It computes what the layer does in eval mode, with the weights of the time when it was made: where they change, make
+    another one. There are no gradients. After it was made a call allocates no memory for arrays. On a CPU the weights
+    are arranged once, which is most of what a call of the layer for one instant takes. On a GPU an instant is captured
+    as a CUDA graph and a call replays it; while a graph is being captured, a call becomes part of that one.
+
+    The numbers are those of the layer over the whole sequence, to rounding: the product for the inputs of many instants
+    at once adds in another order than that for one. On a CPU, with NumPy's own OpenBLAS, they are bitwise the same from
+    8 batch rows on, for which that product is made instant by instant anyway, if H is a multiple of 16 or the sequence
+    longer than 4 + H (I + P) / 4096: for less it doesn't arrange the weights.
+
+    Args:
+        layer: an RNN, LSTM, GRU or a layer of `gpu_rnn.cell`, or torch.nn's; any number of layers, one direction.
+        batch: B, how many streams there are side by side.
+
+    Returns:
+        A Stream, which has
+            stream(x): x [B, I], of the dtype and device of the parameters -> y [B, P], overwritten by the next call.
+            stream.state: hx as the layer has it, (h [L, B, P], c [L, B, H]) or h; a copy. Can be set; None for zeros.
+            stream.reset(rows): zero states, of the rows alone if given: indices, or bool [B].
+
+    Raises:
+        TypeError: not such a layer, another dtype or device. ValueError: a bidirectional layer, which has to know the
+        future, or a batch below 1. ShapeError: x, a state or rows that don't fit.
+    """
+    layer = as_ours(layer)  # a copy, on the same parameters
+    if not isinstance(layer, RecurrentLayer):
+        raise TypeError(f"stream takes a layer, not a cell: {layer!r}")
+    if layer.bidirectional:
+        raise ValueError(f"a stream goes from the past to the future, but the layer is bidirectional: {layer!r}")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
+    layer.training = False
+    return Stream(layer, batch)
+
+
+class Stream:
+    """See `stream`."""
+
+    def __init__(self, layer: RecurrentLayer, batch: int) -> None:
+        like = next(layer.parameters()).detach()
+        self._layer = layer
+        self._x = like.new_zeros(batch, layer.input_size)
+        self._y = like.new_zeros(batch, layer.proj_size or layer.hidden_size)
+        self._advance, self._states = arranged(layer, self._x, self._y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape != self._x.shape:
+            raise ShapeError(f"x has shape {shape(x)}; expected [B, I] = {shape(self._x)}")
+        if (x.dtype, x.device) != (self._x.dtype, self._x.device):
+            raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
+        self._x.copy_(x.detach())
+        self._advance()
+        return self._y
+
+    @property
+    def state(self) -> Any:
+        return as_hx([torch.stack(tuple(layers)).to(self._x.dtype) for layers in self._states])
+
+    @state.setter
+    def state(self, hx: Any) -> None:
+        if hx is None:
+            return self.reset()
+        sizes = len(self._states[0]), len(self._x)
+        for layers, given in zip(self._states, self._layer._initial(hx, sizes, "L B", self._x)):
+            for state, initial in zip(layers, given or ()):
+                state.copy_(initial.detach())
+
+    def reset(self, rows: Any = None) -> None:
+        B = len(self._x)
+        which = torch.as_tensor(range(B) if rows is None else rows)
+        if which.ndim != 1 or (which.dtype == torch.bool and len(which) != B):
+            raise ShapeError(f"rows has shape {shape(which)}; expected indices [N] or bool [B] = [{B}]")
+        which = which.to(self._x.device)
+        for state in (state for layers in self._states for state in layers):
+            if which.dtype == torch.bool:
+                state.masked_fill_(which[:, None], 0)
+            else:
+                state.index_fill_(0, which, 0)
+
+
+States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each layer [B, .]; zero at first
+
+
+def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+    """-> what reads x and the states, and writes y and the states; and these."""
+    notes = list(driven(copy(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
+    if all(backend is numpy for backend, *_ in notes):
+        return on_numpy([numpy.steps(cell, weights, len(x)) for _, cell, weights in notes], x, y)
+    _, cell, _ = notes[0]
+    sizes = [y.shape[1], *[layer.hidden_size] * (cell.S - 1)]
+    states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]
+
+    @torch.no_grad()
+    def advance() -> None:
+        found, after = layer.step(x, as_hx(states))
+        y.copy_(found)
+        for state, new in zip(states, after if cell.S > 1 else (after,)):
+            state.copy_(new)
+
+    return captured(advance, states) if x.is_cuda else advance, [state.unbind(0) for state in states]
+
+
+def noted(name: str, x: Tensor, weights: Weights, state: Sequence, options: Options) -> tuple:
+    """What one layer would run, in the place of running it."""
+    backend, problem, filled = prepared(name, x, weights, state, options, training=False)
+    return (backend, problem.cell, weights), x.new_zeros(*x.shape[:2], weights.w_hh.shape[1]), filled
+
+
+def on_numpy(layers: list, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+    """Between the layers everything is of the dtype of x, as it is in a whole sequence."""
+    outputs = [*(torch.empty_like(y) for _ in layers[1:]), y]
+    views = [(torch.from_numpy(a).t(), run, torch.from_numpy(b).t()) for a, b, _, run in layers]
+    parts = list(zip([x, *outputs], views, outputs))
+
+    def advance() -> None:
+        for given, (taken, run, made), output in parts:
+            taken.copy_(given)
+            run()
+            output.copy_(made)
+
+    return advance, [[torch.from_numpy(state).t() for state in states] for states in zip(*(part[2] for part in layers))]
+
+
+def captured(advance: Callable[[], None], states: Sequence[Tensor]) -> Callable[[], None]:
+    """The same as a CUDA graph. cuBLAS wants a first run before, which leaves the states changed."""
+    with torch.cuda.device(states[0].device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            advance()
+    for state in states:
+        state.zero_()
+
+    def run() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            advance()
+        else:
+            graph.replay()
+
+    return run

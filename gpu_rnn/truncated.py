@@ -1,0 +1,89 @@
+"""Truncated backpropagation through time (Williams & Peng 1990), for any recurrent layer of torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import ShapeError, shape
+
+
+def tbptt(
+    layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any = None, **around: Tensor | None
+) -> Iterator[tuple[Tensor, Any]]:
+    """Run a layer over a long sequence, k1 instants at a time, of which gradients go back through the last k2.
+
+    This is TBPTT(k1, k2), the BPTT(h; h') of Williams & Peng with h = k2 and h' = k1:
+
+        instants   . . . . . . . . . . . . . . . . .
+                       |~~~~~~~ k2 ~~~~~~~|
+                                   |= k1 =|            yielded; the loss of these ...
+                       ^                               ... reaches back to here
+
+        for (y, hx), target in zip(gpu_rnn.tbptt(layer, x, 20, 60), targets.split(20)):
+            loss(y, target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    The k2 - k1 instants before the new ones are computed again, by the weights of now and from a state that was put
+    aside, so that weights may change in between; the new ones are computed by the time they are asked for. With
+    k1 = k2 nothing is computed twice. Every window is two calls of the layer, cut where the next one starts, or one:
+    each call draws masks of its own, of dropout and zoneout.
+
+    Args:
+        layer: an RNN, LSTM or GRU, of this package or of torch.nn; one direction, any number of layers.
+        x: [T, B, I], [B, T, I] with batch_first, or [T, I]. The last instants may be fewer than k1.
+        k1, k2: ints, 0 < k1 <= k2.
+        hx: the states before the first instant, as the layer takes them. Gradients reach them from the windows that
+            start there.
+        around: reset, reset_state, lengths, starts, generator, as the layer takes them, of the whole sequence.
+
+    Yields:
+        y: outputs of the k1 new instants, in the layout of x; hx: the states after them, as the layer gives them. Both
+        carry the graph of their window.
+
+    Raises:
+        ValueError: sizes that aren't so, a bidirectional layer, which has no past without the future. ShapeError: x has
+        no instants, or reset isn't one for each. What the layer raises.
+    """
+    if not (isinstance(k1, int) and isinstance(k2, int) and 0 < k1 <= k2):
+        raise ValueError(f"k1 and k2 must be ints with 0 < k1 <= k2, got k1={k1!r} and k2={k2!r}")
+    if layer.bidirectional:
+        raise ValueError(f"tbptt goes from the past to the future, but the layer is bidirectional: {layer}")
+    axis = 1 if layer.batch_first and x.ndim == 3 else 0
+    T, reset = x.shape[axis] if x.ndim > 1 else 0, around.get("reset")
+    if T == 0:
+        raise ShapeError(f"x has shape {shape(x)}: there is no time to go through")
+    if reset is not None and reset.shape != x.shape[:-1]:
+        raise ShapeError(f"reset has shape {shape(reset)}; expected {list(x.shape[:-1])}, with x {shape(x)}")
+    given = {name: value for name, value in around.items() if value is not None}
+    return windows(layer, x, k1, k2, hx, given, T, axis)
+
+
+def windows(
+    layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any, around: dict[str, Any], T: int, axis: int
+) -> Iterator[tuple[Tensor, Any]]:
+    def run(first: int, end: int, hx: Any) -> tuple[Tensor, Any]:
+        part = around | {name: around[name] - first for name in ("lengths", "starts") if name in around}
+        if "reset" in part:
+            part["reset"] = part["reset"].narrow(axis, first, end - first)
+        return layer(x.narrow(axis, first, end - first), hx, **part)
+
+    state, start = hx, 0  # of the window
+    for first in range(0, T, k1):
+        end = min(first + k1, T)
+        following = start if end == T else max(min(end + k1, T) - k2, 0)  # where the next window starts
+        outputs, after = [], state
+        for a, b in ((start, following), (following, end)):
+            if a < b:
+                y, after = run(a, b, after)
+                outputs.append(y)
+            if a < b == following:
+                state = detached(after)
+        start = following
+        yield torch.cat(outputs, axis).narrow(axis, -(end - first), end - first), after
+
+
+def detached(states: Any) -> Any:
+    return tuple(map(detached, states)) if isinstance(states, tuple) else states.detach()

@@ -1,0 +1,169 @@
+"""Layers with everything that can be around a cell, by the published rules, in a loop over instants in plain torch."""
+
+import numpy as np
+import torch
+
+import gpu_rnn
+from gpu_rnn.kernels.random import uniforms
+
+LAYERS = {
+    "rnn": ("RNN", {}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+    "projected": ("LSTM", {"proj_size": 2}),
+}
+SHAPES = {"one": {}, "stacked": {"num_layers": 2, "bidirectional": True}}
+T, B, I, H = 6, 3, 2, 4
+
+# What a layer is made with, and what a call of it is given beside x and hx.
+FEATURES = {
+    "reset": ({}, ["reset"]),
+    "reset state": ({}, ["reset", "reset_state"]),
+    "lengths": ({}, ["lengths"]),
+    "starts": ({}, ["starts"]),
+    "both ends": ({}, ["starts", "lengths"]),
+    "zoneout": ({"zoneout": 0.4}, []),
+    "recurrent dropout": ({"recurrent_dropout": 0.4}, []),
+    "input dropout": ({"input_dropout": 0.4}, []),
+    "weight dropout": ({"weight_dropout": 0.4}, []),
+    "everything": (
+        {"zoneout": 0.3, "recurrent_dropout": 0.2, "input_dropout": 0.3, "weight_dropout": 0.2},
+        ["reset", "reset_state", "starts", "lengths"],
+    ),
+}
+VARIANTS = {
+    "peephole": {"peephole": True},
+    "coupled": {"coupled": True},
+    "coupled peephole": {"coupled": True, "peephole": True},
+    "cell_clip": {"cell_clip": 0.2},
+    "all variants": {"peephole": True, "coupled": True, "cell_clip": 0.3},
+}
+
+
+def layer(name, shape="one", seed=0, **keywords):
+    """In float64, with parameters large enough to matter."""
+    torch.manual_seed(seed)
+    kind, arguments = LAYERS[name]
+    if name == "projected" and keywords.get("zoneout"):
+        keywords["zoneout"] = (0.0, keywords["zoneout"])  # h itself isn't there to be kept
+    made = getattr(gpu_rnn, kind)(I, H, **{"dtype": torch.float64} | SHAPES[shape] | arguments | keywords)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.4 if name == "relu" else 0.8))
+    return made
+
+
+def inputs(made, names=(), seed=1):
+    """x, hx and what else a call takes, all random; gradients are asked for where there are any."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*sizes):
+        return torch.from_numpy(rng.standard_normal(sizes)).to(next(made.parameters()).dtype).requires_grad_()
+
+    many = made.num_layers * (2 if made.bidirectional else 1)
+    sizes = [made.proj_size or H, H] if made.mode == "LSTM" else [H]
+    drawn = {
+        "reset": torch.from_numpy(rng.random((T, B)) < 0.4),
+        "reset_state": as_hx([draw(many, size) for size in sizes]),
+        "lengths": torch.tensor([4, 0, 6]),
+        "starts": torch.tensor([1, 3, 0]),
+    }
+    return draw(T, B, I), as_hx([draw(many, B, size) for size in sizes]), {name: drawn[name] for name in names}
+
+
+def as_hx(states):
+    return tuple(states) if len(states) > 1 else states[0]
+
+
+def as_tuple(hx):
+    return hx if isinstance(hx, tuple) else (hx,)
+
+
+def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, lengths=None, starts=None):
+    """x [T, B, I] -> y, states after (h [L*D, B, .], ...), states after every instant (h [L*D, T, B, .], ...)."""
+    zoneout = made.zoneout if isinstance(made.zoneout, tuple) else (made.zoneout,) * 2
+    drops = made.zoneout, made.recurrent_dropout, made.input_dropout, made.weight_dropout
+    last, every, k = [], [], 0
+    for level in range(made.num_layers):
+        outputs = []
+        for end in ("", "_reverse")[: 1 + made.bidirectional]:
+            seed = drawn(generator) if made.training and any(drops) else None
+            weight = {
+                name: getattr(made, f"{name}_l{level}{end}", None)
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
+            }
+            seen, R = x, weight["weight_hh"]
+            if seed is not None:
+                seen = x * kept(seed, 1, made.input_dropout, *x.shape[1:])
+                R = R * kept(seed, 2, made.weight_dropout, *R.shape)
+            state, found = [s[k] for s in as_tuple(hx)], [None] * len(x)
+            P = state[0].shape[1]
+            instead = [torch.zeros_like(s) if reset_state is None else None for s in state]
+            if reset_state is not None:
+                instead = [r[k].expand_as(s) for r, s in zip(as_tuple(reset_state), state)]
+            for t in reversed(range(len(x))) if end else range(len(x)):
+                s = state
+                if reset is not None:
+                    s = [torch.where(reset[t, :, None], r, old) for r, old in zip(instead, s)]
+                h = s[0] if seed is None else s[0] * kept(seed, 0, made.recurrent_dropout, len(s[0]), P)
+                new = published(made, seen[t] @ weight["weight_ih"].T + weight["bias_ih"],
+                                h @ R.T + weight["bias_hh"], s, weight["weight_ch"])  # fmt: skip
+                for j, p in enumerate(zoneout[: len(new)]):
+                    if not made.training:
+                        new[j] = p * s[j] + (1 - p) * new[j] if p else new[j]
+                    elif p:  # random numbers are for the states that have a probability, in their order
+                        u = uniform(seed, t, *new[j].shape, count=sum(q > 0 for q in zoneout[: len(new)]))
+                        new[j] = torch.where(u[sum(q > 0 for q in zoneout[:j])] < p, s[j], new[j])
+                if made.proj_size:
+                    new[0] = new[0] @ weight["weight_hr"].T
+                there = torch.ones(len(s[0]), dtype=torch.bool)
+                if starts is not None:
+                    there &= t >= starts
+                if lengths is not None:
+                    there &= t < lengths
+                state = [torch.where(there[:, None], n, old) for n, old in zip(new, state)]
+                found[t] = [torch.where(there[:, None], n, 0.0) for n in state]
+            outputs.append(torch.stack([states[0] for states in found]))
+            last.append(state)
+            every.append([torch.stack(states) for states in zip(*found)])
+            k += 1
+        x = torch.cat(outputs, -1)
+    return x, *(as_hx([torch.stack(states) for states in zip(*group)]) for group in (last, every))
+
+
+def published(made, x, h, state, p):
+    """The states after an instant, from the input and the recurrent part of all gates, biases included."""
+    if made.mode.startswith("RNN"):
+        return [getattr(torch, made.nonlinearity)(x + h)]
+    if made.mode == "GRU":
+        (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
+        z = torch.sigmoid(xz + hz)
+        return [(1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * state[0]]
+    names = "igo" if made.coupled else "ifgo"
+    a, seeing = dict(zip(names, (x + h).chunk(len(names), -1))), names.replace("g", "")
+    p = dict(zip(seeing, [0.0] * len(seeing) if p is None else p.chunk(len(seeing))))
+    i = torch.sigmoid(a["i"] + p["i"] * state[1])
+    f = 1 - i if made.coupled else torch.sigmoid(a["f"] + p["f"] * state[1])
+    c = f * state[1] + i * torch.tanh(a["g"])
+    if made.cell_clip is not None:
+        c = c.clamp(-made.cell_clip, made.cell_clip)
+    return [torch.sigmoid(a["o"] + p["o"] * c) * torch.tanh(c), c]
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def drawn(generator):
+    """The seed of the next layer and direction."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+
+
+def uniform(seed, t, rows, columns, count=1):
+    return uniforms(seed, torch.tensor([t]), torch.arange(rows)[:, None], torch.arange(columns), count)
+
+
+def kept(seed, which, p, rows, columns):
+    """A mask for a whole sequence: of h, of x, of the recurrent weights."""
+    (u,) = uniform(seed, 2**32 - 1 - which, rows, columns)
+    return (u >= p).double() / (1 - p)

@@ -1,0 +1,241 @@
+"""Step by step: the numbers of the whole sequence, and no memory for them."""
+
+import tracemalloc
+
+import pytest
+import torch
+from torch import nn
+
+import gpu_rnn
+from gpu_rnn import ShapeError
+
+LAYERS = [
+    ("LSTM", {}), ("LSTM", {"num_layers": 3, "bias": False, "batch_first": True}), ("LSTM", {"proj_size": 8}),
+    ("LSTM", {"num_layers": 2, "peephole": True, "coupled": True, "cell_clip": 0.2}),
+    ("LSTM", {"zoneout": 0.2, "recurrent_dropout": 0.5}), ("GRU", {"num_layers": 2}), ("GRU", {"zoneout": 0.2}),
+    ("RNN", {"nonlinearity": "relu"}),
+]  # fmt: skip
+EVERY = pytest.mark.parametrize(("kind", "options"), LAYERS, ids=str)
+T, I, H = 70, 24, 32
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(7)
+
+
+def states(hx):
+    return hx if isinstance(hx, tuple) else (hx,)
+
+
+def in_time(layer, x):
+    return x.transpose(0, 1) if layer.batch_first else x
+
+
+def followed(listen, x):
+    return torch.stack([listen(now).clone() for now in x])
+
+
+def whole(layer, x, hx=None):
+    """In eval mode, as a stream is; the layer stays as it was."""
+    before = layer.training
+    with torch.no_grad():
+        y, last = layer.eval()(in_time(layer, x), hx)
+    layer.train(before)
+    return in_time(layer, y), states(last)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("B", [8, 17])
+def test_from_eight_rows_on_a_stream_is_the_sequence_bit_for_bit(kind, options, dtype, B):
+    layer, x = getattr(gpu_rnn, kind)(I, H, **options, dtype=dtype), torch.randn(T, B, I, dtype=dtype)
+    listen = gpu_rnn.stream(layer, B)
+    y, last = whole(layer, x)
+    assert torch.equal(followed(listen, x), y)
+    assert all(map(torch.equal, states(listen.state), last))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(("T", "H"), [(2, 32), (5, 112), (70, 37)], ids=str)
+def test_also_over_few_instants_or_with_ragged_units(kind, T, H):
+    layer, x = getattr(gpu_rnn, kind)(I, H), torch.randn(T, 9, I)
+    assert torch.equal(followed(gpu_rnn.stream(layer, 9), x), whole(layer, x)[0])
+
+
+@EVERY
+@pytest.mark.parametrize("B", [1, 3])
+def test_with_fewer_it_agrees_to_rounding(kind, options, B):
+    layer, x = getattr(gpu_rnn, kind)(I, H, **options, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
+    listen = gpu_rnn.stream(layer, B)
+    y, last = whole(layer, x)
+    torch.testing.assert_close(followed(listen, x), y, rtol=1e-12, atol=1e-12)
+    for found, expected in zip(states(listen.state), last, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_halves_layers_hand_over_what_they_would_in_a_sequence(dtype):
+    layer, x = gpu_rnn.LSTM(I, H, num_layers=3, dtype=dtype), torch.randn(T, 8, I).to(dtype)
+    listen = gpu_rnn.stream(layer, 8)
+    y, last = whole(layer, x)
+    assert torch.equal(followed(listen, x), y)
+    assert all(map(torch.equal, listen.state, last))
+
+
+def test_memory_is_that_of_the_first_call():
+    layer = gpu_rnn.LSTM(1024, 2048, num_layers=2, proj_size=1024, cell_clip=1.0)
+    listen, x = gpu_rnn.stream(layer), torch.randn(1, 1024)
+    first, least = listen(x), 1024 * 4  # bytes: of the smallest array that there is; Python's own objects are smaller
+    listen(x)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(20):
+            y = listen(x)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert y is first
+    assert peak - before < least
+    assert after - before < least // 4
+
+
+# ---- states ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_can_be_looked_at_set_and_reset():
+    layer, x = gpu_rnn.LSTM(I, H, num_layers=2), torch.randn(9, 8, I)
+    listen = gpu_rnn.stream(layer, 8)
+    y = followed(listen, x)
+    kept = listen.state
+    again = followed(listen, x)
+    assert not torch.equal(again, y)
+    listen.state = kept
+    assert torch.equal(followed(listen, x), again)
+    listen.reset()
+    assert all(not state.any() for state in listen.state)
+    assert torch.equal(followed(listen, x), y)
+    listen.state = None
+    assert all(not state.any() for state in listen.state)
+
+
+@pytest.mark.parametrize("rows", [[1, 4], torch.tensor([False, True, False, False, True, False, False, False])])
+def test_rows_are_reset_alone(rows):
+    layer, x = gpu_rnn.GRU(I, H, num_layers=2), torch.randn(9, 8, I)
+    listen = gpu_rnn.stream(layer, 8)
+    fresh_y, on = followed(listen, x), listen.state
+    listen.reset(rows)
+    reset = torch.zeros(8, dtype=torch.bool)
+    reset[[1, 4]] = True
+    assert torch.equal(listen.state, torch.where(reset[None, :, None], 0.0, on))
+    y = followed(listen, x)
+    assert torch.equal(y[:, reset], fresh_y[:, reset])
+    assert not torch.equal(y[:, ~reset], fresh_y[:, ~reset])
+
+
+def test_streams_are_apart_and_the_layer_stays_as_it_was():
+    layer, x = gpu_rnn.LSTM(I, H, zoneout=0.1), torch.randn(9, 2, I)
+    one, other = gpu_rnn.stream(layer, 2), gpu_rnn.stream(layer, 2)
+    y = followed(one, x)
+    assert torch.equal(followed(other, x), y)
+    assert layer.training
+    assert "_sequence" not in vars(layer)
+    assert one(x[0].requires_grad_()).grad_fn is None
+    assert one(x[0]) is not other(x[0])
+
+
+def test_a_layer_of_torch_and_of_a_page_stream():
+    theirs, x = nn.GRU(I, H, num_layers=2), torch.randn(9, 8, I)
+    with torch.no_grad():
+        torch.testing.assert_close(followed(gpu_rnn.stream(theirs, 8), x), theirs(x)[0])
+    assert type(theirs) is nn.GRU
+
+
+# ---- one instant ----------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_step_is_a_sequence_of_one(kind, options):
+    layer, x = getattr(gpu_rnn, kind)(I, H, **options).eval(), torch.randn(T, 8, I)
+    y, last = whole(layer, x)
+    hx, found = None, []
+    for now in x:
+        out, hx = layer.step(now, hx)
+        found.append(out)
+    torch.testing.assert_close(torch.stack(found), y)
+    for ours, expected in zip(states(hx), last, strict=True):
+        torch.testing.assert_close(ours, expected)
+    torch.stack(found).sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+def test_step_of_a_single_row():
+    layer, x = gpu_rnn.LSTM(I, H, num_layers=2, batch_first=True), torch.randn(I)
+    y, (h, c) = layer.step(x)
+    assert y.shape == (H,)
+    assert h.shape == c.shape == (2, H)
+    torch.testing.assert_close(y, layer.step(x[None])[0][0])
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named_with_its_shapes():
+    layer = gpu_rnn.LSTM(I, H, bidirectional=True)
+    for call in (lambda: layer.step(torch.randn(2, I)), lambda: gpu_rnn.stream(layer)):
+        with pytest.raises(ValueError, match="from the past to the future, but the layer is bidirectional"):
+            call()
+    for what, message in ((gpu_rnn.LSTMCell(I, H), "a layer, not a cell: LSTMCell"), (nn.Linear(I, H), "got Linear")):
+        with pytest.raises(TypeError, match=message):
+            gpu_rnn.stream(what)
+    layer = gpu_rnn.LSTM(I, H)
+    with pytest.raises(ValueError, match="batch must be an int larger than 0, got 0"):
+        gpu_rnn.stream(layer, 0)
+    with pytest.raises(ShapeError, match=r"input has shape \[5, 2, 24\]; expected \[B, I\] or \[I\]"):
+        layer.step(torch.randn(5, 2, I))
+    listen = gpu_rnn.stream(layer, 2)
+    with pytest.raises(ShapeError, match=r"x has shape \[3, 24\]; expected \[B, I\] = \[2, 24\]"):
+        listen(torch.randn(3, I))
+    with pytest.raises(TypeError, match=r"x is torch.float64 on cpu; the stream is torch.float32 on cpu"):
+        listen(torch.randn(2, I, dtype=torch.float64))
+    with pytest.raises(ShapeError, match=r"h0 has shape \[1, 3, 32\]"):
+        listen.state = torch.zeros(1, 3, H), torch.zeros(1, 2, H)
+    with pytest.raises(ShapeError, match=r"rows has shape \[3\]; expected indices \[N\] or bool \[B\] = \[2\]"):
+        listen.reset(torch.ones(3, dtype=torch.bool))
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@EVERY
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_replays_an_instant(kind, options, backend):
+    layer = getattr(gpu_rnn, kind)(I, H, **options, device="cuda", backend=backend, precision="ieee")
+    x = torch.randn(T, 3, I, device="cuda")
+    listen = gpu_rnn.stream(layer, 3)
+    y, last = whole(layer, x)
+    torch.testing.assert_close(followed(listen, x), y)
+    for found, expected in zip(states(listen.state), last, strict=True):
+        torch.testing.assert_close(found, expected)
+    listen(x[0])
+    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for now in x:
+        out = listen(now)
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == (held, reserved)
+    assert out is listen(x[0])
+
+
+@pytest.mark.gpu
+def test_a_call_becomes_part_of_a_graph_that_is_being_captured():
+    layer, x = gpu_rnn.GRU(I, H, device="cuda"), torch.randn(3, I, device="cuda")
+    listen = gpu_rnn.stream(layer, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = listen(x)
+    listen.reset()
+    graph.replay()
+    first = y.clone()
+    listen.reset()
+    torch.testing.assert_close(listen(x), first)
