@@ -4,6 +4,8 @@ From `get_algo` and what it calls in PyTorch's aten/src/ATen/native/cudnn/RNN.cp
 sizes nearly everything is STANDARD: one product and one elementwise kernel per step.
 """
 
+from gpu_rnn.kernels.weave import HOLD
+
 from .problem import Problem
 
 SMALL_H = {  # the largest hidden size of PERSIST_STATIC_SMALL_H: in inference, in training
@@ -27,8 +29,9 @@ def algorithm(
 
     `capability` and `multiprocessors` describe the GPU (default: H100 and H200).
     """
-    cell, H, dtype = problem.cell.name, problem.H, problem.dtype
-    if cell not in SMALL_H or dtype not in ("float64", "float32", "float16", "bfloat16"):
+    (cell, *woven), H, dtype = problem.cell.name.split("+"), problem.H, problem.dtype
+    packed = packed or HOLD in woven  # what lengths are here
+    if cell not in SMALL_H or set(woven) - {HOLD} or dtype not in ("float64", "float32", "float16", "bfloat16"):
         return "none"
     if problem.P is not None or packed:
         return "STANDARD"

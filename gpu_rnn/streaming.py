@@ -83,12 +83,10 @@ class Stream:
 
     @state.setter
     def state(self, hx: Any) -> None:
-        if hx is None:
-            return self.reset()
         sizes = len(self._states[0]), len(self._x)
         for layers, given in zip(self._states, self._layer._initial(hx, sizes, "L B", self._x)):
-            for state, initial in zip(layers, given or ()):
-                state.copy_(initial.detach())
+            for k, state in enumerate(layers):
+                state.copy_(torch.zeros(()) if given is None else given[k].detach())
 
     def reset(self, rows: Any = None) -> None:
         B = len(self._x)

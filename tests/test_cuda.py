@@ -185,7 +185,7 @@ def test_plan_covers_every_unit(B, H, storage, offset):
     assert H % units == 0
     assert units == 1 or offset % 16 == 0
     assert launch.grid[1] == max(1, min(-(-B // y), plans.MAX_GRID_Y))
-    assert launch.arguments == (256, offset, B, H)
+    assert launch.arguments == (256, offset, B, H, 1)
 
 
 # ---- The backend ----------------------------------------------------------------------------------------------------
