@@ -30,8 +30,8 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
 
     The numbers are those of the layer over the whole sequence, to rounding: the product for the inputs of many instants
     at once adds in another order than that for one. On a CPU, with NumPy's own OpenBLAS, they are bitwise the same from
-    8 batch rows on, for which that product is made instant by instant anyway, if H is a multiple of 16 or the sequence
-    longer than 4 + H (I + P) / 4096: for less it doesn't arrange the weights.
+    32 batch rows on, for which that product is made instant by instant anyway, if the sequence is longer than
+    4 + H (I + P) / 4096: for less it doesn't arrange the weights.
 
     Args:
         layer: an RNN, LSTM, GRU or a layer of `gpu_rnn.cell`, or torch.nn's; any number of layers, one direction.
