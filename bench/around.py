@@ -60,10 +60,14 @@ class Around(Contender):
         weights = {
             name: torch.cat((w[: case.H], w[2 * case.H :])) if coupled else w for name, w in data.weights.items()
         }
+        inputs = data.x
+        if "w_ih" in self.keywords:  # the product is somebody else's
+            inputs = [F.linear(x, weights["w_ih"]) for x in inputs]
+            del weights["w_ih"]
         given = weights | data.state | {name: array for name, array in arrays.items() if name in LEARNED}
         given = {name: value.clone().requires_grad_(case.training) for name, value in given.items()}
         fixed = {name: value for name, value in (self.keywords | arrays).items() if name not in LEARNED}
-        letters, xs = cells.get(case.cell).states, [x.requires_grad_(case.training) for x in data.x]
+        letters, xs = cells.get(case.cell).states, [x.requires_grad_(case.training) for x in inputs]
         arriving = {
             "y": data.dy,
             **{f"{s}T": d for s, d in zip(letters, data.dlast)},
@@ -127,7 +131,8 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
     row, unit = torch.arange(B, device=x.device)[:, None], torch.arange(H, device=x.device)
     mask = dropout_mask(seed, fixed["recurrent_dropout"], (B, H), x) if "recurrent_dropout" in fixed else 1.0
     shown, history = [], []
-    for t, xg in enumerate(F.linear(x, given["w_ih"], given["b_ih"])):
+    part = F.linear(x, given["w_ih"]) if "w_ih" in given else x
+    for t, xg in enumerate(part + given["b_ih"]):
         held, before = state, state
         if "reset" in fixed:
             before = [torch.where(fixed["reset"][t][:, None], 0.0, old) for old in state]

@@ -32,6 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "ours, coupled": {"coupled": True},
     "ours, return_states": {"return_states": True},
     "ours, recompute": {"recompute": True},
+    "ours, input part": {"w_ih": None},
 }
 
 # Our kernels alone; kernels.py says what each is.

@@ -48,7 +48,7 @@ def fitted(
     cell = cells.get(name)
     labels = ("x", *Weights._fields, *first_states(cell))
     there = {label: array for label, array in zip(labels, given, strict=True) if array is not None}
-    for label in ("x", "w_ih", "w_hh"):
+    for label in ("x", "w_hh"):
         if label not in there:
             raise TypeError(f"{label} is None; {name} needs it")
     kinds = {label: arrays.words(*array) for label, array in there.items()}
@@ -69,7 +69,7 @@ def fitted(
     for label, rank in {"x": 3, "w_ih": 2, "w_hh": 2, "w_hr": 2}.items():
         if label in shapes and len(shapes[label]) != rank:
             raise ShapeError(f"{label} has shape {list(shapes[label])}; expected {rank} dimensions")
-    (T, B, I), (rows, _), G = shapes["x"], shapes["w_hh"], cell.G
+    (T, B, size), (rows, _), G = shapes["x"], shapes["w_hh"], cell.G
     if rows == 0 or rows % G:
         raise ShapeError(
             f"w_hh has shape {list(shapes['w_hh'])}; a {cell.name} has {G} gates ({', '.join(cell.gates)}), "
@@ -80,8 +80,8 @@ def fitted(
     h, *others = first_states(cell)
     N, R = len(cell.units), shapes["units"][1] if len(shapes.get("units", ())) == 3 else 1
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "x": ("[T, B, I]", (T, B, I)),
-        "w_ih": (f"[{G}*H, I]", (G * H, I)),
+        "x": ("[T, B, I]", (T, B, size)) if "w_ih" in shapes else (f"[T, B, {G}*H]", (T, B, G * H)),
+        "w_ih": (f"[{G}*H, I]", (G * H, size)),
         "w_hh": (f"[{G}*H, {out}]", (G * H, P)),
         "b_ih": (f"[{G}*H]", (G * H,)),
         "b_hh": (f"[{G}*H]", (G * H,)),
@@ -96,13 +96,14 @@ def fitted(
         symbols, sizes = expected[label]
         if found != sizes:
             raise ShapeError(
-                f"{label} has shape {list(found)}; expected {symbols} = {list(sizes)}, "
-                f"with x {list(shapes['x'])}, w_ih {list(shapes['w_ih'])}, w_hh {list(shapes['w_hh'])}"
+                f"{label} has shape {list(found)}; expected {symbols} = {list(sizes)}, with x {list(shapes['x'])}, "
+                f"w_ih {list(shapes['w_ih']) if 'w_ih' in shapes else None}, w_hh {list(shapes['w_hh'])}"
             )
     if T == 0:
         raise ShapeError(f"the sequence is empty: x has shape {list(shapes['x'])}, and T must be larger than 0")
     if out == "P" and not 0 < P < H:
         raise ShapeError(f"w_hr has shape {list(shapes['w_hr'])}; a projection needs 0 < P < H")
+    I = size if "w_ih" in shapes else None
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
         tf32=(precision, dtype) == ("tf32", "float32"), history=history,

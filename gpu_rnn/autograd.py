@@ -254,7 +254,8 @@ def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
     w_ih, w_hh, b_ih, b_hh, w_hr = (None if weight is None else weight.to(real) for weight in weights[:5])
     h, *others = (initial.to(real) for initial in state)
     extra = Extra.of(weights)
-    projected = linear(x.to(real), w_ih, b_ih).chunk(cell.G, -1)
+    part = x.to(real) if w_ih is None else linear(x.to(real), w_ih)
+    projected = (part if b_ih is None else part + b_ih).chunk(cell.G, -1)
     outputs = []
     for t in range(len(x) - 1, -1, -1) if problem.reverse else range(len(x)):
         before, fixed = h, [value.to(real) for value in extra.at(cell, t, problem.H)]
@@ -336,6 +337,11 @@ def captured(
     return y, tuple(rest[: len(state) + (len(state) - 1) * history])
 
 
+def those_there(names: str, weights: List[Tensor]) -> Weights:
+    there = dict(zip(names.split(), weights))
+    return Weights(*map(there.get, Weights._fields))
+
+
 @torch.compiler.assume_constant_result
 def precision_now() -> str:
     """The setting at the time of the capture: with the gradient's graph made, forward may not change its mind."""
@@ -348,7 +354,7 @@ def forward(
     reverse: bool, backend: str, precision: str | None, history: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> y, states after, their history if asked for, the tape if it is to be saved. `names` are the weights'."""
-    given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
+    given = x, those_there(names, weights), tuple(state)
     chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), save)
     with uncast(x):
         y, last, tape = dispatch.forward(chosen, problem, *given)
@@ -357,7 +363,7 @@ def forward(
 
 @forward.register_fake
 def _(cell, x, weights, names, state, reverse, backend, precision, history, save):
-    given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
+    given = x, those_there(names, weights), tuple(state)
     chosen, problem = asked(fitted, cell, *given, Options(reverse, backend, precision, history), save)
     y = x.new_empty(problem.T, problem.B, problem.P or problem.H)
     after = [x.new_empty(initial.shape) for initial in state]
@@ -371,7 +377,7 @@ def backward(
     recorded: List[Tensor], reverse: bool, backend: str, precision: str | None, history: bool, needs: List[bool],
 ) -> list[Tensor]:  # fmt: skip
     """-> the gradients of x, the weights and the states, those in `needs`. `recorded`: y and the tape, or nothing."""
-    given = x, Weights(**dict(zip(names.split(), weights))), tuple(state)
+    given = x, those_there(names, weights), tuple(state)
     chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), True)
     wanted = dict(zip(names.split(), needs[1:]))
     needs = [needs[0], *(wanted.get(field, False) for field in Weights._fields), *needs[1 + len(weights) :]]

@@ -25,13 +25,19 @@ def algorithm(
     capability: tuple[int, int] = (9, 0),
     multiprocessors: int = 132,
 ) -> str:
-    """STANDARD, PERSIST_STATIC_SMALL_H or PERSIST_STATIC; "none" for a cell or dtype that cuDNN lacks.
+    """STANDARD, PERSIST_STATIC_SMALL_H or PERSIST_STATIC; "none" for what cuDNN lacks: a cell, a dtype, an input
+    part that is there already.
 
     `capability` and `multiprocessors` describe the GPU (default: H100 and H200).
     """
     (cell, *woven), H, dtype = problem.cell.name.split("+"), problem.H, problem.dtype
     packed = packed or HOLD in woven  # what lengths are here
-    if cell not in SMALL_H or set(woven) - {HOLD} or dtype not in ("float64", "float32", "float16", "bfloat16"):
+    if (
+        problem.I is None
+        or cell not in SMALL_H
+        or set(woven) - {HOLD}
+        or dtype not in ("float64", "float32", "float16", "bfloat16")
+    ):
         return "none"
     if problem.P is not None or packed:
         return "STANDARD"

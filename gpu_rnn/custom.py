@@ -77,7 +77,7 @@ def cell(
 
     The layer has GRU's arguments, parameters, keywords and layouts, with G = len(gates) blocks of H rows in w_ih, w_hh
     and the biases, and with several states (h0, c0, ...) in the place of h0. `weight_p_l0` [H] and so on are the values
-    of a unit named p. `function` takes them as `units` [N*H] and is like `gpu_rnn.gru` otherwise.
+    of a unit named p. `function` takes them as `units` [N*H] and is like `gpu_rnn.gru` otherwise, also with w_ih=None.
 
     Args:
         step: step(x, h, state) -> the states after, a tuple of S. Every argument is a tuple: of the input parts and of

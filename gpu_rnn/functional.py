@@ -77,7 +77,8 @@ def lstm(
 
     Args:
         x: [T, B, I] input. float64, float32, or on a GPU and for torch also float16, bfloat16; as all other arrays.
-        w_ih: [4*H, I] input weights.
+        w_ih: [4*H, I] input weights. None: x is [T, B, 4*H], what stands in the place of w_ih x_t, as where it is
+            looked up or was computed before; b_ih is added all the same. x is never written to.
         w_hh: [4*H, P] recurrent weights; P = H without `w_hr`.
         b_ih, b_hh: [4*H] biases, or None.
         w_hr: [P, H] projection of the output, P < H, or None.
@@ -118,7 +119,8 @@ def gru(
     (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.)
 
     Args:
-        x: [T, B, I] input. w_ih: [3*H, I]. w_hh: [3*H, H]. b_ih, b_hh: [3*H] or None. h0: [B, H] or None for zeros.
+        x: [T, B, I] input, or [T, B, 3*H] where w_ih is None. w_ih: [3*H, I] or None, as for `lstm`.
+        w_hh: [3*H, H]. b_ih, b_hh: [3*H] or None. h0: [B, H] or None for zeros.
         reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
@@ -136,7 +138,8 @@ def rnn(
     """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
 
     Args:
-        x: [T, B, I] input. w_ih: [H, I]. w_hh: [H, H]. b_ih, b_hh: [H] or None. h0: [B, H] or None for zeros.
+        x: [T, B, I] input, or [T, B, H] where w_ih is None. w_ih: [H, I] or None, as for `lstm`. w_hh: [H, H].
+        b_ih, b_hh: [H] or None. h0: [B, H] or None for zeros.
         nonlinearity: f, "tanh" or "relu".
         reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
 

@@ -46,6 +46,7 @@ def explain(
     I: int | None = None,
     H: int | None = None,
     P: int | None = None,
+    input_part: bool = False,
     dtype: Any = None,
     device: Any = None,
     library: str | None = None,
@@ -63,6 +64,7 @@ def explain(
         what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
         x: the input or its shape, [T, B, I]; for a layer whatever it takes, also a PackedSequence.
         T, B, I: instead of x. H, P: hidden and projected size. A layer knows them.
+        input_part: whether x is that of all gates already, [T, B, G*H], as where w_ih is None; then there is no I.
         dtype, device, library: those of x or the layer, if given; else float32, this machine's GPU if it has one, torch
             if it is installed.
         training: whether a gradient will be wanted. None: for a layer what autograd would say now, otherwise no.
@@ -88,10 +90,16 @@ def explain(
         if len(shape) != 3:
             raise ShapeError(f"x has shape {list(shape)}; expected [T, B, I]")
         found |= dict(zip("TBI", shape))
+        if input_part:
+            found["H"], rest = divmod(found.pop("I"), cell.G)
+            if rest:
+                raise ShapeError(f"x has shape {list(shape)}; the input part of {cell.G} gates is [T, B, {cell.G}*H]")
         if twice := found.keys() & given.keys():
             raise TypeError(f"x says its {', '.join(sorted(twice))} already")
         given |= found
-    if absent := [letter for letter in "TBIH" if letter not in given]:
+    if input_part and I is not None:
+        raise TypeError(f"with input_part=True there is no I; got I = {I}")
+    if absent := [letter for letter in "TBIH" if letter not in given and not (letter == "I" and input_part)]:
         raise TypeError(f"explaining {cell.name} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
     return dispatch.explain(problem(cell, **given, training=bool(training)), backend)
 
@@ -184,8 +192,8 @@ def size_and_kind(x: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 
 def problem(
-    cell: Cell, *, T: int, B: int, I: int, H: int, P: int | None = None, dtype: Any = "float32", device: Any = None,
-    library: str | None = None, training: bool, reverse: bool = False,
+    cell: Cell, *, T: int, B: int, I: int | None = None, H: int, P: int | None = None, dtype: Any = "float32",
+    device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
 ) -> Problem:  # fmt: skip
     """A Problem, with its sizes and words checked."""
     for letter, size in zip("TBIHP", (T, B, I, H, P)):
@@ -434,10 +442,10 @@ def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool
         )
     w_ih, w_hh, b_ih, b_hh, w_hr, units, flags, _ = map(on_cpu, weights)
 
-    def part(a: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
-        """[B, I] or [B, P] -> [G, B, H]"""
-        product = a @ w.T if b is None else a @ w.T + b
-        return product.reshape(len(a), cell.G, -1).swapaxes(0, 1)
+    def part(a: np.ndarray, w: np.ndarray | None, b: np.ndarray | None) -> np.ndarray:
+        """[B, I] or [B, P], or what there is in the place of the product -> [G, B, H]"""
+        product = a if w is None else a @ w.T
+        return (product if b is None else product + b).reshape(len(a), cell.G, -1).swapaxes(0, 1)
 
     instants = []
     for t in range(len(x))[:: -1 if reverse else 1]:

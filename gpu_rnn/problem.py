@@ -9,7 +9,7 @@ from gpu_rnn.kernels.cells import Cell
 class Weights(NamedTuple):
     """One layer, one direction, in torch's layout and gate order; any array library."""
 
-    w_ih: Any  # [G*H, I]
+    w_ih: Any  # [G*H, I]; None where x is the input part of all gates already, [T, B, G*H]
     w_hh: Any  # [G*H, P]
     b_ih: Any = None  # [G*H]
     b_hh: Any = None  # [G*H]
@@ -54,7 +54,7 @@ class Problem:
     cell: Cell
     T: int
     B: int
-    I: int
+    I: int | None  # None where x is the input part of all gates already
     H: int
     P: int | None = None  # size of the projected h; None without projection
     dtype: str = "float32"  # storage: float64, float32, float16 or bfloat16
@@ -71,5 +71,6 @@ class Problem:
         return 1 + self.cell.S + (self.cell.S - 1) * self.history
 
     def __str__(self) -> str:
-        size = f"T={self.T} B={self.B} I={self.I} H={self.H}" + (f" P={self.P}" if self.P is not None else "")
+        sizes = {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "P": self.P}
+        size = " ".join(f"{letter}={n}" for letter, n in sizes.items() if n is not None)
         return f"{self.cell.name} {size} {self.dtype} on {self.device} ({self.library})"

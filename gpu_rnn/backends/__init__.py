@@ -7,7 +7,8 @@ warmup(problem)  -> the names of its kernels, compiled now for the current devic
 forward(cell, x, weights, state, *, reverse, tf32, save) -> y, last, tape
 backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, tf32, needs) -> gradients
 
-x      [T, B, I]                   weights  problem.Weights
+x      [T, B, I], or [T, B, G*H] without w_ih; never written to
+weights  problem.Weights
 state  h0 [B, P], then [B, H] for every further state; P = H without projection
 y      [T, B, P], every h_t        last     the states after the last instant, as state
 tape   tuple of arrays that only the backend understands; backward never writes to them

@@ -42,7 +42,7 @@ def plan(problem: Problem) -> str:
         resident, why = residence_of(problem, device(), backward)
         each = f"stepwise: one product, in {product}, and one fused kernel per step; not resident: {'; '.join(why)}"
         ways.append(str(resident or each))
-    return "one product for all inputs; then " + "; back: ".join(ways)
+    return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
 
 
 def directions(problem: Problem) -> tuple[bool, ...]:

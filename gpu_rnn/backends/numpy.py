@@ -46,9 +46,10 @@ def reasons(problem: Problem) -> list[str]:
 
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
-    order = arranged(problem.cell, problem.T, problem.B, problem.H * (problem.I + (problem.P or problem.H)))
+    order = arranged(problem.cell, problem.T, problem.B, problem.H * ((problem.I or 0) + (problem.P or problem.H)))
     calls = len(step_program(problem.cell, order).calls)
-    return f"{width}; one product and {calls} elementwise calls per step, input projection by chunks"
+    before = "x is the input part already" if problem.I is None else "input projection by chunks"
+    return f"{width}; one product and {calls} elementwise calls per step, {before}"
 
 
 def forward(
@@ -105,8 +106,8 @@ def lent(weight: Any) -> np.ndarray:
 def run_forward(
     cell: Cell, x: np.ndarray, weights: Weights, state: tuple, *, reverse: bool, save: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
-    T, B, I = x.shape
-    H, P = sizes(cell, weights)
+    T, B, _ = x.shape
+    (H, P), I = sizes(cell, weights), 0 if weights.w_ih is None else weights.w_ih.shape[1]
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * x.itemsize, 1))
     size = cell, arranged(cell, T, B, H * (I + P)), n, B, I, H, P, x.dtype
     idle = kept(*size)
@@ -154,7 +155,7 @@ def run_backward(
     H, P = sizes(cell, weights)
     G, order, program = cell.G, layout(cell), grad_program(cell)
     n = len(order.separate)
-    W = by_gate(weights.w_ih, order.inputs).reshape(G * H, I)
+    W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, I)
     R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
     v, d = np.empty((cell.K, H, B), x.dtype), np.empty((G + n, H, B), x.dtype)
     g, dunits = np.zeros((2, cell.learned, H, B), x.dtype)
@@ -212,8 +213,10 @@ def run_backward(
             asked, asking = asking, asked
 
         inputs, recurrent = ds[:G].reshape(G * H, m * B), ds[n:].reshape(G * H, m * B)
-        if "x" in needs:
+        if "x" in needs and W is not None:
             np.dot(inputs.T, W, dx[now].reshape(m * B, I))
+        elif "x" in needs:
+            dx[now] = in_gate_order(inputs, order.inputs).T.reshape(m, B, I)
         if "w_ih" in needs:
             sums["w_ih"] += np.dot(inputs, x[now].reshape(m * B, I))
         if "w_hh" in needs:
@@ -309,26 +312,34 @@ class Instants:
         own = self.h if P == H else np.zeros((n + 1, H, B), dtype)  # a cell with a projection can't look at its own h
         self.views = list(zip(self.h, zip(self.xg.reshape(n, G, H, B), own, *others, self.shown, *after)))
 
-    def take(self, weights: Weights, state: tuple) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
-        """-> the input weights for `project`, and a function that computes the recurrent part of all gates from h."""
+    def take(self, weights: Weights, state: tuple) -> tuple[Any, Callable[[np.ndarray], Any]]:
+        """-> the input weights for `project`, or None, and a function that computes the recurrent part of all gates
+        from h."""
         for array, initial in zip(self.states, state):
             array[0] = initial.T
-        w_ih, w_hh = np.ascontiguousarray(weights.w_ih), np.ascontiguousarray(weights.w_hh)
+        w_ih, w_hh = weights.w_ih, np.ascontiguousarray(weights.w_hh)
         b_ih, b_hh = (self.zero if b is None else b for b in (weights.b_ih, weights.b_hh))
         bias, H = b_ih + b_hh, self.b_h.shape[1]
         for row, g in enumerate(self.order.separate):
             gate = slice(g * H, (g + 1) * H)
             self.b_h[row], bias[gate] = b_hh[gate, None], b_ih[gate]
         if self.scaled:
-            w_ih, bias = (scaled(w, self.order.inputs, self.order.scale) for w in (w_ih, bias))
+            bias = scaled(bias, self.order.inputs, self.order.scale)
+            w_ih = None if w_ih is None else scaled(w_ih, self.order.inputs, self.order.scale)
             w_hh = scaled(w_hh, self.order.recurrent, self.order.scale)
         self.b_x[...] = bias[:, None]
-        return w_ih, product(w_hh, self.hg)
+        return None if w_ih is None else np.ascontiguousarray(w_ih), product(w_hh, self.hg)
 
-    def project(self, W: np.ndarray, x: np.ndarray) -> None:
-        """The input part of all gates for the m instants x [m, B, I]."""
+    def project(self, W: np.ndarray | None, x: np.ndarray) -> None:
+        """The input part of all gates for the m instants x [m, B, I], or of x [m, B, G*H] where there is no W."""
         (m, B, I), xg = x.shape, self.xg[: len(x)]
-        if B == 1:
+        if W is None:
+            H, inputs = self.b_h.shape[1], self.order.inputs
+            gates, rows = x.reshape(m, B, len(inputs), H), xg.reshape(m, len(inputs), H, B)
+            for row, g in enumerate(inputs):
+                np.multiply(gates[:, :, g].swapaxes(1, 2), self.order.scale[g], rows[:, row])
+            np.add(xg, self.b_x, xg)
+        elif B == 1:
             np.dot(x.reshape(m, I), W.T, xg.reshape(m, len(W)))
             np.add(xg, self.b_x, xg)
         elif B < WIDE:

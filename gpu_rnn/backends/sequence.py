@@ -17,13 +17,13 @@ from gpu_rnn.kernels.cells import Cell, operand_graph
 
 from .. import arrays
 from ..extra import Extra
-from ..problem import Weights
+from ..problem import Problem, Weights
 
 
 class Forward(NamedTuple):
     """What a walk reads and writes. P = H without projection."""
 
-    xg: Any  # [T, B, G, H] storage; input part, b_ih included
+    xg: Any  # [T, B, G, H] storage; input part, b_ih included; it may be the caller's x
     w_hh: Any  # [G*H, P] storage
     b_hh: Any  # [G*H] storage, or None
     w_hr: Any  # [P, H] storage, or None
@@ -65,17 +65,17 @@ def forward(
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
     x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
-    (T, B, I), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
+    (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
     H = GH // G
-    xg = arrays.empty((T, B, G, H), like=x)
-    arrays.matmul(x.reshape(T * B, I), weights.w_ih.T, out=xg.reshape(T * B, GH), add=weights.b_ih)
+    part = input_part(x, weights)
+    xg = part.reshape(T, B, G, H)
     first, last = ((T, 0) if reverse else (0, T)) if save else (0, 0)
     others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
     for row, initial in zip(others[first], state[1:]):
         row[...] = initial
     saved = None
     if save:
-        saved = xg if cell.K == G else arrays.empty((T, B, cell.K, H), like=x)
+        saved = xg if cell.K == G and part is not x else arrays.empty((T, B, cell.K, H), like=x)
     y = arrays.empty((T, B, P), like=x)
     shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
 
@@ -123,7 +123,8 @@ def backward(
     rows, recurrent = dxg.reshape(T * B, GH), (dxg if dhg is None else dhg).reshape(T, B, GH)
     gradients: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (dh, *dothers))}
     if "x" in needs:
-        gradients["x"] = product(rows, weights.w_ih, like=x).reshape(T, B, I)
+        of_x = rows if weights.w_ih is None else product(rows, weights.w_ih, like=x)
+        gradients["x"] = of_x.reshape(T, B, I)
     if "w_ih" in needs:
         gradients["w_ih"] = product(rows.T, x.reshape(T * B, I), like=x)
     if "w_hh" in needs:
@@ -139,6 +140,21 @@ def backward(
         given[: cell.learned] = dunits if given.shape[1] == B else dunits.sum(1, keepdims=True)
         gradients["units"] = given
     return gradients
+
+
+def input_part(x: Any, weights: Weights) -> Any:
+    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if that is all."""
+    if weights.w_ih is None:
+        return x if weights.b_ih is None else x + weights.b_ih
+    (T, B, I), (GH, _) = x.shape, weights.w_ih.shape
+    part = arrays.empty((T, B, GH), like=x)
+    arrays.matmul(x.reshape(T * B, I), weights.w_ih.T, out=part.reshape(T * B, GH), add=weights.b_ih)
+    return part
+
+
+def projection(problem: Problem) -> str:
+    """What comes before the walk, in words."""
+    return "x is the input part already" if problem.I is None else "one product for all inputs"
 
 
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:

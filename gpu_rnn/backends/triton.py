@@ -61,9 +61,9 @@ def unfit() -> list[str]:
 def plan(problem: Problem) -> str:
     chosen, why = sequence_plan(problem)
     if chosen is None:
-        return f"stepwise: one product for all inputs; one product and one fused kernel per step; {why}"
+        return f"stepwise: {sequence.projection(problem)}; one product and one fused kernel per step; {why}"
     programs = -(-problem.B // chosen.rows)
-    return f"sequence: one product for all inputs; all steps in one launch of {programs} programs, {chosen}"
+    return f"sequence: {sequence.projection(problem)}; all steps in one launch of {programs} programs, {chosen}"
 
 
 def forward(
@@ -97,13 +97,13 @@ def warmup(problem: Problem) -> tuple[str, ...]:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=problem.device)
 
     weights = Weights(
-        zeros(cell.G * H, I), zeros(cell.G * H, P), zeros(cell.G * H), zeros(cell.G * H),
+        None if I is None else zeros(cell.G * H, I), zeros(cell.G * H, P), zeros(cell.G * H), zeros(cell.G * H),
         w_hr=zeros(P, H) if problem.P else None,
         units=zeros(len(cell.units), 1, H) if cell.units else None,
         flags=zeros(T, B, dtype="uint8") if cell.flags else None,
         seed=zeros(1, dtype="int64") if cell.uniforms else None,
     )  # fmt: skip
-    x, state = zeros(T, B, I), (zeros(B, P), *(zeros(B, H) for _ in cell.states[1:]))
+    x, state = zeros(T, B, cell.G * H if I is None else I), (zeros(B, P), *(zeros(B, H) for _ in cell.states[1:]))
     how: dict[str, Any] = {"reverse": problem.reverse, "tf32": problem.tf32}
     for given in (weights, weights._replace(b_ih=None, b_hh=None)):
         y, last, tape = forward(cell, x, given, state, **how, save=problem.training)
