@@ -169,9 +169,7 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
     return torch.stack(shown), tuple(state), *([states] if "return_states" in fixed else [])
 
 
-def lstm(
-    xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float
-) -> tuple:
+def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float) -> tuple:
     """The LSTM with gates that see the cell state by weights p, f = 1 - i where there is no gate f, and bounds of c."""
     a = dict(zip(gates, (xg + hg).chunk(len(gates), 1)))
     seen: dict[str, Any] = dict.fromkeys(gates, 0.0)
