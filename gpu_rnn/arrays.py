@@ -130,6 +130,8 @@ def torch_operations() -> Mapping[str, Callable]:
         "tanh": torch.tanh,
         "exp": torch.exp,
         "log": torch.log,
+        "rsqrt": torch.rsqrt,
+        "mean": lambda a: a.mean(-1, keepdim=True),
         "positive": lambda a: (a > 0).to(a.dtype),
         "where": lambda condition, a, b: torch.where(condition > 0, a, b),
     }

@@ -81,12 +81,13 @@ def derivative(cell: Cell) -> None:
     Central differences in float64, of a random sum of the new states, where a few steps from zero states lead.
     """
     rng = np.random.default_rng(0)
+    sizes = (64, 3)  # batch rows; units, which a page can let meet
 
     def drawn(count: int) -> list[np.ndarray]:
-        return [rng.standard_normal(64) for _ in range(count)]
+        return [rng.standard_normal(sizes) for _ in range(count)]
 
     extra = [drawn(cell.E)] if cell.E else []
-    after: Sequence = [np.zeros(64)] * cell.S
+    after: Sequence = [np.zeros(sizes)] * cell.S
     for _ in range(3):
         given = [drawn(cell.G), drawn(cell.G), after, *extra]
         after, saved = cell.step(*given)
@@ -95,21 +96,24 @@ def derivative(cell: Cell) -> None:
     dnew = drawn(cell.S)
     gradients = cell.grad(dnew, after, given[2], saved, *extra)
 
-    def moved(which: int, k: int, by: float) -> Any:
-        """Every sample's sum, with one input moved."""
-        changed = [list(group) for group in given]
-        changed[which][k] = changed[which][k] + by
-        return sum(d * new for d, new in zip(dnew, cell.step(*changed)[0]))
+    def moved(which: int, k: int, by: float) -> np.ndarray:
+        """[unit, row]: every row's sum, with one input of one unit moved."""
+        sums = []
+        for unit in np.eye(sizes[1]):
+            changed = [list(group) for group in given]
+            changed[which][k] = changed[which][k] + by * unit
+            sums.append(sum((d * new).sum(-1) for d, new in zip(dnew, cell.step(*changed)[0])))
+        return np.array(sums)
 
     groups = {"x of gate": cell.gates, "h of gate": cell.gates, "state": cell.states, "unit": cell.units}
     wrong = []
     for which, (what, letters) in enumerate(list(groups.items())[: len(given)]):
         for k, letter in enumerate(letters):
             numeric = (moved(which, k, DELTA) - moved(which, k, -DELTA)) / (2 * DELTA)
-            analytic = np.broadcast_to(gradients[which][k], numeric.shape)
+            analytic = np.broadcast_to(gradients[which][k], sizes).T
             off = ~np.isclose(analytic, numeric, rtol=1e-5, atol=1e-7)
             if off.any():
-                at = int(np.argmax(off))
+                at = np.unravel_index(np.argmax(off), off.shape)
                 wrong.append(f"of {what} {letter!r}: {analytic[at]:.6g}, but step's derivative is {numeric[at]:.6g}")
     if wrong:
         raise ValueError(f"{cell.name}: grad gives a wrong gradient {'; '.join(wrong)}")

@@ -6,9 +6,15 @@ which is what the page written by hand saves.
 
 What is saved may be rounded to halves, and of differences of such values even the sign would be another. So what was
 decided by a sign, as which of two is the larger, is decided once and saved.
+
+A mean is what units wait for, so what follows from one is saved; a mean of what is there is taken again only where the
+gradient has to wait for means anyway. Its own means are pulled apart until they wait for each other as little as can be
+(`averaged`).
 """
 
 from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import add
 
 from . import mathematics
 from .trace import Graph, Symbol, trace
@@ -25,6 +31,7 @@ PULL: dict[str, Callable] = {
     "tanh": lambda d, y, a: (d * (1 - y * y),),
     "exp": lambda d, y, a: (d * y,),
     "log": lambda d, y, a: (d / a,),
+    "rsqrt": lambda d, y, a: (d * (-0.5 * (y * y * y)),),
     "positive": lambda d, y, a: (None,),
     "where": lambda d, y, c, a, b: (None, mathematics.where(c, d, 0.0), mathematics.where(c, 0.0, d)),
 }
@@ -36,7 +43,8 @@ OPERATIONS: dict[str, Callable] = {
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
     "negative": lambda a: -a,
-    **{name: getattr(mathematics, name) for name in ("maximum", "sigmoid", "tanh", "exp", "log", "positive", "where")},
+    **{name: getattr(mathematics, name) for name in ("maximum", "sigmoid", "tanh", "exp", "log", "rsqrt")},
+    **{name: getattr(mathematics, name) for name in ("positive", "where", "mean")},
 }
 
 
@@ -56,18 +64,36 @@ def derive(step: Callable, gates: int, states: int, extra: int = 0, learned: int
     (new,), order = graph.outputs, list(graph.nodes.values())
     wanted = pulled(graph, sizes | ({"extra": learned} if extra else {}))
     order += [node for node in graph.nodes.values() if node.op == "positive" and node not in order]  # of `above`
-    saved = to_save(order, new, met(wanted, set(order)))
+    read = met(wanted, set(order))
+    saved, again = to_save(order, new, read), frozenset[Symbol]()
+    backward = looking_back(wanted, new, saved)
+    for mean in (node for node in order if node.op == "mean"):
+        fewer = to_save(order, new, read, again | {mean})
+        instead = looking_back(wanted, new, fewer)
+        if len(fewer) < len(saved) and depth(instead) <= depth(backward):
+            saved, again, backward = fewer, again | {mean}, instead
 
-    forward, backward = Graph(), Graph()
+    forward = Graph()
     known: dict[Symbol, Symbol] = {}
     forward.outputs = tuple(tuple(forward.image(value, known) for value in group) for group in (new, saved))
+    more = ("extra",) if extra else ()
+    return playing(forward, "x", "h", "state", *more), playing(backward, "dnew", "new", "state", "saved", *more)
+
+
+def looking_back(wanted: tuple, new: tuple[Symbol, ...], saved: tuple[Symbol, ...]) -> Graph:
+    """The gradient's graph, from what is saved and the states after."""
+    backward = Graph()
     known = {value: backward.node("input", "saved", k) for k, value in enumerate(saved)}
     for k, value in enumerate(new):
         if operated(value):
             known.setdefault(value, backward.node("input", "new", k))
     backward.outputs = tuple(tuple(backward.image(value, known) for value in group) for group in wanted)
-    more = ("extra",) if extra else ()
-    return playing(forward, "x", "h", "state", *more), playing(backward, "dnew", "new", "state", "saved", *more)
+    return backward
+
+
+def depth(graph: Graph) -> int:
+    """How many means wait for one another."""
+    return max(value.level for group in graph.outputs for value in group)
 
 
 def new_states(outputs: tuple, states: int) -> tuple:
@@ -93,16 +119,76 @@ def pulled(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Symbol, ...], 
         gradients[value] = gradients[value] + d if value in gradients else d
 
     order, (outputs,) = list(graph.nodes.values()), graph.outputs
+    waiting = dict.fromkeys(order, False)  # for means that aren't the page's
+
+    def waits(value: Symbol) -> bool:
+        if value not in waiting:
+            waiting[value] = operated(value) and (value.op == "mean" or any(map(waits, value.operands)))
+        return waiting[value]
+
     for k, value in enumerate(outputs):
         arrive(value, graph.node("input", "dnew", k))
     for node in reversed(order):
         if node in gradients and operated(node):
-            pulls = PULL[node.op](gradients[node], node, *node.operands)
+            if node.op == "mean":
+                pulls = (averaged(gradients[node], waits),)
+            else:
+                pulls = PULL[node.op](gradients[node], node, *node.operands)
             for operand, d in zip(node.operands, pulls, strict=True):
                 if d is not None and operand.op != "constant":
                     arrive(operand, d)
     inputs = {name: [graph.node("input", name, k) for k in range(n)] for name, n in sizes.items()}
     return tuple(tuple(gradients.get(v, graph.symbol(0.0)) for v in group) for group in inputs.values())
+
+
+def averaged(d: Symbol, waits: Callable[[Symbol], bool]) -> Symbol:
+    """The mean of d: what is the same for all units stands before a mean, and that of a sum is the sum of means.
+
+    So a mean waits for others only where d isn't linear in them. `waits` for them is what isn't the page's own.
+    """
+    if d.op == "multiply" and any(operand.uniform for operand in d.operands):
+        a, b = d.operands
+        return a * averaged(b, waits) if a.uniform else b * averaged(a, waits)
+    sums: dict[Symbol, Symbol] = {}
+    for factor, value in terms(d, waits):
+        sums[factor] = sums[factor] + value if factor in sums else value
+    means = [times(factor, mathematics.mean(value)) for factor, value in sums.items() if not is_centred(value)]
+    return reduce(add, means) if means else d.graph.symbol(0.0)
+
+
+def terms(d: Symbol, waits: Callable[[Symbol], bool]) -> list[tuple[Symbol, Symbol]]:
+    """d as a sum of products, each of what is the same for all units and what doesn't wait, as far as it is one."""
+    one = d.graph.symbol(1.0)
+    if not waits(d):
+        return [(one, d)]
+    if d.uniform:
+        return [(d, one)]
+    if d.op in ("add", "subtract"):
+        a, b = (terms(operand, waits) for operand in d.operands)
+        return a + [(factor, value if d.op == "add" else -value) for factor, value in b]
+    if d.op == "negative":
+        return [(factor, -value) for factor, value in terms(d.operands[0], waits)]
+    if d.op == "multiply":
+        a, b = (terms(operand, waits) for operand in d.operands)
+        return [(times(f, g), times(v, w)) for f, v in a for g, w in b]
+    if d.op == "where" and not waits(d.operands[0]):
+        condition, *either = d.operands
+        a, b = (terms(operand, waits) for operand in either)
+        taken = [(factor, mathematics.where(condition, value, 0.0)) for factor, value in a]
+        return taken + [(factor, mathematics.where(condition, 0.0, value)) for factor, value in b]
+    return [(one, d)]
+
+
+def times(a: Symbol, b: Symbol) -> Symbol:
+    one = a.graph.symbol(1.0)
+    return b if a is one else a if b is one else a * b
+
+
+def is_centred(value: Symbol) -> bool:
+    """Whether it is what it is less its mean, or sums of such: its mean is zero."""
+    if value.op in ("add", "negative"):
+        return all(map(is_centred, value.operands))
+    return value.op == "subtract" and value.operands[1] is mathematics.mean(value.operands[0])
 
 
 def met(wanted: tuple, page: set[Symbol]) -> set[Symbol]:
@@ -119,7 +205,10 @@ def met(wanted: tuple, page: set[Symbol]) -> set[Symbol]:
     return found
 
 
-def to_save(order: list[Symbol], new: tuple[Symbol, ...], read: set[Symbol]) -> tuple[Symbol, ...]:
+def to_save(
+    order: list[Symbol], new: tuple[Symbol, ...], read: set[Symbol], again: frozenset[Symbol] = frozenset()
+) -> tuple[Symbol, ...]:
+    """Those of the values read that nothing else gives; of means, only those in `again` are taken again."""
     saved: list[Symbol] = []
     deciding = {value.operands[0] for value in order if value.op == "where"}
 
@@ -136,7 +225,7 @@ def to_save(order: list[Symbol], new: tuple[Symbol, ...], read: set[Symbol]) -> 
 
     def given(value: Symbol, known: Callable[[Symbol], bool]) -> bool:
         if operated(value):
-            return all(map(known, value.operands))
+            return (value.op != "mean" or value in again) and all(map(known, value.operands))
         return value.op == "constant" or value.operands[0] not in ("x", "h")
 
     for value in order:

@@ -1,15 +1,23 @@
 """The functions a cell's page may use, beside ``+ - * /``.
 
-Each works on NumPy arrays (the oracle runs a page as it stands) and on `trace.Symbol`, from which the backends get the
-page. Triton has them in `kernels/triton/mathematics.py` and CUDA in `kernels/cuda/mathematics.cuh`. A page's own
-functions are made of these; a new operation is added to `trace.ARITY`, to all three files, and to `derive.PULL`.
+Each works on NumPy arrays, units on the last axis (the oracle runs a page as it stands), and on `trace.Symbol`, from
+which the backends get the page. Triton has them in `kernels/triton/mathematics.py` and CUDA in
+`kernels/cuda/mathematics.cuh`. A page's own functions are made of these; a new operation is added to `trace.ARITY`, to
+all three files, and to `derive.PULL`.
 """
+
+from functools import reduce
+from operator import add
 
 import numpy as np
 
 from .trace import Symbol
 
-__all__ = ["exp", "log", "log_sigmoid", "maximum", "minimum", "positive", "relu", "sigmoid", "tanh", "where"]
+__all__ = [
+    "centred", "exp", "log", "log_sigmoid", "maximum", "mean", "minimum", "positive", "relu", "rsqrt", "scaled",
+    "sigmoid", "tanh", "where",
+]  # fmt: skip
+EPSILON = 1e-5  # of a variance, as torch.nn.LayerNorm has it
 
 
 def sigmoid(a):
@@ -38,6 +46,30 @@ def exp(a):
 
 def log(a):
     return a.apply("log") if isinstance(a, Symbol) else np.log(a)
+
+
+def rsqrt(a):
+    """1 / sqrt(a)."""
+    return a.apply("rsqrt") if isinstance(a, Symbol) else 1 / np.sqrt(a)
+
+
+def mean(a):
+    """Over all units of the batch row, and the same for each of them: the only way for units to meet in a page."""
+    if isinstance(a, Symbol):
+        return a.apply("mean")
+    return np.mean(a, -1, keepdims=True) if np.ndim(a) else a
+
+
+def centred(a):
+    """a less its mean over the units."""
+    return a - mean(a)
+
+
+def scaled(*values):
+    """The values, whose mean over all of them and all units is zero, divided by their standard deviation: a tuple."""
+    squares = reduce(add, (a * a for a in values))
+    r = rsqrt(mean(squares * (1 / len(values)) if len(values) > 1 else squares) + EPSILON)
+    return tuple(a * r for a in values)
 
 
 def log_sigmoid(a):

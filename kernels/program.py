@@ -21,11 +21,11 @@ are placed next to each other, and the call takes the whole block. The arrays, b
     q0 q1 ...     gradients of the states after            e0 e1 ...     gradients of the states before
     d  [G+n, H, B]  gate gradients: `d[:G]` those of x, in inputs order; `d[n:]` those of h, in recurrent order
     m  [E, H, B]  what the page takes beside these         g  [learned, H, B]  gradients of the first of them
-    w             temporaries
+    w             temporaries                              u  [rows, 1, B]  those that are the same for all units
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
@@ -79,7 +79,8 @@ class Program:
     """Calls, in order, on `arrays`."""
 
     calls: tuple[str, ...]
-    rows: int  # temporaries
+    rows: int  # temporaries ...
+    shared: int  # ... and those that are the same for all units
     arrays: tuple[str, ...]
     constants: tuple[float, ...]
     written: frozenset[str]  # which of the arrays the calls write, e.g. {"e1"}: a zero gradient writes nothing
@@ -87,9 +88,9 @@ class Program:
     def bind(self, row: tuple[int, int], dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
         """A function that runs the calls on rows of that shape. `fixed` gives the arrays that stay the same ones from
         instant to instant; the others are the function's arguments, in the order of `arrays`."""
-        temporaries = np.empty((self.rows, *row), dtype)
+        temporaries = np.empty((self.rows, *row), dtype), np.empty((self.shared, 1, row[1]), dtype)
         constants = [np.array(value, dtype) for value in self.constants]  # a scalar would be made one at every call
-        return factory(self, tuple(fixed))(temporaries, *fixed.values(), *constants)
+        return factory(self, tuple(fixed))(*temporaries, *fixed.values(), *constants)
 
 
 @cache
@@ -97,14 +98,14 @@ def factory(program: Program, fixed: tuple[str, ...]) -> Callable[..., Callable[
     """The program as Python: a function of the arrays that stay, which slices them once and gives one of those that
     change. For the LSTM `factory(...).text` begins
 
-        def bind(w, h, b, v, c0):
+        def bind(w, u, h, b, v, c0):
             h_0_4 = h[0:4]
             v_0_4 = v[0:4]
             ...
             def run(x, s0, s1, n0, n1):
                 add(x[0:4], h_0_4, v_0_4)
     """
-    stay = ("w", *fixed)
+    stay = ("w", "u", *fixed)
     views: dict[str, str] = {}
 
     def name(operand: str) -> str:
@@ -134,6 +135,8 @@ CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
     **{name: getattr(np, name) for name in ("add", "subtract", "multiply", "divide", "negative", "tanh", "exp", "log")},
     "maximum": lambda a, b, out: np.maximum(a, b, out=out),  # the only one that NumPy wants to be told by keyword
     "positive": lambda a, out: np.greater(a, 0, out=out),
+    "rsqrt": lambda a, out: np.divide(1, np.sqrt(a, out), out),
+    "mean": lambda a, out: np.divide(np.add.reduce(a, -2, keepdims=True), a.shape[-2], out),
     "where": lambda c, a, b, out: np.copyto(out, np.where(np.greater(c, 0), a, b)),
     "copy": lambda a, out: np.copyto(out, a),
 }
@@ -238,15 +241,16 @@ def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], lat
     for node in graph.nodes.values():
         if node.op == "input":
             where[node] = (node.operands[0], node.operands[1] if len(node.operands) > 1 else None)
-    copies = []  # an input that is also an output, or an output that stands in two places
+    copies = []  # an input that is also an output, an output that stands in two places, or one for all units
     for place, value in places.items():
-        if value in where or value.op == "constant":
+        if value in where or value.uniform:
             copies.append((place, value))
         else:
             where[value] = place
     groups = [members for _, members in sorted(levels(graph, set(places.values()), late).items())]
     compute_in_place(groups, where)
-    rows = place_temporaries(groups, where)
+    copied = [value for _, value in copies if value not in where and value.op != "constant"]
+    rows, shared = place_temporaries(groups, where, copied)
     constants: list[float] = []
     calls = []
     for members in groups:
@@ -257,10 +261,10 @@ def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], lat
     for place, value in copies:
         calls.append(f"copy({block([value], where, constants)}, {reference(place)})")
     written = frozenset(array for array, _ in places)
-    return Program(tuple(calls), rows, arrays, tuple(constants), written)
+    return Program(tuple(calls), rows, shared, arrays, tuple(constants), written)
 
 
-def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str], list[Symbol]]:
+def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str, bool], list[Symbol]]:
     """Operations that can be done at the same time and are the same, as groups in an order that computes."""
     needed = set()
     for node in reversed(graph.nodes.values()):
@@ -274,10 +278,10 @@ def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str
     else:
         for node in graph.nodes.values():
             level[node] = max((level[operand] for operand in operands(node)), default=0) + 1
-    grouped: dict[tuple[int, str], list[Symbol]] = {}
+    grouped: dict[tuple[int, str, bool], list[Symbol]] = {}
     for node in graph.nodes.values():
         if node in needed and operands(node):
-            grouped.setdefault((level[node], node.op), []).append(node)
+            grouped.setdefault((level[node], node.op, node.uniform), []).append(node)
     return grouped
 
 
@@ -285,38 +289,48 @@ def compute_in_place(groups: list[list[Symbol]], where: dict[Symbol, Place]) -> 
     """Let a value that only one operation reads live where that operation's result will stand."""
     uses = Counter(operand for members in groups for node in members for operand in node.operands)
     for node in (node for members in reversed(groups) for node in members):
-        free = [o for o in node.operands if o not in where and o.op != "constant" and uses[o] == 1]
+        free = [o for o in node.operands if o not in where and not o.uniform and uses[o] == 1]
         if node in where and free:
             where[free[0]] = where[node]
 
 
-def place_temporaries(groups: list[list[Symbol]], where: dict[Symbol, Place]) -> int:
-    """Give every temporary a row of w: operands of one group side by side, rows of the dead used again. -> rows."""
+def place_temporaries(groups: list[list[Symbol]], where: dict[Symbol, Place], copied: list[Symbol]) -> tuple[int, int]:
+    """Give every temporary a row of w, or of u if it is the same for all units: operands of one group side by side,
+    rows of the dead used again. `copied` are read at the end. -> rows of each
+    """
     bundles: list[list[Symbol]] = []
-    for members in reversed(groups):
-        members = sorted(members, key=lambda node: key(where[node]))
-        for j in range(len(members[0].operands)):
-            bundle = [o for o in dict.fromkeys(node.operands[j] for node in members)
-                      if o not in where and o.op != "constant"]  # fmt: skip
+
+    def place(values: Iterable[Symbol]) -> None:
+        for uniform in (False, True):
+            bundle = [o for o in values if o not in where and o.op != "constant" and o.uniform == uniform]
             for row, node in enumerate(bundle):
                 where[node] = (f"bundle{len(bundles)}", row)
             if bundle:
                 bundles.append(bundle)
+
+    place(copied)
+    for members in reversed(groups):
+        members = sorted(members, key=lambda node: key(where[node]))
+        for j in range(len(members[0].operands)):
+            place(dict.fromkeys(node.operands[j] for node in members))
     made = {node: at for at, members in enumerate(groups) for node in members}
     last_use = {operand: at for at, members in enumerate(groups) for node in members for operand in node.operands}
-    placed: list[tuple[int, int, int, int]] = []  # first row, past the last row, born, dead
+    last_use |= dict.fromkeys(copied, len(groups))
+    placed: dict[str, list[tuple[int, int, int, int]]] = {"w": [], "u": []}  # first row, past the last, born, dead
     for bundle in sorted(bundles, key=lambda bundle: min(made[node] for node in bundle)):
+        letter = "u" if bundle[0].uniform else "w"
         born, dead = min(made[node] for node in bundle), max(last_use[node] for node in bundle)
-        taken = sorted(span[:2] for span in placed if span[2] <= dead and born <= span[3])
+        taken = sorted(span[:2] for span in placed[letter] if span[2] <= dead and born <= span[3])
         row = 0
         for start, end in taken:
             if row + len(bundle) <= start:
                 break
             row = max(row, end)
-        placed.append((row, row + len(bundle), born, dead))
+        placed[letter].append((row, row + len(bundle), born, dead))
         for k, node in enumerate(bundle):
-            where[node] = ("w", row + k)
-    return max((end for _, end, _, _ in placed), default=0)
+            where[node] = (letter, row + k)
+    rows, shared = (max((end for _, end, _, _ in spans), default=0) for spans in placed.values())
+    return rows, shared
 
 
 def runs(members: list[Symbol], where: dict[Symbol, Place]) -> Iterator[list[Symbol]]:

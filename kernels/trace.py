@@ -1,4 +1,7 @@
-"""Reads a cell's page: runs it once on symbols and keeps what it did, as a graph of elementwise operations.
+"""Reads a cell's page: runs it once on symbols and keeps what it did, as a graph of operations.
+
+All are elementwise but one: a mean is that over all units of a batch row, the same for each of them. What waits for
+means, and for how many of them one after the other, every symbol knows.
 
 From that graph follow the NumPy backend's preallocated calls (`program.py`), the Triton functions and the CUDA struct
 (`emit.py`), a gradient for a page without one (`derive.py`), facts about a cell that its page need not repeat, such as
@@ -12,17 +15,20 @@ from typing import Any
 # Every operation a page can be made of, and how many operands it has.
 ARITY = {
     "add": 2, "subtract": 2, "multiply": 2, "divide": 2, "maximum": 2,
-    "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "positive": 1, "where": 3,
+    "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "rsqrt": 1, "positive": 1, "where": 3, "mean": 1,
 }  # fmt: skip
 
 
 class Symbol:
     """A value of the page while it is traced. Equal operations on equal operands are one symbol."""
 
-    __slots__ = ("graph", "op", "operands")
+    __slots__ = ("graph", "level", "op", "operands", "uniform")
 
     def __init__(self, graph: "Graph", op: str, operands: tuple):
         self.graph, self.op, self.operands = graph, op, operands
+        met = [operand for operand in operands if isinstance(operand, Symbol)]
+        self.level: int = max((operand.level for operand in met), default=0) + (op == "mean")  # of means in a row
+        self.uniform: bool = op in ("mean", "constant") or (bool(met) and all(o.uniform for o in met))  # over the units
 
     def apply(self, op: str, *others: "Symbol | float") -> "Symbol":
         return self.graph.node(op, self, *map(self.graph.symbol, others))

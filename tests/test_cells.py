@@ -134,17 +134,18 @@ def test_every_operation_of_a_page_compiles(rng):
         values = (
             a + b, 1 + a, a - b, 1 - a, a * b, 2 * a, a / (3 + b * b), 1 / (3 + a * a), -a, m.sigmoid(a + b),
             m.tanh(a), m.exp(a), m.log(1 + a * a), m.maximum(a, b), m.maximum(0.5, a), m.relu(b), m.positive(a),
-            m.where(a, b, 0.5),
+            m.where(a, b, 0.5), m.rsqrt(1 + a * a), m.mean(a), a * m.mean(a * b) - m.exp(m.mean(b)),
         )  # fmt: skip
-        return values, (a, values[0])
+        return values, (a, values[0], values[-2], m.sigmoid(m.mean(a)))
 
-    cell = cells.Cell("everything", "a", "h" * 18, page, page, 2, (True,))
+    cell = cells.Cell("everything", "a", "h" * 21, page, page, 4, (True,))
     x, h = rng.standard_normal((1, 2, 3)), rng.standard_normal((1, 2, 3))
     bias = rng.standard_normal((1, 2, 3))
-    expected, saved = page(x, h + bias, [None])
-    after, v = [np.full((2, 3), np.nan) for _ in expected], np.full((2, 2, 3), np.nan)
+    outputs = page(np.swapaxes(x, 1, 2), np.swapaxes(h + bias, 1, 2), [None])  # units on the last axis
+    expected, saved = ([np.broadcast_to(value, (3, 2)).T for value in group] for group in outputs)
+    after, v = [np.full((2, 3), np.nan) for _ in expected], np.full((4, 2, 3), np.nan)
     compiled = program.step_program(cell)
-    compiled.bind((2, 3), np.dtype("float64"), h=h, b=bias, v=v)(x, *[np.nan] * 18, *after)
+    compiled.bind((2, 3), np.dtype("float64"), h=h, b=bias, v=v)(x, *[np.nan] * 21, *after)
     for ours, exact in zip([*after, *v], [*expected, *(saved[k] for k in program.saved_order(cell))]):
         np.testing.assert_allclose(ours, exact, rtol=1e-14)
     used = {node.op for node in trace(page, x=1, h=1, state=1).nodes.values()} - {"input", "constant"}

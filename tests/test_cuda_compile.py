@@ -58,7 +58,9 @@ def test_ragged(name, storage, product, record_property):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("name", ["lstm+dropout+given+hold+reset+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole"])
+@pytest.mark.parametrize(
+    "name", ["lstm+dropout+given+hold+reset+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole", "gru+norm"]
+)
 @pytest.mark.parametrize(("storage", "product"), DTYPES[1:])
 def test_woven(arch, name, storage, product, record_property):
     check(arch, name, storage, product, 64, record_property)
@@ -70,5 +72,5 @@ def test_errors_name_the_file():
         "stepwise_forward", cells.get("gru"), B=1, H=1, R=1, storage="float32", product="float32", addresses=()
     )
     source = launch.unit.source.replace("const real t8 = tanh(", "const real t8 = tanh_of(")
-    with pytest.raises(nvrtc.CompileError, match=r'cell gru\(13\).*"tanh_of" is undefined'):
+    with pytest.raises(nvrtc.CompileError, match=r'cell gru\(14\).*"tanh_of" is undefined'):
         nvrtc.compile(source, "sm_90", [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)])

@@ -17,7 +17,7 @@ from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.functional import ShapeError
 from gpu_rnn.kernels import cells, check
 from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.kernels.mathematics import log, log_sigmoid, maximum, sigmoid, tanh, where
+from gpu_rnn.kernels.mathematics import exp, log, log_sigmoid, maximum, mean, sigmoid, tanh, where
 from gpu_rnn.problem import Options, Weights
 
 from . import on_host, own, woven
@@ -166,6 +166,21 @@ def test_a_page_where_pages_stand_runs_with_gradients(mgu, rng):
         return y, hT
 
     assert torch.autograd.gradcheck(run, tensors)
+
+
+def test_units_meet_in_a_mean(forgotten):
+    def step(x, h, state):
+        e = exp(tanh(x[0] + h[0]))
+        return (e / mean(e) + 0.5 * state[0],)
+
+    cls = gpu_rnn.cell(step, gates="a", states="h", name="competing", check=True)
+    layer = cls(3, 4, dtype=torch.float64)
+    x, h = torch.randn(2, 1, 2, 3, dtype=torch.float64)[0], torch.zeros(1, 2, 4, dtype=torch.float64)
+    y, _ = layer(x)
+    a = torch.nn.RNN(3, 4, dtype=torch.float64)
+    a.load_state_dict(layer.state_dict())
+    assert torch.allclose(y, 4 * torch.softmax(a(x, h)[0], -1))
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x.requires_grad_())
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

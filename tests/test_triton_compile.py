@@ -36,7 +36,7 @@ def extra(cell, real):
 def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
     cell, array = cells.get(name), STORED[dtype]
     real = STORED["float64" if dtype == "float64" else "float32"]
-    block_b, block_h, num_warps = plans.instant(H)
+    block_b, block_h, num_warps = plans.instant(H, whole=cell.meets)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
         kernel, page = stepwise.grad_kernel, backend.differentiating(cell)
@@ -91,7 +91,10 @@ ALL = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
 
 
 @BACKWARD
-@pytest.mark.parametrize(("name", "dtype"), [(ALL, "bfloat16"), (ALL, "float64"), ("gru+hold+reset", "float32")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(ALL, "bfloat16"), (ALL, "float64"), ("gru+hold+reset", "float32"), ("lstm+norm", "bfloat16")],
+)
 def test_an_instant_of_a_woven_cell(monkeypatch, name, dtype, backward):
     binary = compiled_instant(monkeypatch, 90, name, dtype, 100, backward)
     gpuless.check(binary, 90, products=False)
@@ -131,6 +134,8 @@ def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
         (ALL, "float32", 64),
         ("gru+hold+reset", "bfloat16", 100),
         ("rnn_tanh+reset", "float16", 252),
+        ("lstm+norm", "bfloat16", 64),
+        ("gru+norm", "float32", 32),
     ],
 )
 def test_a_sequence_of_a_woven_cell(monkeypatch, name, dtype, H, backward):

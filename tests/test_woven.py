@@ -8,11 +8,13 @@ from gpu_rnn.backends import cuda, sequence, stepwise
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.cuda import stepwise as plans
 
 from . import on_host, woven
 from .host import runtime
 
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
+NORMED = pytest.mark.parametrize("options", woven.NORMED.values(), ids=woven.NORMED)
 OPTIONS = pytest.mark.parametrize("options", woven.OPTIONS.values(), ids=woven.OPTIONS)
 on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 
@@ -88,3 +90,35 @@ def test_numpy(name, options, reverse):
     for B, rows, P in ((3, None, None), (2, 1, None), (1, None, projected)):
         made = woven.drawn(name, options, "float32", 5, B, 4, 6, P, rows=rows, reverse=reverse)
         woven.check(made, made.case.run(oracle.forward, oracle.backward))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@NORMED
+def test_numpy_with_layer_normalization(name, options):
+    for dtype, B, H, reverse in (("float32", 3, 6, False), ("float32", 1, 5, True), ("bfloat16", 2, 4, False)):
+        made = woven.drawn(name, options, dtype, 5, B, 4, H, reverse=reverse)
+        woven.check(made, made.case.run(oracle.forward, oracle.backward))
+
+
+@on_host_runtime
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@NORMED
+def test_cuda_stepwise_with_layer_normalization(name, options):
+    for dtype, H in (("float32", 8), ("bfloat16", 3)) if name == "lstm" else (("float16", 66),):
+        made = woven.drawn(name, options, dtype, 4, 3, 4, H, reverse=name == "gru")
+        woven.check(made, by_steps(made.case))
+
+
+@on_host_runtime
+def test_rows_longer_than_a_block_can_see_at_once():
+    made = woven.drawn("gru", {"norm": True}, "float32", 2, 2, 3, 1030, rows=1)
+    woven.check(made, by_steps(made.case))
+
+
+@on_host_runtime
+@pytest.mark.parametrize("H", [6, 40])
+def test_more_rows_than_blocks(H, monkeypatch):
+    """A block takes several rows one after the other; nobody reads the sums of another one."""
+    monkeypatch.setattr(plans, "MAX_GRID_Y", 1)
+    made = woven.drawn("gru", {"norm": True}, "float32", 2, 70, 3, H)
+    woven.check(made, by_steps(made.case))

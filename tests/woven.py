@@ -23,6 +23,11 @@ OPTIONS = {
     "all": {"reset": True, "given": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)},
 }
 
+NORMED = {
+    "norm": {"norm": True},
+    "norm and all": OPTIONS["all"] | {"norm": True},
+}  # of the LSTM and the GRU
+
 
 class Woven(NamedTuple):
     case: Case  # its cell is the woven one, its weights have what that takes
@@ -70,7 +75,8 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
         seen = s[0] * rows["dropout"][:, :P] if "dropout" in options else s[0]
         a = x[t] @ w_ih.T + (0 if b_ih is None else b_ih)
         r = seen @ w_hh.T + (0 if b_hh is None else b_hh)
-        new = list(published(plain.name, a.chunk(plain.G, -1), r.chunk(plain.G, -1), s))
+        parts = a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
+        new = list(normalized(plain.name, *parts, rows) if "norm" in options else published(plain.name, *parts))
         zoneout = options.get("zoneout", ())
         if options.get("mean"):
             new = [p * old + (1 - p) * n for p, old, n in zip(zoneout, s, new)]
@@ -106,6 +112,23 @@ def published(name, x, h, state):
     i, f, g, o = x[0] + h[0], x[1] + h[1], x[2] + h[2], x[3] + h[3]
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def normalized(name, x, h, state, rows):
+    """The same with layer normalization, where x is normalized already and the means of h are taken for zero."""
+
+    def scaled(*values):
+        together = torch.cat(values, -1)
+        return (together / torch.sqrt((together * together).mean(-1, keepdim=True) + 1e-5)).chunk(len(values), -1)
+
+    if name == "gru":
+        (r, z), (n,) = scaled(*h[:2]), scaled(h[2])
+        h = rows["r_gain"] * r, rows["z_gain"] * z, rows["n_gain"] * n + rows["n_bias"]
+        return published(name, x, h, state)
+    h = [rows[f"{gate}_gain"] * value for gate, value in zip("ifgo", scaled(*h))]
+    _, c = published(name, x, h, state)
+    shown = torch.nn.functional.layer_norm(c, c.shape[-1:]) * rows["c_gain"] + rows["c_bias"]
+    return torch.sigmoid(x[3] + h[3]) * torch.tanh(shown), c
 
 
 def check(woven: Woven, results: dict) -> None:

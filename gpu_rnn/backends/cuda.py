@@ -109,6 +109,8 @@ def residence_of(
     why: list[str] = []
     if problem.P is not None:
         why.append("a projection is one more product per step")
+    if problem.cell.meets:
+        why.append("its page takes means over all units at every step, which blocks don't exchange")
     if problem.T < LEAST_INSTANTS:
         why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay packing the weights")
     if why:

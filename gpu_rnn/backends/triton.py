@@ -222,7 +222,7 @@ def bind(cell: Cell, given: stepwise.Step | stepwise.Grad) -> Callable[..., None
         kernel, page, gates, real = grad_kernel, differentiating(cell), given.dxg, given.dh
     _, B, _, H = gates.shape
     R = 1 if given.units is None else given.units.shape[1]
-    block_b, block_h, num_warps = plans.instant(H)
+    block_b, block_h, num_warps = plans.instant(H, whole=cell.meets)
     grid = (-(-B // block_b), -(-H // block_h), 1)
     constants = (*page, getattr(tl, arrays.dtype(real)), block_b, block_h)
     binary = None

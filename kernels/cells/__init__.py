@@ -51,6 +51,7 @@ class Cell:
     flags: tuple[str, ...] = ()  # 0 or 1 for every instant and batch row, next in `extra`
     uniforms: int = 0  # random numbers in [0, 1), new ones for every instant, row and unit; last in `extra`
     operand: Callable | None = None  # (h, extra) -> what the recurrent weights see in the place of h
+    together: tuple[str, ...] = ()  # gates of which all units' parts are normalized together, by a page that does
 
     @property
     def G(self) -> int:
@@ -63,6 +64,11 @@ class Cell:
     @property
     def K(self) -> int:
         return self.saved
+
+    @property
+    def meets(self) -> bool:
+        """Whether units meet: the page takes means."""
+        return any(node.op == "mean" for graph in (step_graph(self), grad_graph(self)) for node in graph.nodes.values())
 
     @property
     def E(self) -> int:
@@ -90,6 +96,9 @@ def get(name: str) -> Cell:
     if own:
         gates, units, step = page.variant(**own)
         cell = made(name, gates, page.STATES, step, None, units)
+        if "norm" in own:
+            groups = ("".join(gate for gate in group if gate in gates) for group in page.TOGETHER)
+            cell = replace(cell, together=tuple(groups))
     else:
         cell = get(base)
     return woven(name, cell, **options) if options else cell

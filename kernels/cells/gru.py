@@ -18,9 +18,11 @@ Backwards, with dh' arriving:
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import sigmoid, tanh
+from ..mathematics import scaled, sigmoid, tanh
 
 GATES, STATES = "rzn", "h"
+VARIANTS = ("norm",)
+TOGETHER = ("rz", "n")  # gates that are normalized together
 
 
 def step(x, h, state):
@@ -37,3 +39,23 @@ def grad(dnew, new, state, saved):
     dr = dn * q * (r * (1 - r))
     dz = dh * (state[0] - n) * (z * (1 - z))
     return (dr, dz, dn), (dr, dz, dn * r), (dh * z,)
+
+
+def variant(norm=True):
+    """The page with
+
+    norm      layer normalization (Ba, Kiros & Hinton 2016): each unit's h over the standard deviation of all units',
+              for r and z together, times a gain; that of n with its bias, which r meets as well. x is normalized
+              already, with all other biases in it. The mean of h over the same gates and all units is zero, as it is
+              where every column of their rows of R has mean zero.
+
+    -> gates, names of what there is per unit, step; its gradient is derived
+    """
+
+    def normalized(x, h, state, extra):
+        of_r, of_z, of_n, bias = extra
+        (h_r, h_z), (h_n,) = scaled(*h[:2]), scaled(h[2])
+        new, _ = step(x, (of_r * h_r, of_z * h_z, of_n * h_n + bias), state)
+        return new
+
+    return GATES, ("r_gain", "z_gain", "n_gain", "n_bias"), normalized

@@ -18,10 +18,11 @@ Backwards, with dh' and dc' arriving:
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import maximum, minimum, sigmoid, tanh
+from ..mathematics import centred, maximum, minimum, scaled, sigmoid, tanh
 
 GATES, STATES = "ifgo", "hc"
-VARIANTS = ("peephole", "coupled", "clip")
+VARIANTS = ("peephole", "coupled", "clip", "norm")
+TOGETHER = (GATES,)  # gates that are normalized together
 
 
 def step(x, h, state):
@@ -46,22 +47,28 @@ def grad(dnew, new, state, saved):
     return da, da, (0.0, dc * f)
 
 
-def variant(peephole=False, coupled=False, clip=()):
+def variant(peephole=False, coupled=False, clip=(), norm=False):
     """The page with any of
 
     peephole  gates that see the cell state (Gers & Schmidhuber 2000), by weights p of which every unit has its own:
               i = sigmoid(x_i + h_i + p_i c), f = sigmoid(x_f + h_f + p_f c), o = sigmoid(x_o + h_o + p_o c')
     coupled   one gate for two (CIFG; Greff et al. 2017): f = 1 - i, and neither weights nor p for f
     clip      a bound for the cell state, before anything sees it (Sak et al. 2014): c' = min(max(c', -clip), clip)
+    norm      layer normalization (Ba, Kiros & Hinton 2016): each unit's h over the standard deviation of all gates' and
+              units', times a gain; and h' = o tanh(LN(c')). x is normalized already, with all biases in it. The mean of
+              h over all gates and units is zero, as it is where every column of R has mean zero.
 
     -> gates, names of what there is per unit, step; its gradient is derived
     """
     gates = "igo" if coupled else "ifgo"
     units = tuple(gate for gate in gates if gate != "g") if peephole else ()
+    units += (*(f"{gate}_gain" for gate in gates), "c_gain", "c_bias") if norm else ()
 
     def step(x, h, state, extra=()):
-        a = {gate: x[k] + h[k] for k, gate in enumerate(gates)}
         p = dict(zip(units, extra))
+        if norm:
+            h = [p[f"{gate}_gain"] * value for gate, value in zip(gates, scaled(*h))]
+        a = {gate: x[k] + h[k] for k, gate in enumerate(gates)}
 
         def gate(name, c):
             return sigmoid(a[name] + p[name] * c if peephole else a[name])
@@ -71,6 +78,10 @@ def variant(peephole=False, coupled=False, clip=()):
         c = f * state[1] + i * tanh(a["g"])
         for bound in clip:
             c = minimum(maximum(c, -bound), bound)
-        return gate("o", c) * tanh(c), c
+        shown = c
+        if norm:
+            (shown,) = scaled(centred(c))
+            shown = p["c_gain"] * shown + p["c_bias"]
+        return gate("o", c) * tanh(shown), c
 
     return gates, units, step

@@ -43,6 +43,10 @@ DEVICE double reciprocal(double a) { return 1 / a; }
 // exp overflows to infinity for a < -88, and the result is 0, as it should be.
 DEVICE real sigmoid(real a) { return reciprocal(1 + exp(-a)); }
 
+#if GPU_RNN_ON_HOST
+DEVICE real rsqrt(real a) { return 1 / std::sqrt(a); }
+#endif  // CUDA's own has 2 ulp for float and 1 for double
+
 // The larger of the two; NaN wins.
 DEVICE real maximum(real a, real b) { return a > b || a != a ? a : b; }
 

@@ -2,8 +2,9 @@
 
 from functools import cache
 
-from ..cells import Cell, grad_graph, operand_grad_graph, operand_graph, step_graph
+from ..cells import Cell, operand_grad_graph, operand_graph
 from ..emit import assignments
+from ..levels import Cut, grad_cut, step_cut
 from ..trace import Graph
 
 
@@ -13,27 +14,32 @@ def page(cell: Cell) -> str:
 
     struct Cell {
         enum { G = 4, S = 2, K = 4, PER_UNIT = 0, LEARNED = 0, FLAGS = 0, UNIFORMS = 0, OPERAND = 0 };
+        enum { STEP_LEVELS = 0, STEP_MEANS = 0, GRAD_LEVELS = 0, GRAD_MEANS = 0 };
         DEVICE static void step(const real* x, const real* h, real* state, real* saved,
-                                const real* extra = nullptr) {
+                                const real* extra = nullptr, const real* means = nullptr) {
             const real x_0 = x[0];
     """
     sizes = {"G": cell.G, "S": cell.S, "K": cell.K, "PER_UNIT": len(cell.units), "LEARNED": cell.learned}
     sizes |= {"FLAGS": len(cell.flags), "UNIFORMS": cell.uniforms, "OPERAND": int(cell.operand is not None)}
-    step = body(step_graph(cell), "state", "saved")
-    grad = body(grad_graph(cell), "dx", "dh", "dstate", "dunits")
+    step, grad = step_cut(cell), grad_cut(cell)
+    meeting = {"STEP_LEVELS": len(step.levels), "STEP_MEANS": step.before[-1]}
+    meeting |= {"GRAD_LEVELS": len(grad.levels), "GRAD_MEANS": grad.before[-1]}
     operand, operand_grad = body(operand_graph(cell), "h"), body(operand_grad_graph(cell), "dnew", "dunits")
     lines = [
         "struct Cell {",
         f"    enum {{ {', '.join(f'{name} = {size}' for name, size in sizes.items())} }};",
+        f"    enum {{ {', '.join(f'{name} = {size}' for name, size in meeting.items())} }};",
         "    DEVICE static void step(const real* x, const real* h, real* state, real* saved,",
-        "                            const real* extra = nullptr) {",
-        *step,
+        "                            const real* extra = nullptr, const real* means = nullptr) {",
+        *body(step.page, "state", "saved"),
         "    }",
         "    DEVICE static void grad(const real* dnew, const real* next, const real* state, const real* saved,",
         "                            real* dx, real* dh, real* dstate, real* dunits = nullptr,",
-        "                            const real* extra = nullptr) {",
-        *grad,
+        "                            const real* extra = nullptr, const real* means = nullptr) {",
+        *body(grad.page, "dx", "dh", "dstate", "dunits"),
         "    }",
+        *meeting_units("step", "const real* x, const real* h, const real* state", step),
+        *meeting_units("grad", "const real* dnew, const real* next, const real* state, const real* saved", grad),
         "    DEVICE static void operand(real* h, const real* extra) {",
         *operand,
         "    }",
@@ -43,6 +49,18 @@ def page(cell: Cell) -> str:
         "};\n",
     ]
     return "\n".join(lines)
+
+
+def meeting_units(name: str, arguments: str, cut: Cut) -> list[str]:
+    """A level's values, and how many means there are before it."""
+    lines = [f"    DEVICE static constexpr int {name}_before(int level) {{"]
+    lines += [f"        if (level == {level}) return {count};" for level, count in enumerate(cut.before[:-1])]
+    lines += [f"        return {cut.before[-1]};", "    }"]
+    lines += [f"    DEVICE static void {name}_level(int level, {arguments},"]
+    lines += ["                                  const real* extra, const real* means, real* values) {"]
+    for level, graph in enumerate(cut.levels):
+        lines += [f"        if (level == {level}) {{", *(f"    {line}" for line in body(graph, "values")), "        }"]
+    return [*lines, "    }"]
 
 
 def body(graph: Graph, *results: str) -> list[str]:

@@ -5,9 +5,14 @@
 // gradient; and the mirror of that. gpu_rnn/backends/stepwise.py walks through time.
 //
 // A thread owns UNITS hidden units side by side, of one batch row after another; a block has x over units and y over
-// rows. Units never meet here, so there is no shared memory, no barrier and no atomic: two runs are bitwise equal.
+// rows. Where units never meet there is no shared memory, no barrier and no atomic: two runs are bitwise equal.
 // UNITS is 16 bytes of `real`, where H is a multiple of that and all arrays are aligned: states, histories and
 // products then move as 128 bits. Wider halves would leave too few threads in the small batches that this serves.
+//
+// Where the page takes means, a block owns whole rows, with as many turns as it takes, and goes through them once for
+// each level of means and once more for the page. What an instant needs is then read again, from the nearest cache: in
+// registers it would limit H. The sums are added up in a fixed order. UNITS is half of that, as such a page has more
+// values at hand.
 //
 // Not the obvious: the weights could stay on the chip (resident.cu) and the product could be fused with this; both need
 // sizes that fit. Limits: none but memory; offsets are 64 bits.
@@ -23,7 +28,8 @@ using product = PRODUCT;
 constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
 constexpr int K_OR_1 = K > 0 ? K : 1;  // an array has an element
 constexpr int LEARNED = Cell::LEARNED, LEARNED_OR_1 = LEARNED > 0 ? LEARNED : 1;
-constexpr int THREADS = 128;           // of a block, at most
+constexpr bool MEETS = Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0;
+constexpr int THREADS = MEETS ? 256 : 128;  // of a block, at most
 
 // ---- A thread's units ----------------------------------------------------------------------------------------------
 
@@ -67,6 +73,41 @@ DEVICE long long first_unit() { return (static_cast<long long>(blockIdx.x) * blo
 DEVICE long long first_row() { return static_cast<long long>(blockIdx.y) * blockDim.y + threadIdx.y; }
 DEVICE long long rows_apart() { return static_cast<long long>(gridDim.y) * blockDim.y; }
 
+// Go through the units of this thread: one pack, or those that it has of a row that is the block's.
+template <class Body>
+DEVICE void each_unit(long long H, Body body) {
+    if constexpr (MEETS) {
+#pragma unroll 1
+        for (long long unit = threadIdx.x * UNITS; unit < H; unit += blockDim.x * UNITS) body(unit);
+    } else {
+        body(first_unit());
+    }
+}
+
+// Make means [first, last) of the sums of each thread's own units, over the H units of each of the block's rows; all
+// threads take part. Calls alternate between two places: one is read before the one after the next is written.
+DEVICE void average(real* means, int first, int last, long long H, bool odd) {
+    constexpr int STEP = Cell::STEP_MEANS, GRAD = Cell::GRAD_MEANS, N = STEP > GRAD ? STEP : GRAD;
+    using Parts = real[2][N > 0 ? N : 1][THREADS / 32];
+    SHARED(Parts, parts);
+    const int across = min(32u, blockDim.x), warps = blockDim.x / 32, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    for (int n = first; n < last; ++n)
+        for (int lanes = across / 2; lanes > 0; lanes /= 2) means[n] += __shfl_xor_sync(~0u, means[n], lanes);
+    if (warps > 1) {  // to a row
+        if (thread % 32 == 0)
+            for (int n = first; n < last; ++n) parts[odd][n][thread / 32] = means[n];
+        __syncthreads();
+        for (int n = first; n < last; ++n) {
+            means[n] = 0;
+            for (int warp = 0; warp < warps; ++warp) means[n] += parts[odd][n][threadIdx.y * warps + warp];
+        }
+    }
+    for (int n = first; n < last; ++n) means[n] /= H;
+}
+
+// Whether there is a batch row left for this thread, or, where rows are a block's, for the block.
+DEVICE bool left(long long b, long long B) { return (MEETS ? b - threadIdx.y : b) < B; }
+
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
@@ -82,43 +123,73 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
     long long B, long long H, long long rows, long long t, long long before, long long after,
     long long following) {  // the instant computed after t, or -1
     const Extra extra{units, flags, seed, B, H, rows};
-    const long long unit = first_unit();
-    if (unit >= H) return;
-#pragma unroll 1  // rarely more than one turn
-    for (long long b = first_row(); b < B; b += rows_apart()) {
+    struct Given {
+        real x[UNITS][G], r[UNITS][G], state[UNITS][S];
+    };
+    auto take = [&](Given& its, long long b, long long unit) {
         const long long row = t * B + b;
-        real x[UNITS][G], r[UNITS][G], state[UNITS][S], kept[UNITS][K_OR_1];
         for (int g = 0; g < G; ++g) {
-            load(x, g, xg + (row * G + g) * H + unit);
-            load(r, g, hg + (b * G + g) * H + unit);
-            if (b_hh != nullptr) add(r, g, b_hh + g * H + unit);
+            load(its.x, g, xg + (row * G + g) * H + unit);
+            load(its.r, g, hg + (b * G + g) * H + unit);
+            if (b_hh != nullptr) add(its.r, g, b_hh + g * H + unit);
         }
-        load(state, 0, h + b * H + unit);
-        for (int s = 1; s < S; ++s) load(state, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
-
-        real more[UNITS][EXTRA_OR_1];
-        for (int u = 0; u < UNITS; ++u) {
-            extra.of_unit(more[u], b, unit + u);
-            extra.flags_of(more[u], extra.bits(t, b));
-            extra.uniforms_of(more[u], t, b, unit + u);
-            Cell::step(x[u], r[u], state[u], kept[u], more[u]);
+        load(its.state, 0, h + b * H + unit);
+        for (int s = 1; s < S; ++s) load(its.state, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
+    };
+    auto take_more = [&](real more[EXTRA_OR_1], long long b, long long unit) {
+        extra.of_unit(more, b, unit);
+        extra.flags_of(more, extra.bits(t, b));
+        extra.uniforms_of(more, t, b, unit);
+    };
+    bool odd = false;
+    if (!MEETS && first_unit() >= H) return;
+#pragma unroll 1  // rarely more than one turn
+    for (long long b = first_row(); left(b, B); b += rows_apart()) {
+        real means[Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1];
+#pragma unroll
+        for (int level = 0; level < Cell::STEP_LEVELS; ++level) {
+            const int first = Cell::step_before(level), last = Cell::step_before(level + 1);
+            for (int n = first; n < last; ++n) means[n] = 0;
+            each_unit(b < B ? H : 0, [&](long long unit) {
+                Given its;
+                take(its, b, unit);
+                for (int u = 0; u < UNITS; ++u) {
+                    real more[EXTRA_OR_1], values[Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1];
+                    take_more(more, b, unit + u);
+                    Cell::step_level(level, its.x[u], its.r[u], its.state[u], more, means, values);
+                    for (int n = first; n < last; ++n) means[n] += values[n - first];
+                }
+            });
+            average(means, first, last, H, odd);
+            odd = !odd;
         }
-
-        store(y + row * H + unit, state, 0);
-        store(h + b * H + unit, state, 0);
-        for (int s = 1; s < S; ++s) store(others + ((after * (S - 1) + s - 1) * B + b) * H + unit, state, s);
-        if (saved != nullptr)
-            for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
-        if constexpr (Cell::OPERAND != 0) {
-            if (operand == nullptr || following < 0) continue;
+        each_unit(b < B ? H : 0, [&](long long unit) {
+            const long long row = t * B + b;
+            Given its;
+            real kept[UNITS][K_OR_1];
+            take(its, b, unit);
             for (int u = 0; u < UNITS; ++u) {
-                real again[EXTRA_OR_1];  // kept from above, these would take too many registers
-                extra.of_unit(again, b, unit + u);
-                extra.flags_of(again, extra.bits(following, b));
-                Cell::operand(state[u], again);
+                real more[EXTRA_OR_1];
+                take_more(more, b, unit + u);
+                Cell::step(its.x[u], its.r[u], its.state[u], kept[u], more, means);
             }
-            store(operand + b * H + unit, state, 0);
-        }
+
+            store(y + row * H + unit, its.state, 0);
+            store(h + b * H + unit, its.state, 0);
+            for (int s = 1; s < S; ++s) store(others + ((after * (S - 1) + s - 1) * B + b) * H + unit, its.state, s);
+            if (saved != nullptr)
+                for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
+            if constexpr (Cell::OPERAND != 0) {
+                if (operand == nullptr || following < 0) return;
+                for (int u = 0; u < UNITS; ++u) {
+                    real again[EXTRA_OR_1];  // kept from above, these would take too many registers
+                    extra.of_unit(again, b, unit + u);
+                    extra.flags_of(again, extra.bits(following, b));
+                    Cell::operand(its.state[u], again);
+                }
+                store(operand + b * H + unit, its.state, 0);
+            }
+        });
     }
 }
 EXPORT(stepwise_forward)
@@ -144,51 +215,82 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
     long long before, long long after,
     long long following) {  // the one after t, whose product gave `back`, or -1
     const Extra extra{units, flags, seed, B, H, rows};
-    const long long unit = first_unit();
-    if (unit >= H) return;
-#pragma unroll 1  // rarely more than one turn
-    for (long long b = first_row(); b < B; b += rows_apart()) {
-        const long long row = t * B + b;
+    struct Given {
         real dnew[UNITS][S], next[UNITS][S], last[UNITS][S], kept[UNITS][K_OR_1];
         real more[UNITS][EXTRA_OR_1], sums[UNITS][LEARNED_OR_1];
-        for (int u = 0; u < UNITS; ++u) extra.of_unit(more[u], b, unit + u);
-        for (int n = 0; n < LEARNED; ++n) load(sums, n, dunits + (n * B + b) * H + unit);
-        load(dnew, 0, back + b * H + unit);
+    };
+    auto take = [&](Given& its, long long b, long long unit) {
+        const long long row = t * B + b;
+        for (int u = 0; u < UNITS; ++u) extra.of_unit(its.more[u], b, unit + u);
+        for (int n = 0; n < LEARNED; ++n) load(its.sums, n, dunits + (n * B + b) * H + unit);
+        load(its.dnew, 0, back + b * H + unit);
         if (Cell::OPERAND && following >= 0) {
             for (int u = 0; u < UNITS; ++u) {
                 real parts[LEARNED_OR_1];
-                extra.flags_of(more[u], extra.bits(following, b));
-                Cell::operand_grad(dnew[u], parts, more[u]);
-                for (int n = 0; n < LEARNED; ++n) sums[u][n] += parts[n];
+                extra.flags_of(its.more[u], extra.bits(following, b));
+                Cell::operand_grad(its.dnew[u], parts, its.more[u]);
+                for (int n = 0; n < LEARNED; ++n) its.sums[u][n] += parts[n];
             }
         }
-        add(dnew, 0, dh + b * H + unit);
-        if (dy != nullptr) add(dnew, 0, dy + row * H + unit);
-        load(next, 0, y + row * H + unit);
-        load(last, 0, (previous < 0 ? h0 : y + previous * B * H) + b * H + unit);
+        add(its.dnew, 0, dh + b * H + unit);
+        if (dy != nullptr) add(its.dnew, 0, dy + row * H + unit);
+        load(its.next, 0, y + row * H + unit);
+        load(its.last, 0, (previous < 0 ? h0 : y + previous * B * H) + b * H + unit);
         for (int s = 1; s < S; ++s) {
-            load(dnew, s, dothers + ((s - 1) * B + b) * H + unit);
-            if (dhistory != nullptr) add(dnew, s, dhistory + ((t * (S - 1) + s - 1) * B + b) * H + unit);
-            load(next, s, others + ((after * (S - 1) + s - 1) * B + b) * H + unit);
-            load(last, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
+            load(its.dnew, s, dothers + ((s - 1) * B + b) * H + unit);
+            if (dhistory != nullptr) add(its.dnew, s, dhistory + ((t * (S - 1) + s - 1) * B + b) * H + unit);
+            load(its.next, s, others + ((after * (S - 1) + s - 1) * B + b) * H + unit);
+            load(its.last, s, others + ((before * (S - 1) + s - 1) * B + b) * H + unit);
         }
-        for (int k = 0; k < K; ++k) load(kept, k, saved + (row * K + k) * H + unit);
-
-        real dx[UNITS][G], dr[UNITS][G], dlast[UNITS][S];
-        for (int u = 0; u < UNITS; ++u) {
-            real parts[LEARNED_OR_1];
-            extra.flags_of(more[u], extra.bits(t, b));
-            extra.uniforms_of(more[u], t, b, unit + u);
-            Cell::grad(dnew[u], next[u], last[u], kept[u], dx[u], dr[u], dlast[u], parts, more[u]);
-            for (int n = 0; n < LEARNED; ++n) sums[u][n] += parts[n];
+        for (int k = 0; k < K; ++k) load(its.kept, k, saved + (row * K + k) * H + unit);
+    };
+    auto take_more = [&](real more[EXTRA_OR_1], long long b, long long unit) {
+        extra.flags_of(more, extra.bits(t, b));
+        extra.uniforms_of(more, t, b, unit);
+    };
+    bool odd = false;
+    if (!MEETS && first_unit() >= H) return;
+#pragma unroll 1  // rarely more than one turn
+    for (long long b = first_row(); left(b, B); b += rows_apart()) {
+        real means[Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1];
+#pragma unroll
+        for (int level = 0; level < Cell::GRAD_LEVELS; ++level) {
+            const int first = Cell::grad_before(level), last = Cell::grad_before(level + 1);
+            for (int n = first; n < last; ++n) means[n] = 0;
+            each_unit(b < B ? H : 0, [&](long long unit) {
+                Given its;
+                take(its, b, unit);
+                for (int u = 0; u < UNITS; ++u) {
+                    real values[Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1];
+                    take_more(its.more[u], b, unit + u);
+                    Cell::grad_level(
+                        level, its.dnew[u], its.next[u], its.last[u], its.kept[u], its.more[u], means, values);
+                    for (int n = first; n < last; ++n) means[n] += values[n - first];
+                }
+            });
+            average(means, first, last, H, odd);
+            odd = !odd;
         }
+        each_unit(b < B ? H : 0, [&](long long unit) {
+            const long long row = t * B + b;
+            Given its;
+            take(its, b, unit);
+            real dx[UNITS][G], dr[UNITS][G], dlast[UNITS][S];
+            for (int u = 0; u < UNITS; ++u) {
+                real parts[LEARNED_OR_1];
+                take_more(its.more[u], b, unit + u);
+                Cell::grad(its.dnew[u], its.next[u], its.last[u], its.kept[u], dx[u], dr[u], dlast[u], parts,
+                           its.more[u], means);
+                for (int n = 0; n < LEARNED; ++n) its.sums[u][n] += parts[n];
+            }
 
-        for (int n = 0; n < LEARNED; ++n) store(dunits + (n * B + b) * H + unit, sums, n);
-        store(dh + b * H + unit, dlast, 0);
-        for (int s = 1; s < S; ++s) store(dothers + ((s - 1) * B + b) * H + unit, dlast, s);
-        for (int g = 0; g < G; ++g) store(dxg + (row * G + g) * H + unit, dx, g);
-        if (dhg == nullptr) continue;
-        for (int g = 0; g < G; ++g) store(dhg + (row * G + g) * H + unit, dr, g);
+            for (int n = 0; n < LEARNED; ++n) store(dunits + (n * B + b) * H + unit, its.sums, n);
+            store(dh + b * H + unit, dlast, 0);
+            for (int s = 1; s < S; ++s) store(dothers + ((s - 1) * B + b) * H + unit, dlast, s);
+            for (int g = 0; g < G; ++g) store(dxg + (row * G + g) * H + unit, dx, g);
+            if (dhg == nullptr) return;
+            for (int g = 0; g < G; ++g) store(dhg + (row * G + g) * H + unit, dr, g);
+        });
     }
 }
 EXPORT(stepwise_backward)

@@ -7,6 +7,7 @@ from .launch import C_TYPES, HERE, Launch, unit
 
 KERNELS = HERE / "stepwise.cu"
 THREADS = 128  # of a block: small, so that the few threads of a small batch are spread over many multiprocessors
+MEETING_THREADS = 256  # of a block that owns whole rows
 MAX_GRID_Y = 65535  # what the hardware takes; beyond, a thread does several rows
 
 
@@ -21,11 +22,12 @@ def launch(
     real = "float64" if storage == "float64" else "float32"
     wide = {"float64": 2, "float32": 4}[real]  # units whose `real` fill 16 bytes, the widest load
     aligned = H % wide == 0 and all(address % 16 == 0 for address in addresses)
-    units = wide if aligned else 1
+    units = 1 if not aligned else wide // 2 if cell.meets else wide
     types = {"SCALAR": storage, "PRODUCT": product, "REAL": real}
     defines = {name: C_TYPES[dtype] for name, dtype in types.items()} | {"UNITS": units}
     across = max(1, -(-H // units))  # threads that a row needs
-    x = min(THREADS, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows
-    y = THREADS // x
-    grid = (-(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)
+    threads = MEETING_THREADS if cell.meets else THREADS
+    x = min(threads, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows
+    y = threads // x
+    grid = (1 if cell.meets else -(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)
     return Launch(unit(KERNELS, cell, defines), kernel, grid, (x, y, 1), (*addresses, B, H, R))

@@ -52,6 +52,18 @@ def tanh(a):
 
 
 @triton.jit
+def rsqrt(a):
+    """1 / sqrt(a)."""
+    return 1.0 / tl.sqrt(a) if a.dtype == tl.float64 else tl.rsqrt(a)
+
+
+@triton.jit
+def mean(a, inside, H):
+    """Of a row's H units, which are the columns `inside`: [rows, 1]."""
+    return tl.sum(tl.where(inside, a, 0.0), 1, keep_dims=True) / H
+
+
+@triton.jit
 def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

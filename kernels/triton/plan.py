@@ -8,6 +8,7 @@ OLDEST = (8, 0)  # compute capability: bfloat16, asynchronous copies, and what t
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}  # what a sequence kernel takes
 REAL_BYTES = 4  # of what it computes in
 FLOAT32_WEIGHTS = 64 << 10  # bytes; see `sequence`
+MEETING = 384  # gates times units, backward, of a page that takes means; see `sequence`
 
 
 class Instant(NamedTuple):
@@ -18,14 +19,15 @@ class Instant(NamedTuple):
     num_warps: int
 
 
-def instant(H: int) -> Instant:
+def instant(H: int, *, whole: bool = False) -> Instant:
     """512 elements for 128 threads: 4 each, side by side, are one access of 16 bytes in float32.
 
     Fewer would leave the memory waiting, more would leave multiprocessors empty: 64 rows of 512 units are 64 programs.
-    At most 128 units of a row, a whole access for a warp, so that a ragged H wastes little.
+    At most 128 units of a row, a whole access for a warp, so that a ragged H wastes little; or, for a page that takes
+    means, whole rows, with as many elements for a thread up to 2048 units.
     """
-    block_h = min(power_of_two(H), 128)
-    return Instant(512 // block_h, block_h, num_warps=4)
+    block_h = power_of_two(H) if whole else min(power_of_two(H), 128)
+    return Instant(max(1, 512 // block_h), block_h, num_warps=max(4, min(block_h // 128, 16)))
 
 
 class Sequence(NamedTuple):
@@ -50,7 +52,9 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
 
     Shared memory is what limits the halves. In float32 it is the product, all of it unrolled: with 64 KiB of weights it
     takes 96 registers of 128, with 96 KiB it spills. Above 64 units it is the addresses, one for each small access:
-    such rows must be made of fours. Up to these H, compiled without spills by Triton 3.6.0 and 3.7.1:
+    such rows must be made of fours. A page that takes means has more values at hand, and there are
+    smaller sizes: layer normalization goes up to 128 units in halves, backward to 64 for four gates, and to 32 in
+    float32. Others up to these H, compiled without spills by Triton 3.6.0 and 3.7.1:
 
                 sm_90, sm_100 (227 KiB)        sm_80 (163 KiB)
                 rnn     gru     lstm           rnn     gru     lstm
@@ -63,8 +67,10 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
     if tile > 64 and H % 4:
         return None, f"H = {H} is above 64 and no multiple of 4, which takes too many registers"
     weights = cell.G * tile * tile * ITEM_BYTES[dtype]
-    if dtype == "float32" and weights > FLOAT32_WEIGHTS:
+    if dtype == "float32" and weights > FLOAT32_WEIGHTS // (1 + cell.meets):
         return None, f"{weights >> 10} KiB of float32 weights take too many registers"
+    if cell.meets and backward and cell.G * tile > MEETING:
+        return None, f"means over {tile} units for {cell.G} gates take too many registers"
     num_warps = min(tile // 4, 16) if dtype == "float32" else min(tile // 8, 8)
     for stages in (3, 2, 1):
         if sequence_bytes(cell, tile, dtype, rows, stages, backward=backward) <= shared_memory:

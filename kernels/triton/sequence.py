@@ -76,7 +76,7 @@ def forward_kernel(
         for g in tl.static_range(G):
             h_part = h_part + (tl.dot(h, weights[g], bias[g], input_precision=PRECISION),)
         extra = extra + uniform_tiles(key, t, top, row, column, tl.float32, UNIFORMS)
-        state, kept = STEP(x_part, h_part, state, extra)
+        state, kept = STEP(x_part, h_part, state, extra, column < H, H)
         store_tiles(y + here * H, 0, at, mask, state, 0, 1)
         if saved is not None:
             after = t + 1 - reverse
@@ -145,7 +145,7 @@ def backward_kernel(
 
         extra = per_unit + flag_tiles(flags, t, B, top, row, tl.float32, FLAGS)
         drawn = uniform_tiles(key, t, top, row, column, tl.float32, UNIFORMS)
-        dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra + drawn)
+        dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra + drawn, column < H, H)
         if LEARNED > 0:
             sums = add_tiles(sums, parts, LEARNED)
 

@@ -3,7 +3,7 @@
 The recurrent product of this instant, R h_{t-1}, has been made by a library; the kernel adds the input part, runs the
 cell's page and writes states, outputs and what the gradient needs; the mirror of it backwards. It reads and writes
 every element once, so its time is that of the memory, or of the launch. A program owns a tile of rows and hidden
-units; nothing is shared between programs.
+units, of whole rows where a page takes means; nothing is shared between programs.
 
 T and B are plain arguments: a new length or batch compiles nothing. Offsets to an instant or a row are int64.
 """
@@ -59,7 +59,7 @@ def step_kernel(
     extra = per_unit + flag_tiles(flags, t, B, top, row, REAL, FLAGS)
     extra = extra + uniform_tiles(key_of(seed, UNIFORMS), t, top, row, column, REAL, UNIFORMS)
 
-    new, kept = STEP(x_part, h_part, state, extra)
+    new, kept = STEP(x_part, h_part, state, extra, column < H, H)
 
     store_tiles(h + top * H, size, at, mask, new, 0, 1)
     store_tiles(y + here * H, size, at, mask, new, 0, 1)
@@ -126,7 +126,7 @@ def grad_kernel(
 
     extra = per_unit + flag_tiles(flags, t, B, top, row, REAL, FLAGS)
     extra = extra + uniform_tiles(key_of(seed, UNIFORMS), t, top, row, column, REAL, UNIFORMS)
-    dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra)
+    dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra, column < H, H)
     sums = add_tiles(sums, parts, LEARNED)
 
     store_tiles(dxg + here * G * H, H, gate, mask, dx_part, 0, G)

@@ -1,11 +1,15 @@
 """The cells of docs/new_cell.md in Triton."""
 
+import numpy as np
 import pytest
 
-from gpu_rnn.backends import triton
+from gpu_rnn.backends import numpy, triton
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.mathematics import exp, mean, tanh
 from gpu_rnn.kernels.triton import plan
 
 from .. import own, woven
+from ..sequences import draw, wide
 
 
 @pytest.mark.parametrize("how", ["stepwise", "sequence"])
@@ -17,3 +21,22 @@ def test_every_result_is_as_good_as_torchs(name, dtype, how, monkeypatch):
         monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
     made = own.case(name, {}, dtype, 5, 3, 4, 6, reverse=dtype == "float32")
     woven.check(made, made.case.run(triton.forward, triton.backward))
+
+
+@pytest.mark.parametrize("how", ["stepwise", "sequence"])
+def test_units_that_meet_are_those_of_numpy(how, monkeypatch):
+    """A softmax over the units, whose gradient is derived."""
+
+    def step(x, h, state):
+        e = exp(tanh(x[0] + h[0]))
+        return (e / mean(e) + 0.5 * state[0],)
+
+    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
+    cells.define(cells.made("competing", "a", "h", step))
+    if how == "stepwise":
+        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
+    case = draw("competing", "float32", 4, 3, 2, 5)
+    ours, exact = case.run(triton.forward, triton.backward), case.mapped(wide).run(numpy.forward, numpy.backward)
+    for name, array in exact.items():
+        np.testing.assert_allclose(wide(ours[name]), array, rtol=1e-4, atol=1e-5, err_msg=name)
+    cells.get.cache_clear()

@@ -9,6 +9,7 @@ from gpu_rnn.kernels.triton import plan
 from .. import woven
 
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
+NORMED = pytest.mark.parametrize("options", woven.NORMED.values(), ids=woven.NORMED)
 OPTIONS = pytest.mark.parametrize("options", woven.OPTIONS.values(), ids=woven.OPTIONS)
 
 
@@ -30,4 +31,11 @@ def test_every_option(name, options):
 @pytest.mark.parametrize(("dtype", "H"), [("float64", 3), ("bfloat16", 8), ("float16", 5)])
 def test_every_dtype_in_reverse(dtype, H, rows):
     made = woven.drawn("lstm", woven.OPTIONS["all"], dtype, 6, 18, 3, H, rows=rows, reverse=True)
+    woven.check(made, made.case.run(triton.forward, triton.backward))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@NORMED
+def test_layer_normalization(name, options):
+    made = woven.drawn(name, options, "float32" if "reset" in options else "bfloat16", 3, 3, 4, 5)
     woven.check(made, made.case.run(triton.forward, triton.backward))
