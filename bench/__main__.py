@@ -1,9 +1,12 @@
 """python -m bench [run | gpu | report | compare | once | list]: see --help of each."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+
+from gpu_rnn.compat import no_gpu
 
 from . import floor, problems, results
 from .problems import Case, Group
@@ -19,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments or sys.argv[1:] or ["run"])
     try:
         return options.command(options)
-    except ValueError as error:  # of sizes, names and files: a sentence is enough
+    except (ValueError, OSError) as error:  # of sizes, names and files: a sentence is enough
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
 
@@ -31,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure on this machine; without sizes, NumPy against torch.nn on the CPU")
     run.add_argument("--quick", action="store_true", help="less than a minute")
     run.add_argument("--minutes", type=float, help="start no case after so long (14; quick 0.8)")
-    run.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process for each number (1 2)")
+    run.add_argument("--threads", type=int, nargs="+", help="a process for each number (1, and 2 where there are)")
     run.add_argument("--filter", help="only cases whose text has these words, as in 'lstm forward H=128'")
     run.add_argument("--out", type=Path, help="the CSV to append to (bench/results/MACHINE.csv)")
     run.add_argument(
@@ -71,42 +74,62 @@ def parser() -> argparse.ArgumentParser:
 
 
 def problem_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cell", nargs="+", default=["lstm"])
+    command.add_argument("--cell", nargs="+", help="lstm, gru, rnn_tanh, rnn_relu (lstm)")
     for letter, what in {"T": "instants", "B": "batch rows", "H": "hidden units", "L": "layers"}.items():
         command.add_argument(f"-{letter}", f"--{letter}", type=int, nargs="+", help=what)
     command.add_argument("-I", "--I", type=int, help="input size (H)")
-    command.add_argument("--dtype", nargs="+", default=["float32"])
-    command.add_argument("--mode", nargs="+", default=["forward", "training"], help=", ".join(problems.MODES))
+    command.add_argument("--dtype", nargs="+", help="float32 and so on (float32)")
+    command.add_argument("--mode", nargs="+", help=f"{', '.join(problems.MODES)} (forward training)")
     command.add_argument("--device", default="cpu")
 
 
+def needed(device: str) -> None:
+    if device == "cuda" and (reason := no_gpu()):
+        raise ValueError(reason)
+
+
 def asked_for(options: argparse.Namespace, contenders: list[str]) -> list[Group]:
+    needed(options.device)
     return problems.custom(
-        options.cell, options.T or [256], options.B or [8], options.H or [128], options.I, options.dtype,
-        options.mode, options.device, contenders, options.L or [1],
+        options.cell or ["lstm"], options.T or [256], options.B or [8], options.H or [128], options.I,
+        options.dtype or ["float32"], options.mode or ["forward", "training"], options.device, contenders,
+        options.L or [1],
     )  # fmt: skip
 
 
 def run_command(options: argparse.Namespace) -> int:
-    sizes = (options.T, options.B, options.H, options.L, options.I, options.contender)
-    if any(value is not None for value in sizes):
+    asked = ("cell", *"TBHLI", "dtype", "mode", "contender")
+    if any(getattr(options, name) is not None for name in asked):
         default = [problems.NUMPY] if options.device == "cpu" else [problems.CUDA, problems.TRITON]
         groups = asked_for(options, options.contender or default)
+    elif options.device == "cuda":
+        needed(options.device)
+        groups = problems.gpu()
     else:
         groups = problems.quick() if options.quick else problems.cpu()
     groups = problems.filtered(groups, options.filter)
     if not groups:
         raise ValueError(f"no case has the words {options.filter!r}")
-    threads = [None] if groups[0].cases[0].device == "cuda" else options.threads
+    minutes, seconds = (0.8, 0.15) if options.quick else (14, 0.3)
+    if options.minutes is not None:
+        minutes = options.minutes
+    if not minutes > 0:
+        raise ValueError(f"--minutes {minutes:g}: it takes some")
+    cores = len(os.sched_getaffinity(0))
+    for count in options.threads or ():
+        if not 1 <= count <= cores:
+            raise ValueError(f"--threads {count}: this process may use {cores} cores")
+    several = list(dict.fromkeys(options.threads or (1, min(2, cores))))
+    threads = [None] if options.device == "cuda" else several
     from . import machine  # asks for the versions of everything: not before the arguments are right
 
     path = options.out or results.FOLDER / f"{machine.slug()}.csv"
-    minutes, seconds = (0.8, 0.15) if options.quick else (14, 0.3)
-    return run(groups, threads, path, options.minutes or minutes, seconds)
+    results.begin(path)
+    return run(groups, threads, path, minutes, seconds)
 
 
 def run(groups: list[Group], threads: list[int | None], path: Path, minutes: float, seconds: float) -> int:
-    """Every case, small ones first, each with every number of threads. What was measured is kept, also on Ctrl-C."""
+    """Every case, short ones first, each with every number of threads. What was measured is kept, also on Ctrl-C."""
     when, until, left = results.now(), time.monotonic() + 60 * minutes, 0
     workers = {count: Worker(count) for count in threads}
     device = groups[0].cases[0].device
@@ -114,28 +137,33 @@ def run(groups: list[Group], threads: list[int | None], path: Path, minutes: flo
     interrupted = False
     try:
         ceilings = {count: measured_ceilings(worker, device) for count, worker in workers.items()}
-        plan = [(g, case, n) for g in groups for case in g.cases for n in (threads[:1] if g.once else threads)]
-        plan.sort(key=lambda entry: work(entry[1]))  # who stops early has most of it
-        with Progress(sum(work(case) for _, case, _ in plan)) as progress:
-            for group, case, count in plan:
-                if time.monotonic() > until:
+        plan = [
+            (expected_s(case, len(group.contenders), seconds, ceilings[count]), group, case, count)
+            for group in groups for case in group.cases for count in (threads[:1] if group.once else threads)
+        ]  # fmt: skip
+        plan.sort(key=lambda entry: entry[0])  # who stops early has most of it
+        with Progress(sum(expected for expected, *_ in plan)) as progress:
+            for expected, group, case, count in plan:
+                if time.monotonic() + min(expected * progress.pace, CASE_TIMEOUT_S) > until + GRACE_S:
                     left += 1
                     continue
                 progress.doing(str(case))
+                before = len(rows)
                 for row in workers[count].measure(case, group.contenders, seconds, CASE_TIMEOUT_S, until + GRACE_S):
                     row = results.complete(row, case, when, count, ceilings[count])
                     results.append(path, row)
                     rows.append(row)
                     if row["status"] not in ("ok", "absent"):
                         progress.say(f"{row['contender']}: {row['status']} at {case}: {row['note']}")
-                progress.did(work(case))
+                progress.did(expected)
+                left += len(rows) == before
     except KeyboardInterrupt:
         interrupted = True
     finally:
         for worker in workers.values():
             worker.close()
     print("\n".join(summary(rows)))
-    late = f"; {left} measurements left out after {minutes:g} minutes" if left else ""
+    late = f"; {left} measurements left out, to end in {minutes:g} minutes" if left else ""
     print(f"\n{len(rows)} rows in {path.name}{late}")
     if interrupted:
         print("interrupted: what was measured is kept")
@@ -148,9 +176,11 @@ def measured_ceilings(worker: Worker, device: str) -> floor.Ceilings:
     return floor.Ceilings(**worker.ceilings(device), scales=scales)
 
 
-def work(case: Case) -> float:
-    """How long a case takes, roughly, in any unit: a constant for rounds and checks, and more for a large one."""
-    return 1 + case.flops / 5e10
+def expected_s(case: Case, contenders: int, seconds: float, ceilings: floor.Ceilings) -> float:
+    """How long a case takes, roughly: its rounds; and of a large one two to four calls of everybody, one of them in
+    float64, at half of the rate of a large product."""
+    call = 2 * case.flops / ceilings.flops.get(case.dtype, min(ceilings.flops.values()))
+    return 0.2 + seconds + call * (2 + 3 * (contenders + 1))
 
 
 def gpu_command(options: argparse.Namespace) -> int:

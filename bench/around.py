@@ -23,7 +23,8 @@ from .problems import FEATURES, Case
 
 Tensors = dict[str, torch.Tensor]
 LEARNED = ("peephole",)  # arrays that have gradients
-OF_LSTM = ("peephole", "coupled")
+MASKED = {"input_dropout": ("x", 1), "weight_dropout": ("w_hh", 2)}  # of the layers alone: a product before the call
+OF_LSTM = ("peephole", "coupled", "cell_clip")
 
 
 class Around(Contender):
@@ -66,7 +67,9 @@ class Around(Contender):
             del weights["w_ih"]
         given = weights | data.state | {name: array for name, array in arrays.items() if name in LEARNED}
         given = {name: value.clone().requires_grad_(case.training) for name, value in given.items()}
-        fixed = {name: value for name, value in (self.keywords | arrays).items() if name not in LEARNED}
+        fixed = {name: value for name, value in (self.keywords | arrays).items() if name not in (*LEARNED, *MASKED)}
+        masked = {what: (self.keywords[name], k) for name, (what, k) in MASKED.items() if name in self.keywords}
+        seed = torch.tensor([fixed.pop("seed")], device=case.device) if masked else None
         letters, xs = cells.get(case.cell).states, [x.requires_grad_(case.training) for x in inputs]
         arriving = {
             "y": data.dy,
@@ -76,7 +79,10 @@ class Around(Contender):
 
         def run(k: int) -> Tensors:
             x = xs[k % len(xs)]
-            y, last, *history = call(x, given, fixed)
+            called = {"x": x, **given}
+            for what, (p, which) in masked.items():
+                called[what] = called[what] * dropout_mask(seed, p, tuple(called[what].shape[-2:]), x, which)
+            y, last, *history = call(called.pop("x"), called, fixed)
             outputs = {"y": y} | {f"{s}T": array for s, array in zip(letters, several(last))}
             if history:
                 outputs |= dict(zip(letters[1:], several(history[0])[1:]))
@@ -117,7 +123,14 @@ def peephole(case: Case, data: Data) -> torch.Tensor:
     return drawn.to(getattr(torch, case.dtype)).to(data.dy.dtype)
 
 
-DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {"reset": reset, "lengths": lengths, "peephole": peephole}
+def starts(case: Case, data: Data) -> torch.Tensor:
+    """[B], from 0 to half of T."""
+    return case.T - lengths(case, data)
+
+
+DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {
+    "reset": reset, "lengths": lengths, "starts": starts, "peephole": peephole,
+}  # fmt: skip
 
 
 # ---- by the published rules -----------------------------------------------------------------------------------------
@@ -137,16 +150,17 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
         if "reset" in fixed:
             before = [torch.where(fixed["reset"][t][:, None], 0.0, old) for old in state]
         hg = F.linear(before[0] * mask, given["w_hh"], given["b_hh"])
-        if fixed.get("coupled") or "peephole" in given:
-            state = lstm(xg, hg, before[1], given.get("peephole"), "igo" if "coupled" in fixed else "ifgo")
+        if {"peephole", "coupled", "cell_clip"} & (given.keys() | fixed.keys()):
+            gates, clip = "igo" if "coupled" in fixed else "ifgo", fixed.get("cell_clip", float("inf"))
+            state = lstm(xg, hg, before[1], given.get("peephole"), gates, clip)
         else:
             state = STEPS[case.cell](xg, hg, before)
         if "zoneout" in fixed:
             drawn = uniforms(seed, torch.tensor([t], device=x.device), row, unit, len(letters))
             state = [torch.where(u < fixed["zoneout"], old, new) for u, old, new in zip(drawn, before, state)]
         y = state[0]
-        if "lengths" in fixed:
-            inside = (t < fixed["lengths"])[:, None]
+        if fixed.keys() & {"starts", "lengths"}:
+            inside = ((fixed.get("starts", 0) <= t) & (t < fixed.get("lengths", case.T)))[:, None]
             state = [torch.where(inside, new, old) for old, new in zip(held, state)]
             y = torch.where(inside, y, 0.0)
         shown.append(y)
@@ -155,13 +169,13 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
     return torch.stack(shown), tuple(state), *([states] if "return_states" in fixed else [])
 
 
-def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str) -> tuple:
-    """The LSTM with gates that see the cell state by weights p, or with f = 1 - i where there is no gate f, or both."""
+def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float) -> tuple:
+    """The LSTM with gates that see the cell state by weights p, f = 1 - i where there is no gate f, and bounds of c."""
     a = dict(zip(gates, (xg + hg).chunk(len(gates), 1)))
     seen: dict[str, Any] = dict.fromkeys(gates, 0.0)
     if p is not None:
         seen |= zip(gates.replace("g", ""), p.chunk(len(gates) - 1))
     i = torch.sigmoid(a["i"] + seen["i"] * c)
     f = torch.sigmoid(a["f"] + seen["f"] * c) if "f" in gates else 1 - i
-    c = f * c + i * torch.tanh(a["g"])
+    c = (f * c + i * torch.tanh(a["g"])).clamp(-clip, clip)
     return torch.sigmoid(a["o"] + seen["o"] * c) * torch.tanh(c), c

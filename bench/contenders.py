@@ -28,6 +28,8 @@ Run = Callable[[int], Any]
 
 
 class Contender:
+    compiles = False  # whether the first call on a CPU does more than the next ones
+
     def absent(self, case: Case) -> str | None:
         """Why it can't take part, None when it can."""
         return None
@@ -77,18 +79,30 @@ def differentiated(
     return run
 
 
-def module_run(library: Any, case: Case, data: Data) -> Run:
+def module_of(library: Any, case: Case, data: Data) -> torch.nn.Module:
     """The layer of torch.nn, or of whoever has the same ones, with the weights of the case."""
     kind, _, nonlinearity = case.cell.partition("_")
     options = {"nonlinearity": nonlinearity} if nonlinearity else {}
     module = getattr(library, kind.upper())(case.I, case.H, case.L, **options).to(data.dy.device, data.dy.dtype)
     module.train(case.training)
-    parameters = dict(zip(data.weights, module.parameters(), strict=True))
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(data.weights[name])
-    state = {name: value.reshape(case.L, case.B, case.H).clone() for name, value in data.state.items()}
-    h0 = next(iter(state.values())) if len(state) == 1 else tuple(state.values())
+        for parameter, value in zip(module.parameters(), data.weights.values(), strict=True):
+            parameter.copy_(value)
+    return module
+
+
+def first_states(case: Case, data: Data) -> dict[str, torch.Tensor]:
+    """By name, in the shape that layers take."""
+    return {name: value.reshape(case.L, case.B, case.H).clone() for name, value in data.state.items()}
+
+
+def as_hx(state: dict[str, torch.Tensor]) -> Any:
+    return next(iter(state.values())) if len(state) == 1 else tuple(state.values())
+
+
+def module_run(library: Any, case: Case, data: Data) -> Run:
+    module, state = module_of(library, case, data), first_states(case, data)
+    parameters, h0 = dict(zip(data.weights, module.parameters(), strict=True)), as_hx(state)
     return differentiated(case, data, lambda x: module(x, h0), parameters, state)
 
 
@@ -108,6 +122,22 @@ class Layer(Contender):
     def plan(self, case: Case) -> str:
         problem = case.problem(machine.tf32(case))
         return plan_of(dispatch.choose(problem), problem)
+
+
+class Streamed(Contender):
+    """gpu_rnn.stream, an instant at a time: the states go on from call to call, and the answer is that of the first."""
+
+    def absent(self, case: Case) -> str | None:
+        return None if case.mode == "step" else "it takes one step at a time"
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        self.listen = gpu_rnn.stream(module_of(gpu_rnn, case, data), case.B)
+        xs = [x[0] for x in data.x]
+        return lambda k: self.listen(xs[k % len(xs)])
+
+    def answer(self, case: Case, data: Data, run: Run) -> Any:
+        self.listen.state = as_hx(first_states(case, data))
+        return run(0)[None], self.listen.state
 
 
 class TorchKernel(Contender):
@@ -217,7 +247,7 @@ class Loop(Contender):
     """What people write themselves: one product for all inputs, then a Python loop; its step compiled, if asked."""
 
     def __init__(self, compiled: bool) -> None:
-        self.compiled = compiled
+        self.compiled = self.compiles = compiled
 
     def absent(self, case: Case) -> str | None:
         return None if case.cell in STEPS else f"nobody wrote a loop for {case.cell}"
@@ -256,6 +286,7 @@ def contender(name: str) -> Contender:
         problems.TRITON: lambda: Ours("triton"),
         problems.NUMPY: OursNumpy,
         problems.LAYER: Layer,
+        problems.STREAM: Streamed,
         problems.NN_KERNEL: TorchKernel,
         problems.KERNEL: Kernel,
         problems.EAGER: lambda: Loop(compiled=False),

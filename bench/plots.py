@@ -26,6 +26,7 @@ OURS = (CUDA, TRITON, NUMPY)
 MODES = {"forward": "forward", "training": "forward + backward"}
 SCALED = (*OURS, LAYER)  # whose cost is drawn over sizes
 LEAST_SIZES = 4  # fewer make no curve
+CREATOR = "python -m bench report"
 PLACE = ("gpu", "machine", "threads", "dtype")
 
 
@@ -47,10 +48,17 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
         for name, figure in figures.items():
             if figure is not None:
                 path = out / f"{slug(title)}-{slug(name)}.svg"
-                figure.savefig(path, metadata={"Date": None})
+                figure.savefig(path, metadata={"Date": None, "Creator": CREATOR})
                 pyplot.close(figure)
                 paths.append(path)
     return paths
+
+
+def tidy(out: Path, made: list[Path]) -> None:
+    """Remove figures of an earlier report."""
+    for path in set(out.glob("*.svg")) - set(made):
+        if CREATOR in path.read_text():
+            path.unlink()
 
 
 def slug(text: str) -> str:

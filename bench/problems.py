@@ -16,8 +16,10 @@ NN = "torch.nn"
 NUMPY, LAYER, CUDA, TRITON = "ours (numpy)", "ours (layer)", "ours (cuda)", "ours (triton)"
 NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers call, without their Python
 KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
+STREAM = "ours (stream)"
 ONNX, EAGER, COMPILED = "onnxruntime", "torch loop", "torch.compile loop"
 FLASHRNN, HASTE, TORCHRL, XLSTM = "FlashRNN", "Haste", "TorchRL", "xlstm"
+PEERS = (ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM)  # beside torch.nn
 LAYERED = (NN, LAYER)  # who computes several layers
 
 # What can be around a cell, by the keywords of our functions; ... stands for an array that around.py draws.
@@ -26,10 +28,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "ours, reset": {"reset": ...},
     "ours, lengths": {"lengths": ...},
+    "ours, starts": {"starts": ...},
     "ours, zoneout": {"zoneout": 0.1, "seed": 1},
     "ours, recurrent_dropout": {"recurrent_dropout": 0.25, "seed": 1},
+    "ours, input_dropout": {"input_dropout": 0.25, "seed": 1},
+    "ours, weight_dropout": {"weight_dropout": 0.25, "seed": 1},
     "ours, peephole": {"peephole": ...},
     "ours, coupled": {"coupled": True},
+    "ours, cell_clip": {"cell_clip": 0.5},
     "ours, return_states": {"return_states": True},
     "ours, recompute": {"recompute": True},
     "ours, input part": {"w_ih": None},
@@ -44,8 +50,7 @@ KERNELS = {
 }
 
 EVERYBODY = (
-    NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, KERNEL, ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM,
-    *FEATURES, *KERNELS,
+    NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, KERNEL, STREAM, *PEERS, *FEATURES, *KERNELS,
 )  # fmt: skip
 TOGETHER = {"features": tuple(FEATURES), "kernels": tuple(KERNELS)}  # names for several of them
 
@@ -169,14 +174,16 @@ def cpu() -> list[Group]:
     names = ("lstm", "gru", "rnn_tanh")
     steps = grid(names, (1,), *GRID[1:], modes=("step",))
     layers = grid(names, (1,), (1,), (64,), modes=("step",))
+    peers = tuple(grid(("lstm", "gru"), (32,), (8,), (128,)))
     far = scaling(
         Case("lstm", 64, 8, 128, 128),
-        T=(64, 1, 16, 256, 1024, 4096, 16384), B=(1, 64, 256, 1024), H=(32, 64, 256, 512, 1024), L=(2, 4, 8),
+        T=(64, 1, 16, 256, 1024, 4096, 16384), B=(1, 64, 256, 1024), H=(32, 64, 256, 512, 1024, 2048), L=(2, 4, 8),
     )  # fmt: skip
     return [
         Group("one step", tuple(steps), (NN, NUMPY)),
-        Group("what a call costs beside its kernel", tuple(layers), (NN, NN_KERNEL, LAYER, KERNEL)),
-        Group("peers", tuple(grid(("lstm", "gru"), (32,), (8,), (128,))), (NN, NUMPY, ONNX, EAGER, XLSTM)),
+        Group("what a call costs beside its kernel", tuple(layers), (NN, NN_KERNEL, LAYER, KERNEL, STREAM)),
+        Group("peers", peers, (NN, NUMPY, *(name for name in PEERS if name != COMPILED))),
+        Group("compiled loop", peers[:1], (NN, NUMPY, COMPILED), once=True),
         Group("features", tuple(grid(("lstm", "gru"), (64,), (16,), (128,))), (NN, *FEATURES), once=True),
         *by_layers("scaling", far, (NN, NUMPY), once=True),
         Group("sequences", tuple(grid(names, *GRID)), (NN, NUMPY)),
@@ -220,7 +227,7 @@ def gpu() -> list[Group]:
             H=(32, 64, 128, 256, 768, 1024, 1536, 2048, 4096), L=(2, 4, 8),
         )  # fmt: skip
         far += by_layers(f"{cell} scaling", away, ours)
-    rivals = (NN, CUDA, TRITON, EAGER, FLASHRNN, HASTE, TORCHRL, XLSTM)
+    rivals = (NN, CUDA, TRITON, *(name for name in PEERS if name not in (COMPILED, ONNX)))
     return [
         *groups[:2],
         Group("kernels", parts, (NN, CUDA, *KERNELS)),
@@ -228,7 +235,7 @@ def gpu() -> list[Group]:
         Group("features", bf16(both, (256,), (16,), (512,)), (NN, *FEATURES)),
         *groups[2:],
         *far,
-        Group("one step", bf16(both, (1,), (1, 64), (128, 512, 1024), modes=("step",)), ours),
+        Group("one step", bf16(both, (1,), (1, 64), (128, 512, 1024), modes=("step",)), (*ours, STREAM)),
         Group("peers", bf16(both, (256,), (16,), (256, 768)), rivals),
         Group("compiled loop", bf16(("lstm",), (256,), (16,), (256,)), (NN, CUDA, COMPILED)),
         Group("Elman", bf16(("rnn_tanh",), (1024,), (16, 64), (256, 1024)), ours),

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Progress:
-    """Counts work, not cases: a large case is worth many small ones."""
+    """Counts work, not cases: a large case is worth many small ones. A unit of work is to take about a second."""
 
     def __init__(self, work: float) -> None:
         self.work, self.done, self.began = work, 0.0, time.monotonic()
@@ -33,6 +33,11 @@ class Progress:
         if self.bar is not None:
             self.bar.__exit__(kind, error, trace)
 
+    @property
+    def pace(self) -> float:
+        """Seconds for a unit of work, as found so far."""
+        return (time.monotonic() - self.began) / self.done if self.done else 1.0
+
     def doing(self, what: str) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description=what)
@@ -43,8 +48,7 @@ class Progress:
             self.bar.update(self.task, completed=self.done)
         elif time.monotonic() - self.said > 20:
             self.said = time.monotonic()
-            spent = self.said - self.began
-            left = spent * (self.work / max(self.done, 1e-9) - 1)
+            spent, left = self.said - self.began, self.pace * (self.work - self.done)
             print(f"[{100 * self.done / self.work:.0f} %] {spent:.0f} s, about {left:.0f} s left", flush=True)
 
     def say(self, text: str) -> None:

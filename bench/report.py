@@ -1,10 +1,12 @@
 """From the CSV files: tables and plots for README.md, and one HTML page that needs nothing else.
 
 README.md is changed only between `<!-- bench:NAME -->` and `<!-- /bench -->`. NAME is one in BLOCKS, which are
-text, or maps or curves, which are images.
+text, or maps or curves, which are images. They show one machine for the CPU and one GPU, those measured last; the page
+of HTML has the rows of all. Figures that an earlier report made and this one doesn't are removed.
 """
 
 import html
+import math
 import os
 import re
 from collections import Counter
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, problems, results
-from .summary import Ratio, ratio, where
+from .summary import ratio, where
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
@@ -33,18 +35,20 @@ svg { max-width: 100%; height: auto } .rows { overflow: auto; font-size: 12px }
 
 def write(folder: Path, out: Path, readme: Path) -> Iterator[Path]:
     """Everything, from the latest row of every subject; the paths written."""
-    rows = results.latest(results.everything(folder))
-    if not rows:
+    every = results.latest(results.everything(folder))
+    if not every:
         raise ValueError(f"there are no results in {folder.name}/")
+    rows = shown_rows(every)
     out.mkdir(parents=True, exist_ok=True)
     figures = plots.draw(rows, out)
+    plots.tidy(out, figures)
     yield from figures
     blocks = {name: block(rows) for name, block in BLOCKS.items()}
     shown = {path: f"![{path.stem.replace('-', ' ')}]({os.path.relpath(path, readme.parent)})" for path in figures}
     blocks["maps"] = [image for path, image in shown.items() if "speedup" in path.name] or [NOTHING]
     blocks["curves"] = [image for path, image in shown.items() if "speedup" not in path.name] or [NOTHING]
     page = out / "benchmarks.html"
-    page.write_text(PAGE + "\n".join(body(blocks, figures, rows)) + "\n</html>\n")
+    page.write_text(PAGE + "\n".join(body(blocks, figures, every)) + "\n</html>\n")
     yield page
     if readme.is_file():
         before = readme.read_text()
@@ -52,6 +56,16 @@ def write(folder: Path, out: Path, readme: Path) -> Iterator[Path]:
         if after != before:
             readme.write_text(after)
             yield readme
+
+
+def shown_rows(rows: list[Row]) -> list[Row]:
+    """For each kind of device, those of the place that has the last run."""
+    last = {row["device"]: place(row) for row in sorted(rows, key=lambda row: row["run"])}
+    return [row for row in rows if place(row) == last[row["device"]]]
+
+
+def place(row: Row) -> str:
+    return row["gpu"] if row["device"] == "cuda" else row["machine"]
 
 
 def filled(text: str, blocks: dict[str, list[str]]) -> str:
@@ -72,30 +86,71 @@ def filled(text: str, blocks: dict[str, list[str]]) -> str:
 def sources(rows: list[Row]) -> list[str]:
     """Where the numbers come from."""
     lines = []
-    for place, group in by(rows, lambda row: row["gpu"] or row["machine"]).items():
+    for here, group in by(rows, place).items():
         last = max(group, key=lambda row: row["run"])
         versions = [f"{name} {last[name]}" for name in ("torch", "cudnn", "triton", "cupy", "numpy") if last[name]]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in group))
-        lines.append(
-            f"- {place}: Python {last['python']}, {', '.join(versions)}; {last['run'][:10]}, commit {commits}."
-        )
+        lines.append(f"- {here}: Python {last['python']}, {', '.join(versions)}; {last['run'][:10]}, commit {commits}.")
     return lines
 
 
 def cpu(rows: list[Row]) -> list[str]:
-    """NumPy's time over torch.nn's, geometric mean and worst case, over the cases of its goals."""
+    """NumPy's time over torch.nn's, geometric mean and worst case, over the cases of its goals, or so many of them."""
     rows = [row for row in rows if row["device"] == "cpu" and row["contender"] == problems.NUMPY]
     rows = list(filter(problems.among_goals, rows))
     names = {"forward": "forward", "training": "forward+backward", "step": "one step"}
     columns = sorted({(row["mode"], row["threads"]) for row in rows}, key=lambda at: (list(names).index(at[0]), at[1]))
     head = ["", *(f"{names[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
     cells = [name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") if any(row["cell"] == name for row in rows)]
-    body = [
-        [cell, *(shown(ratio(row for row in rows if (row["cell"], row["mode"], row["threads"]) == (cell, *column)))
-                 for column in columns)]
-        for cell in cells
-    ]  # fmt: skip
-    return table(head, body)
+
+    def shown(cell: str, mode: str, threads: int) -> str:
+        found = ratio(row for row in rows if (row["cell"], row["mode"], row["threads"]) == (cell, mode, threads))
+        goals = math.prod(map(len, problems.GRID[mode == "step" :]))
+        return f"{found or ''}" + (f", {found.cases} of {goals}" if found and found.cases < goals else "")
+
+    return table(head, [[cell, *(shown(cell, *column) for column in columns)] for cell in cells])
+
+
+def peers(rows: list[Row]) -> list[str]:
+    """Everybody's time over torch.nn's at the sizes where all peers take part; and who doesn't, and why."""
+    size = *"TBHIL", "cell", "dtype", "mode", "threads"
+    sized = by(rows, lambda row: tuple(row[name] for name in size))
+    asked = {key: {row["contender"]: row for row in group} for key, group in sized.items()}
+    asked = {key: found for key, found in asked.items() if found.keys() & set(problems.PEERS)}
+    names = [name for name in (*plots.OURS, *problems.PEERS) if any(name in found for found in asked.values())]
+    timed = [name for name in names if any(found.get(name, {}).get("ratio") for found in asked.values())]
+
+    def shown(row: Row | None) -> str:
+        return "" if row is None else f"{row['ratio']:.2f}" if row["ratio"] else row["status"]
+
+    body = []
+    for found in asked.values():
+        one = found[problems.NN] if problems.NN in found else next(iter(found.values()))
+        threads = f", threads {one['threads']}" if one["threads"] else ""
+        case = f"{one['cell']} {one['mode']} {where(one)} {one['dtype']}{threads}"
+        body.append([case, *(shown(found.get(name)) for name in timed)])
+    reasons = {name: dict.fromkeys(found[name]["note"] for found in asked.values() if name in found) for name in names}
+    absent = [f"- {name}: {', '.join(reasons[name])}." for name in names if name not in timed]
+    return [*table(["", *timed], body), *(["", *absent] if absent else [])]
+
+
+def calls(rows: list[Row]) -> list[str]:
+    """What a layer's call costs beside the kernel that it calls, for one instant."""
+    body = []
+    for group in by(rows, lambda row: tuple(row[name] for name in (*results.CASE, "threads"))).values():
+        times = {row["contender"]: row["median_us"] for row in group if row["status"] == "ok"}
+        if not set(problems.KERNEL_OF.values()) & times.keys():
+            continue
+        case = f"{group[0]['cell']} {where(group[0])}, threads {group[0]['threads']}"
+        for name in (*problems.KERNEL_OF, problems.STREAM):
+            if name in times:
+                alone = times.get(problems.KERNEL_OF.get(name, ""))
+                numbers = [
+                    f"{times[name]:.3g}",
+                    *([f"{alone:.3g}", f"{times[name] - alone:.3g}"] if alone else ["", ""]),
+                ]
+                body.append([f"{case}: {name}", *numbers])
+    return table(["", "us a call", "its kernel", "beside it"], body)
 
 
 def gpu(rows: list[Row]) -> list[str]:
@@ -152,16 +207,13 @@ def kernels(rows: list[Row]) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
-    "sources": sources, "cpu": cpu, "gpu": gpu, "features": features, "kernels": kernels,
+    "sources": sources, "cpu": cpu, "peers": peers, "calls": calls, "gpu": gpu, "features": features,
+    "kernels": kernels,
 }  # fmt: skip
 
 
 def mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.2g}"
-
-
-def shown(found: Ratio | None) -> str:
-    return str(found) if found else ""
 
 
 def by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -184,6 +236,8 @@ def body(blocks: dict[str, list[str]], figures: list[Path], rows: list[Row]) -> 
     titles = {
         "sources": "Measured on",
         "cpu": "CPU: time over torch.nn's, geometric mean (worst case)",
+        "peers": "Beside peers: time over torch.nn's",
+        "calls": "What a call costs beside its kernel",
         "gpu": "GPU: times as fast as torch.nn, geometric mean (worst case)",
         "features": "What is around a cell: times the plain function's time",
         "kernels": "Kernels alone",
@@ -203,11 +257,12 @@ def body(blocks: dict[str, list[str]], figures: list[Path], rows: list[Row]) -> 
 
 def marked_up(lines: list[str]) -> Iterator[str]:
     """The little Markdown that blocks are made of."""
-    if lines[0].startswith("|"):
-        head, _, *rows = ([value.strip() for value in line.strip("|").split("|")] for line in lines)
+    cells = [[value.strip() for value in line[1:-1].split("|")] for line in lines if line.startswith("|")]
+    if cells:
+        head, _, *rows = cells
         yield from html_table(head, rows)
-    else:
-        yield from (f"<p>{html.escape(line.removeprefix('- '))}</p>" for line in lines)
+    others = [line.removeprefix("- ") for line in lines if line and not line.startswith("|")]
+    yield from (f"<p>{html.escape(line)}</p>" for line in others)
 
 
 def html_table(head: list[str], rows: Iterable[list[Any]]) -> Iterator[str]:

@@ -66,15 +66,19 @@ def append(path: Path, row: Row) -> None:
     strange = set(row) - set(FIELDS)
     if strange:
         raise ValueError(f"no such columns: {', '.join(sorted(strange))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.exists() and path.stat().st_size > 0
-    if begun and header(path) != list(FIELDS):
-        widen(path)
+    begin(path)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if not begun:
-            writer.writeheader()
-        writer.writerow({name: shown(value) for name, value in row.items()})
+        csv.DictWriter(file, FIELDS, lineterminator="\n").writerow({name: shown(value) for name, value in row.items()})
+
+
+def begin(path: Path) -> None:
+    """Make a file ready for rows; OSError or ValueError where that can't be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.stat().st_size == 0:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, FIELDS, lineterminator="\n").writeheader()
+    elif header(path) != list(FIELDS):
+        widen(path)
 
 
 def widen(path: Path) -> None:

@@ -24,6 +24,7 @@ from .oracle import Judge, exact
 from .problems import KERNEL_OF, KERNELS, LAYERED, NN, WIDTH, Case
 
 ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
+SLOW_S, LONG_S = 1, 10  # a call that needs no warm-up, so that the checked one counts; a round that two are enough of
 BLOCK_S = 0.01  # a timed block on the CPU is at least as long
 Emit = Callable[[dict[str, Any]], None]
 
@@ -66,6 +67,7 @@ class Checked:
 
     def __init__(self, run: Run, error: float, saved: int | None, plan: str) -> None:
         self.run, self.error, self.saved, self.plan = run, error, saved, plan
+        self.first: tuple[float, int | None] | None = None  # seconds and peak of a first call that counts
         self.peak: int | None = None
         self.times: list[float] = []  # seconds per call, by round
 
@@ -87,8 +89,11 @@ def prepared(name: str, case: Case, data: Data, judge_of_all: Judge) -> Checked 
             return {"status": "absent", "note": reason}
         run = somebody.prepare(case, data)
         judge = somebody.judge(case, data, lambda: judge_of_all)
+        answers: list[Any] = []
+        answering = clock(case, lambda k: answers.append(somebody.answer(case, data, run)))
         with Kept() as kept:
-            answer = somebody.answer(case, data, run)
+            first = watched(case, partial(answering, 0, 1))
+        (answer,) = answers
         errors = judge.errors(answer)
         wrong = judge.verdict(errors)
         if wrong:
@@ -96,7 +101,10 @@ def prepared(name: str, case: Case, data: Data, judge_of_all: Judge) -> Checked 
         if name == NN:
             judge.baseline(errors)
         saved = None if name in KERNELS else kept.bytes(beside=(*named(case, answer).values(), *data.x))
-        return Checked(run, judge.relative(errors), saved, somebody.plan(case))
+        checked = Checked(run, judge.relative(errors), saved, somebody.plan(case))
+        if case.device == "cpu" and first[0] > SLOW_S and not somebody.compiles:
+            checked.first = first
+        return checked
     except (MemoryError, torch.OutOfMemoryError) as error:
         return {"status": "out of memory", "note": line(error)}
     except Exception as error:  # whatever it is, it costs one row
@@ -112,11 +120,12 @@ def alternated(case: Case, ready: dict[str, Checked], seconds: float, emit: Emit
     clocks, first = {name: clock(case, checked.run) for name, checked in ready.items()}, {}
     for name, checked in ready.items():
         emit({"doing": name})
-        first[name], peak = watched(case, partial(clocks[name], 0, 1))  # the check was the warm-up
+        first[name], peak = checked.first or watched(case, partial(clocks[name], 0, 1))  # the check was the warm-up
         checked.peak = None if name in KERNELS else peak  # theirs was taken before
     calls = {name: max(1, math.ceil(BLOCK_S / t)) if counts_calls(case) else 1 for name, t in first.items()}
     round_s = sum(first[name] * calls[name] for name in ready)
-    rounds = int(min(max(seconds / max(round_s, 1e-9), ROUNDS[0]), ROUNDS[1]))
+    least, most = ROUNDS[0] - (round_s > LONG_S), ROUNDS[1]
+    rounds = int(min(max(seconds / max(round_s, 1e-9), least), most))
     if round_s > seconds:  # they are slow: that was the first round
         rounds -= 1
         for name, checked in ready.items():

@@ -34,7 +34,7 @@ class Worker:
     def measure(
         self, case: Case, contenders: tuple[str, ...], seconds: float, timeout: float, until: float = float("inf")
     ) -> Iterator[Row]:
-        """One row for each contender, as soon as it is known.
+        """One row for each contender, as soon as it is known; none for who isn't done by `until`.
 
         A process is given `timeout` seconds for a case, and none runs after `until`, a time of time.monotonic.
         """
@@ -53,6 +53,8 @@ class Worker:
                 return
             except (Died, TimeoutError) as error:
                 self.close()
+                if time.monotonic() >= until:
+                    return
                 status = "timed out" if isinstance(error, TimeoutError) else "crashed"
                 # Without data there is no measuring; and nobody is to blame who has its row already.
                 guilty = list(left) if doing in ("start", "oracle") else [doing] * (doing in left)

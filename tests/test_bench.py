@@ -1,6 +1,7 @@
 """The benchmarks: what can't be measured costs a row and not the run, and results are never lost or rewritten."""
 
 import json
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import around, floor, kernels, problems, results, supervise, timing
+from bench import around, floor, kernels, plots, problems, results, supervise, timing
 from bench.contenders import Torch, plan_of
 from bench.data import Data
 from bench.problems import NN, NUMPY, Case
@@ -54,7 +55,14 @@ def test_a_senseless_case_says_what_is_wrong_with_it(change, word):
         replace(CASE, **change)
 
 
-@pytest.mark.parametrize("arguments", ["-T 0", "-B -1", "-H 99999999", "--cell lstn -T 1", "-T 1 --contender me"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "-T 0", "-B -1", "-H 99999999", "--cell lstn", "-T 1 --contender me", "--minutes 0", "--minutes -1",
+        "--threads 0", "--threads 999", "--filter nonsense", f"-T 1 --out {__file__}/x.csv",
+        *([] if no_gpu() is None else ["--device cuda"]),
+    ],
+)  # fmt: skip
 def test_the_command_line_refuses_in_one_line(arguments, capsys):
     assert command.main(["run", *arguments.split()]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -145,6 +153,34 @@ def test_small_lstms_pass_their_check():
     assert measured(case, NUMPY)[NUMPY]["status"] == "ok"
 
 
+def test_a_stream_is_checked_and_has_a_row():
+    case = Case("lstm", 1, 3, 4, 5, mode="step")
+    rows = measured(case, problems.STREAM)
+    assert rows[problems.STREAM]["status"] == "ok", rows
+    assert measured(CASE, problems.STREAM)[problems.STREAM]["status"] == "absent"
+
+
+def test_a_slow_call_that_was_checked_counts(monkeypatch):
+    calls = []
+
+    class Slow(Torch):
+        def prepare(self, case, data):
+            run = super().prepare(case, data)
+            return lambda k: calls.append(time.sleep(0.02)) or run(k)
+
+    real = timing.contender
+    monkeypatch.setattr(timing, "contender", lambda name: Slow() if name == "slow" else real(name))
+    monkeypatch.setattr(timing, "SLOW_S", 0.01)
+    assert measured(CASE, "slow")["slow"]["rounds"] == len(calls) == 3
+    calls.clear()
+    monkeypatch.setattr(timing, "LONG_S", 0.01)
+    assert measured(CASE, "slow")["slow"]["rounds"] == len(calls) == 2
+    calls.clear()
+    Slow.compiles = True
+    measured(CASE, "slow")
+    assert len(calls) == 3, "its first call was no measure"
+
+
 def test_several_layers():
     case = replace(TRAINING, L=3, cell="gru")
     rows = measured(case, NUMPY, problems.LAYER)
@@ -170,7 +206,7 @@ def test_memory_is_what_is_kept_for_the_gradient():
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_every_feature_is_right_and_has_a_row(cell, mode):
     rows = measured(Case(cell, 9, 3, 4, 5, mode=mode), *problems.FEATURES)
-    of_lstm = {"ours, peephole", "ours, coupled"} if cell != "lstm" else set()
+    of_lstm = {f"ours, {name}" for name in around.OF_LSTM} if cell != "lstm" else set()
     wanted = {name: "absent" if name in of_lstm else "ok" for name in problems.FEATURES}
     assert {name: row["status"] for name, row in rows.items() if name != NN} == wanted, rows
 
@@ -189,6 +225,7 @@ def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
     monkeypatch.setattr(around, "function", lambda cell: (forgetful, {}))
     row = measured(Case("lstm", 33, 3, 4, 5, mode="forward"), name)[name]
     known = {"ours, coupled": "failed", "ours, recompute": "ok", "ours, input part": "ok"}
+    known |= {f"ours, {mask}": "ok" for mask in around.MASKED}  # a product before the call, here as there
     assert row["status"] == known.get(name, "wrong")
 
 
@@ -322,6 +359,14 @@ def test_a_crash_or_a_hang_costs_one_row():
     assert not supervise.ALIVE
 
 
+def test_who_is_not_done_when_the_time_is_over_has_no_row():
+    worker = Worker(command=[sys.executable, "-c", PROCESS])
+    rows = list(worker.measure(CASE, ("a", "hang", "b"), 0.1, timeout=60, until=time.monotonic() + 1))
+    assert [row["contender"] for row in rows] == [NN, "a"]
+    assert not worker.strikes
+    assert not supervise.ALIVE
+
+
 CHECKS = """
 import os, sys, time
 from pathlib import Path
@@ -442,7 +487,7 @@ def test_report(tmp_path, capsys):
     assert command.main(given) == 0
     assert str(readme) in capsys.readouterr().out
     text = readme.read_text()
-    assert "| lstm | 0.50 (0.5) | 0.50 (0.5) |" in text
+    assert "| lstm | 0.50 (0.5), 3 of 27 | 0.50 (0.5), 3 of 27 |" in text
     assert "old" not in text
     assert "](out/" in text
     assert "| lstm T=3 B=2 H=5 float32: ours, reset |  | 1.50 | 1 | 1 |" in text
@@ -457,6 +502,49 @@ def test_report(tmp_path, capsys):
     readme.write_text("<!-- bench:typo -->\n<!-- /bench -->\n")
     assert command.main(given) == 2
     assert "bench:typo" in capsys.readouterr().err
+
+
+def reported(tmp_path, *rows, blocks=("cpu", "peers", "calls", "sources")):
+    """README.md after a report of these rows, by block."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results").mkdir()
+    for one in rows:
+        results.append(tmp_path / "results" / "x.csv", one)
+    readme, given = tmp_path / "README.md", {"results": "results", "out": "out", "readme": "README.md"}
+    readme.write_text("".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in blocks))
+    command.main(["report", *(word for name, path in given.items() for word in (f"--{name}", str(tmp_path / path)))])
+    return dict(re.findall(r"<!-- bench:(\w+) -->\n(.*?)\n<!-- /bench -->", readme.read_text(), re.S))
+
+
+def test_a_report_is_of_the_machine_measured_last(tmp_path):
+    case = Case("lstm", 32, 8, 128, 128)
+    earlier = row(case=case, ratio=0.9) | {"machine": "another", "run": "2025-01-01T00:00:00Z"}
+    (tmp_path / "out").mkdir()
+    old, foreign = tmp_path / "out" / "old.svg", tmp_path / "out" / "foreign.svg"
+    old.write_text(f"<svg>{plots.CREATOR}</svg>")
+    foreign.write_text("<svg/>")
+    found = reported(tmp_path, row(case=case, ratio=0.5), earlier, row(case=replace(case, H=32, I=32), ratio=0.5))
+    assert "| lstm | 0.50 (0.5), 2 of 27 |" in found["cpu"]
+    assert "another" not in found["sources"]
+    assert "another" in (tmp_path / "out" / "benchmarks.html").read_text()
+    assert foreign.exists()
+    assert not old.exists()
+
+
+def test_peers_that_are_absent_are_named(tmp_path):
+    case = Case("lstm", 32, 8, 128, 128)
+    absent = row(problems.HASTE, case, ratio=None) | {"status": "absent", "median_us": None, "note": "not installed"}
+    found = reported(tmp_path, row(NN, case, ratio=1.0), row(case=case), row(problems.EAGER, case, ratio=3.0), absent)
+    assert "| lstm forward T=32 B=8 H=128 float32, threads 1 | 0.50 | 3.00 |" in found["peers"]
+    assert "- Haste: not installed." in found["peers"]
+
+
+def test_what_a_call_costs_is_told(tmp_path):
+    case = Case("gru", 1, 1, 64, 64, mode="step")
+    costs = {NN: 50.0, problems.NN_KERNEL: 30.0, problems.LAYER: 40.0, problems.KERNEL: 25.0, problems.STREAM: 9.0}
+    found = reported(tmp_path, *(row(name, case, us=us) for name, us in costs.items()))["calls"]
+    assert "| gru T=1 B=1 H=64, threads 1: ours (layer) | 40 | 25 | 15 |" in found
+    assert "ours (stream) | 9 |" in found
 
 
 # ---- the visit to a GPU machine -------------------------------------------------------------------------------------
