@@ -13,12 +13,14 @@ Everywhere here `given` is (x, *weights, *state), in the order of `Weights`, wit
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import linear
 
@@ -39,7 +41,7 @@ def sequence(
     name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple]:
     """As `functional.sequence`, for tensors."""
-    if capturing():
+    if capturing() or unreal(x):
         return captured(name, x, weights, state, options)
     wanted = tracked(x, *weights, *state)
     backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
@@ -48,6 +50,11 @@ def sequence(
         return y, tuple(last)
     y, last, _ = dispatch.forward(backend, problem, x, weights, filled)
     return y, last
+
+
+def unreal(x: Tensor) -> bool:
+    """Whether a tensor has a shape alone: on the meta device, or of somebody who looks how much a model will take."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def tracked(*tensors: Tensor | None) -> bool:
@@ -402,6 +409,8 @@ def asked(
     given = tuple(map(arrays.described, (x, *weights, *state)))
     precision = options.precision or arrays.precision(x)
     problem = judge(cell, given, options.reverse, precision, save, options.history)
+    if problem.device == "meta":
+        problem = replace(problem, device="cpu")  # which one it will be doesn't matter to shapes
     return dispatch.choose(problem, options.backend), problem
 
 

@@ -212,6 +212,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     needs |= {"units"} if applied.parts else set()
 
     def pullback(doutputs: Any) -> dict[str, Any]:
+        if not isinstance(doutputs, (tuple, list)):
+            raise TypeError(f"expected a tuple, a gradient for each output; got {type(doutputs).__name__}")
         if len(doutputs) != len(results):
             raise ShapeError(f"there are {len(results)} outputs, but {len(doutputs)} gradients were given")
         labels: tuple[Any, ...] = "y", [letter + "T" for letter in cell.states], [*cell.states]
@@ -237,6 +239,9 @@ def of_output(label: str | list[str], output: Any, gradient: Any) -> Any:
         return [*map(of_output, label, output, given)]
     if gradient is None:
         return arrays.zeros(tuple(output.shape), like=output)
+    found, wanted = (" ".join((arrays.library(a), arrays.dtype(a), arrays.device(a))) for a in (gradient, output))
+    if found != wanted:
+        raise TypeError(f"the gradient of {label} is {found}, but {label} is {wanted}")
     if tuple(gradient.shape) != tuple(output.shape):
         raise ShapeError(f"the gradient of {label} {shape(output)} has shape {shape(gradient)}")
     return gradient

@@ -14,6 +14,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -26,10 +27,12 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from gpu_rnn.kernels import cells
 
 from . import functional
+from .arguments import PRECISIONS
 from .autograd import capturing, sequence
+from .dispatch import ORDER
 from .functional import ShapeError
 from .problem import Around, Options, Weights
-from .woven import apply, dropout_mask, probability
+from .woven import apply, dropout_mask, positive, probability
 
 PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
@@ -73,6 +76,7 @@ class LSTMKeywords(Keywords, total=False):
 
 
 PROBABILITIES = ("zoneout", "recurrent_dropout", "input_dropout", "weight_dropout")
+CHOICES = {"backend": (None, "auto", *ORDER), "precision": (None, *PRECISIONS)}
 
 
 class Call(NamedTuple):
@@ -136,6 +140,14 @@ class Recurrent(nn.Module):
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}")
             for p in () if name not in PROBABILITIES else value if isinstance(value, tuple) else (value,):
                 probability(name, p)
+            if known.__annotations__[name] is bool and not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}; got {value!r}")
+            if name == "cell_clip" and value is not None:
+                positive(name, value)
+            if name == "forget_bias" and not isinstance(value, (numbers.Real, NoneType)):
+                raise TypeError(f"forget_bias must be a number, got {value!r}")
         return dict(keywords)
 
     def _set(self, keywords: Any) -> None:

@@ -52,7 +52,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
         raise TypeError(f"stream takes a layer, not a cell: {layer!r}")
     if layer.bidirectional:
         raise ValueError(f"a stream goes from the past to the future, but the layer is bidirectional: {layer!r}")
-    if not isinstance(batch, int) or batch < 1:
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
     layer.training = False
     return Stream(layer, batch)

@@ -44,11 +44,13 @@ def tbptt(
         carry the graph of their window.
 
     Raises:
-        ValueError: sizes that aren't so, a bidirectional layer, which has no past without the future. ShapeError: x has
-        no instants, or reset isn't one for each. What the layer raises.
+        TypeError: not a layer. ValueError: sizes that aren't so, a bidirectional layer, which has no past without the
+        future. ShapeError: x has no instants, or reset isn't one for each. What the layer raises.
     """
     if not (isinstance(k1, int) and isinstance(k2, int) and 0 < k1 <= k2):
         raise ValueError(f"k1 and k2 must be ints with 0 < k1 <= k2, got k1={k1!r} and k2={k2!r}")
+    if not hasattr(layer, "bidirectional"):
+        raise TypeError(f"tbptt takes a layer, not a cell: {layer!r}")
     if layer.bidirectional:
         raise ValueError(f"tbptt goes from the past to the future, but the layer is bidirectional: {layer}")
     axis = 1 if layer.batch_first and x.ndim == 3 else 0

@@ -26,6 +26,7 @@ from .arguments import ShapeError, shape
 from .problem import Around, Weights
 
 PLAIN = Around()
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 MASK = 0xFFFFFFFF  # the instant of masks that hold for a whole sequence; sequences are shorter
 
 
@@ -91,8 +92,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
     T, B, _ = x.shape
     options: dict[str, Any] = {word: True for word in ("coupled",) if getattr(around, word)}
     if around.cell_clip is not None:
-        if not around.cell_clip > 0:
-            raise ValueError(f"cell_clip must be larger than 0, got {around.cell_clip}")
+        positive("cell_clip", around.cell_clip)
         options["clip"] = (float(around.cell_clip),)
     if around.peephole is not None:
         options["peephole"] = True
@@ -108,7 +108,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
             units += list(own.reshape(cell.units, 1, H))
     flags = None
     if around.reset is not None:
-        fitting("reset", around.reset, [(T, B)], x)
+        fitting("reset", around.reset, [(T, B)], x, "bool")
         options["reset"], flags = True, raised(around.reset, 0)
     if around.reset_state is not None:
         if around.reset is None:
@@ -168,7 +168,7 @@ def within(starts: Any, lengths: Any, x: Any) -> Any:
     t, valid = arrays.counted(T, like=x)[:, None], None
     for label, bound in (("starts", starts), ("lengths", lengths)):
         if bound is not None:
-            fitting(label, bound, [(B,)], x)
+            fitting(label, bound, [(B,)], x, *INTEGERS)
             inside = t >= bound[None] if label == "starts" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
@@ -212,6 +212,8 @@ def seeded(seed: Any, x: Any, what: str) -> Any:
     if seed is None:
         raise ValueError(f"{what} draws masks and needs a seed: an int, or an int64 array [1] where x is")
     if isinstance(seed, numbers.Integral):
+        if not -(2**63) <= int(seed) < 2**63:
+            raise ValueError(f"seed must be an int of 64 bits, got {seed}")
         return arrays.integer(int(seed), like=x)
     fitting("seed", seed, [(1,)], x, "int64")
     return seed
@@ -228,15 +230,22 @@ def dropout_mask(seed: Any, p: float, sizes: tuple[int, int], x: Any, which: int
 # ---- what is given --------------------------------------------------------------------------------------------------
 
 
-def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, dtype: str | None = None) -> None:
-    """An error unless the array lies where x does, has one of the shapes and, if it matters, that dtype."""
-    found, wanted = ((arrays.library(each), arrays.device(each)) for each in (array, x))
-    if found != wanted or dtype not in (None, arrays.dtype(array)):
-        kind, there = " ".join((arrays.library(array), arrays.dtype(array), arrays.device(array))), " ".join(wanted)
-        raise TypeError(f"{label} is {kind}; with this x it must be {dtype or 'an array'} of {there}")
+def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, *dtypes: str) -> None:
+    """An error unless the array lies where x does and has one of the shapes and one of the dtypes."""
+    wanted = f"{' or '.join(dtypes)} of {arrays.library(x)} {arrays.device(x)}"
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{label} must be an array, {wanted}; got {type(array).__name__}")
+    kind = arrays.library(array), arrays.dtype(array), arrays.device(array)
+    if (kind[0], kind[2]) != (arrays.library(x), arrays.device(x)) or kind[1] not in dtypes:
+        raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {wanted}")
     if tuple(array.shape) not in shapes:
         expected = " or ".join(str(list(sizes)) for sizes in shapes)
         raise ShapeError(f"{label} has shape {shape(array)}; expected {expected}, with x {shape(x)}")
+
+
+def positive(label: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not float(number) > 0:
+        raise ValueError(f"{label} must be a number larger than 0, got {number!r}")
 
 
 def probability(label: str, p: Any) -> None:

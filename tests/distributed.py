@@ -1,7 +1,8 @@
-"""Run by torchrun in `test_torch_distributed.py`: every process takes its share of a batch, and compares the gradients
-with those of the whole batch in one process."""
+"""Run by torchrun in `test_torch_distributed.py`, with the device to run on: every process takes its share of a batch,
+and compares the gradients with those of the whole batch in one process."""
 
 import copy
+import sys
 import time
 
 import torch
@@ -32,9 +33,11 @@ def ours(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def main():
-    distributed.init_process_group("gloo")
-    compare()  # its models go before the process group does
+def main(device):
+    distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    if device == "cuda":
+        torch.cuda.set_device(distributed.get_rank())
+    compare(device)  # its models go before the process group does
     distributed.barrier()  # nobody leaves while another still talks
     time.sleep(
         0.2
@@ -42,13 +45,13 @@ def main():
     distributed.destroy_process_group()
 
 
-def compare():
+def compare(device):
     rank, world = distributed.get_rank(), distributed.get_world_size()
     assert world == 2
     torch.manual_seed(0)
-    plain, x = Model(), torch.randn(5, 6, 3, dtype=torch.float64)
+    plain, x = Model().to(device), torch.randn(5, 6, 3, dtype=torch.float64).to(device)
     sharded, replicated = copy.deepcopy(plain), DistributedDataParallel(copy.deepcopy(plain))
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(device, (world,))
     for part in (*sharded.children(), sharded):
         fully_shard(part, mesh=mesh)
     for _ in range(2):  # twice: what is kept between steps must not be stale
@@ -67,4 +70,4 @@ def compare():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

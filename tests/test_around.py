@@ -217,7 +217,7 @@ def test_cells_are_layers_of_one_instant(kind):
 
 x = torch.ones(5, 2, 3)
 LSTM, GRU = gpu_rnn.LSTM(3, 4, 2, bidirectional=True), gpu_rnn.GRU(3, 4, batch_first=True)
-RESET, HALF = torch.ones(5, 2), (torch.ones(4, 4), torch.ones(1, 4))
+RESET, HALF = torch.ones(5, 2, dtype=torch.bool), (torch.ones(4, 4), torch.ones(1, 4))
 CALLED = {
     "reset": (LSTM, {"reset": torch.ones(2, 5)}, ShapeError, "LSTM: reset is a tensor [2, 5]; expected a tensor [5"),
     "reset, batch first": (GRU, {"reset": torch.ones(2, 5)}, ShapeError, "expected a tensor [5, 2], with input [5, 2,"),
@@ -247,6 +247,11 @@ CONSTRUCTED = {
     "no forget gate": ("LSTM", {"forget_bias": 1.0, "coupled": True}, ValueError, "forget_bias is for the bias of a"),
     "no bias": ("LSTM", {"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias is for the bias of a forget"),
     "peephole": ("GRU", {"peephole": True}, TypeError, "GRU got an unexpected keyword argument 'peephole'"),
+    "no bool": ("LSTM", {"coupled": "yes"}, TypeError, "coupled must be a bool, got 'yes'"),
+    "no number": ("LSTM", {"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),
+    "no bound": ("LSTMCell", {"cell_clip": 0}, ValueError, "cell_clip must be a number larger than 0, got 0"),
+    "backend": ("GRU", {"backend": "cudnn"}, ValueError, "backend must be one of None, 'auto', 'cuda', 'triton', 'num"),
+    "precision": ("GRU", {"precision": "fp8"}, ValueError, "precision must be one of None, 'tf32', 'ieee'; got 'fp8'"),
     "unknown": ("LSTM", {"zonout": 0.1}, TypeError, "LSTM got an unexpected keyword argument 'zonout'"),
     "cell": ("RNNCell", {"cell_clip": 1.0}, TypeError, "RNNCell got an unexpected keyword argument 'cell_clip'"),
 }

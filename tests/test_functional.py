@@ -90,6 +90,10 @@ def test_vjp_names_what_is_wrong(rng):
         pullback((y[0], (None, None)))
     with pytest.raises(ShapeError, match=re.escape("2 states (hT, cT), but 1 gradients were given")):
         pullback((y, y[0]))
+    with pytest.raises(TypeError, match="gradient of y is numpy float32 cpu, but y is numpy float64 cpu"):
+        pullback((y.astype("f"), (None, None)))
+    with pytest.raises(TypeError, match="a gradient for each output; got ndarray"):
+        pullback(y)
     with pytest.raises(TypeError, match="vjp differentiates"):
         gpu_rnn.vjp(np.tanh, X)
 

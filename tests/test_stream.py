@@ -134,6 +134,19 @@ def test_rows_are_reset_alone(rows):
     assert not torch.equal(y[:, ~reset], fresh_y[:, ~reset])
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_rollout_and_its_training_have_the_same_bits(kind):
+    """Acting an instant at a time, learning from the whole rollout in one call, with episodes' ends in both."""
+    B, layer = 33, getattr(gpu_rnn, kind)(I, H, num_layers=2)
+    x, reset, listen, acted = torch.randn(T, B, I), torch.rand(T, B) < 0.1, gpu_rnn.stream(layer, B), []
+    for now, first in zip(x, reset):
+        listen.reset(first)
+        acted.append(listen(now).clone())
+    learned, _ = layer(x, reset=reset)
+    assert learned.requires_grad
+    assert torch.equal(torch.stack(acted), learned)
+
+
 def test_streams_are_apart_and_the_layer_stays_as_it_was():
     layer, x = gpu_rnn.LSTM(I, H, zoneout=0.1), torch.randn(9, 2, I)
     one, other = gpu_rnn.stream(layer, 2), gpu_rnn.stream(layer, 2)
@@ -190,8 +203,9 @@ def test_bad_input_is_named_with_its_shapes():
         with pytest.raises(TypeError, match=message):
             gpu_rnn.stream(what)
     layer = gpu_rnn.LSTM(I, H)
-    with pytest.raises(ValueError, match="batch must be an int larger than 0, got 0"):
-        gpu_rnn.stream(layer, 0)
+    for batch in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"batch must be an int larger than 0, got {batch}"):
+            gpu_rnn.stream(layer, batch)
     with pytest.raises(ShapeError, match=r"input has shape \[5, 2, 24\]; expected \[B, I\] or \[I\]"):
         layer.step(torch.randn(5, 2, I))
     listen = gpu_rnn.stream(layer, 2)

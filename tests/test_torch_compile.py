@@ -1,5 +1,6 @@
 """torch.compile and torch.export: one operator per layer and direction, and nothing lost on the way."""
 
+import copy
 import subprocess
 import sys
 from itertools import product
@@ -289,3 +290,21 @@ def test_nothing_waits_for_the_gpu_and_a_cuda_graph_captures_a_step(kind):
     step()
     for found, parameter in zip(replayed, layer.parameters(), strict=True):
         assert torch.equal(found, parameter.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "keywords"), [("LSTM", {}), ("GRU", {"zoneout": 0.1, "recurrent_dropout": 0.1})])
+def test_graphed_callables_train(kind, keywords):
+    """Forward and backward as CUDA graphs, inside an ordinary loop; with masks, which a graph draws anew, by zoneout
+    in eval mode."""
+    plain = getattr(gpu_rnn, kind)(8, 16, num_layers=2, device="cuda", **keywords).train(not keywords)
+    graphed = copy.deepcopy(plain)
+    sample = torch.randn(5, 4, 8, device="cuda", requires_grad=True)
+    run = torch.cuda.make_graphed_callables(graphed, (sample,))
+    for x in torch.randn(3, 5, 4, 8, device="cuda"):
+        gradients = []
+        for call, layer in ((run, graphed), (plain, plain)):
+            layer.zero_grad()
+            call(x)[0].square().sum().backward()
+            gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+        assert all(map(torch.equal, *gradients))

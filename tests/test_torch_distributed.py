@@ -15,18 +15,27 @@ import gpu_rnn
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-def torchrun(processes, *command):
+
+def torchrun(processes, *command, gpus=False):
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_ddp_and_fsdp2_have_the_gradients_of_one_process():
-    torchrun(2, "-m", "tests.distributed")
+    torchrun(2, "-m", "tests.distributed", "cpu")
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_ddp_and_fsdp2_on_two_gpus():
+    torchrun(2, "-m", "tests.distributed", "cuda", gpus=True)
 
 
 def test_the_example_trains_the_same_model_on_any_number_of_processes(tmp_path):
@@ -59,7 +68,7 @@ def test_replicas_of_data_parallel():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 def test_data_parallel_on_two_gpus():
     layer, x = gpu_rnn.GRU(3, 4, batch_first=True).cuda(), torch.randn(4, 5, 3, device="cuda")
     torch.testing.assert_close(nn.DataParallel(layer, [0, 1])(x)[0], layer(x)[0])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -165,6 +166,19 @@ def test_meta_device_and_deferred_values(kind):
     again.load_state_dict(expected.state_dict(), assign=True)
     x = some_input(kind, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(flat(again(x)), flat(expected(x))))
+
+
+@every
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_shapes_alone(kind, fake):
+    """Forward and backward without numbers, as torch.nn's layers do it."""
+    with FakeTensorMode() if fake else torch.device("meta"):
+        layer, x = getattr(gpu_rnn, kind)(3, 4, zoneout=0.1), some_input(kind, dtype=torch.float32)
+        outputs = flat(layer(x))
+        sum(output.sum() for output in outputs).backward()
+    expected = flat(getattr(gpu_rnn, kind)(3, 4)(some_input(kind, dtype=torch.float32)))
+    assert [output.shape for output in outputs] == [output.shape for output in expected]
+    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
 
 
 def test_shared_memory_and_flatten_parameters_change_nothing():

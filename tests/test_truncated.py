@@ -149,6 +149,8 @@ def test_bad_input_is_named_at_the_call(case):
 def test_what_does_not_fit_is_named_at_the_call():
     with pytest.raises(gpu_rnn.ShapeError, match=re.escape("x has shape [0, 3, 2]")):
         gpu_rnn.tbptt(made("GRU"), sequence(0), 1, 2)
+    with pytest.raises(TypeError, match="a layer, not a cell: GRUCell"):
+        gpu_rnn.tbptt(gpu_rnn.GRUCell(2, 4), sequence(4), 1, 2)
     with pytest.raises(
         gpu_rnn.ShapeError, match=re.escape("reset has shape [3, 4]; expected [4, 3], with x [4, 3, 2]")
     ):
