@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
@@ -269,10 +268,3 @@ def test_forward_mode_through_the_operators_is_refused():
         jvp(run, (x,), (x,))
     with pytest.raises(Exception, match="eager mode only"):
         torch.compile(lambda a: jvp(lambda b: layer(b)[0], (a,), (a,))[1], backend="eager", fullgraph=True)(x)
-
-
-def test_torch_nn_would_not():
-    """What the README's table says of torch.nn; where this fails, torch has learned it."""
-    layer = nn.LSTM(3, 4)
-    with pytest.raises(RuntimeError):
-        vmap(lambda a: layer(a)[0])(torch.randn(6, 5, 2, 3))
