@@ -163,18 +163,11 @@ class Alone(Contender):
         at = map(arrays.pointer, (given.w_hh, packed))
         run(residence.pack(plan, cell, case.dtype, *at, case.H))()
         exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=given.w_hh, dtype="uint8")
-        if self.back:
-            whole = (
-                given.dy, given.dh, given.dothers, packed, given.y, given.h0, given.others, given.saved, given.dxg,
-                given.dhg, given.dhistory, given.dunits, *given.extra,
-            )  # fmt: skip
-        else:
-            whole = (
-                given.xg, packed, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra,
-            )  # fmt: skip
+        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given, packed)
+        direction = residence.Direction(tuple(map(arrays.pointer, whole)), reverse=False)
         parts = residence.sequence(
-            plan, cell, case.dtype, tuple(map(arrays.pointer, whole)), arrays.pointer(exchange), case.T, case.B, case.H,
-            1, reverse=False, save=case.training, only=None if self.part == "sequence" else self.part,
+            plan, cell, case.dtype, [direction], arrays.pointer(exchange), case.T, case.B, case.H, 1,
+            save=case.training, only=None if self.part == "sequence" else self.part,
         )  # fmt: skip
         launches = list(map(run, parts))
 

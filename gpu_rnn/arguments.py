@@ -33,7 +33,7 @@ def checked(
     """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
     given = tuple([arrays.described(array) for array in (x, *weights, *state)])
     precision = options.precision or arrays.precision(x)
-    problem = known(name, given, options.reverse, precision, training, options.history)
+    problem = known(name, given, options.reverse, precision, training, options.history, options.directions)
     filled = [
         arrays.zeros((problem.B, problem.H if k else problem.P or problem.H), like=x) if array is None else array
         for k, array in enumerate(state)
@@ -42,8 +42,9 @@ def checked(
 
 
 def fitted(
-    name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool, history: bool = False
-) -> Problem:
+    name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool,
+    history: bool = False, directions: int = 1,
+) -> Problem:  # fmt: skip
     """What x, the weights and the states are, in this order -> the problem, or an error that repeats the shapes."""
     cell = cells.get(name)
     labels = ("x", *Weights._fields, *first_states(cell))
@@ -106,7 +107,7 @@ def fitted(
     I = size if "w_ih" in shapes else None
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
-        tf32=(precision, dtype) == ("tf32", "float32"), history=history,
+        tf32=(precision, dtype) == ("tf32", "float32"), history=history, directions=directions,
     )  # fmt: skip
 
 

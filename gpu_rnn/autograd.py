@@ -1,6 +1,7 @@
 """The functions as torch's autograd, its transforms (torch.func) and its compiler see them.
 
-Eager     `sequence`: two autograd.Functions, `Sequence` and its gradient `Gradient`, around the chosen backend.
+Eager     `sequence`: two autograd.Functions, `Sequence` and its gradient `Gradient`, around the chosen backend; and
+          `Together`, for several directions at once.
 Captured  `captured`: two operators, gpu_rnn::forward and gpu_rnn::backward, for torch.compile and torch.export. They
           choose their backend when they run, and time stays inside of them. A program that torch.export saved needs
           this module imported before it is loaded.
@@ -31,7 +32,7 @@ from gpu_rnn.kernels.weave import HOLD
 from . import arrays, dispatch
 from .arguments import fitted, known, prepared
 from .extra import Extra
-from .problem import Options, Problem, Weights
+from .problem import Direction, Options, Problem, Weights
 from .woven import page
 
 FIRST_STATE = 1 + len(Weights._fields)  # its place in `given`
@@ -42,7 +43,8 @@ def sequence(
 ) -> tuple[Tensor, tuple]:
     """As `functional.sequence`, for tensors."""
     if capturing() or unreal(x):
-        return captured(name, x, weights, state, options)
+        (result,) = captured(name, [Direction(x, weights, state, options.reverse)], options)
+        return result
     wanted = tracked(x, *weights, *state)
     backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
     if wanted:
@@ -50,6 +52,26 @@ def sequence(
         return y, tuple(last)
     y, last, _ = dispatch.forward(backend, problem, x, weights, filled)
     return y, last
+
+
+def sequences(name: str, directions: List[Direction], options: Options) -> list[tuple[Tensor, tuple]]:
+    """`sequence` for each direction of a layer: at once where the backend can and no transform looks on."""
+    if capturing() or unreal(directions[0].x):
+        return captured(name, directions, options)
+    if len(directions) == 1 or transformed():
+        return [sequence(name, d.x, d.weights, d.state, options._replace(reverse=d.reverse)) for d in directions]
+    options = options._replace(directions=len(directions))
+    wanted = any(tracked(d.x, *d.weights, *d.state) for d in directions)
+    filled = []
+    for x, weights, state, reverse in directions:
+        options = options._replace(reverse=reverse)
+        backend, problem, state = prepared(name, x, weights, state, options, wanted and not options.recompute)
+        filled.append(Direction(x, weights, state, reverse))
+    if not wanted:
+        return [(y, last) for y, last, _ in dispatch.forwards(backend, problem, filled)]
+    given = [tensor for x, weights, state, _ in filled for tensor in (x, *weights, *state)]
+    outputs = Together.apply(backend, problem, tuple(d.reverse for d in filled), *given)
+    return [(y, tuple(last)) for y, *last in parts(outputs, len(filled))]
 
 
 def unreal(x: Tensor) -> bool:
@@ -144,10 +166,8 @@ class Gradient(Direct):
         n = FIRST_STATE + problem.cell.S
         end = n + problem.outputs
         given, dy, dlast, (y, *tape) = named(rest[:n]), rest[n], rest[n + 1 : end], rest[end:] or (None,)
-        wanted = {name for name, needed in zip(("x", *Weights._fields), needs) if needed}
-        gradients = dispatch.backward(backend, problem, *given, y, tuple(tape), dy, dlast, wanted)
-        found = [*(gradients.get(name) for name in ("x", *Weights._fields)), *gradients["state"]]
-        return tuple(gradient for gradient, needed in zip(found, needs) if needed)
+        wanted = names_of(needs)
+        return needed(dispatch.backward(backend, problem, *given, y, tuple(tape), dy, dlast, wanted), needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -187,6 +207,70 @@ class Gradient(Direct):
         doutputs = folded(V, dims[n:], rest[n : n + 1 + problem.cell.S], states=1)
         gradients = run(*folded(V, dims, rest[:n]), *doutputs)
         return unfolded(V, gradients, sequences=needs[0])
+
+
+class Together(Direct):
+    """Several directions of a layer: given of each in turn -> y, states after, of each in turn.
+
+    What is differentiated again goes through each one's `Gradient`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: ModuleType, problem: Problem, reverse: tuple[bool, ...], *given: Any) -> tuple:
+        directions = [Direction(*named(each), r) for each, r in zip(parts(given, len(reverse)), reverse)]
+        found = dispatch.forwards(backend, problem, directions)
+        ctx.backend, ctx.problem, ctx.reverse = backend, problem, reverse
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given, *[tensor for y, _, tape in found for tensor in recorded(y, tape)])
+        return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
+        problem, n = ctx.problem, len(ctx.reverse)
+        tensors, N = ctx.saved_tensors, n * (FIRST_STATE + ctx.problem.cell.S)
+        given, kept, needs = (parts(each, n) for each in (tensors[:N], tensors[N:], ctx.needs_input_grad[3:]))
+        doutputs = [zero_filled(g[0], g[FIRST_STATE:], d) for g, d in zip(given, parts(arriving, n))]
+        if torch.is_grad_enabled() or transformed():
+            found = []
+            for r, wanted, g, d, k in zip(ctx.reverse, needs, given, doutputs, kept):
+                alone = replace(problem, reverse=r, directions=1)
+                found.append(Gradient.apply(ctx.backend, alone, wanted, *g, *d, *k))
+        else:
+            found = pulled(ctx.backend, problem, ctx.reverse, needs, given, doutputs, kept)
+        return (
+            None,
+            None,
+            None,
+            *(each for gradients, wanted in zip(found, needs) for each in spread(gradients, wanted)),
+        )
+
+
+def pulled(
+    backend: ModuleType, problem: Problem, reverse: List[bool], needs: List[List[bool]], given: List[List],
+    doutputs: List[List], kept: List[List],
+) -> list[tuple]:  # fmt: skip
+    """`Gradient.forward` of several directions."""
+    directions = [Direction(*named(each), r) for each, r in zip(given, reverse)]
+    tapes = [(k[0], tuple(k[1:])) if k else (None, ()) for k in kept]
+    arriving = [(d[0], tuple(d[1:])) for d in doutputs]
+    found = dispatch.backwards(backend, problem, directions, tapes, arriving, [*map(names_of, needs)])
+    return [*map(needed, found, needs)]
+
+
+def parts(tensors: List, n: int) -> list[List]:
+    """What n directions have in turn, of each."""
+    size = len(tensors) // n
+    return [tensors[k * size : (k + 1) * size] for k in range(n)]
+
+
+def names_of(needs: List[bool]) -> set[str]:
+    return {name for name, need in zip(("x", *Weights._fields), needs) if need}
+
+
+def needed(gradients: dict[str, Any], needs: List[bool]) -> tuple[Tensor, ...]:
+    """A backend's gradients, those that are needed in the order of `given`."""
+    found = [*(gradients.get(name) for name in ("x", *Weights._fields)), *gradients["state"]]
+    return tuple(gradient for gradient, need in zip(found, needs) if need)
 
 
 def recorded(y: Tensor, tape: List[Tensor]) -> tuple[Tensor, ...]:
@@ -322,31 +406,25 @@ for looked_up in (page, arrays.library_of.__wrapped__):  # what a capture needn'
     torch.compiler.assume_constant_result(looked_up)
 
 
-def captured(
-    name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
-) -> tuple[Tensor, tuple]:
-    """As `sequence`, as one node of a graph."""
-    B, P = x.shape[1], weights.w_hh.shape[1]
-    H = P if weights.w_hr is None else weights.w_hr.shape[1]
-    filled = [x.new_zeros(B, H if k else P) if initial is None else initial for k, initial in enumerate(state)]
-    wanted = required(x, *weights, *filled) and not torch.compiler.is_exporting()  # what is exported seldom trains
-    precision = options.precision
+def captured(name: str, directions: List[Direction], options: Options) -> list[tuple[Tensor, tuple]]:
+    """As `sequences`, as one node of a graph."""
+    given: list[Tensor] = []
+    for x, weights, state, _ in directions:
+        B, P = x.shape[1], weights.w_hh.shape[1]
+        H = P if weights.w_hr is None else weights.w_hr.shape[1]
+        filled = [x.new_zeros(B, H if k else P) if initial is None else initial for k, initial in enumerate(state)]
+        given += [x, *[weight for weight in weights if weight is not None], *filled]
+    wanted = required(*given) and not torch.compiler.is_exporting()  # what is exported seldom trains
+    precision, save = options.precision, wanted and not options.recompute
     if precision is None and wanted and x.is_cuda and x.dtype == torch.float32:
         precision = precision_now()
-    backend = options.backend or "auto"
     names = " ".join([field for field, weight in zip(Weights._fields, weights) if weight is not None])
-    there = [weight for weight in weights if weight is not None]
-    history = options.history
-    y, *rest = torch.ops.gpu_rnn.forward(
-        name, x, there, names, filled, options.reverse, backend, precision, history,
-        wanted and not options.recompute,
-    )  # fmt: skip
-    return y, tuple(rest[: len(state) + (len(state) - 1) * history])
-
-
-def those_there(names: str, weights: List[Tensor]) -> Weights:
-    there = dict(zip(names.split(), weights))
-    return Weights(*map(there.get, Weights._fields))
+    reverse = [direction.reverse for direction in directions]
+    found = torch.ops.gpu_rnn.forward(
+        name, given, names, reverse, options.backend or "auto", precision, options.history, save
+    )
+    n = 1 + len(state) + (len(state) - 1) * options.history
+    return [(outputs[0], tuple(outputs[1:n])) for outputs in parts(found, len(directions))]
 
 
 @torch.compiler.assume_constant_result
@@ -355,60 +433,82 @@ def precision_now() -> str:
     return arrays.torch_precision()
 
 
+# Of both operators: `given` is of each direction in turn x, the weights there are, `names`, and the states; and so are
+# all other lists.
+
+
 @torch.library.custom_op("gpu_rnn::forward", mutates_args=())
 def forward(
-    cell: str, x: Tensor, weights: List[Tensor], names: str, state: List[Tensor],
-    reverse: bool, backend: str, precision: str | None, history: bool, save: bool,
+    cell: str, given: List[Tensor], names: str, reverse: List[bool], backend: str, precision: str | None,
+    history: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """-> y, states after, their history if asked for, the tape if it is to be saved. `names` are the weights'."""
-    given = x, those_there(names, weights), tuple(state)
-    chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), save)
-    with uncast(x):
-        y, last, tape = dispatch.forward(chosen, problem, *given)
-    return [y, *last, *tape]
+    """-> y, states after, their history if asked for, the tape if it is to be saved."""
+    directions = apart_from(given, names, reverse)
+    chosen, problem = asked(known, cell, directions, Options(False, backend, precision, history), save)
+    with uncast(given[0]):
+        found = dispatch.forwards(chosen, problem, directions)
+    return [tensor for y, last, tape in found for tensor in (y, *last, *tape)]
 
 
 @forward.register_fake
-def _(cell, x, weights, names, state, reverse, backend, precision, history, save):
-    given = x, those_there(names, weights), tuple(state)
-    chosen, problem = asked(fitted, cell, *given, Options(reverse, backend, precision, history), save)
-    y = x.new_empty(problem.T, problem.B, problem.P or problem.H)
-    after = [x.new_empty(initial.shape) for initial in state]
-    after += [x.new_empty(problem.T, problem.B, problem.H) for _ in range(problem.outputs - 1 - len(state))]
-    return [y, *after, *(tape_like(chosen, problem, x) if save else ())]
+def _(cell, given, names, reverse, backend, precision, history, save):
+    directions = apart_from(given, names, reverse)
+    chosen, problem = asked(fitted, cell, directions, Options(False, backend, precision, history), save)
+    found = []
+    for x, _, state, _ in directions:
+        found.append(x.new_empty(problem.T, problem.B, problem.P or problem.H))
+        found += [x.new_empty(initial.shape) for initial in state]
+        found += [x.new_empty(problem.T, problem.B, problem.H) for _ in range(problem.outputs - 1 - len(state))]
+        found += tape_like(chosen, problem, x) if save else ()
+    return found
 
 
 @torch.library.custom_op("gpu_rnn::backward", mutates_args=())
 def backward(
-    cell: str, x: Tensor, weights: List[Tensor], names: str, state: List[Tensor], doutputs: List[Tensor],
-    recorded: List[Tensor], reverse: bool, backend: str, precision: str | None, history: bool, needs: List[bool],
+    cell: str, given: List[Tensor], names: str, doutputs: List[Tensor], recorded: List[Tensor], reverse: List[bool],
+    backend: str, precision: str | None, history: bool, needs: List[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """-> the gradients of x, the weights and the states, those in `needs`. `recorded`: y and the tape, or nothing."""
-    given = x, those_there(names, weights), tuple(state)
-    chosen, problem = asked(known, cell, *given, Options(reverse, backend, precision, history), True)
-    wanted = dict(zip(names.split(), needs[1:]))
-    needs = [needs[0], *(wanted.get(field, False) for field in Weights._fields), *needs[1 + len(weights) :]]
-    with uncast(x):
-        gradients = Gradient.forward(chosen, problem, tuple(needs), x, *given[1], *state, *doutputs, *recorded)
-    return [gradient.contiguous() for gradient in gradients]
+    """-> the gradients of what is given, those in `needs`. `recorded`: y and the tape, or nothing."""
+    directions, n = apart_from(given, names, reverse), len(reverse)
+    chosen, problem = asked(known, cell, directions, Options(False, backend, precision, history), True)
+    fields = [0, *(1 + Weights._fields.index(name) for name in names.split())]
+    all_needs = []
+    for wanted in parts(needs, n):
+        need = dict(zip(fields, wanted))
+        all_needs.append((*(need.get(k, False) for k in range(FIRST_STATE)), *wanted[len(fields) :]))
+    whole = [(x, *weights, *state) for x, weights, state, _ in directions]
+    with uncast(given[0]):
+        found = pulled(chosen, problem, reverse, all_needs, whole, parts(doutputs, n), parts(recorded, n))
+    return [gradient.contiguous() for gradients in found for gradient in gradients]
 
 
 @backward.register_fake
-def _(cell, x, weights, names, state, doutputs, recorded, reverse, backend, precision, history, needs):
-    return [tensor.new_empty(tensor.shape) for tensor, needed in zip((x, *weights, *state), needs) if needed]
+def _(cell, given, names, doutputs, recorded, reverse, backend, precision, history, needs):
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(given, needs) if needed]
+
+
+def apart_from(given: List[Tensor], names: str, reverse: List[bool]) -> list[Direction]:
+    """The directions that are in a list of an operator."""
+    fields = names.split()
+    found = []
+    for (x, *rest), r in zip(parts(given, len(reverse)), reverse):
+        there = dict(zip(fields, rest))
+        found.append(Direction(x, Weights(*map(there.get, Weights._fields)), tuple(rest[len(fields) :]), r))
+    return found
 
 
 def asked(
-    judge: Callable[..., Problem], cell: str, x: Tensor, weights: Weights, state: tuple, options: Options, save: bool
+    judge: Callable[..., Problem], cell: str, directions: List[Direction], options: Options, save: bool
 ) -> tuple[ModuleType, Problem]:
     """As `prepared`. `judge` is `known`, or `fitted` for symbolic sizes, which can't be looked up."""
     if forward_ad._current_level >= 0:  # torch would take the outputs for constants
         raise NotImplementedError(
             "gpu_rnn has forward mode (jvp) in eager mode only, not in torch.compile or its operators"
         )
-    given = tuple(map(arrays.described, (x, *weights, *state)))
-    precision = options.precision or arrays.precision(x)
-    problem = judge(cell, given, options.reverse, precision, save, options.history)
+    for x, weights, state, reverse in directions:
+        given = tuple(map(arrays.described, (x, *weights, *state)))
+        precision = options.precision or arrays.precision(x)
+        problem = judge(cell, given, reverse, precision, save, options.history, len(directions))
     if problem.device == "meta":
         problem = replace(problem, device="cpu")  # which one it will be doesn't matter to shapes
     return dispatch.choose(problem, options.backend), problem
@@ -427,22 +527,24 @@ def tape_like(backend: ModuleType, problem: Problem, x: Tensor) -> list[Tensor]:
 
 
 def keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.cell, x, weights, ctx.names, state, *ctx.options, _ = inputs
-    ctx.outputs = 1 + len(state) + (len(state) - 1) * ctx.options[-1]
+    ctx.cell, given, ctx.names, *ctx.options, _ = inputs
+    (ctx.reverse, *_, history), S = ctx.options, cells.get(ctx.cell).S
+    ctx.outputs = 1 + S + (S - 1) * history
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *weights, *state, *recorded(output[0], output[ctx.outputs :]))
+    found = parts(output, len(ctx.reverse))
+    ctx.save_for_backward(*given, *[tensor for y, *rest in found for tensor in recorded(y, rest[ctx.outputs - 1 :])])
 
 
 def pull(ctx: Any, arriving: list[Tensor | None]) -> tuple:
-    x, *saved = ctx.saved_tensors
-    W, S = len(ctx.names.split()), cells.get(ctx.cell).S
-    weights, state, kept = saved[:W], saved[W : W + S], saved[W + S :]
-    doutputs = zero_filled(x, state, arriving[: ctx.outputs])
-    _, of_x, of_weights, _, of_state, *others = ctx.needs_input_grad
-    needs = [of_x, *of_weights, *of_state]
-    gradients = torch.ops.gpu_rnn.backward(ctx.cell, x, weights, ctx.names, state, doutputs, kept, *ctx.options, needs)
-    dx, *found = spread(gradients, needs)
-    return None, dx, found[:W], None, found[W:], *[None] * len(others)
+    n, S = len(ctx.reverse), cells.get(ctx.cell).S
+    size = 1 + len(ctx.names.split()) + S
+    given, kept = ctx.saved_tensors[: n * size], ctx.saved_tensors[n * size :]
+    doutputs = []
+    for each, gradients in zip(parts(given, n), parts(arriving, n)):
+        doutputs += zero_filled(each[0], each[-S:], gradients[: ctx.outputs])
+    _, needs, _, *others = ctx.needs_input_grad
+    found = torch.ops.gpu_rnn.backward(ctx.cell, given, ctx.names, doutputs, kept, *ctx.options, needs)
+    return None, [*spread(found, needs)], None, *[None] * len(others)
 
 
 forward.register_autograd(pull, setup_context=keep)

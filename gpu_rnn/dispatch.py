@@ -1,7 +1,7 @@
 """Problem -> the first backend that has no reason against it; and everything there is to say about that choice."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from . import cudnn
-from .problem import Problem, Weights
+from .problem import Direction, Problem, Weights
 
 ORDER = ("cuda", "triton", "numpy")  # fastest first
 VARIABLE = "GPU_RNN_BACKEND"
@@ -54,20 +54,37 @@ def choose(problem: Problem, name: str | None = None) -> ModuleType:
 
 
 def forward(
-    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: tuple
+    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: Sequence[Any]
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """-> y; the states after, and their history if the problem has one; the tape, empty unless it is training."""
     y, last, tape = backend.forward(
         problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
         save=problem.training or problem.history,
     )  # fmt: skip
+    return results(backend, problem, problem.reverse, y, last, tape)
+
+
+def forwards(
+    backend: ModuleType, problem: Problem, directions: Sequence[Direction]
+) -> list[tuple[Any, tuple, tuple]]:  # fmt: skip
+    """`forward` of directions, of a problem but for its `reverse`: at once where the backend can, else in turn."""
+    if not hasattr(backend, "forwards"):
+        return [forward(backend, replace(problem, reverse=d.reverse), d.x, d.weights, d.state) for d in directions]
+    save = problem.training or problem.history
+    found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save)
+    return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
+
+
+def results(
+    backend: ModuleType, problem: Problem, reverse: bool, y: Any, last: tuple, tape: tuple
+) -> tuple[Any, tuple, tuple]:
     if problem.history:
-        last = (*last, *backend.history(problem.cell, tape, reverse=problem.reverse, like=y))
+        last = (*last, *backend.history(problem.cell, tape, reverse=reverse, like=y))
     return y, last, tape if problem.training else ()
 
 
 def backward(
-    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any,
+    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: Sequence[Any], y: Any, tape: tuple, dy: Any,
     dlast: tuple, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     """-> the gradients in `needs` by name, and those of the states as "state". Without a tape it is recorded now."""
@@ -78,6 +95,24 @@ def backward(
         problem.cell, x, weights, state, y, tape, dy, dlast[:S], dlast[S:], reverse=problem.reverse,
         tf32=problem.tf32, needs=needs,
     )  # fmt: skip
+
+
+def backwards(
+    backend: ModuleType, problem: Problem, directions: Sequence[Direction], recorded: Sequence[tuple[Any, tuple]],
+    arriving: Sequence[tuple[Any, tuple]], needs: Sequence[Collection[str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`backward` of directions. recorded: y and the tape of each; arriving: dy and dlast."""
+    S = problem.cell.S
+    if not hasattr(backend, "backwards"):
+        return [
+            backward(backend, replace(problem, reverse=d.reverse), d.x, d.weights, d.state, *kept, *gradients, wanted)
+            for d, kept, gradients, wanted in zip(directions, recorded, arriving, needs)
+        ]
+    if not recorded[0][1]:
+        again = forwards(backend, replace(problem, training=True, history=False), directions)
+        recorded = [(y, tape) for y, _, tape in again]
+    whole = [(*kept, dy, dlast[:S], dlast[S:]) for kept, (dy, dlast) in zip(recorded, arriving)]
+    return backend.backwards(problem.cell, directions, whole, tf32=problem.tf32, needs=needs)
 
 
 def listed(reasons: dict[str, list[str]]) -> list[str]:

@@ -401,12 +401,15 @@ def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
     """
     notes = []
 
-    def noting(*given: Any) -> tuple:
-        note, y, last = run(*given)
-        notes.append(note)
-        return y, last
+    def noting(name: str, directions: Sequence, options: Options) -> list[tuple]:
+        results = []
+        for *given, reverse in directions:
+            note, *result = run(name, *given, options._replace(reverse=reverse, directions=len(directions)))
+            notes.append(note)
+            results.append(result)
+        return results
 
-    layer.__dict__ |= {"_sequence": noting, "training": False}
+    layer.__dict__ |= {"_sequences": noting, "training": False}
     layer(x, hx)
     return dict(zip(getattr(layer, "_suffixes", [""]), notes, strict=True))
 

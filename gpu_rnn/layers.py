@@ -28,11 +28,11 @@ from gpu_rnn.kernels import cells
 
 from . import functional
 from .arguments import PRECISIONS
-from .autograd import capturing, sequence
+from .autograd import capturing, sequences
 from .dispatch import ORDER
 from .functional import ShapeError
-from .problem import Around, Options, Weights
-from .woven import apply, dropout_mask, positive, probability
+from .problem import Around, Direction, Options, Weights
+from .woven import Applied, apply, dropout_mask, positive, probability
 
 PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
@@ -227,17 +227,31 @@ class Recurrent(nn.Module):
         return TypeError(f"{self._get_name()}: hx must be the tensors ({names}); got {described(hx)}")
 
     def _run(
-        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], reverse: bool, call: Call, k: int
-    ) -> tuple[Any, ...]:
-        """The way down: x [T, B, I] through layer and direction number k, whose parameters' names end so.
+        self, x: Tensor, suffixes: Sequence[str], states: Sequence[Sequence[Tensor | None]], call: Call, first: int
+    ) -> list[tuple[Any, ...]]:
+        """The way down: x [T, B, I] through a layer in all directions, whose parameters' names end so.
 
-        -> y [T, B, P], the states after it; with return_states also the states after every instant
+        `first`: their numbers go on from there. -> for each y [T, B, P], the states after it; with return_states also
+        the states after every instant
         """
-        options = Options(reverse, self.backend, self.precision, call.return_states, self.recompute)
-        weights = self._weights(suffix)
+        options = Options(False, self.backend, self.precision, call.return_states, self.recompute)
         if call is PLAIN and not self._around():
-            return self._sequence(self.page, *cast(x, weights, state), options)
-        own = self._own(suffix)
+            given = [cast(x, self._weights(suffix), state) for suffix, state in zip(suffixes, states)]
+            return self._sequences(self.page, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
+        applied = [
+            self._applied(x, suffix, state, call, first + k) for k, (suffix, state) in enumerate(zip(suffixes, states))
+        ]
+        directions = [Direction(made.x, made.weights, state, k > 0) for k, (made, state) in enumerate(applied)]
+        found = self._sequences(applied[0][0].name, directions, options)
+        return [
+            made.results(y, after, len(state), options.history) for (made, state), (y, after) in zip(applied, found)
+        ]
+
+    def _applied(
+        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int
+    ) -> tuple[Applied, Sequence[Tensor | None]]:
+        """What is asked for around the cell, in layer and direction number k; and its first states."""
+        weights, own = self._weights(suffix), self._own(suffix)
         resets = [] if call.reset_state is None else [states[k] for states in call.reset_state]
         S, N = len(state), len(state) + len(own)
         x, weights, given = cast(x, weights, [*state, *own.values(), *resets])
@@ -255,12 +269,10 @@ class Recurrent(nn.Module):
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
             coupled=self.coupled, cell_clip=self.cell_clip, **own,
         )  # fmt: skip
-        applied = apply(self.page, x, weights, around)
-        y, after = self._sequence(applied.name, applied.x, applied.weights, state, options)
-        return applied.results(y, after, S, options.history)
+        return apply(self.page, x, weights, around), state
 
-    def _sequence(self, *given: Any) -> tuple[Tensor, tuple]:
-        return sequence(*given)
+    def _sequences(self, *given: Any) -> list[tuple[Tensor, tuple]]:
+        return sequences(*given)
 
     def _own(self, suffix: str) -> dict[str, Tensor]:
         """What the page has per unit in one layer and direction, by its name in `Around`."""
@@ -278,7 +290,7 @@ class Recurrent(nn.Module):
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
-WAYS = ((False, ""), (True, "_reverse"))  # whether to read in reverse, and how the parameters' names end then
+WAYS = ("", "_reverse")  # how the parameters' names end that read forward, and in reverse
 
 
 class RecurrentLayer(Recurrent):
@@ -341,7 +353,7 @@ class RecurrentLayer(Recurrent):
     @property
     def _suffixes(self) -> list[str]:
         """The ends of the parameters' names: layer after layer, forward before reverse, as the states are stacked."""
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for _, end in WAYS[: self._directions]]
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in WAYS[: self._directions]]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -450,19 +462,18 @@ class RecurrentLayer(Recurrent):
 
         -> the last layer's outputs; the final states [L*D, B, P or H]; with return_states every instant's [L*D, T, ...]
         """
-        ways = WAYS[: self._directions]
-        first = [len(ways) * self.num_layers * [None] if state is None else state.unbind(0) for state in initial]
+        D, suffixes = self._directions, self._suffixes
+        first = [len(suffixes) * [None] if state is None else state.unbind(0) for state in initial]
         found: list[tuple] = []  # by layer and direction: states after, and those of every instant
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
                 x = drop(x, self.dropout)
-            outputs = []
-            for reverse, end in ways:
-                k = len(found)
-                y, *groups = self._run(x, f"_l{layer}{end}", [states[k] for states in first], reverse, call, k)
-                outputs.append(y)
-                found.append(tuple(groups))
-            x = torch.cat(outputs, -1) if self.bidirectional else y
+            ways = range(layer * D, layer * D + D)
+            states = [[states[k] for states in first] for k in ways]
+            results = self._run(x, suffixes[layer * D : layer * D + D], states, call, layer * D)
+            outputs = [y for y, *_ in results]
+            found += [tuple(groups) for _, *groups in results]
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
         if len(found) == 1:  # no need to copy
             return x, *([state.unsqueeze(0) for state in group] for group in found[0])
         return x, *([torch.stack(states) for states in zip(*group)] for group in zip(*found))
@@ -589,7 +600,7 @@ class RecurrentCell(Recurrent):
         if not batch:
             input, initial = input.unsqueeze(0), [state if state is None else state.unsqueeze(0) for state in initial]
         call = PLAIN if generator is None else Call(generator=generator)
-        _, last, *_ = self._run(input.unsqueeze(0), "", initial, False, call, 0)
+        ((_, last, *_),) = self._run(input.unsqueeze(0), [""], [initial], call, 0)
         return as_hx(last if batch else [state.squeeze(0) for state in last])
 
 

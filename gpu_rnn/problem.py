@@ -1,5 +1,6 @@
 """What a call asks for, without its data: the thing backends judge and plans are made for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,15 @@ class Weights(NamedTuple):
     seed: Any = None  # [1] int64, of its random numbers
 
 
+class Direction(NamedTuple):
+    """One of several calls that are run at once, and differ in their arrays and in the direction of time alone."""
+
+    x: Any  # [T, B, I]
+    weights: Weights
+    state: Sequence[Any]
+    reverse: bool
+
+
 class Options(NamedTuple):
     """How a call is to run, as its caller says it."""
 
@@ -28,6 +38,7 @@ class Options(NamedTuple):
     precision: str | None = None  # of float32 products, "tf32" or "ieee"; None: what the library's setting says
     history: bool = False  # whether the other states are wanted after every instant, too
     recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
+    directions: int = 1  # how many calls that differ in their direction alone are asked for at once
 
 
 class Around(NamedTuple):
@@ -64,6 +75,7 @@ class Problem:
     reverse: bool = False
     tf32: bool = False  # float32 products may be rounded to TF32, as torch.nn's are unless told otherwise
     history: bool = False  # whether the other states are wanted after every instant, too
+    directions: int = 1  # how many that differ in their direction alone are asked for at once
 
     @property
     def outputs(self) -> int:

@@ -42,10 +42,10 @@ def execute(library: runtime.Library, launch: Launch, **options) -> None:
 
 
 def passed(kind: str, value):
-    """An argument as the host runtime takes it: a plain int is an address, or a 64-bit integer."""
+    """An argument as the host runtime takes it: a plain int is an address, or 64 bits; an array is a struct's bytes."""
     if isinstance(value, int):
         return ctypes.c_void_p(value) if kind == "p" else np.int64(value)
-    return value
+    return (ctypes.c_char * value.nbytes).from_buffer_copy(value) if isinstance(value, np.ndarray) else value
 
 
 def main() -> None:

@@ -144,8 +144,9 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         plan = plans[backward]
         exchange = zeros(plan.launches * plan.exchange_bytes)
         addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
+        direction = residence.Direction(addresses, case.reverse)
         for launch in residence.sequence(
-            plan, cell, dtype, addresses, exchange.ctypes.data, T, B, H, 1, reverse=case.reverse, save=case.save
+            plan, cell, dtype, [direction], exchange.ctypes.data, T, B, H, 1, save=case.save
         ):
             on_host.execute(kernels[backward], launch, seed=seed, **options)
 

@@ -10,7 +10,7 @@ import gpu_rnn
 from gpu_rnn import arrays
 from gpu_rnn.backends import cuda, triton
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Problem, Weights
+from gpu_rnn.problem import Direction, Problem, Weights
 
 from . import sequences, twins, woven
 
@@ -64,6 +64,49 @@ def test_what_is_woven_into_a_cell(backend, option, dtype):
     for name, T, B, H in (("lstm", 6, 9, 20), ("gru", 5, 20, 300), ("rnn_tanh", 6, 5, 1100), ("lstm", 3, 4, 33)):
         made = woven.drawn(name, woven.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru")
         woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_both_directions_in_one_launch(name, dtype):
+    """In a block, a cluster and the grid: the numbers of a launch for each, bit for bit."""
+    for T, B, I, H in ((4, 3, 5, 20), (20, 17, 9, 256), (7, 5, 8, 700)):
+        problem = Problem(cells.get(name), T, B, I, H, dtype=dtype, device="cuda", library="torch", directions=2)
+        assert "both directions in one launch" in cuda.plan(problem), cuda.plan(problem)
+        pair = [
+            moved("torch", sequences.draw(name, dtype, T, B, I, H, reverse=reverse, seed=reverse))
+            for reverse in (False, True)
+        ]
+        alone = [case.run(cuda.forward, cuda.backward) for case in pair]
+        directions = [Direction(case.x, case.weights, case.state, case.reverse) for case in pair]
+        found = cuda.forwards(problem.cell, directions, tf32=False, save=True)
+        recorded = [(y, tape, case.dy, case.dlast, ()) for (y, _, tape), case in zip(found, pair)]
+        gradients = cuda.backwards(problem.cell, directions, recorded, tf32=False, needs=[case.needs for case in pair])
+        for case, one, (y, *_), other in zip(pair, alone, found, gradients):
+            for what, ours in {"y": y, **sequences.named(case, other)}.items():
+                assert torch.equal(one[what], ours), what
+
+
+def test_a_bidirectional_layer_trains_as_one_graph():
+    """Nothing waits, a CUDA graph captures it, and torch.compile sees the strides that come."""
+    layer = gpu_rnn.LSTM(16, 64, bidirectional=True, num_layers=2, device="cuda")
+    gpu_rnn.warmup(layer, T=12, B=3, training=True)
+    x = torch.randn(12, 3, 16, device="cuda")
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), tuple(layer.parameters()))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = torch.autograd.grad(layer(x)[0].square().sum(), tuple(layer.parameters()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(layer(x)[0].square().sum(), tuple(layer.parameters()))
+    graph.replay()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    through = torch.autograd.grad(compiled(x)[0].square().sum(), tuple(layer.parameters()))
+    torch.cuda.synchronize()
+    for gradients in (again, captured, through):
+        assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
 
 
 def test_a_long_resident_sequence():

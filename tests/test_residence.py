@@ -84,8 +84,8 @@ def test_every_plan_fits_and_covers(problem):
 
 
 def launches(plan, cell, dtype, B, H):
-    options = {"reverse": False, "save": True}
-    return residence.sequence(plan, cells.get(cell), dtype, (), 0, 1, B, H, 1, **options)
+    directions = [residence.Direction((), reverse=False)] * plan.directions
+    return residence.sequence(plan, cells.get(cell), dtype, directions, 0, 1, B, H, 1, save=True)
 
 
 def test_small_layers_need_one_block_and_large_ones_the_grid():
@@ -183,7 +183,7 @@ def test_a_grid_never_has_more_blocks_than_the_driver_holds(count):
 
 def test_another_plan_than_announced_is_no_secret():
     cuda.plan_of.cache_clear()
-    arguments = (cells.get("lstm"), "bfloat16", 512, 8, DEVICES["h200"], False, False)
+    arguments = (cells.get("lstm"), "bfloat16", 512, 8, 1, DEVICES["h200"], False, False)
     with pytest.warns(RuntimeWarning, match="the driver holds 0; now resident, grid"):
         plan, _ = cuda.plan_of(*arguments, lambda cell, dtype, plan: 0 if plan.scope == "cluster" else 132)
     assert plan.scope == "grid"

@@ -189,16 +189,13 @@ def test_the_exchange_alone_and_the_product_alone_run(scope):
 
 TOGETHER = """
 struct Layer {
-    const SCALAR* xg; const uint4* weights; const SCALAR* b_hh; const SCALAR* h0; float* others; SCALAR* saved;
-    SCALAR* y; const float* units; const unsigned char* flags; const unsigned long long* seed; uint4* exchange;
-    long long T; int B, H, rows, reverse, save, first_row;
+    Directions directions; uint4* exchange; long long T; int B, H, rows, first_row, save;
 };
 
 extern "C" __global__ void RESIDENT_KERNEL resident_together(Layer one, Layer other, unsigned blocks) {
     const Layer l = blockIdx.x < blocks ? one : other;
     blockIdx.x %= blocks;
-    resident_forward(l.xg, l.weights, l.b_hh, l.h0, l.others, l.saved, l.y, l.units, l.flags, l.seed, l.exchange, l.T,
-                     l.B, l.H, l.rows, l.reverse, l.save, l.first_row);
+    resident_forward(l.directions, l.exchange, l.T, l.B, l.H, l.rows, l.first_row, l.save);
 }
 EXPORT(resident_together)
 """
@@ -208,10 +205,10 @@ class Layer(ctypes.Structure):
     """TOGETHER has the same fields."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("xg", "weights", "b_hh", "h0", "others", "saved", "y")),
-        *((name, ctypes.c_void_p) for name in ("units", "flags", "seed", "exchange")),
+        ("directions", ctypes.c_ulonglong * 11),
+        ("exchange", ctypes.c_void_p),
         ("T", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("B", "H", "rows", "reverse", "save", "first_row")),
+        *((name, ctypes.c_int) for name in ("B", "H", "rows", "first_row", "save")),
     )
 
 
@@ -228,7 +225,10 @@ def two_layers(seed: int, *, share_exchange: bool = False) -> None:
         alone.append(arrays["y"].copy())
         arrays["y"][...] = np.nan
         arrays["exchange"][...] = 0
-    layers = [Layer(*launch.arguments[:11], *map(int, launch.arguments[11:])) for launch, _ in inputs]
+    layers = []
+    for launch, _ in inputs:
+        directions, *rest = launch.arguments
+        layers.append(Layer(tuple(map(int, directions[0])), *map(int, rest)))
     if share_exchange:
         for layer in layers:
             layer.exchange = exchange.ctypes.data
@@ -266,8 +266,9 @@ def inference(case, plan, kernels, rng, only=None):
     at = {name: array.ctypes.data for name, array in arrays.items()}
     on_host.execute(kernels, residence.pack(plan, cell, "float16", R.ctypes.data, at["weights"], H))
     addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0)
-    options = {"reverse": False, "save": False, "only": only}
-    (launch,) = residence.sequence(plan, cell, "float16", addresses, at["exchange"], T, B, H, 1, **options)
+    direction = residence.Direction(addresses, reverse=False)
+    options = {"save": False, "only": only}
+    (launch,) = residence.sequence(plan, cell, "float16", [direction], at["exchange"], T, B, H, 1, **options)
     return launch, arrays
 
 

@@ -7,6 +7,12 @@ warmup(problem)  -> the names of its kernels, compiled now for the current devic
 forward(cell, x, weights, state, *, reverse, tf32, save) -> y, last, tape
 backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, tf32, needs) -> gradients
 
+
+One that can run several directions of a layer at once has, too:
+
+forwards(cell, directions, *, tf32, save) -> what forward gives, for each problem.Direction
+backwards(cell, directions, recorded, *, tf32, needs) -> gradients of each; recorded: (y, tape, dy, dlast, dhistory)
+
 x      [T, B, I], or [T, B, G*H] without w_ih; never written to
 weights  problem.Weights
 state  h0 [B, P], then [B, H] for every further state; P = H without projection

@@ -18,7 +18,7 @@ from gpu_rnn.kernels.cuda import stepwise as plans
 from gpu_rnn.kernels.cuda.launch import OPTIONS, Launch, Runner, Unit
 
 from .. import arrays, compat
-from ..problem import Problem, Weights
+from ..problem import Direction, Problem, Weights
 from . import sequence, stepwise
 from .sequence import history as history
 
@@ -38,15 +38,17 @@ def reasons(problem: Problem) -> list[str]:
 
 def plan(problem: Problem) -> str:
     ways, product = [], arrays.product_dtype(problem.library, problem.dtype)
-    for backward in directions(problem):
+    for backward in ways_of(problem):
         resident, why = residence_of(problem, device(), backward)
         each = f"stepwise: one product, in {product}, and one fused kernel per step; not resident: {'; '.join(why)}"
-        ways.append(str(resident or each))
+        if resident and why:
+            each = f"{resident}; the other direction after it: {'; '.join(why)}"
+        ways.append(each if why else str(resident))
     return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
 
 
-def directions(problem: Problem) -> tuple[bool, ...]:
-    """Of time: whether backward."""
+def ways_of(problem: Problem) -> tuple[bool, ...]:
+    """Through time: whether backward."""
     return (False, True) if problem.training else (False,)
 
 
@@ -69,10 +71,25 @@ def backward(
         )
 
 
+def forwards(cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool) -> list[tuple[Any, tuple, tuple]]:
+    with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
+        step = partial(walk, ready, device(), held=held)
+        return sequence.forwards(step, cell, directions, tf32=tf32, save=save)
+
+
+def backwards(
+    cell: Cell, directions: Sequence[Direction], recorded: Sequence[sequence.Recorded], *, tf32: bool,
+    needs: Sequence[Collection[str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
+        step = partial(walk_back, ready, device(), held=held)
+        return sequence.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
+
+
 def warmup(problem: Problem) -> tuple[str, ...]:
     """Compile what a problem needs, for the current device, and run nothing. -> the kernels."""
     compiled = []
-    found = [residence_of(problem, device(), backward, held)[0] for backward in directions(problem)]
+    found = [residence_of(problem, device(), backward, held)[0] for backward in ways_of(problem)]
     for resident in filter(None, found):
         unit = residence.compiled(resident, problem.cell, problem.dtype)
         for kernel in ("resident_pack", residence.name(resident)):
@@ -104,7 +121,8 @@ def residence_of(
 ) -> tuple[residence.Residence | None, Sequence[str]]:
     """The resident plan of a problem, one way through time, or why there is none.
 
-    Without `held` nothing is compiled, and the driver isn't asked.
+    A plan for one direction with a reason is for a problem of two: why they don't go together. Without `held` nothing
+    is compiled, and the driver isn't asked.
     """
     why: list[str] = []
     if problem.P is not None:
@@ -115,13 +133,21 @@ def residence_of(
         why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay packing the weights")
     if why:
         return None, why
-    return plan_of(problem.cell, problem.dtype, problem.H, problem.B, on, backward, not problem.tf32, held)
+    sizes = problem.H, problem.B, problem.directions
+    return plan_of(problem.cell, problem.dtype, *sizes, on, backward, not problem.tf32, held)
 
 
 @lru_cache(maxsize=1024)  # asked at every call
 def plan_of(
-    cell: Cell, dtype: str, H: int, B: int, on: residence.Device, backward: bool, ieee: bool, held: Held | None
-) -> tuple[residence.Residence | None, Sequence[str]]:
+    cell: Cell, dtype: str, H: int, B: int, directions: int, on: residence.Device, backward: bool, ieee: bool,
+    held: Held | None,
+) -> tuple[residence.Residence | None, Sequence[str]]:  # fmt: skip
+    if directions > 1:
+        alone, why = plan_of(cell, dtype, H, B, 1, on, backward, ieee, held)
+        if alone is None:
+            return None, why
+        both, why = residence.together(alone, B, on, held and partial(held, cell, dtype))
+        return both or alone, why
     element = residence.element(cell, backward=backward)
     announced = residence.plan(cell.G, element, dtype, H, B, on, backward=backward, ieee=ieee)
     if held is None:
@@ -135,54 +161,75 @@ def plan_of(
 
 
 def planned(
-    on: residence.Device, cell: Cell, gates: Any, w_hr: Any, backward: bool, tf32: bool, held: Held | None
-) -> residence.Residence | None:
+    on: residence.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
+    held: Held | None,
+) -> residence.Residence | None:  # fmt: skip
     """The resident plan for arrays; gates [T, B, G, H]."""
     T, B, _, H = gates.shape
     P = None if w_hr is None else w_hr.shape[0]
-    problem = Problem(cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32)
+    problem = Problem(
+        cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32, directions=directions
+    )
     return residence_of(problem, on, backward, held)[0]
 
 
-def walk(run: Runner, on: residence.Device, cell: Cell, given: sequence.Forward, *, held: Held | None = None) -> None:
-    save = given.saved is not None
-    plan = planned(on, cell, given.xg, given.w_hr, False, given.tf32, held)
-    if plan is None:
-        stepwise.walk(partial(bind, run), cell, given)
-    else:
-        whole = (given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra)
-        resident(run, plan, cell, given.w_hh, (given.xg,), whole, given.xg.shape, given.extra.rows, given.reverse, save)
+def walk(run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None) -> None:
+    one = given[0]
+    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held)
+    for together in launched(plan, given):
+        if plan is None:
+            stepwise.walk(partial(bind, run), cell, *together)
+        else:
+            resident(run, plan, cell, together, forward_arrays, one.xg.shape, one.saved is not None)
 
 
 def walk_back(
-    run: Runner, on: residence.Device, cell: Cell, given: sequence.Backward, *, held: Held | None = None
+    run: Runner, on: residence.Device, cell: Cell, *given: sequence.Backward, held: Held | None = None
 ) -> None:
-    plan = planned(on, cell, given.dxg, given.w_hr, True, given.tf32, held)
-    if plan is None:
-        stepwise.walk_back(partial(bind, run), cell, given)
-    else:
-        before = (given.dy, given.dh, given.dothers)
-        whole = (
-            given.y, given.h0, given.others, given.saved, given.dxg, given.dhg, given.dhistory, given.dunits,
-            *given.extra,
-        )  # fmt: skip
-        resident(run, plan, cell, given.w_hh, before, whole, given.dxg.shape, given.extra.rows, given.reverse, True)
+    one = given[0]
+    plan = planned(on, cell, one.dxg, one.w_hr, len(given), True, one.tf32, held)
+    for together in launched(plan, given):
+        if plan is None:
+            stepwise.walk_back(partial(bind, run), cell, *together)
+        else:
+            resident(run, plan, cell, together, backward_arrays, one.dxg.shape, True)
+
+
+def launched(plan: residence.Residence | None, given: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The directions, those in turn that a launch is for."""
+    n = 1 if plan is None else plan.directions
+    return (given[k : k + n] for k in range(0, len(given), n))
+
+
+def forward_arrays(given: sequence.Forward, packed: Any) -> tuple:
+    """Those of `resident_forward`, in its order."""
+    return given.xg, packed, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra
+
+
+def backward_arrays(given: sequence.Backward, packed: Any) -> tuple:
+    """Those of `resident_backward`, in its order."""
+    tape = given.y, given.h0, given.others, given.saved
+    written = given.dxg, given.dhg, given.dhistory, given.dunits
+    return given.dy, given.dh, given.dothers, packed, *tape, *written, *given.extra
 
 
 def resident(
-    run: Runner, plan: residence.Residence, cell: Cell, w_hh: Any, before: tuple, after: tuple, shape: tuple, R: int,
-    reverse: bool, save: bool,
+    run: Runner, plan: residence.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any, Any], tuple],
+    shape: tuple, save: bool,
 ) -> None:  # fmt: skip
-    """Pack the weights, then run the sequence. `before` and `after`: the kernel's arrays around the packed weights."""
-    (T, B, _, H), dtype = shape, arrays.dtype(w_hh)
-    packed = arrays.empty((plan.fragments, 4), like=w_hh, dtype="int32")
-    run(residence.pack(plan, cell, dtype, arrays.pointer(w_hh), arrays.pointer(packed), H))()
-    exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=w_hh, dtype="uint8")
-    launches = residence.sequence(
-        plan, cell, dtype, tuple(map(arrays.pointer, (*before, packed, *after))), arrays.pointer(exchange), T, B, H, R,
-        reverse=reverse, save=save,
-    )  # fmt: skip
-    for launch in launches:
+    """Pack the weights of every direction, then run the sequence. `ordered`: see `forward_arrays`."""
+    (T, B, _, H), like = shape, given[0].w_hh
+    dtype, rows = arrays.dtype(like), given[0].extra.rows
+    packed = arrays.empty((len(given), plan.fragments, 4), like=like, dtype="int32")
+    directions = []
+    for one, fragments in zip(given, packed, strict=True):
+        run(residence.pack(plan, cell, dtype, arrays.pointer(one.w_hh), arrays.pointer(fragments), H))()
+        addresses = tuple(map(arrays.pointer, ordered(one, fragments)))
+        directions.append(residence.Direction(addresses, one.reverse))
+    exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=like, dtype="uint8")
+    for launch in residence.sequence(
+        plan, cell, dtype, directions, arrays.pointer(exchange), T, B, H, rows, save=save
+    ):  # fmt: skip
         run(launch)()
 
 

@@ -5,19 +5,21 @@ it is, it fills the same arrays, so that one may go forward and another back:
 
     walk(cell, Forward(...))        walk_back(cell, Backward(...))
 
+What is given several times, by `forwards` and `backwards`, is for several directions, to be walked at once.
+
 Every array is contiguous and on one device. Three dtypes meet: `storage`, the caller's; `real`, what is computed in,
 float64 for float64, else float32; and, within a walk, that of its products. Boundary t lies between the instants t-1
 and t: going forward an instant leads from boundary t to t+1, in reverse from t+1 to t.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell, operand_graph
 
 from .. import arrays
 from ..extra import Extra
-from ..problem import Problem, Weights
+from ..problem import Direction, Problem, Weights
 
 
 class Forward(NamedTuple):
@@ -60,16 +62,34 @@ class Backward(NamedTuple):
 
 
 def forward(
-    walk: Callable[[Cell, Forward], None], cell: Cell, x: Any, weights: Weights, state: tuple,
+    walk: Callable[..., None], cell: Cell, x: Any, weights: Weights, state: tuple,
     *, reverse: bool, tf32: bool = False, save: bool,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
-    x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
+    (result,) = forwards(walk, cell, [Direction(x, weights, state, reverse)], tf32=tf32, save=save)
+    return result
+
+
+def forwards(
+    walk: Callable[..., None], cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool
+) -> list[tuple[Any, tuple, tuple]]:
+    given = [begun(cell, *plain(direction), tf32, save) for direction in directions]
+    walk(cell, *given)
+    return [*map(done, given)]
+
+
+def plain(direction: Direction) -> Direction:
+    x, weights, state, reverse = direction
+    return Direction(arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state)), reverse)
+
+
+def begun(cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, tf32: bool, save: bool) -> Forward:
+    """The product for all inputs."""
     (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
     H = GH // G
     part = input_part(x, weights)
     xg = part.reshape(T, B, G, H)
-    first, last = ((T, 0) if reverse else (0, T)) if save else (0, 0)
+    first = T if save and reverse else 0
     others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
     for row, initial in zip(others[first], state[1:]):
         row[...] = initial
@@ -78,28 +98,49 @@ def forward(
         saved = xg if cell.K == G and part is not x else arrays.empty((T, B, cell.K, H), like=x)
     y = arrays.empty((T, B, P), like=x)
     shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
-
-    walk(
-        cell,
-        Forward(
-            xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
-            tf32,
-        ),
+    return Forward(
+        xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
+        tf32,
     )  # fmt: skip
-    final = (y[0 if reverse else -1], *others[last])
-    tape = (saved, others, *([] if shown is y else [shown])) if save else ()
-    return y, tuple(stored(array, like=x) for array in final), tape
+
+
+def done(given: Forward) -> tuple[Any, tuple, tuple]:
+    y, others, save = given.y, given.others, given.saved is not None
+    final = (y[0 if given.reverse else -1], *others[-1 if save and not given.reverse else 0])
+    tape = (given.saved, others, *([] if given.shown is y else [given.shown])) if save else ()
+    return y, tuple(stored(array, like=y) for array in final), tape
+
+
+Recorded = tuple[Any, tuple, Any, tuple, tuple]  # y, the tape, the gradients of y, the last states and the history
 
 
 def backward(
-    walk_back: Callable[[Cell, Backward], None], cell: Cell, x: Any, weights: Weights, state: tuple, y: Any,
+    walk_back: Callable[..., None], cell: Cell, x: Any, weights: Weights, state: tuple, y: Any,
     tape: tuple, dy: Any, dlast: tuple, dhistory: tuple = (),
     *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     """As a backend's `backward`, with the walk to make."""
-    x, weights, state = arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state))
+    direction, recorded = Direction(x, weights, state, reverse), (y, tape, dy, dlast, dhistory)
+    (gradients,) = backwards(walk_back, cell, [direction], [recorded], tf32=tf32, needs=[needs])
+    return gradients
+
+
+def backwards(
+    walk_back: Callable[..., None], cell: Cell, directions: Sequence[Direction], recorded: Sequence[Recorded],
+    *, tf32: bool, needs: Sequence[Collection[str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    directions = [*map(plain, directions)]
+    given = [begun_back(cell, *d, *each, tf32) for d, each in zip(directions, recorded, strict=True)]
+    walk_back(cell, *given)
+    return [gradients(cell, back, d.x, d.weights, n) for back, d, n in zip(given, directions, needs, strict=True)]
+
+
+def begun_back(
+    cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, y: Any, tape: tuple, dy: Any,
+    dlast: tuple, dhistory: tuple, tf32: bool,
+) -> Backward:  # fmt: skip
     y, dy, (saved, others, *hidden) = arrays.plain(y), arrays.plain(dy), map(arrays.plain, tape)
-    (T, B, I), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
+    (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
     H, real = GH // G, arrays.real_dtype(x)
     dxg = arrays.empty((T, B, G, H), like=x)
     dhg = arrays.empty((T, B, G, H), like=x) if any(cell.separate) else None
@@ -112,34 +153,37 @@ def backward(
         dy = stored(dy, like=x)  # the walk writes to it
     extra, dunits = Extra.of(weights), arrays.zeros((cell.learned, B, H), like=x, dtype=real)
     histories = arrays.stack(dhistory, 1) if dhistory else None
-
-    walk_back(
-        cell,
-        Backward(
-            dy, dh, dothers, weights.w_hh, weights.w_hr, state[0], others, saved, shown, y, dxg, dhg, histories, dunits,
-            extra, reverse, tf32,
-        ),
+    return Backward(
+        dy, dh, dothers, weights.w_hh, weights.w_hr, state[0], others, saved, shown, y, dxg, dhg, histories, dunits,
+        extra, reverse, tf32,
     )  # fmt: skip
-    rows, recurrent = dxg.reshape(T * B, GH), (dxg if dhg is None else dhg).reshape(T, B, GH)
-    gradients: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (dh, *dothers))}
+
+
+def gradients(cell: Cell, given: Backward, x: Any, weights: Weights, needs: Collection[str]) -> dict[str, Any]:
+    """The products after the walk."""
+    (T, B, I), (GH, P) = x.shape, weights.w_hh.shape
+    H = GH // cell.G
+    rows, recurrent = given.dxg.reshape(T * B, GH), (given.dxg if given.dhg is None else given.dhg).reshape(T, B, GH)
+    found: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (given.dh, *given.dothers))}
     if "x" in needs:
         of_x = rows if weights.w_ih is None else product(rows, weights.w_ih, like=x)
-        gradients["x"] = of_x.reshape(T, B, I)
+        found["x"] = of_x.reshape(T, B, I)
     if "w_ih" in needs:
-        gradients["w_ih"] = product(rows.T, x.reshape(T * B, I), like=x)
+        found["w_ih"] = product(rows.T, x.reshape(T * B, I), like=x)
     if "w_hh" in needs:
-        gradients["w_hh"] = recurrent_gradient(recurrent, seen_by_weights(cell, y, state[0], extra, reverse), reverse)
+        seen = seen_by_weights(cell, given.y, given.h0, given.extra, given.reverse)
+        found["w_hh"] = recurrent_gradient(recurrent, seen, given.reverse)
     if "b_ih" in needs:
-        gradients["b_ih"] = rows.sum(0)
+        found["b_ih"] = rows.sum(0)
     if "b_hh" in needs:
-        gradients["b_hh"] = recurrent.reshape(T * B, GH).sum(0)
+        found["b_hh"] = recurrent.reshape(T * B, GH).sum(0)
     if "w_hr" in needs and weights.w_hr is not None:
-        gradients["w_hr"] = product(dy.reshape(T * B, P).T, shown.reshape(T * B, H), like=x)
+        found["w_hr"] = product(given.dy.reshape(T * B, P).T, given.shown.reshape(T * B, H), like=x)
     if "units" in needs:
-        given = arrays.zeros(tuple(weights.units.shape), like=x)
-        given[: cell.learned] = dunits if given.shape[1] == B else dunits.sum(1, keepdims=True)
-        gradients["units"] = given
-    return gradients
+        units = arrays.zeros(tuple(weights.units.shape), like=x)
+        units[: cell.learned] = given.dunits if units.shape[1] == B else given.dunits.sum(1, keepdims=True)
+        found["units"] = units
+    return found
 
 
 def input_part(x: Any, weights: Weights) -> Any:

@@ -4,12 +4,15 @@ A pure function of the problem and of what the driver says about the device. Eve
 the chip, covers every hidden unit and batch row once, and fits the registers and the shared memory of the device; for
 a problem without one it says why, and the stepwise kernels take over. Times are predictions, in microseconds a step,
 from the constants below; they only rank plans. `settled` asks the driver once more, about the compiled kernels.
+
+Both directions of a bidirectional layer go side by side in one launch where two of the plan for one fit: `together`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,6 +103,7 @@ class Residence:
     groups: int  # batch tiles of one launch
     launches: int  # one after another, where they can't all be resident
     waves: int  # how often the device is filled, in all launches
+    directions: int = 1  # side by side, with groups of their own
 
     @property
     def units(self) -> int:
@@ -117,7 +121,7 @@ class Residence:
 
     @property
     def grid(self) -> int:
-        return self.groups * self.blocks
+        return self.directions * self.groups * self.blocks
 
     @property
     def row_sets(self) -> int:
@@ -148,11 +152,14 @@ class Residence:
         return self.blocks * self.threads * self.row_sets * self.k_tiles
 
     @property
+    def exchanged(self) -> int:
+        """Bytes of a publication of a group in the grid: a stamp and 4 bytes of three batch rows each."""
+        return -(-self.rows // 3) * self.blocks * self.values * self.units * self.size // 4 * 16
+
+    @property
     def exchange_bytes(self) -> int:
-        """Zeros that one launch of a grid plan wants for itself: a stamp and 4 bytes of three batch rows each."""
-        if self.scope != "grid":
-            return 0
-        return self.groups * 2 * -(-self.rows // 3) * self.blocks * self.values * self.units * self.size // 4 * 16
+        """Zeros that one launch of a grid plan wants for itself."""
+        return self.directions * self.groups * 2 * self.exchanged if self.scope == "grid" else 0
 
     @property
     def microseconds(self) -> float:
@@ -170,7 +177,7 @@ class Residence:
         from_shared = operand + warps * self.gates * self.k_shared * 512 / SHARED_BYTES_PER_CYCLE
         received = (self.blocks - 1) * self.values * self.units * self.rows * self.size
         if self.scope == "grid":
-            received = self.exchange_bytes // self.groups // 2
+            received = self.exchanged
         exchange = EXCHANGE[self.scope] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
         return max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND + exchange + POINTWISE
 
@@ -186,6 +193,7 @@ class Residence:
             "K_SHARED": self.k_shared,
             "BATCH_TILES": self.batch_tiles,
             "PIECES": self.pieces,
+            "DIRECTIONS": self.directions,
             "SHARED_BYTES": self.shared_bytes,
         }
 
@@ -194,10 +202,11 @@ class Residence:
         if self.k_shared:
             held += f", {self.k_shared} in shared memory"
         product = "16-bit" if self.size == 2 else "IEEE float32" if self.ieee else "TF32"
+        directions = "both directions in one launch; " if self.directions == 2 else ""
         return (
-            f"resident, {self.scope}: {self.blocks} blocks of {self.threads} threads, {self.units} hidden units each, "
-            f"{held}; {product} products; {self.groups} groups of {self.rows} batch rows in each of {self.launches} "
-            f"launches; predicted {self.microseconds:.2f} us a step"
+            f"resident, {self.scope}: {directions}{self.blocks} blocks of {self.threads} threads, {self.units} hidden "
+            f"units each, {held}; {product} products; {self.directions * self.groups} groups of {self.rows} batch rows "
+            f"in each of {self.launches} launches; predicted {self.microseconds:.2f} us a step"
         )
 
 
@@ -215,16 +224,23 @@ def pack(plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int) -
     return Launch(compiled(plan, cell, dtype), "resident_pack", (blocks, 1, 1), (128, 1, 1), (R, packed, np.int32(H)))
 
 
+class Direction(NamedTuple):
+    """What is a direction's own."""
+
+    addresses: tuple[int, ...]  # of the kernel's arrays, in its order
+    reverse: bool
+
+
 def sequence(
-    plan: Residence, cell: Cell, dtype: str, addresses: tuple[int, ...], exchange: int, T: int, B: int, H: int, R: int,
-    *, reverse: bool, save: bool, only: str | None = None,
+    plan: Residence, cell: Cell, dtype: str, directions: Sequence[Direction], exchange: int, T: int, B: int, H: int,
+    R: int, *, save: bool, only: str | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The whole sequence, in `plan.launches` parts of the batch.
 
-    addresses: of the kernel's arrays, in its order. exchange: of `plan.exchange_bytes` of zeros for each launch of a
-    grid plan. R: batch rows of the values per unit, B or 1. save: of a forward plan. only: see `compiled`; the
-    results are then wrong.
+    exchange: of `plan.exchange_bytes` of zeros for each launch of a grid plan. R: batch rows of the values per unit, B
+    or 1. save: of a forward plan. only: see `compiled`; the results are then wrong.
     """
+    given = np.array([(*addresses, reverse) for addresses, reverse in directions], np.uint64)  # struct Directions
     keep = () if plan.backward else (np.int32(save),)
     for part in range(plan.launches):
         first_row = part * plan.groups * plan.rows
@@ -234,8 +250,8 @@ def sequence(
             (plan.grid, 1, 1),
             (plan.threads, 1, 1),
             (
-                *(*addresses, exchange and exchange + part * plan.exchange_bytes),
-                *(T, np.int32(B), np.int32(H), np.int32(R), np.int32(reverse), *keep, np.int32(first_row)),
+                *(given, exchange and exchange + part * plan.exchange_bytes),
+                *(T, np.int32(B), np.int32(H), np.int32(R), np.int32(first_row), *keep),
             ),
             shared=plan.shared_bytes,
             cluster=(plan.blocks if plan.scope == "cluster" else 1, 1, 1),
@@ -288,16 +304,50 @@ def settled(
     refused: tuple[str, ...] = ()
     while True:
         made, reasons = plan(gates, element, dtype, H, B, device, backward=backward, ieee=ieee)
-        if made is None or made.scope == "block":  # blocks that wait for no other come in their turn
+        if made is None:
             return made, (*refused, *reasons)
-        grid = made.scope == "grid"
-        wanted = made.grid if grid else resident_groups(made.scope, made.blocks, device)
-        count = held(made)
-        if count >= wanted:
+        count, why_not = holds(made, device, held)
+        if why_not is None:
             return made, refused
-        what = f"{wanted} blocks" if grid else f"{wanted} clusters of {made.blocks} blocks"
-        refused += (f"{made.scope}: {what} were to be resident at once, and the driver holds {count}",)
+        refused += (why_not,)
         device = device.holding(made, count)
+
+
+def holds(made: Residence, device: Device, held: Callable[[Residence], int]) -> tuple[int, str | None]:
+    """How many of a plan the driver holds at once, and why that is too few, if it is. `held`: see `settled`."""
+    if made.scope == "block":  # blocks that wait for no other come in their turn
+        return 0, None
+    grid = made.scope == "grid"
+    wanted, count = made.grid if grid else resident_groups(made.scope, made.blocks, device), held(made)
+    if count >= wanted:
+        return count, None
+    what = f"{wanted} blocks" if grid else f"{wanted} clusters of {made.blocks} blocks"
+    return count, f"{made.scope}: {what} were to be resident at once, and the driver holds {count}"
+
+
+def together(
+    alone: Residence, B: int, device: Device, held: Callable[[Residence], int] | None = None
+) -> tuple[Residence | None, tuple[str, ...]]:
+    """The plan for both directions in one launch, made of that for one, or None and why one goes after the other.
+
+    Each computes what it would alone, bit for bit: only how many groups there are changes. `held`: see `settled`.
+    """
+    tiles, at_once = -(-B // alone.rows), resident_groups(alone.scope, alone.blocks, device)
+    groups = tiles
+    if alone.scope == "grid":
+        if at_once < 2:
+            what = f"twice {alone.blocks} blocks on {device.multiprocessors} multiprocessors"
+            return None, (f"{alone.scope}: both directions at once would be {what}",)
+        groups = min(tiles, at_once // 2)
+    launches = -(-tiles // groups)
+    waves = launches if alone.scope == "grid" else -(-2 * tiles // at_once)
+    if waves > 2 * alone.waves:
+        return None, (
+            f"{alone.scope}: both directions at once fill the device {waves} times, each alone {alone.waves}",
+        )
+    made = replace(alone, directions=2, groups=groups, launches=launches, waves=waves)
+    _, why_not = (0, None) if held is None else holds(made, device, held)
+    return (made, ()) if why_not is None else (None, (why_not,))
 
 
 def element(cell: Cell, *, backward: bool) -> int:

@@ -12,7 +12,9 @@
 //                        word is read until its stamp is the awaited one: data and notice come in one trip, where a
 //                        flag behind the data costs a fence and two more
 //
-// The batch is cut into tiles of NB rows; each tile has a group of its own, and groups never wait for each other. The
+// The batch is cut into tiles of NB rows; each tile has a group of its own, and groups never wait for each other. So
+// DIRECTIONS sequences, the two of a bidirectional layer, go side by side in one launch: each has arrays and groups of
+// its own, which take turns in the grid, and what they compute is bit for bit what a launch for each would. The
 // product is mma with the weights as the stationary 16-row operand and the batch on its narrow side, so that one row
 // pays for 8, not for 16; where float is to be IEEE's it is fused multiply-adds, and one row pays for 2. It serves both
 // directions of time:
@@ -35,8 +37,8 @@
 // launches. Limits: H <= U * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, then multiplied as TF32 or IEEE's.
 //
 // Compiled with -D: BACKWARD SCALAR IEEE SCOPE BLOCKS UNIT_TILES K_SPLITS K_REGISTERS K_SHARED BATCH_TILES PIECES
-// SHARED_BYTES, all from the launch plan, one for each direction of time; a warp's k tiles are K_REGISTERS + K_SHARED,
-// backward for each gate.
+// DIRECTIONS SHARED_BYTES, all from the launch plan, one for each direction of time; a warp's k tiles are K_REGISTERS +
+// K_SHARED, backward for each gate.
 // For benchmarks alone: -DONLY=EXCHANGE leaves the products out, -DONLY=PRODUCT sends and awaits nothing.
 
 #define BLOCK 0
@@ -62,6 +64,10 @@ constexpr int K_STEP = 32 / sizeof(SCALAR);            // k tile: 16 halves or 8
 #else
 #define RESIDENT_KERNEL __launch_bounds__(THREADS, 1)
 #endif
+
+// Groups take turns: one for each direction, then the next tile of the batch.
+DEVICE int direction() { return blockIdx.x / BLOCKS % DIRECTIONS; }
+DEVICE int tile() { return blockIdx.x / (BLOCKS * DIRECTIONS); }
 
 // ---- The operands of the product, by storage type -------------------------------------------------------------------
 
@@ -270,7 +276,7 @@ struct Residence {  // for one direction of time
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
           rank(blockIdx.x % BLOCKS),
-          rows(max(0, min(NB, rows_left - static_cast<int>(blockIdx.x / BLOCKS) * NB))) {
+          rows(max(0, min(NB, rows_left - tile() * NB))) {
         for (int i = threadIdx.x; i < (OPERANDS * OPERAND + STAGED) / 16; i += THREADS)
             reinterpret_cast<uint4*>(operand)[i] = make_uint4(0, 0, 0, 0);  // what nobody publishes stays zero
 #if SCOPE == CLUSTER
@@ -430,7 +436,7 @@ struct Element {
         const int at = threadIdx.x + k * THREADS;
         unit = at % U, row = at / U;
         hidden = blockIdx.x % BLOCKS * U + unit;
-        b = first_row + static_cast<long long>(blockIdx.x / BLOCKS) * NB + row;
+        b = first_row + static_cast<long long>(tile()) * NB + row;
         real = row < NB && hidden < H && b < B;
     }
 };
@@ -491,27 +497,32 @@ EXPORT(resident_pack)
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void RESIDENT_KERNEL resident_forward(
-    const SCALAR* xg,         // [T, B, G, H] input part, b_ih included
-    const uint4* weights,     // from resident_pack
-    const SCALAR* b_hh,       // [G, H] or null
-    const SCALAR* h0,         // [B, H]
-    float* others,            // [T+1, S-1, B, H] the other states, the first boundary given, the rest written;
-                              // where nothing is saved, [1, S-1, B, H] in place
-    SCALAR* saved,            // [T, B, K, H] written; it may be xg where K = G
-    SCALAR* y,                // [T, B, H] written
-    const float* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
-    uint4* exchange,          // GRID: [groups, 2, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
-    long long T, int B, int H, int rows, int reverse,
-    int save,                 // whether saved and others are kept
-    int first_row) {          // batch row of the first group: what isn't resident at once takes several launches
+struct Given {             // of one direction
+    const SCALAR* xg;      // [T, B, G, H] input part, b_ih included
+    const uint4* weights;  // from resident_pack
+    const SCALAR* b_hh;    // [G, H] or null
+    const SCALAR* h0;      // [B, H]
+    float* others;         // [T+1, S-1, B, H] the other states, the first boundary given, the rest written;
+                           // where nothing is saved, [1, S-1, B, H] in place
+    SCALAR* saved;         // [T, B, K, H] written; it may be xg where K = G
+    SCALAR* y;             // [T, B, H] written
+    const float* units;    // see Extra
+    const unsigned char* flags;
+    const unsigned long long* seed;
+    long long reverse;
+};
+struct Directions {
+    Given of[DIRECTIONS];
+};
+
+DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row, int save) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
     DYNAMIC_SHARED(unsigned char, arena);
     Residence home(arena, exchange, B - first_row);
-    home.load(weights);
+    home.load(given.weights);
 
-    const Instants at{T, B, H, S, reverse != 0};
-    const Extra extra{units, flags, seed, B, H, rows};
+    const Instants at{T, B, H, S, given.reverse != 0};
+    const Extra extra{given.units, given.flags, given.seed, B, H, rows};
     float state[OWN][S], bias[OWN][G], kept[OWN][K > 0 ? K : 1], more[OWN][EXTRA_OR_1];
     unsigned bits[OWN];  // flags of the instant after the coming one
     SCALAR x[OWN][G];  // of the coming instant, fetched while this one's h is under way
@@ -521,9 +532,9 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
             const Element e(k, first_row, B, H);
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                x[k][g] = e.real ? xg[at.row(at.nth(n), e, G, g)] : from_float<SCALAR>(0.0f);
+                x[k][g] = e.real ? given.xg[at.row(at.nth(n), e, G, g)] : from_float<SCALAR>(0.0f);
                 if (e.real && e.unit % 16 == 0 && n + 1 < T)  // a step may be shorter than the way to memory
-                    prefetch_l2(&xg[at.row(at.nth(n + 1), e, G, g)]);
+                    prefetch_l2(&given.xg[at.row(at.nth(n + 1), e, G, g)]);
             }
             if (!e.real) continue;
             if (n + 1 < T) bits[k] = extra.bits(at.nth(n + 1), e.b);
@@ -533,12 +544,13 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
         const Element e(k, first_row, B, H);
-        state[k][0] = e.real ? to_float(h0[at.initial(e)]) : 0.0f;
+        state[k][0] = e.real ? to_float(given.h0[at.initial(e)]) : 0.0f;
 #pragma unroll
         for (int s = 1; s < S; ++s)
-            state[k][s] = e.real ? others[at.other(save ? at.before(at.nth(0)) : 0, s, e)] : 0.0f;
+            state[k][s] = e.real ? given.others[at.other(save ? at.before(at.nth(0)) : 0, s, e)] : 0.0f;
 #pragma unroll
-        for (int g = 0; g < G; ++g) bias[k][g] = e.real && b_hh != nullptr ? to_float(b_hh[g * H + e.hidden]) : 0.0f;
+        for (int g = 0; g < G; ++g)
+            bias[k][g] = e.real && given.b_hh != nullptr ? to_float(given.b_hh[g * H + e.hidden]) : 0.0f;
         for (int i = 0; i < EXTRA; ++i) more[k][i] = 0;
         bits[k] = 0;
         if (e.real) {
@@ -579,12 +591,12 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
         for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
             const Element e(k, first_row, B, H);
             if (!e.real) continue;
-            y[at.h(t, e)] = from_float<SCALAR>(state[k][0]);
+            given.y[at.h(t, e)] = from_float<SCALAR>(state[k][0]);
             if (!save) continue;
 #pragma unroll
-            for (int j = 0; j < K; ++j) saved[at.row(t, e, K, j)] = from_float<SCALAR>(kept[k][j]);
+            for (int j = 0; j < K; ++j) given.saved[at.row(t, e, K, j)] = from_float<SCALAR>(kept[k][j]);
 #pragma unroll
-            for (int s = 1; s < S; ++s) others[at.other(at.after(t), s, e)] = state[k][s];
+            for (int s = 1; s < S; ++s) given.others[at.other(at.after(t), s, e)] = state[k][s];
         }
     }
     if (save) return;
@@ -593,8 +605,20 @@ extern "C" __global__ void RESIDENT_KERNEL resident_forward(
         const Element e(k, first_row, B, H);
         if (!e.real) continue;
 #pragma unroll
-        for (int s = 1; s < S; ++s) others[at.other(0, s, e)] = state[k][s];
+        for (int s = 1; s < S; ++s) given.others[at.other(0, s, e)] = state[k][s];
     }
+}
+
+extern "C" __global__ void RESIDENT_KERNEL resident_forward(
+    const __grid_constant__ Directions directions,
+    uint4* exchange,  // GRID: [groups, 2, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
+    long long T, int B, int H, int rows,
+    int first_row,    // batch row of the first group: what isn't resident at once takes several launches
+    int save) {       // whether saved and others are kept
+    if (direction() == 0)  // each has code of its own, in which its addresses are constants and take no registers
+        forward(directions.of[0], exchange, T, B, H, rows, first_row, save);
+    else
+        forward(directions.of[DIRECTIONS - 1], exchange, T, B, H, rows, first_row, save);
 }
 EXPORT(resident_forward)
 
@@ -602,31 +626,37 @@ EXPORT(resident_forward)
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void RESIDENT_KERNEL resident_backward(
-    const SCALAR* dy,         // [T, B, H]
-    float* dh,                // [B, H] gradient of the last h, overwritten with that of the first
-    float* dothers,           // [S-1, B, H] the same for the other states
-    const uint4* weights,     // from resident_pack
-    const SCALAR* y,          // [T, B, H]
-    const SCALAR* h0,         // [B, H]
-    const float* others,      // [T+1, S-1, B, H]
-    const SCALAR* saved,      // [T, B, K, H]
-    SCALAR* dxg,              // [T, B, G, H] written
-    SCALAR* dhg,              // [T, B, G, H] written; null where a cell's two parts have one gradient
-    const SCALAR* dhistory,   // [T, S-1, B, H] gradients of the other states after every instant; null for zero
-    float* dunits,            // [LEARNED, B, H] added to
-    const float* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
-    uint4* exchange,          // GRID: [groups, 2, NB / 3, BLOCKS * G * U * sizeof(SCALAR) / 4], zero; else null
-    long long T, int B, int H, int rows, int reverse,
-    int first_row) {          // batch row of the first group
+struct Given {               // of one direction
+    const SCALAR* dy;        // [T, B, H]
+    float* dh;               // [B, H] gradient of the last h, overwritten with that of the first
+    float* dothers;          // [S-1, B, H] the same for the other states
+    const uint4* weights;    // from resident_pack
+    const SCALAR* y;         // [T, B, H]
+    const SCALAR* h0;        // [B, H]
+    const float* others;     // [T+1, S-1, B, H]
+    const SCALAR* saved;     // [T, B, K, H]
+    SCALAR* dxg;             // [T, B, G, H] written
+    SCALAR* dhg;             // [T, B, G, H] written; null where a cell's two parts have one gradient
+    const SCALAR* dhistory;  // [T, S-1, B, H] gradients of the other states after every instant; null for zero
+    float* dunits;           // [LEARNED, B, H] added to
+    const float* units;      // see Extra
+    const unsigned char* flags;
+    const unsigned long long* seed;
+    long long reverse;
+};
+struct Directions {
+    Given of[DIRECTIONS];
+};
+
+DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
     DYNAMIC_SHARED(unsigned char, arena);
     Residence home(arena, exchange, B - first_row);
-    home.load(weights);
+    home.load(given.weights);
 
-    const Instants at{T, B, H, S, reverse != 0};
+    const Instants at{T, B, H, S, given.reverse != 0};
     float asked[OWN][S];  // gradient of the states after the instant; of h without what y and the weights ask
-    const Extra extra{units, flags, seed, B, H, rows};
+    const Extra extra{given.units, given.flags, given.seed, B, H, rows};
     float after[OWN][S], before[OWN][S], more[OWN][EXTRA_OR_1], sums[OWN][LEARNED > 0 ? LEARNED : 1];
     unsigned bits[OWN];
     SCALAR shown[OWN], earlier[OWN], kept[OWN][K > 0 ? K : 1];  // as stored: a conversion would wait for them
@@ -636,34 +666,34 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
-            shown[k] = e.real ? dy[at.h(t, e)] : zero;
-            earlier[k] = !e.real ? zero : n > 0 ? y[at.h(at.nth(n - 1), e)] : h0[at.initial(e)];
+            shown[k] = e.real ? given.dy[at.h(t, e)] : zero;
+            earlier[k] = !e.real ? zero : n > 0 ? given.y[at.h(at.nth(n - 1), e)] : given.h0[at.initial(e)];
 #pragma unroll
-            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? saved[at.row(t, e, K, j)] : zero;
+            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? given.saved[at.row(t, e, K, j)] : zero;
 #pragma unroll
-            for (int s = 1; s < S; ++s) before[k][s] = e.real ? others[at.other(at.before(t), s, e)] : 0.0f;
+            for (int s = 1; s < S; ++s) before[k][s] = e.real ? given.others[at.other(at.before(t), s, e)] : 0.0f;
             if (!e.real) continue;
             bits[k] = extra.bits(t, e.b);
-            if (dhistory == nullptr) continue;
+            if (given.dhistory == nullptr) continue;
 #pragma unroll
-            for (int s = 1; s < S; ++s) asked[k][s] += to_float(dhistory[at.other(t, s, e)]);
+            for (int s = 1; s < S; ++s) asked[k][s] += to_float(given.dhistory[at.other(t, s, e)]);
         }
     };
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
         const Element e(k, first_row, B, H);
         const long long t = at.nth(T - 1);
-        asked[k][0] = e.real ? dh[at.initial(e)] : 0.0f;
-        after[k][0] = e.real ? to_float(y[at.h(t, e)]) : 0.0f;
+        asked[k][0] = e.real ? given.dh[at.initial(e)] : 0.0f;
+        after[k][0] = e.real ? to_float(given.y[at.h(t, e)]) : 0.0f;
 #pragma unroll
         for (int s = 1; s < S; ++s) {
-            asked[k][s] = e.real ? dothers[at.other(0, s, e)] : 0.0f;
-            after[k][s] = e.real ? others[at.other(at.after(t), s, e)] : 0.0f;
+            asked[k][s] = e.real ? given.dothers[at.other(0, s, e)] : 0.0f;
+            after[k][s] = e.real ? given.others[at.other(at.after(t), s, e)] : 0.0f;
         }
         for (int i = 0; i < EXTRA; ++i) more[k][i] = 0;
         bits[k] = 0;
         if (e.real) extra.of_unit(more[k], e.b, e.hidden);
-        for (int i = 0; i < LEARNED; ++i) sums[k][i] = e.real ? dunits[(i * at.B + e.b) * H + e.hidden] : 0.0f;
+        for (int i = 0; i < LEARNED; ++i) sums[k][i] = e.real ? given.dunits[(i * at.B + e.b) * H + e.hidden] : 0.0f;
     }
 
     for (long long turn = 0; turn <= T; ++turn) {  // the last one only finishes the gradient of h0
@@ -710,8 +740,8 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
             if (!e.real) continue;
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                dxg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(dx[k][g]);
-                if (dhg != nullptr) dhg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(da[k][g]);
+                given.dxg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(dx[k][g]);
+                if (given.dhg != nullptr) given.dhg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(da[k][g]);
             }
         }
     }
@@ -719,11 +749,22 @@ extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     for (int k = 0; k < OWN; ++k) {
         const Element e(k, first_row, B, H);
         if (!e.real) continue;
-        for (int j = 0; j < LEARNED; ++j) dunits[(j * at.B + e.b) * H + e.hidden] = sums[k][j];
-        dh[at.initial(e)] = asked[k][0];
+        for (int j = 0; j < LEARNED; ++j) given.dunits[(j * at.B + e.b) * H + e.hidden] = sums[k][j];
+        given.dh[at.initial(e)] = asked[k][0];
 #pragma unroll
-        for (int s = 1; s < S; ++s) dothers[at.other(0, s, e)] = asked[k][s];
+        for (int s = 1; s < S; ++s) given.dothers[at.other(0, s, e)] = asked[k][s];
     }
+}
+
+extern "C" __global__ void RESIDENT_KERNEL resident_backward(
+    const __grid_constant__ Directions directions,
+    uint4* exchange,  // GRID: [groups, 2, NB / 3, BLOCKS * G * U * sizeof(SCALAR) / 4], zero; else null
+    long long T, int B, int H, int rows,
+    int first_row) {  // batch row of the first group
+    if (direction() == 0)
+        backward(directions.of[0], exchange, T, B, H, rows, first_row);
+    else
+        backward(directions.of[DIRECTIONS - 1], exchange, T, B, H, rows, first_row);
 }
 EXPORT(resident_backward)
 
