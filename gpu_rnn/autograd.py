@@ -519,9 +519,8 @@ def tape_like(backend: ModuleType, problem: Problem, x: Tensor) -> list[Tensor]:
     cell, T, B, H = problem.cell, problem.T, problem.B, problem.H
     real = getattr(torch, arrays.real_dtype(x))
     if backend.NAME == "numpy":
-        saved = x.new_empty(T, cell.K, H, B, dtype=real).permute(1, 0, 3, 2)
-        others = cell.states[1 if problem.P is None else 0 :]
-        return [saved, *(x.new_empty(T, H, B, dtype=real).transpose(1, 2) for _ in others)]
+        tape = [x.new_empty(T + 1, cell.K + cell.S - 1, H, B, dtype=real)]
+        return tape if problem.P is None else [*tape, x.new_empty(T, H, B, dtype=real)]
     tape = [x.new_empty(T, B, cell.K, H), x.new_empty(T + 1, cell.S - 1, B, H, dtype=real)]
     return tape if problem.P is None else [*tape, x.new_empty(T, B, H)]
 

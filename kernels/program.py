@@ -5,36 +5,40 @@
     add(x[0:4], h[0:4], v[0:4])     the pre-activations of all gates
     tanh(v[0:4], v[0:4])            one tanh for all of them: sigmoid(a) = 1/2 + 1/2 tanh(a/2), and
     multiply(v[0:3], c0, v[0:3])    the inner half is already in the weights (`Layout.scale`)
-    add(v[0:3], c0, v[0:3])         c0 = 1/2; the rows of v are now i, f, o and the candidate
-    multiply(v[1], s1, n1)          f c
-    multiply(v[0], v[3], w[0])      i g
-    add(n1, w[0], n1)               c'
-    tanh(n1, n0)
-    multiply(v[2], n0, n0)          h'
+    add(v[0:3], c0, v[0:3])         c0 = 1/2; the rows of v are now o, i, f and the candidate, behind it c
+    multiply(v[1:3], v[3:5], w[0:2])
+    add(w[1], w[0], r[4])           c' = f c + i g, in the record of the next instant
+    tanh(r[4], n)
+    multiply(v[0], n, n)            h'
 
 A row is one gate or one temporary of one instant, an array [H, B]. Rows that meet the same operation at the same time
 are placed next to each other, and the call takes the whole block. The arrays, by letter:
 
     x  [G, H, B]  input part, in `Layout.inputs` order     h  [G, H, B]  recurrent part, in `Layout.recurrent` order
-    s0 s1 ...     states before, [H, B] each               n0 n1 ...     states after
-    v  [K, H, B]  what step saves for grad                 b  [n, H, B]  recurrent bias of the n separate gates
-    q0 q1 ...     gradients of the states after            e0 e1 ...     gradients of the states before
-    d  [G+n, H, B]  gate gradients: `d[:G]` those of x, in inputs order; `d[n:]` those of h, in recurrent order
-    m  [E, H, B]  what the page takes beside these         g  [learned, H, B]  gradients of the first of them
-    w             temporaries                              u  [rows, 1, B]  those that are the same for all units
+    s  [H, B]     h before                                 n  [H, B]  h after
+    v  [K+S-1, H, B]  the record of the instant: what step saves for grad, and the other states before
+    r  [K+S-1, H, B]  that of the next one: the other states after
+    b  [n, H, B]  recurrent bias of the n separate gates   m  [E, H, B]  what the page takes beside these
+    q0 q1 ...     gradients of the states after            c  what they are multiplied by (`Gradient`)
+    d  gate gradients: `d[:G]` those of x, in inputs order; `d[n:G+n]` those of h, in recurrent order; behind them
+       gradients of the states before
+    g  [learned, H, B]  gradients of the first of m
+    w  temporaries                                         u  [rows, 1, B]  those that are the same for all units
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, permutations, product
 from typing import Any
 
 import numpy as np
 
 from .cells import Cell, step_graph
 from .trace import Graph, Symbol
+
+Place = tuple[str, int | None]  # an array's letter, and the row in it; None: the array is a single row
 
 
 @dataclass(frozen=True)
@@ -49,29 +53,49 @@ class Layout:
     recurrent: tuple[int, ...]  # gate at each row of h
     separate: tuple[int, ...]  # gates whose two parts have different gradients
     scale: tuple[float, ...]  # by gate: 1/2 where only a sigmoid sees x + h, else 1
+    saved: tuple[int, ...]  # at each row of v, the index into what `step` saves: gates computed together lie together
 
 
 @cache
 def layout(cell: Cell) -> Layout:
+    """Of the orders that there are for gates that a sigmoid takes, the one with the fewest calls."""
+    return min(
+        layouts(cell), key=lambda plan: len(step_program(cell, plan).calls) + len(gradient(cell, plan).grad.calls)
+    )
+
+
+def layouts(cell: Cell) -> Iterator[Layout]:
     graph = step_graph(cell)
     users = consumers(graph)
+    met = [graph.nodes.get(("add", graph.node("input", "x", g), graph.node("input", "h", g))) for g in range(cell.G)]
 
     def squashed(g: int) -> bool:
-        x, h = graph.node("input", "x", g), graph.node("input", "h", g)
-        met = graph.nodes.get(("add", x, h))
-        return met is not None and users[x] == users[h] == [met] and [u.op for u in users[met]] == ["sigmoid"]
+        x, h, a = graph.node("input", "x", g), graph.node("input", "h", g), met[g]
+        return a is not None and users[x] == users[h] == [a] and [user.op for user in users[a]] == ["sigmoid"]
 
     halved = [squashed(g) for g in range(cell.G)]
     separate = tuple(g for g in range(cell.G) if cell.separate[g])
-    shared = tuple(sorted((g for g in range(cell.G) if not cell.separate[g]), key=lambda g: not halved[g]))
-    return Layout(separate + shared, shared + separate, separate, tuple(0.5 if half else 1.0 for half in halved))
+    shared = [g for g in range(cell.G) if not cell.separate[g]]
+    first, then = ([g for g in shared if halved[g] is half] for half in (True, False))
+    for order in permutations(first) if len(first) < 4 else [first]:
+        gates = (*order, *then)
+
+        def place(k: int, gates: tuple[int, ...] = gates) -> tuple[bool, int]:
+            value = graph.outputs[1][k]
+            own = [row for row, g in enumerate(gates) if met[g] is not None and met[g] in operands(value)]
+            return value.op != "sigmoid", own[0] if own else len(gates)
+
+        yield Layout(
+            separate + gates, gates + separate, separate, tuple(0.5 if half else 1.0 for half in halved),
+            tuple(sorted(range(cell.K), key=place)),
+        )  # fmt: skip
 
 
 @cache
 def natural(cell: Cell) -> Layout:
     """The gates as torch has them: for a few instants, which wouldn't repay a copy of the weights."""
-    gates = tuple(range(cell.G))
-    return Layout(gates, gates, layout(cell).separate, (1.0,) * cell.G)
+    gates, plan = tuple(range(cell.G)), layout(cell)
+    return Layout(gates, gates, plan.separate, (1.0,) * cell.G, plan.saved)
 
 
 @dataclass(frozen=True)
@@ -83,47 +107,69 @@ class Program:
     shared: int  # ... and those that are the same for all units
     arrays: tuple[str, ...]
     constants: tuple[float, ...]
-    written: frozenset[str]  # which of the arrays the calls write, e.g. {"e1"}: a zero gradient writes nothing
 
-    def bind(self, row: tuple[int, int], dtype: np.dtype, **fixed: np.ndarray) -> Callable[..., None]:
-        """A function that runs the calls on rows of that shape. `fixed` gives the arrays that stay the same ones from
-        instant to instant; the others are the function's arguments, in the order of `arrays`."""
-        temporaries = np.empty((self.rows, *row), dtype), np.empty((self.shared, 1, row[1]), dtype)
+    def bind(
+        self, row: tuple[int, int], dtype: np.dtype, **fixed: np.ndarray
+    ) -> tuple[Callable[..., tuple], Callable[..., None]]:
+        """-> look, run: `run(*look(*arrays))` makes the calls on rows of that shape. What `look` gives are views of the
+        arrays, which may be kept. `fixed` gives the arrays that stay the same ones from instant to instant, the others
+        are the arguments of `look`, in the order of `arrays`."""
+        return self.bound((), row, dtype, fixed)
+
+    def at_once(self, row: tuple[int, int], dtype: np.dtype, **arrays: np.ndarray) -> None:
+        """The calls for several instants together: every array has these as a first axis."""
+        look, run = self.bound((len(next(iter(arrays.values()))),), row, dtype, {})
+        run(*look(*(arrays[name] for name in self.arrays)))
+
+    def bound(
+        self, together: tuple[int, ...], row: tuple[int, int], dtype: np.dtype, fixed: dict[str, np.ndarray]
+    ) -> tuple[Callable[..., tuple], Callable[..., None]]:
+        shapes = (self.rows, *row), (self.shared, 1, row[1])
+        temporaries = (np.empty((*together, *shape), dtype) for shape in shapes)
         constants = [np.array(value, dtype) for value in self.constants]  # a scalar would be made one at every call
-        return factory(self, tuple(fixed))(*temporaries, *fixed.values(), *constants)
+        return factory(self, tuple(fixed), bool(together))(*temporaries, *fixed.values(), *constants)
 
 
 @cache
-def factory(program: Program, fixed: tuple[str, ...]) -> Callable[..., Callable[..., None]]:
-    """The program as Python: a function of the arrays that stay, which slices them once and gives one of those that
-    change. For the LSTM `factory(...).text` begins
+def factory(program: Program, fixed: tuple[str, ...], together: bool) -> Callable[..., tuple[Callable, Callable]]:
+    """The program as Python: a function of the arrays that stay, which slices them once. For the LSTM
+    `factory(...).text` begins
 
-        def bind(w, u, h, b, v, c0):
+        def bind(w, u, h, c0):
             h_0_4 = h[0:4]
-            v_0_4 = v[0:4]
-            ...
-            def run(x, s0, s1, n0, n1):
-                add(x[0:4], h_0_4, v_0_4)
+            w_0 = w[0]
+            def look(x, s, n, v, r):
+                return x[0:4], v[0:4], v[0:3], ...
+            def run(x_0_4, v_0_4, v_0_3, ...):
+                add(x_0_4, h_0_4, v_0_4)
+
+    For several instants together the views are x[:, 0:4], w[:, 0:1] and s[:, None].
     """
     stay = ("w", "u", *fixed)
     views: dict[str, str] = {}
 
     def name(operand: str) -> str:
         array, _, rows = operand.partition("[")
-        if array not in stay or not rows:
-            return operand
-        return views.setdefault(operand, f"{array}_{rows[:-1].replace(':', '_')}")
+        if not rows and array not in program.arrays:
+            return operand  # a constant
+        rows = rows[:-1]
+        axis = rows if ":" in rows else f"{rows}:{int(rows) + 1}" if rows else "None"
+        name = f"{array}_{rows.replace(':', '_')}" if rows else array
+        return views.setdefault(f"{array}[:, {axis}]" if together else operand, name)
 
     body = []
     for call in program.calls:
         operation, operands = call[:-1].split("(")
         body.append(f"        {operation}({', '.join(map(name, operands.split(', ')))})")
+    changing = {view: given for view, given in views.items() if view.partition("[")[0] not in stay}
     lines = [
         f"def bind({', '.join([*stay, *(f'c{k}' for k in range(len(program.constants)))])}):",
-        *(f"    {view} = {operand}" for operand, view in views.items()),
-        f"    def run({', '.join(array for array in program.arrays if array not in fixed)}):",
+        *(f"    {given} = {view}" for view, given in views.items() if view not in changing and view != given),
+        f"    def look({', '.join(array for array in program.arrays if array not in fixed)}):",
+        f"        return {', '.join([*changing, ''])[:-1] or '()'}",
+        f"    def run({', '.join(changing.values())}):",
         *(body or ["        pass"]),
-        "    return run",
+        "    return look, run",
     ]
     names: dict[str, Any] = dict(CALLABLES)
     exec(compile("\n".join(lines), "<cell program>", "exec"), names)
@@ -151,14 +197,16 @@ def step_program(cell: Cell, plan: Layout | None = None) -> Program:
             for name, order in (("x", plan.inputs), ("h", plan.recurrent))]  # fmt: skip
     for row, g in enumerate(plan.separate):
         h[g] = h[g] + graph.node("input", "b", row)
-    state = [graph.node("input", f"s{k}") for k in range(cell.S)]
-    new, saved = cell.step(x, h, state, *extra(cell, graph))
+    new, saved = cell.step(x, h, states(graph, cell, "s", "v"), *extra(cell, graph))
     halved = {graph.node("add", x[g], h[g]) for g in range(cell.G) if plan.scale[g] != 1}
-    places: dict[Place, Symbol] = {(f"n{k}", None): value for k, value in enumerate(new)}
-    places |= {("v", row): saved[k] for row, k in enumerate(saved_order(cell))}
-    return schedule(
-        graph, places, halved, ("x", "h", "b", *"m" * bool(cell.E), *each("s", cell.S), *each("n", cell.S), "v")
-    )
+    places: dict[Place, Symbol] = {("n", None) if k == 0 else ("r", cell.K + k - 1): n for k, n in enumerate(new)}
+    places |= {("v", row): saved[k] for row, k in enumerate(plan.saved)}
+    return schedule(graph, places, halved, ("x", "h", "b", *"m" * bool(cell.E), "s", "n", "v", "r"))
+
+
+def states(graph: Graph, cell: Cell, h: str, others: str) -> list[Symbol]:
+    """h is an array of its own; the other states stand in a record, behind what is saved."""
+    return [graph.node("input", h), *(graph.node("input", others, cell.K + k) for k in range(cell.S - 1))]
 
 
 def extra(cell: Cell, graph: Graph) -> tuple[list[Symbol], ...]:
@@ -166,32 +214,103 @@ def extra(cell: Cell, graph: Graph) -> tuple[list[Symbol], ...]:
     return ([graph.node("input", "m", row) for row in range(cell.E)],) if cell.E else ()
 
 
-@cache
-def saved_order(cell: Cell) -> tuple[int, ...]:
-    """Row -> index into what `step` saves: gates that are computed together are saved together."""
-    graph = step_graph(cell)
-    sigmoids_first = [value.op != "sigmoid" for value in graph.outputs[1]]
-    return tuple(sorted(range(cell.K), key=sigmoids_first.__getitem__))
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a step is linear in what arrives. So what it is multiplied by comes first, for many instants at
+    once, and little is left to do at each. For the LSTM that is
+
+        multiply(q0, c[1], d[0])            the gradient of o
+        multiply(q0, c[0], w[0])            what h' asks of c'; c[0] is o (1 - tanh(c')^2)
+        add(q1, w[0], w[1])                 dc
+        multiply(w[1], c[2:6], d[1:5])      the gradients of i, f, g and of c
+    """
+
+    coefficients: Program  # both states, v -> c
+    grad: Program  # gradients of the states after, c -> d, g
+    rows: int  # of c
+    asked: tuple[int | None, ...]  # by state, the row of d that has the gradient of the state before; None: it is zero
+
+    @property
+    def width(self) -> int:
+        """How many rows of d are gradients of states."""
+        return sum(row is not None for row in self.asked)
 
 
 @cache
-def grad_program(cell: Cell) -> Program:
-    """Gradients of the states after, both states, v -> d, g, and gradients of the states before."""
-    plan, rows = layout(cell), saved_order(cell)
+def gradient(cell: Cell, plan: Layout | None = None) -> Gradient:
+    plan = plan or layout(cell)
     graph = Graph()
-    q, n, s = ([graph.node("input", name) for name in each(letter, cell.S)] for letter in "qns")
-    v = [graph.node("input", "v", rows.index(k)) for k in range(cell.K)]
+    q = [graph.node("input", name) for name in each("q", cell.S)]
+    n, s = states(graph, cell, "n", "r"), states(graph, cell, "s", "v")
+    v = [graph.node("input", "v", plan.saved.index(k)) for k in range(cell.K)]
     dx, dh, dstate, *of_extra = cell.grad(q, n, s, v, *extra(cell, graph))
-    shift = len(plan.separate)
+    zero, shift = graph.symbol(0.0), len(plan.separate)
+    dstate = [graph.symbol(value) for value in dstate]
+    rows = iter(range(cell.G + shift, cell.G + shift + cell.S))
+    asked = tuple(None if value is zero else next(rows) for value in dstate)
     places: dict[Place, Symbol] = {("d", row): graph.symbol(dx[g]) for row, g in enumerate(plan.inputs)}
     places |= {("d", shift + row): graph.symbol(dh[g]) for row, g in enumerate(plan.recurrent)}
-    places |= {(f"e{k}", None): graph.symbol(value) for k, value in enumerate(dstate)}
-    places |= {("g", row): graph.symbol(value) for row, value in enumerate(of_extra[0] if of_extra else ())}
-    zero = graph.symbol(0.0)
-    places = {place: value for place, value in places.items() if value is not zero}
-    letters = (*each("q", cell.S), *each("n", cell.S), *each("s", cell.S), "v", "d", *each("e", cell.S))
-    letters += (*"m" * bool(cell.E), *"g" * bool(cell.learned))
-    return schedule(graph, places, frozenset(), letters)
+    places |= {("d", row): value for row, value in zip(asked, dstate) if row is not None}
+    units = [graph.symbol(value) for value in (of_extra[0] if of_extra else ())]
+    places |= {("g", row): value for row, value in enumerate(units) if value is not zero}
+    step, places, factors = factored(graph, places)
+    coefficients: dict[Place, Symbol] = {("c", row): factor for row, factor in enumerate(factors)}
+    more = "m" * bool(cell.E)
+    return Gradient(
+        schedule(graph, coefficients, frozenset(), ("n", "s", "v", "r", *more, "c")),
+        schedule(step, places, frozenset(), (*each("q", cell.S), "c", "d", *"g" * bool(cell.learned))),
+        len(factors), asked,
+    )  # fmt: skip
+
+
+def factored(graph: Graph, places: dict[Place, Symbol]) -> tuple[Graph, dict[Place, Symbol], list[Symbol]]:
+    """-> what depends on the inputs q, as a graph of its own, with its outputs; and the factors that are its inputs c.
+
+    Such a value is a product of a value of that graph and a factor in the given one, to which factors are added.
+    """
+    step = Graph()
+    factors: dict[Symbol, Symbol] = {}
+    products: dict[Symbol, tuple[Symbol, Symbol]] = {}
+    one = graph.symbol(1.0)
+
+    def given(factor: Symbol) -> Symbol:
+        if factor.op == "constant":
+            return step.symbol(*factor.operands)
+        if factor not in factors:
+            factors[factor] = step.node("input", "c", len(factors))
+        return factors[factor]
+
+    def computed(value: Symbol) -> Symbol:
+        if value not in products:
+            return given(value)
+        base, factor = products[value]
+        return base if factor is one else base * given(factor)
+
+    for node in list(graph.nodes.values()):
+        arriving = [operand for operand in operands(node) if operand in products]
+        bases = {products[operand][0] for operand in arriving}
+        if node.op == "input" and node.operands[0].startswith("q"):
+            products[node] = step.node("input", *node.operands), one
+        elif not arriving:
+            continue
+        elif node.op == "negative" or (
+            len(bases) == 1 and node.op in ("add", "subtract", "multiply", "divide") and linear(node, arriving)
+        ):
+            terms = [products[operand][1] if operand in products else operand for operand in node.operands]
+            trivial = node.op == "multiply" and one in terms
+            factor = terms[terms[0] is one] if trivial else terms[0].apply(node.op, *terms[1:])
+            products[node] = bases.pop(), factor
+        else:
+            products[node] = step.node(node.op, *map(computed, node.operands)), one
+    outputs = {place: computed(value) for place, value in sorted(places.items(), key=lambda item: key(item[0]))}
+    return step, outputs, list(factors)
+
+
+def linear(node: Symbol, arriving: list[Symbol]) -> bool:
+    """Whether an operation takes its operands' common base out of the brackets."""
+    if node.op in ("add", "subtract"):
+        return len(arriving) == 2
+    return arriving == [node.operands[0]] or (node.op == "multiply" and len(arriving) == 1)
 
 
 def each(letter: str, count: int) -> tuple[str, ...]:
@@ -212,13 +331,11 @@ def operands(node: Symbol) -> Sequence[Symbol]:
 
 # ---- from a graph to calls ----------------------------------------------------------------------------------------
 
-Place = tuple[str, int | None]  # an array's letter, and the row in it; None: the array is a single row
-
 
 def schedule(graph: Graph, places: dict[Place, Symbol], halved: frozenset | set, arrays: tuple[str, ...]) -> Program:
-    """As soon as possible suits forward, all gates at once; as late as possible, backward: the one with fewer calls."""
+    """As soon as possible or as late; a sum's operands side by side, or one in the sum's place: the fewest calls."""
     graph, places = without_sigmoid(graph, places, halved)
-    candidates = [emit(graph, places, arrays, late) for late in (False, True)]
+    candidates = [emit(graph, places, arrays, *ways) for ways in product((False, True), repeat=2)]
     return min(candidates, key=lambda program: (len(program.calls), program.rows))
 
 
@@ -236,7 +353,7 @@ def without_sigmoid(graph: Graph, places: dict[Place, Symbol], halved) -> tuple[
     return lowered, {place: image[value] for place, value in places.items()}
 
 
-def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], late: bool) -> Program:
+def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], late: bool, pairs: bool) -> Program:
     where: dict[Symbol, Place] = {}  # each symbol's place
     for node in graph.nodes.values():
         if node.op == "input":
@@ -248,7 +365,7 @@ def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], lat
         else:
             where[value] = place
     groups = [members for _, members in sorted(levels(graph, set(places.values()), late).items())]
-    compute_in_place(groups, where)
+    compute_in_place(groups, where, pairs)
     copied = [value for _, value in copies if value not in where and value.op != "constant"]
     rows, shared = place_temporaries(groups, where, copied)
     constants: list[float] = []
@@ -260,8 +377,7 @@ def emit(graph: Graph, places: dict[Place, Symbol], arrays: tuple[str, ...], lat
             calls.append(f"{run[0].op}({', '.join([*arguments, block(run, where, constants)])})")
     for place, value in copies:
         calls.append(f"copy({block([value], where, constants)}, {reference(place)})")
-    written = frozenset(array for array, _ in places)
-    return Program(tuple(calls), rows, shared, arrays, tuple(constants), written)
+    return Program(tuple(calls), rows, shared, arrays, tuple(constants))
 
 
 def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str, bool], list[Symbol]]:
@@ -285,12 +401,13 @@ def levels(graph: Graph, wanted: set[Symbol], late: bool) -> dict[tuple[int, str
     return grouped
 
 
-def compute_in_place(groups: list[list[Symbol]], where: dict[Symbol, Place]) -> None:
-    """Let a value that only one operation reads live where that operation's result will stand."""
+def compute_in_place(groups: list[list[Symbol]], where: dict[Symbol, Place], pairs: bool) -> None:
+    """Let a value that only one operation reads live where that operation's result will stand; not one of two that
+    could be computed by one call, if `pairs`."""
     uses = Counter(operand for members in groups for node in members for operand in node.operands)
     for node in (node for members in reversed(groups) for node in members):
         free = [o for o in node.operands if o not in where and not o.uniform and uses[o] == 1]
-        if node in where and free:
+        if node in where and free and not (pairs and len(free) == 2 and free[0].op == free[1].op):
             where[free[0]] = where[node]
 
 
@@ -317,7 +434,12 @@ def place_temporaries(groups: list[list[Symbol]], where: dict[Symbol, Place], co
     last_use = {operand: at for at, members in enumerate(groups) for node in members for operand in node.operands}
     last_use |= dict.fromkeys(copied, len(groups))
     placed: dict[str, list[tuple[int, int, int, int]]] = {"w": [], "u": []}  # first row, past the last, born, dead
-    for bundle in sorted(bundles, key=lambda bundle: min(made[node] for node in bundle)):
+
+    def first(bundle: list[Symbol]) -> tuple:
+        """When it is made; those of one time in the order of what they are made of."""
+        return min(made[node] for node in bundle), [key(where[o]) for o in bundle[0].operands if o in where]
+
+    for bundle in sorted(bundles, key=first):
         letter = "u" if bundle[0].uniform else "w"
         born, dead = min(made[node] for node in bundle), max(last_use[node] for node in bundle)
         taken = sorted(span[:2] for span in placed[letter] if span[2] <= dead and born <= span[3])

@@ -54,13 +54,15 @@ def test_the_compiled_step_is_the_page(name, arrange, rng):
     rows_x = np.stack([x[g] * order.scale[g] for g in order.inputs])
     rows_h = np.stack([h[g] * order.scale[g] for g in order.recurrent])
     compiled = program.step_program(cell, order)
-    after = [np.full((B, H), np.nan) for _ in range(cell.S)]
-    v = np.full((cell.K, B, H), np.nan)
-    compiled.bind((B, H), np.dtype("float64"), h=rows_h, b=bias, v=v)(rows_x, *state, *after)
-    for k in range(cell.S):
-        np.testing.assert_allclose(after[k], expected[k], rtol=1e-14, atol=1e-15)
-    for row, k in enumerate(program.saved_order(cell)):
-        np.testing.assert_allclose(v[row], saved[k], rtol=1e-14, atol=1e-15)
+    first, *others = state
+    h_after, record = np.full((B, H), np.nan), np.full((2, cell.K + cell.S - 1, B, H), np.nan)
+    record[0, cell.K :] = np.reshape(others, (-1, B, H))
+    look, run = compiled.bind((B, H), np.dtype("float64"), h=rows_h, b=bias)
+    run(*look(rows_x, first, h_after, *record))
+    for found, exact in zip([h_after, *record[1, cell.K :]], expected, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-14, atol=1e-15)
+    for row, k in enumerate(order.saved):
+        np.testing.assert_allclose(record[0, row], saved[k], rtol=1e-14, atol=1e-15)
 
 
 @EVERY
@@ -72,15 +74,33 @@ def test_the_compiled_grad_is_the_page(name, rng):
     dnew = tuple(rng.standard_normal((B, H)) for _ in range(cell.S))
     dx, dh, dstate = cell.grad(dnew, new, state, saved)
 
-    compiled, n = program.grad_program(cell), len(order.separate)
-    d = np.full((cell.G + n, B, H), np.nan)
-    before = [np.zeros((B, H)) for _ in range(cell.S)]
-    v = np.stack([saved[k] for k in program.saved_order(cell)]) if cell.K else np.empty((0, B, H))
-    compiled.bind((B, H), np.dtype("float64"), v=v, d=d)(*dnew, *new, *state, *before)
+    compiled, n = program.gradient(cell), len(order.separate)
+    record = np.full((2, cell.K + cell.S - 1, B, H), np.nan)
+    record[0, : cell.K] = np.reshape([saved[k] for k in order.saved], (-1, B, H))
+    for array, others in zip(record, (state[1:], new[1:])):
+        array[cell.K :] = np.reshape(others, (-1, B, H))
+    c, d = np.full((compiled.rows, B, H), np.nan), np.full((cell.G + n + compiled.width, B, H), np.nan)
+    given = {"n": new[0], "s": state[0], "v": record[0], "r": record[1], "c": c}
+    compiled.coefficients.at_once((B, H), np.dtype("float64"), **{name: array[None] for name, array in given.items()})
+    look, run = compiled.grad.bind((B, H), np.dtype("float64"))
+    run(*look(*dnew, c, d))
     np.testing.assert_allclose(d[: cell.G], np.stack([dx[g] for g in order.inputs]), rtol=1e-13)
-    np.testing.assert_allclose(d[n:], np.stack([dh[g] for g in order.recurrent]), rtol=1e-13)
-    for k in range(cell.S):
-        np.testing.assert_allclose(before[k], np.broadcast_to(dstate[k], (B, H)), rtol=1e-13)
+    np.testing.assert_allclose(d[n : n + cell.G], np.stack([dh[g] for g in order.recurrent]), rtol=1e-13)
+    for row, exact in zip(compiled.asked, dstate):
+        assert row is not None or exact == 0.0
+        if row is not None:
+            np.testing.assert_allclose(d[row], np.broadcast_to(exact, (B, H)), rtol=1e-13)
+
+
+def test_the_gradient_of_the_lstm_takes_four_calls_an_instant():
+    calls = program.gradient(cells.get("lstm")).grad.calls
+    assert calls == (
+        "multiply(q0, c[1], d[0])",
+        "multiply(q0, c[0], w[0])",
+        "add(q1, w[0], w[1])",
+        "multiply(w[1], c[2:6], d[1:5])",
+    )
+    assert all(call in program.Gradient.__doc__ for call in calls), "the documentation shows this very program"
 
 
 def test_the_lstm_takes_one_tanh_for_all_gates():
@@ -90,11 +110,10 @@ def test_the_lstm_takes_one_tanh_for_all_gates():
         "tanh(v[0:4], v[0:4])",
         "multiply(v[0:3], c0, v[0:3])",
         "add(v[0:3], c0, v[0:3])",
-        "multiply(v[1], s1, n1)",
-        "multiply(v[0], v[3], w[0])",
-        "add(n1, w[0], n1)",
-        "tanh(n1, n0)",
-        "multiply(v[2], n0, n0)",
+        "multiply(v[1:3], v[3:5], w[0:2])",
+        "add(w[1], w[0], r[4])",
+        "tanh(r[4], n)",
+        "multiply(v[0], n, n)",
     )
     assert all(call in program.__doc__ for call in calls), "the documentation shows this very program"
 
@@ -143,10 +162,12 @@ def test_every_operation_of_a_page_compiles(rng):
     bias = rng.standard_normal((1, 2, 3))
     outputs = page(np.swapaxes(x, 1, 2), np.swapaxes(h + bias, 1, 2), [None])  # units on the last axis
     expected, saved = ([np.broadcast_to(value, (3, 2)).T for value in group] for group in outputs)
-    after, v = [np.full((2, 3), np.nan) for _ in expected], np.full((4, 2, 3), np.nan)
-    compiled = program.step_program(cell)
-    compiled.bind((2, 3), np.dtype("float64"), h=h, b=bias, v=v)(x, *[np.nan] * 21, *after)
-    for ours, exact in zip([*after, *v], [*expected, *(saved[k] for k in program.saved_order(cell))]):
+    first, record = np.full((2, 3), np.nan), np.full((2, 4 + len(expected) - 1, 2, 3), np.nan)
+    order = next(program.layouts(cell))
+    look, run = program.step_program(cell, order).bind((2, 3), np.dtype("float64"), h=h, b=bias)
+    run(*look(x, np.nan, first, *record))
+    for ours, exact in zip([first, *record[1, 4:]], expected, strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-14)
+    np.testing.assert_allclose(record[0, :4], [saved[k] for k in order.saved], rtol=1e-14)
     used = {node.op for node in trace(page, x=1, h=1, state=1).nodes.values()} - {"input", "constant"}
     assert used == set(ARITY)

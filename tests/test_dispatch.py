@@ -63,7 +63,7 @@ def test_the_plan_tells_the_program_that_runs():
         cell = cells.get("lstm")
         calls = len(program.step_program(cell, arrangement(cell)).calls)
         assert f" {calls} elementwise calls" in dispatch.explain(problem(T=T)).plan
-    assert calls == 9
+    assert calls == 8
 
 
 def test_backends_have_one_signature():

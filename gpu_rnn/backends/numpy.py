@@ -9,14 +9,14 @@ chunks of instants.
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
 from gpu_rnn.kernels.derive import OPERATIONS
-from gpu_rnn.kernels.program import Layout, grad_program, layout, natural, step_program
+from gpu_rnn.kernels.program import Layout, gradient, layout, natural, step_program
 from gpu_rnn.kernels.weave import HOLD
 
 from ..arrays import HALVES, from_numpy, to_numpy
@@ -27,8 +27,9 @@ from ..problem import Problem, Weights
 NAME = "numpy"
 SIZES, KEPT_BYTES = 16, 1 << 20  # of problems whose arrays are kept for the next call, and of each one's arrays
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
-CHUNK_ROWS = 512  # instants times batch rows backward that a product needs to run at full speed
+CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
 WIDE = 32  # batch rows that make a product of one instant run at full speed
+TOGETHER = 1 << 13  # values of a row backward that are computed at once
 PRODUCT = 10**6  # multiply-adds up to which OpenBLAS, given AVX-512, reads its operands where they lie: twice as fast
 LEAST_ROWS = 16  # of the blocks that a product is cut into: of smaller ones it takes too many
 
@@ -80,7 +81,8 @@ def backward(
 
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
     """The other states after every instant, each [T, B, H], in the dtype of `like`."""
-    return tuple(from_numpy(to_numpy(array).copy(), like=like) for array in tape[1 : cell.S])
+    (after,) = in_order(reverse, to_numpy(tape[0])[1:])
+    return tuple(from_numpy(after[:, cell.K + k].swapaxes(1, 2).copy(), like=like) for k in range(cell.S - 1))
 
 
 def warmup(problem: Problem) -> tuple[str, ...]:
@@ -106,45 +108,40 @@ def lent(weight: Any) -> np.ndarray:
 def run_forward(
     cell: Cell, x: np.ndarray, weights: Weights, state: tuple, *, reverse: bool, save: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
+    """The tape is the record of `Instants` for all instants, in the order of computation; with a projection also h
+    before it, [T, H, B]."""
     T, B, _ = x.shape
     (H, P), I = sizes(cell, weights), 0 if weights.w_ih is None else weights.w_ih.shape[1]
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * x.itemsize, 1))
-    size = cell, arranged(cell, T, B, H * (I + P)), n, B, I, H, P, x.dtype
-    idle = kept(*size)
-    try:
-        instants = idle.pop()
-    except IndexError:
-        instants = Instants(*size)
+    instants, idle = borrowed(Instants, cell, arranged(cell, T, B, H * (I + P)), n, B, I, H, P, x.dtype)
     W, recur = instants.take(weights, state)
-    h, run, v = instants.h, instants.run, instants.v
-    more = More(cell, weights, T, reverse, instants.m)
+    h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
+    more, projected = More(cell, weights, T, reverse), weights.w_hr is not None
 
     y = np.empty((T, B, P), x.dtype)
-    tape = (
-        [np.empty((T, *v.shape), x.dtype), *(np.empty((T, H, B), x.dtype) for _ in instants.recorded)] if save else []
-    )
-    x, out, *records = in_order(reverse, x, y, *tape)
+    tape = [np.empty((T + 1, *record.shape[1:]), x.dtype), *[np.empty((T, H, B), x.dtype)] * projected] if save else []
+    x, out = in_order(reverse, x, y)
     for first in range(0, T, n):
         m = min(n, T - first)
         now = slice(first, first + m)
         instants.project(W, x[now])
         for k, (seen, rows) in enumerate(instants.views[:m]):
-            recur(more.operand(first + k, seen) if cell.E else seen)
+            if cell.E:
+                seen = more.operand(first + k, instants.m[k], seen)
+            recur(seen, hg)
             run(*rows)
-            if save:
-                records[0][first + k] = v
-            if weights.w_hr is not None:
-                np.dot(weights.w_hr, instants.shown[k], h[k + 1])
-                more.hold(h[k], h[k + 1])
+            if projected:
+                np.dot(weights.w_hr, shown[k], h[k + 1])
+                more.hold(instants.m[k], h[k], h[k + 1])
         out[now] = h[1 : m + 1].swapaxes(1, 2)
-        for record, array in zip(records[1:], instants.recorded):
-            record[now] = array[:m]
-        for array in instants.states:
-            array[0] = array[m]
-    last = tuple(array[0].T.copy() for array in instants.states)
-    if instants.bytes <= KEPT_BYTES:
-        idle.append(instants)
-    return y, last, turned(*tape)
+        for kept_for_gradient, array in zip(tape, (record, shown)):
+            kept_for_gradient[now] = array[:m]
+        h[0], record[0, cell.K :] = h[m], record[m, cell.K :]
+    if save:
+        tape[0][T] = record[0]
+    last = (h[0].T.copy(), *(array.T.copy() for array in record[0, cell.K :]))
+    give_back(instants, idle)
+    return y, last, tuple(tape)
 
 
 def run_backward(
@@ -153,66 +150,59 @@ def run_backward(
 ) -> dict[str, Any]:  # fmt: skip
     T, B, I = x.shape
     H, P = sizes(cell, weights)
-    G, order, program = cell.G, layout(cell), grad_program(cell)
-    n = len(order.separate)
+    G, order, found = cell.G, layout(cell), gradient(cell)
+    separate, projected = len(order.separate), weights.w_hr is not None
+    n = min(T, CHUNK_BACK, max(CHUNK_ROWS // max(B, 1), 1))
+    back, idle = borrowed(InstantsBack, cell, n, B, H, P, x.dtype)
     W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, I)
     R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
-    v, d = np.empty((cell.K, H, B), x.dtype), np.empty((G + n, H, B), x.dtype)
-    g, dunits = np.zeros((2, cell.learned, H, B), x.dtype)
-    more = More(cell, weights, T, reverse, np.empty((cell.E, H, B), x.dtype))
-    run = program.bind((H, B), x.dtype, v=v, d=d, **more.fixed(g=g))
-    dh, *asked = (gradient.T.copy() for gradient in dlast)  # what the later instants ask of the states
-    dshown, e0, *asking = (np.zeros((H, B), x.dtype) for _ in range(1 + cell.S))
-    spread, dr = product(R.T, dh), d[n:].reshape(G * H, B)
+    spread = product(R.T, B)
+    dunits, more = np.zeros((cell.learned, H, B), x.dtype), More(cell, weights, T, reverse)
+    dh, dshown, run = dlast[0].T.copy(), back.dshown, back.run  # dh: what the later instants ask of h
+    past = found.asked[0]  # the row of what they ask past the weights
 
-    x, y, dy, saved, *others = in_order(reverse, x, y, dy, *turned(*tape))
-    dhistory = in_order(reverse, *dhistory)
+    x, y, dy, *histories = in_order(reverse, x, y, dy, *dhistory)
+    record, *shown = tape
     dx = np.empty(x.shape, x.dtype)
     h = np.concatenate((state[0][None], y))
     seen = h if cell.operand is None else np.empty_like(h)  # by the recurrent weights
-    shown = None if weights.w_hr is None else others.pop()
-    before = [[initial.T, *array[:-1]] for initial, array in zip(state[1:], others)]
 
     sums: dict[str, Any] = dict.fromkeys(needs, 0)
-    length = max(CHUNK_ROWS // max(B, 1), 1)
-    for first in reversed(range(0, T, length)):
-        now = slice(first, min(first + length, T))
-        m = now.stop - first
-        rows = by_feature(h[first : now.stop + 1])
-        after = rows[1:] if shown is None else shown[now]
-        own = rows if shown is None else np.zeros((m, H, B), x.dtype)  # unseen by a cell with a projection
-        states_of = zip(after, *(array[now] for array in others), own, *(array[now] for array in before))
-        instants = list(zip(by_feature(dy[now]), saved[now], states_of))
-        ds = np.empty((G + n, H, m, B), x.dtype)
-        dhs = np.empty((P, m, B), x.dtype)  # of y, h's future included: only a projection needs it
+    asks = [initial.T for initial in dlast[1:]]
+    for first in reversed(range(0, T, n)):
+        m = min(n, T - first)
+        now = slice(first, first + m)
+        back.take(h[first : first + m + 1], dy[now], record[first : first + m + 1], *(array[now] for array in shown))
+        for k in range(m) if cell.E else ():
+            seen[first + k] = more.operand(first + k, back.m[k], back.h[k]).T
+        back.prepare(m)
+        for asked, ask in zip(back.asked, asks):
+            asked[m] = ask
+        dhs = np.empty((P, m, B) if projected else 0, x.dtype)  # of y, h's future included
         for k in reversed(range(m)):
-            arriving, recorded, states = instants[k]
-            if cell.E:
-                seen[first + k] = more.operand(first + k, h[first + k].T).T
-            for gradient, of_history in zip(asked, dhistory):
-                gradient += of_history[first + k].T
-            held = None
-            if shown is None:
-                np.add(arriving, dh, dshown)
-            else:
+            arriving, asked, d, past_weights, rows = back.views[k]
+            for ask, of_history in zip(asked, histories):
+                ask += of_history[first + k].T
+            if projected:
                 np.add(arriving, dh, dh)
-                held = more.held(dh)
+                held = more.held(back.m[k], dh)
                 dhs[:, k] = dh
                 np.dot(weights.w_hr.T, dh, dshown)
-            np.copyto(v, recorded)
-            run(dshown, *asked, *states, e0, *asking)
-            ds[:, :, k] = d
-            spread(dr)
+            else:
+                np.add(arriving, dh, dshown)
+            run(*rows)
+            spread(d, dh)
             if cell.E:
-                dunits += g
-                more.operand_back(dh, dunits)
-            if held is not None:
+                dunits += back.g
+                more.operand_back(back.m[k], dh, dunits)
+            if projected:
                 dh += held
-            if shown is None and "e0" in program.written:
-                np.add(dh, e0, dh)
-            asked, asking = asking, asked
+            elif past is not None:
+                np.add(dh, past_weights, dh)
+        asks = [asked[0].copy() for asked in back.asked]
 
-        inputs, recurrent = ds[:G].reshape(G * H, m * B), ds[n:].reshape(G * H, m * B)
+        ds = back.together(m)
+        inputs, recurrent = ds[:G].reshape(G * H, m * B), ds[separate:].reshape(G * H, m * B)
         if "x" in needs and W is not None:
             np.dot(inputs.T, W, dx[now].reshape(m * B, I))
         elif "x" in needs:
@@ -225,15 +215,16 @@ def run_backward(
             sums["b_ih"] += inputs.sum(1)
         if "b_hh" in needs:
             sums["b_hh"] += recurrent.sum(1)
-        if shown is not None and "w_hr" in needs:
-            sums["w_hr"] += np.dot(dhs.reshape(P, m * B), shown[now].swapaxes(1, 2).reshape(m * B, H))
+        if projected and "w_hr" in needs:
+            sums["w_hr"] += np.dot(dhs.reshape(P, m * B), shown[0][now].swapaxes(1, 2).reshape(m * B, H))
+    give_back(back, idle)
     if "x" in needs:
         sums["x"] = dx[::-1].copy() if reverse else dx
     gates = {"w_ih": order.inputs, "b_ih": order.inputs, "w_hh": order.recurrent, "b_hh": order.recurrent}
     gradients = {name: in_gate_order(array, gates[name]) if name in gates else array for name, array in sums.items()}
     if "units" in needs:
         gradients["units"] = more.of_units(dunits)
-    return gradients | {"state": (dh.T.copy(), *(gradient.T.copy() for gradient in asked))}
+    return gradients | {"state": (dh.T.copy(), *(asked.T.copy() for asked in asks))}
 
 
 # ---- arrangement ----------------------------------------------------------------------------------------------------
@@ -281,42 +272,62 @@ def in_order(reverse: bool, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(array[::-1] for array in arrays) if reverse else arrays
 
 
-def turned(*tape: np.ndarray) -> tuple[np.ndarray, ...]:
-    """saved [T, K, H, B] <-> [K, T, B, H], and all the others [T, H, B] <-> [T, B, H]; views."""
-    return tuple(array.transpose(1, 0, 3, 2) if array.ndim == 4 else array.swapaxes(1, 2) for array in tape)
-
-
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-class Instants:
-    """The arrays of n instants going forward, and their views: to make them takes longer than a small step."""
+class Kept:
+    """Arrays and their views, which it takes longer to make than a small step: they are kept for the next call."""
+
+    bytes = 0
+
+    def rows(self, *shape: int, dtype: np.dtype) -> np.ndarray:
+        self.bytes += dtype.itemsize * math.prod(shape)
+        return np.zeros(shape, dtype)
+
+
+@lru_cache(SIZES)
+def kept(*size: Any) -> list[Any]:
+    """Those that nobody uses now: a call takes one out and puts it back, in whichever thread."""
+    return []
+
+
+def borrowed(kind: Callable, *size: Any) -> tuple[Any, list]:
+    idle = kept(kind, *size)
+    try:
+        return idle.pop(), idle
+    except IndexError:
+        return kind(*size), idle
+
+
+def give_back(arrays: Kept, idle: list) -> None:
+    if arrays.bytes <= KEPT_BYTES:
+        idle.append(arrays)
+
+
+class Instants(Kept):
+    """The arrays of n instants going forward."""
 
     def __init__(self, cell: Cell, order: Layout, n: int, B: int, I: int, H: int, P: int, dtype: np.dtype):
-        def rows(*shape: int) -> np.ndarray:
-            self.bytes += dtype.itemsize * math.prod(shape)
-            return np.empty(shape, dtype)
-
-        G, self.order, self.scaled, self.bytes = cell.G, order, order != natural(cell), 0
+        G, rows = cell.G, partial(self.rows, dtype=dtype)
+        self.order, self.scaled = order, order != natural(cell)
         self.zero = np.zeros(G * H, dtype)
         self.x, self.xg = rows(n, I, B), rows(n, G * H, B)  # what comes in, and the input part of all gates
         self.h, self.hg = rows(n + 1, P, B), rows(G * H, B)
-        self.m = rows(cell.E, H, B)
-        self.v, self.b_x, self.b_h = rows(cell.K, H, B), rows(G * H, B), rows(len(order.separate), H, B)
-        others = [rows(n + 1, H, B) for _ in cell.states[1:]]
-        self.states, after = [self.h, *others], [array[1:] for array in others]
+        self.m = rows(n, cell.E, H, B)
+        self.b_x, self.b_h = rows(G * H, B), rows(len(order.separate), H, B)
+        self.record = rows(n + 1, cell.K + cell.S - 1, H, B)  # what is saved, and the other states before
         self.shown = self.h[1:] if P == H else rows(n, H, B)  # h before its projection
-        self.recorded = after if P == H else [*after, self.shown]  # for the gradient, beside v
-        fixed = {"h": self.hg.reshape(G, H, B), "b": self.b_h, "v": self.v} | ({"m": self.m} if cell.E else {})
-        self.run = step_program(cell, order).bind((H, B), dtype, **fixed)
-        own = self.h if P == H else np.zeros((n + 1, H, B), dtype)  # a cell with a projection can't look at its own h
-        self.views = list(zip(self.h, zip(self.xg.reshape(n, G, H, B), own, *others, self.shown, *after)))
+        own = self.h if P == H else rows(n + 1, H, B)  # a cell with a projection can't look at its own h
+        look, self.run = step_program(cell, order).bind((H, B), dtype, h=self.hg.reshape(G, H, B), b=self.b_h)
+        changing = [self.xg.reshape(n, G, H, B), *([self.m] if cell.E else []), own, self.shown]
+        self.views = list(zip(self.h, map(look, *changing, self.record, self.record[1:])))
 
-    def take(self, weights: Weights, state: tuple) -> tuple[Any, Callable[[np.ndarray], Any]]:
+    def take(self, weights: Weights, state: tuple) -> tuple[Any, Callable[[np.ndarray, np.ndarray], Any]]:
         """-> the input weights for `project`, or None, and a function that computes the recurrent part of all gates
         from h."""
-        for array, initial in zip(self.states, state):
-            array[0] = initial.T
+        K = self.record.shape[1] - len(state) + 1
+        for place, initial in zip((self.h[0], *self.record[0, K:]), state):
+            place[...] = initial.T
         w_ih, w_hh = weights.w_ih, np.ascontiguousarray(weights.w_hh)
         b_ih, b_hh = (self.zero if b is None else b for b in (weights.b_ih, weights.b_hh))
         bias, H = b_ih + b_hh, self.b_h.shape[1]
@@ -328,7 +339,7 @@ class Instants:
             w_ih = None if w_ih is None else scaled(w_ih, self.order.inputs, self.order.scale)
             w_hh = scaled(w_hh, self.order.recurrent, self.order.scale)
         self.b_x[...] = bias[:, None]
-        return None if w_ih is None else np.ascontiguousarray(w_ih), product(w_hh, self.hg)
+        return None if w_ih is None else np.ascontiguousarray(w_ih), product(w_hh, self.hg.shape[1])
 
     def project(self, W: np.ndarray | None, x: np.ndarray) -> None:
         """The input part of all gates for the m instants x [m, B, I], or of x [m, B, G*H] where there is no W."""
@@ -347,7 +358,9 @@ class Instants:
             np.add(together.swapaxes(0, 1), self.b_x, xg)
         else:
             self.x[:m] = x.swapaxes(1, 2)
-            product(W, xg)(self.x[:m])
+            enter = product(W, B)
+            for instant, out in zip(self.x[:m], xg):
+                enter(instant, out)
             np.add(xg, self.b_x, xg)
 
 
@@ -360,16 +373,17 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     weights, _ = numpied(weights, ())
     I, (H, P), w_hr = weights.w_ih.shape[1], sizes(cell, weights), weights.w_hr
     instants = Instants(cell, layout(cell), 1, B, I, H, P, weights.w_ih.dtype)
-    More(cell, weights, 1, False, instants.m)
+    More(cell, weights, 1, False).fetch(0, instants.m[0])
     W, recur = instants.take(weights, tuple(np.zeros((B, P if k == 0 else H)) for k in range(cell.S)))
-    x, xg, y, shown = instants.x[0], instants.xg[0], instants.h[1], instants.shown[0]
-    enter, run, bias, ((seen, rows),) = product(W, xg), instants.run, instants.b_x, instants.views[:1]
-    moves = [(array[0], array[1]) for array in instants.states]
+    x, xg, hg, y, shown = instants.x[0], instants.xg[0], instants.hg, instants.h[1], instants.shown[0]
+    enter, run, bias, ((seen, rows),) = product(W, B), instants.run, instants.b_x, instants.views
+    others = instants.record[:, cell.K :]
+    moves = [(instants.h[0], y), *zip(*others)]
 
     def step() -> None:
-        enter(x)
+        enter(x, xg)
         np.add(xg, bias, xg)
-        recur(seen)
+        recur(seen, hg)
         run(*rows)
         if w_hr is not None:
             np.dot(w_hr, shown, y)
@@ -379,50 +393,103 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     return x, y, [before for before, _ in moves], step
 
 
+class InstantsBack(Kept):
+    """The arrays of n instants going back."""
+
+    def __init__(self, cell: Cell, n: int, B: int, H: int, P: int, dtype: np.dtype):
+        rows, found, self.projected = partial(self.rows, dtype=dtype), gradient(cell), P != H
+        self.row, self.coefficients = (H, B), found.coefficients
+        self.gates = gates = cell.G + len(layout(cell).separate)
+        self.h, self.dy = rows(n + 1, P, B), rows(n, P, B)
+        self.record, self.m = rows(n + 1, cell.K + cell.S - 1, H, B), rows(n, cell.E, H, B)
+        self.shown = rows(n, H, B) if self.projected else self.h[1:]
+        self.own = rows(n, H, B) if self.projected else self.h[:-1]  # unseen by a cell with a projection
+        self.c, self.g, self.dshown = rows(n, found.rows, H, B), rows(cell.learned, H, B), rows(H, B)
+        self.d, self.ds = rows(n + 1, gates + found.width, H, B), rows(gates * H * n * B)
+        self.silent = [rows(n + 1, H, B) for row in found.asked[1:] if row is None]
+        silent = iter(self.silent)
+        self.asked = [next(silent) if row is None else self.d[:, row] for row in found.asked[1:]]
+        fixed = {"q0": self.dshown} | ({"g": self.g} if cell.learned else {})
+        look, self.run = found.grad.bind(self.row, dtype, **fixed)
+        past = self.d if found.asked[0] is None else self.d[:, found.asked[0]]
+        recurrent = self.d[:, gates - cell.G : gates].reshape(n + 1, cell.G * H, B)
+        asked = list(zip(*(array[1:] for array in self.asked))) or [()] * n
+        views = (look(*q, c, d) for q, c, d in zip(asked, self.c, self.d))
+        self.views = list(zip(self.dy, asked, recurrent, past, views))
+
+    def take(self, h: np.ndarray, dy: np.ndarray, record: np.ndarray, shown: np.ndarray | None = None) -> None:
+        """Of m instants: h [m+1, B, P], dy [m, B, P], what the tape has of them."""
+        self.h[: len(h)], self.dy[: len(dy)] = h.swapaxes(1, 2), dy.swapaxes(1, 2)
+        self.record[: len(record)] = record
+        if shown is not None:
+            self.shown[: len(shown)] = shown
+        for array in self.silent:
+            array[...] = 0
+
+    def prepare(self, m: int) -> None:
+        """All that doesn't depend on later instants. By so many at once that they stay in the cache."""
+        H, B = self.row
+        some = max(1, TOGETHER // max(H * B, 1))
+        for first in range(0, m, some):
+            now = slice(first, min(first + some, m))
+            after = slice(now.start + 1, now.stop + 1)
+            given = {"n": self.shown[now], "s": self.own[now], "v": self.record[now], "r": self.record[after]}
+            given |= {"m": self.m[now]} if self.m.shape[1] else {}
+            self.coefficients.at_once(self.row, self.c.dtype, **given, c=self.c[now])
+
+    def together(self, m: int) -> np.ndarray:
+        """The gradients of all gates, [G+n, H, m, B]."""
+        H, B = self.row
+        ds = self.ds[: self.gates * H * m * B].reshape(self.gates, H, m, B)
+        np.copyto(ds, self.d[:m, : self.gates].transpose(1, 2, 0, 3))
+        return ds
+
+
 class More:
     """What a cell's page takes beside gates and states, as rows of m [E, H, B]; does nothing for a cell without."""
 
-    def __init__(self, cell: Cell, weights: Weights, T: int, reverse: bool, m: np.ndarray):
-        self.cell, self.extra, self.m, self.last = cell, Extra.of(weights), m, T - 1 if reverse else None
-        if cell.units:
-            m[: len(cell.units)] = weights.units.swapaxes(1, 2)
+    def __init__(self, cell: Cell, weights: Weights, T: int, reverse: bool):
+        self.cell, self.extra, self.last = cell, Extra.of(weights), T - 1 if reverse else None
+        self.units = weights.units.swapaxes(1, 2) if cell.units else None
 
-    def fixed(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """Those that there are and m, for a program."""
-        return {name: array for name, array in (arrays | {"m": self.m}).items() if len(array)}
-
-    def operand(self, k: int, h: np.ndarray) -> np.ndarray:
-        """Fetch what belongs to the k-th instant. h [P, B] -> what the recurrent weights see of it."""
-        cell, (_, H, B) = self.cell, self.m.shape
+    def fetch(self, k: int, m: np.ndarray) -> None:
+        """What belongs to the k-th instant."""
+        cell, (_, H, B) = self.cell, m.shape
         t, row = k if self.last is None else self.last - k, len(cell.units)
+        if cell.units:
+            m[:row] = self.units
         for j in range(len(cell.flags)):
-            self.m[row + j] = self.extra.flags[t] >> j & 1
+            m[row + j] = self.extra.flags[t] >> j & 1
         for j, uniform in enumerate(self.extra.drawn(cell, t, B, H), row + len(cell.flags)):
-            self.m[j] = uniform.T
-        if cell.operand is None:
+            m[j] = uniform.T
+
+    def operand(self, k: int, m: np.ndarray, h: np.ndarray) -> np.ndarray:
+        """The same, and: h [P, B] -> what the recurrent weights see of it."""
+        self.fetch(k, m)
+        if self.cell.operand is None:
             return h
-        ((seen,),) = operand_graph(cell).run(OPERATIONS, h=[h], extra=list(self.m[:, : len(h)]))
+        ((seen,),) = operand_graph(self.cell).run(OPERATIONS, h=[h], extra=list(m[:, : len(h)]))
         return seen
 
-    def operand_back(self, dh: np.ndarray, dunits: np.ndarray) -> None:
+    def operand_back(self, m: np.ndarray, dh: np.ndarray, dunits: np.ndarray) -> None:
         """The gradient of that, in place; those of values per unit are added to dunits."""
         if self.cell.operand is not None:
             P = len(dh)
-            (found,), parts = operand_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=list(self.m[:, :P]))
+            (found,), parts = operand_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=list(m[:, :P]))
             for total, part in zip(dunits, parts):
                 total[:P] += part
             dh[...] = found
 
-    def hold(self, before: np.ndarray, h: np.ndarray) -> None:
+    def hold(self, m: np.ndarray, before: np.ndarray, h: np.ndarray) -> None:
         """Where the page holds its states, a projected h stays what it was before."""
         if HOLD in self.cell.flags:
-            np.copyto(h, before, where=self.m[self.holding, : len(h)] > 0)
+            np.copyto(h, before, where=m[self.holding, : len(h)] > 0)
 
-    def held(self, dh: np.ndarray) -> np.ndarray | None:
+    def held(self, m: np.ndarray, dh: np.ndarray) -> Any:
         """The gradient of that: what goes to the h before, taken from dh."""
         if HOLD not in self.cell.flags:
-            return None
-        held = np.where(self.m[self.holding, : len(dh)] > 0, dh, 0)
+            return 0
+        held = np.where(m[self.holding, : len(dh)] > 0, dh, 0)
         dh -= held
         return held
 
@@ -438,23 +505,17 @@ class More:
         return found
 
 
-@lru_cache(SIZES)
-def kept(*size: Any) -> list[Instants]:
-    """Those that nobody uses now: a call takes one out and puts it back, in whichever thread."""
-    return []
-
-
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-def product(M: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], Any]:
-    """M [N, K] -> a function of z [.., K, B] that computes M z into out [.., N, B], by blocks of rows."""
-    (N, K), B = M.shape, out.shape[-1]
+def product(M: np.ndarray, B: int) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """M [N, K] -> a function of z [K, B] and out [N, B] that computes M z into out, by blocks of rows."""
+    N, K = M.shape
     count = blocks(N, K, B)
     if count == 1:
-        return (lambda z: M.dot(z, out)) if out.ndim == 2 else (lambda z: np.matmul(M, z, out))
-    pieces, places = M.reshape(count, N // count, K), out.reshape(*out.shape[:-2], count, N // count, B)
-    return lambda z: np.matmul(pieces, z[..., None, :, :], places)
+        return M.dot
+    pieces = M.reshape(count, N // count, K)
+    return lambda z, out: np.matmul(pieces, z, out.reshape(count, N // count, B))
 
 
 @cache
