@@ -25,6 +25,7 @@ Tensors = dict[str, torch.Tensor]
 LEARNED = ("peephole",)  # arrays that have gradients
 MASKED = {"input_dropout": ("x", 1), "weight_dropout": ("w_hh", 2)}  # of the layers alone: a product before the call
 OF_LSTM = ("peephole", "coupled", "cell_clip")
+NORM = "layer_norm"  # several arrays that have gradients, numbered here
 
 
 class Around(Contender):
@@ -34,6 +35,8 @@ class Around(Contender):
     def absent(self, case: Case) -> str | None:
         if case.cell != "lstm" and self.keywords.keys() & set(OF_LSTM):
             return "the LSTM has it"
+        if case.cell not in ("lstm", "gru") and NORM in self.keywords:
+            return "the LSTM and the GRU have it"
         if machine.tf32(case):
             return "its reference is in IEEE float32, not in TF32"
         return None
@@ -65,9 +68,12 @@ class Around(Contender):
         if "w_ih" in self.keywords:  # the product is somebody else's
             inputs = [F.linear(x, weights["w_ih"]) for x in inputs]
             del weights["w_ih"]
-        given = weights | data.state | {name: array for name, array in arrays.items() if name in LEARNED}
+        gains = {f"{NORM} {k}": gain for k, gain in enumerate(layer_norm(case, data) if NORM in self.keywords else ())}
+        given = weights | data.state | gains | {name: array for name, array in arrays.items() if name in LEARNED}
         given = {name: value.clone().requires_grad_(case.training) for name, value in given.items()}
-        fixed = {name: value for name, value in (self.keywords | arrays).items() if name not in (*LEARNED, *MASKED)}
+        fixed = {
+            name: value for name, value in (self.keywords | arrays).items() if name not in (*LEARNED, *MASKED, NORM)
+        }
         masked = {what: (self.keywords[name], k) for name, (what, k) in MASKED.items() if name in self.keywords}
         seed = torch.tensor([fixed.pop("seed")], device=case.device) if masked else None
         letters, xs = cells.get(case.cell).states, [x.requires_grad_(case.training) for x in inputs]
@@ -82,6 +88,8 @@ class Around(Contender):
             called = {"x": x, **given}
             for what, (p, which) in masked.items():
                 called[what] = called[what] * dropout_mask(seed, p, tuple(called[what].shape[-2:]), x, which)
+            if gains:
+                called[NORM] = tuple(called.pop(name) for name in gains)
             y, last, *history = call(called.pop("x"), called, fixed)
             outputs = {"y": y} | {f"{s}T": array for s, array in zip(letters, several(last))}
             if history:
@@ -123,6 +131,14 @@ def peephole(case: Case, data: Data) -> torch.Tensor:
     return drawn.to(getattr(torch, case.dtype)).to(data.dy.dtype)
 
 
+def layer_norm(case: Case, data: Data) -> list[torch.Tensor]:
+    """Gains [G*H] of both parts; the LSTM's gain and bias [H] of its cell state."""
+    cell, drawing = cells.get(case.cell), generator(case)
+    sizes = [cell.G * case.H] * 2 + [case.H] * (2 * ("c" in cell.states))
+    drawn = [torch.randn(n, generator=drawing, device=case.device) for n in sizes]
+    return [array.to(getattr(torch, case.dtype)).to(data.dy.dtype) for array in drawn]
+
+
 def starts(case: Case, data: Data) -> torch.Tensor:
     """[B], from 0 to half of T."""
     return case.T - lengths(case, data)
@@ -145,12 +161,17 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
     mask = dropout_mask(seed, fixed["recurrent_dropout"], (B, H), x) if "recurrent_dropout" in fixed else 1.0
     shown, history = [], []
     part = F.linear(x, given["w_ih"]) if "w_ih" in given else x
-    for t, xg in enumerate(part + given["b_ih"]):
+    of_x, of_h, *of_c = given.get(NORM, (None, None))
+    for t, xg in enumerate(normalized(case, part, of_x, given["b_ih"])):
         held, before = state, state
         if "reset" in fixed:
             before = [torch.where(fixed["reset"][t][:, None], 0.0, old) for old in state]
-        hg = F.linear(before[0] * mask, given["w_hh"], given["b_hh"])
-        if {"peephole", "coupled", "cell_clip"} & (given.keys() | fixed.keys()):
+        hg = normalized(case, F.linear(before[0] * mask, given["w_hh"]), of_h, given["b_hh"])
+        if of_c:
+            i, f, g, o = (xg + hg).chunk(4, 1)
+            c = torch.sigmoid(f) * before[1] + torch.sigmoid(i) * torch.tanh(g)
+            state = torch.sigmoid(o) * torch.tanh(F.layer_norm(c, (H,), *of_c)), c
+        elif {"peephole", "coupled", "cell_clip"} & (given.keys() | fixed.keys()):
             gates, clip = "igo" if "coupled" in fixed else "ifgo", fixed.get("cell_clip", float("inf"))
             state = lstm(xg, hg, before[1], given.get("peephole"), gates, clip)
         else:
@@ -167,6 +188,15 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
         history.append(state)
     states = tuple(torch.stack(each) for each in zip(*history))
     return torch.stack(shown), tuple(state), *([states] if "return_states" in fixed else [])
+
+
+def normalized(case: Case, part: torch.Tensor, gain: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    """One part of all gates, its bias added; with a gain layer-normalized, the GRU's candidate by itself."""
+    if gain is None:
+        return part + bias
+    sizes = [2 * case.H, case.H] if case.cell == "gru" else [len(gain)]
+    split = zip(sizes, *(array.split(sizes, -1) for array in (part, gain, bias)))
+    return torch.cat([F.layer_norm(a, (n,), g, b) for n, a, g, b in split], -1)
 
 
 def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float) -> tuple:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpu_rnn.kernels import cells, check
 
@@ -51,9 +51,9 @@ class Custom(RecurrentLayer):
             parameter = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
             self.register_parameter(f"weight_{unit}{suffix}", parameter)
 
-    def _own(self, suffix: str) -> dict[str, Tensor]:
+    def _own(self, suffix: str) -> dict[str, tuple[Any, ...]]:
         units = [getattr(self, f"weight_{unit}{suffix}") for unit in PAGES[self.page].units]
-        return {"units": torch.cat(units)} if units else {}
+        return {"units": (torch.cat(units),)} if units else {}
 
     def _around(self) -> bool:
         return bool(PAGES[self.page].units) or super()._around()

@@ -91,7 +91,7 @@ class Stack:
         units = []
         for suffix in layer._suffixes:
             weights = layer._weights(suffix)
-            for peephole in layer._own(suffix).values():
+            for (peephole,) in layer._own(suffix).values():
                 weights = weights._replace(units=peephole.reshape(-1, 1, layer.hidden_size))
             units.append(Weights(*(None if w is None else w.detach().cpu().numpy() for w in weights)))
         if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:

@@ -50,17 +50,30 @@ class AroundKeywords(TypedDict, total=False):
     return_states: bool
 
 
+class GRUKeywords(AroundKeywords, total=False):
+    """What `gru` takes, too.
+
+    layer_norm: two gains [3*H], of the input and of the recurrent part, which are normalized: over all units of r and z
+        together, and over those of n (Ba, Kiros & Hinton 2016).
+    """
+
+    layer_norm: Any
+
+
 class LSTMKeywords(AroundKeywords, total=False):
     """What `lstm` takes, too.
 
     peephole: [3*H] weights by which the gates i, f, o see the cell state (Gers & Schmidhuber 2000); coupled, [2*H].
     coupled: whether f = 1 - i (CIFG; Greff et al. 2017); then the gates are i, g, o and G = 3.
     cell_clip: bound of the cell state, before anything sees it (Sak et al. 2014).
+    layer_norm: gains [4*H] of the input and of the recurrent part, gain and bias [H] of the cell state that the output
+        sees, or None for the bias; these three are normalized, over all gates and units (Ba, Kiros & Hinton 2016).
     """
 
     peephole: Any
     coupled: bool
     cell_clip: float | None
+    layer_norm: Any
 
 
 def lstm(
@@ -108,7 +121,7 @@ def lstm(
 
 def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=None, precision=None,
-    recompute=False, **around: Unpack[AroundKeywords],
+    recompute=False, **around: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product.
 
@@ -121,14 +134,14 @@ def gru(
     Args:
         x: [T, B, I] input, or [T, B, 3*H] where w_ih is None. w_ih: [3*H, I] or None, as for `lstm`.
         w_hh: [3*H, H]. b_ih, b_hh: [3*H] or None. h0: [B, H] or None for zeros.
-        reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute: as for `lstm`. around: `GRUKeywords`.
 
     Returns:
         y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`.
     """
     options = Options(reverse, backend, precision, recompute=recompute)
     weights = Weights(w_ih, w_hh, b_ih, b_hh)
-    return structured(sequence("gru", x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
+    return structured(sequence("gru", x, weights, (h0,), *wanted(options, around, GRUKeywords)), 1)
 
 
 def rnn(
@@ -152,7 +165,7 @@ def rnn(
     return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
 
-KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: AroundKeywords, rnn: AroundKeywords}  # of what vjp takes
+KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: AroundKeywords}  # of what vjp takes
 
 
 def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
@@ -187,7 +200,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
 
     `pullback` takes gradients in the structure of the outputs, any of them None for zero, as often as one likes, and
     gives one for every array that the function was given, by argument name and in its shape; for `reset_state` a tuple,
-    if that is one. What only says where or how much (reset, lengths, starts, seed) has none.
+    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none.
     """
     if function not in KEYWORDS:
         raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")
@@ -208,7 +221,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     backend, problem, state = prepared(applied.name, *called, (*initial.values(),), options, not options.recompute)
     y, after, tape = dispatch.forward(backend, problem, *called, state)
     results = applied.results(y, after, cell.S, options.history)
-    needs = {label for label in ("x", *Weights._fields) if given.get(label) is not None}
+    there = {"x": True} | applied.weights._asdict()  # normalized, a call has fewer than it was given
+    needs = {label for label, array in there.items() if array is not None and given.get(label) is not None}
     needs |= {"units"} if applied.parts else set()
 
     def pullback(doutputs: Any) -> dict[str, Any]:

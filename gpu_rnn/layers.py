@@ -36,6 +36,7 @@ from .woven import Applied, apply, dropout_mask, positive, probability
 
 PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
+NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last two the LSTM's alone
 NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
 
 
@@ -60,9 +61,21 @@ class Keywords(TypedDict, total=False):
     weight_dropout: float
 
 
-class LSTMKeywords(Keywords, total=False):
+class GRUKeywords(Keywords, total=False):
+    """What GRU and GRUCell take, too.
+
+    layer_norm: whether the input and the recurrent part are normalized over the units (Ba, Kiros & Hinton 2016), with
+        gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
+    """
+
+    layer_norm: bool
+
+
+class LSTMKeywords(GRUKeywords, total=False):
     """What LSTM and LSTMCell take, too; the equations are `gpu_rnn.lstm`'s.
 
+    layer_norm: as for GRU, [4*H], and so is the cell state that the output sees, with weight_ln_c_l0 and bias_ln_c_l0
+        [H].
     peephole: whether the gates i, f, o see the cell state, by weights weight_ch_l0 [3*H], and so on.
     coupled: whether f = 1 - i; then the gates are i, g, o and all weights have 3*H rows.
     cell_clip: bound of the cell state.
@@ -106,7 +119,7 @@ class Recurrent(nn.Module):
     recompute = False
     zoneout: float | tuple[float, ...] = 0.0
     recurrent_dropout = input_dropout = weight_dropout = 0.0
-    peephole = coupled = False
+    peephole = coupled = layer_norm = False
     cell_clip: float | None = None
     forget_bias: float | None = None
     keywords: ClassVar[type] = Keywords
@@ -117,10 +130,14 @@ class Recurrent(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-k, k), k = 1 / sqrt(hidden_size), in torch.nn's order."""
+        """Draw every parameter from U(-k, k), k = 1 / sqrt(hidden_size), in torch.nn's order; but a normalization's
+        gains are 1 and its biases 0."""
         k = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -k, k)
+        for name, parameter in self.named_parameters():
+            if name.startswith(tuple(NORM)):
+                nn.init.constant_(parameter, float(name.startswith("weight")))
+            else:
+                nn.init.uniform_(parameter, -k, k)
         if self.forget_bias is not None:
             gate = slice(self.hidden_size, 2 * self.hidden_size)
             for name, parameter in self.named_parameters():
@@ -166,8 +183,14 @@ class Recurrent(nn.Module):
             shapes[NAMES.w_hr] = (self.proj_size, H)
         if self.peephole:
             shapes[PEEPHOLE] = (rows - H,)  # all gates but g
+        if self.layer_norm:
+            shapes |= {name: (rows,) if name in NORM[:2] else (H,) for name in self._norm()}
         for name, shape in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+    def _norm(self) -> list[str]:
+        """The names of a normalization's parameters."""
+        return [name for name in NORM if "c" in PAGES[self.page].states or name in NORM[:2]][: None if self.bias else 3]
 
     def _weights(self, suffix: str) -> Weights:
         there, plain = (True, True, self.bias, self.bias, self.proj_size), self._parameters
@@ -253,9 +276,11 @@ class Recurrent(nn.Module):
         """What is asked for around the cell, in layer and direction number k; and its first states."""
         weights, own = self._weights(suffix), self._own(suffix)
         resets = [] if call.reset_state is None else [states[k] for states in call.reset_state]
-        S, N = len(state), len(state) + len(own)
-        x, weights, given = cast(x, weights, [*state, *own.values(), *resets])
-        state, own, resets = given[:S], dict(zip(own, given[S:N])), [*given[N:]]
+        flat = [array for arrays in own.values() for array in arrays]
+        S, N = len(state), len(state) + len(flat)
+        x, weights, given = cast(x, weights, [*state, *flat, *resets])
+        state, resets, taken = given[:S], [*given[N:]], iter(given[S:N])
+        own = {name: tuple(next(taken) for _ in arrays) for name, arrays in own.items()}
         seed = None
         if self.training and self._random():
             seed = drawn_seed(call.generator, x)
@@ -267,16 +292,23 @@ class Recurrent(nn.Module):
         around = Around(
             reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, starts=call.starts,
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
-            coupled=self.coupled, cell_clip=self.cell_clip, **own,
+            coupled=self.coupled, cell_clip=self.cell_clip, layer_norm=own.pop("layer_norm", None),
+            **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
         return apply(self.page, x, weights, around), state
 
     def _sequences(self, *given: Any) -> list[tuple[Tensor, tuple]]:
         return sequences(*given)
 
-    def _own(self, suffix: str) -> dict[str, Tensor]:
+    def _own(self, suffix: str) -> dict[str, tuple[Any, ...]]:
         """What the page has per unit in one layer and direction, by its name in `Around`."""
-        return {"peephole": getattr(self, PEEPHOLE + suffix)} if self.peephole else {}
+        own: dict[str, tuple[Any, ...]] = {}
+        if self.peephole:
+            own["peephole"] = (getattr(self, PEEPHOLE + suffix),)
+        if self.layer_norm:
+            names = self._norm()
+            own["layer_norm"] = (*(getattr(self, name + suffix) for name in names), *[None] * (len(names) == 3))
+        return own
 
     def _random(self) -> bool:
         """Whether masks are drawn in training."""
@@ -285,7 +317,7 @@ class Recurrent(nn.Module):
 
     def _around(self) -> bool:
         """Whether there is anything around the cell at every call."""
-        return self._random() or self.peephole or self.coupled or self.cell_clip is not None
+        return self._random() or self.peephole or self.coupled or self.layer_norm or self.cell_clip is not None
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -560,10 +592,12 @@ class GRU(RecurrentLayer):
     Returns: y [T, B, D*H] and hT [L*D, B, H], in the layout of the input. Raises as `LSTM`.
     """
 
+    keywords = GRUKeywords
+
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False,
-        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
+        device: Any = None, dtype: Any = None, **keywords: Unpack[GRUKeywords],
     ) -> None:  # fmt: skip
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -639,6 +673,7 @@ class GRUCell(RecurrentCell):
     """
 
     page = "gru"
+    keywords = GRUKeywords
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class Around(NamedTuple):
     units: Any = None  # [N*H] of a page that has them in any case
     coupled: bool = False
     cell_clip: float | None = None
+    layer_norm: Any = None  # gains of the input and the recurrent part [G*H], of what else is normalized, biases [H]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each la
 def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
     """-> what reads x and the states, and writes y and the states; and these."""
     notes = list(driven(copy(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
-    if all(backend is numpy for backend, *_ in notes):
+    if all(backend is numpy and weights.w_ih is not None for backend, _, weights in notes):
         return on_numpy([numpy.steps(cell, weights, len(x)) for _, cell, weights in notes], x, y)
     _, cell, _ = notes[0]
     sizes = [y.shape[1], *[layer.hidden_size] * (cell.S - 1)]

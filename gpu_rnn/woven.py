@@ -7,6 +7,7 @@
     zoneout     of each state, one mask for an instant
     peephole, coupled, cell_clip
                 variants of the LSTM
+    layer_norm  the input part, the recurrent part and the LSTM's cell state are normalized (`normed`)
 
 Masks are functions of the seed and of where they are used (`gpu_rnn.kernels.random`): a seed gives the same masks on
 every backend. Everything here is made of whole arrays before and after the sequence; torch differentiates it by itself,
@@ -23,6 +24,7 @@ from gpu_rnn.kernels.weave import weave
 
 from . import arrays
 from .arguments import ShapeError, shape
+from .normed import Norm
 from .problem import Around, Weights
 
 PLAIN = Around()
@@ -37,7 +39,9 @@ class Applied(NamedTuple):
     x: Any
     weights: Weights
     valid: Any  # [T, B, 1], or None
-    parts: dict[str, Any]  # the given arrays that `weights.units` is made of, by argument; several are tuples
+    parts: dict[
+        str, Any
+    ]  # the given arrays that `weights.units` is made of, by argument; several are tuples, or a Norm
 
     def shown(self, y: Any) -> Any:
         """Outputs [T, B, .], zero where a row holds its states."""
@@ -51,10 +55,13 @@ class Applied(NamedTuple):
     def pulled(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """The gradients of x and of the given arrays, from those of what is called."""
         found = {label: gradient for label, gradient in gradients.items() if label not in ("units", "flags", "seed")}
-        if "x" in found:
-            found["x"] = self.shown(found["x"])
         row = 0
         for label, given in self.parts.items():
+            if isinstance(given, Norm):
+                rows = len(given.units())
+                found |= given.pulled(found, gradients["units"][row : row + rows])
+                row += rows
+                continue
             many = given if isinstance(given, tuple) else (given,)
             pulled = []
             for array in many:
@@ -62,6 +69,8 @@ class Applied(NamedTuple):
                 pulled.append(unspread(gradients["units"][row : row + rows], array))
                 row += rows
             found[label] = tuple(pulled) if isinstance(given, tuple) else pulled[0]
+        if "x" in found:
+            found["x"] = self.shown(found["x"])
         return found
 
 
@@ -70,8 +79,10 @@ class Page(NamedTuple):
 
     name: str
     G: int
+    gates: str
     states: str
-    units: int
+    units: tuple[str, ...]
+    together: tuple[str, ...]
     uniforms: int
 
     def __str__(self) -> str:
@@ -81,7 +92,7 @@ class Page(NamedTuple):
 def page(name: str, **options: Any) -> Page:
     """Of a cell with what is woven in. torch.compile takes it for a constant (`autograd`)."""
     cell = weave(cells.get(name), **options)
-    return Page(cell.name, cell.G, cell.states, len(cell.units), cell.uniforms)
+    return Page(cell.name, cell.G, cell.gates, cell.states, cell.units, cell.together, cell.uniforms)
 
 
 def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
@@ -98,14 +109,23 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
         options["peephole"] = True
     cell = page(name, **options)
     H, P = weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
+    valid = None
+    if around.lengths is not None or around.starts is not None:
+        valid = within(around.starts, around.lengths, x)[..., None]
+        x = arrays.operations(x)["where"](valid, x, 0.0)
 
     parts: dict[str, Any] = {}
     units: list[Any] = []
     for label, own in {"peephole": around.peephole, "units": around.units}.items():
         if own is not None:
-            fitting(label, own, [(cell.units * H,)], x, arrays.dtype(x))
+            fitting(label, own, [(len(cell.units) * H,)], x, arrays.dtype(x))
             parts[label] = own
-            units += list(own.reshape(cell.units, 1, H))
+            units += list(own.reshape(len(cell.units), 1, H))
+    if around.layer_norm is not None:
+        options["norm"] = True
+        parts["layer_norm"] = norm = normalizing(page(name, **options), x, weights, around.layer_norm)
+        x, weights = norm.part(), norm.called()
+        units += norm.units()
     flags = None
     if around.reset is not None:
         fitting("reset", around.reset, [(T, B)], x, "bool")
@@ -122,13 +142,9 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
             spread(f"reset_state {letter}", array, (B, P if k == 0 else H), H, x)
             for k, (letter, array) in enumerate(zip(cell.states, given))
         ]
-    valid = None
-    if around.lengths is not None or around.starts is not None:
-        valid = within(around.starts, around.lengths, x)
-        hold = raised(~valid, len(options.keys() & {"reset"}))
+    if valid is not None:
+        hold = raised(~valid[..., 0], len(options.keys() & {"reset"}))
         options["hold"], flags = True, hold if flags is None else flags | hold
-        valid = valid[..., None]
-        x = arrays.operations(x)["where"](valid, x, 0.0)
     seed = None
     probability("recurrent_dropout", around.recurrent_dropout)
     if around.training and around.recurrent_dropout:
@@ -172,6 +188,29 @@ def within(starts: Any, lengths: Any, x: Any) -> Any:
             inside = t >= bound[None] if label == "starts" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
+
+
+# ---- layer normalization --------------------------------------------------------------------------------------------
+
+
+def normalizing(cell: Page, x: Any, weights: Weights, given: Any) -> Norm:
+    """Every array that is used up before the call fits."""
+    rows, sizes = weights.w_hh.shape[0], tuple(x.shape)
+    others = [name for name in cell.units if name in ("c_gain", "c_bias")]
+    labels = "of the input part", "of the recurrent part", *(name.replace("_", "'s ") for name in others)
+    if not isinstance(given, (tuple, list)) or len(given) != len(labels):
+        found = f"{len(given)} arrays" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise ValueError(f"layer_norm must be {len(labels)} arrays ({', '.join(labels)}), got {found}")
+    for label, array, size in zip(labels, given, [rows, rows, *[rows // cell.G] * len(others)]):
+        if array is not None or label != "c's bias":
+            fitting(f"layer_norm {label}", array, [(size,)], x, arrays.dtype(x))
+    if weights.w_ih is None and sizes[2] != rows:
+        expected = f"[T, B, {cell.G}*H] = {[*sizes[:2], rows]}"
+        raise ShapeError(f"x has shape {list(sizes)}; expected {expected}, with w_ih None")
+    for label, size in {"w_ih": (rows, sizes[2]), "b_ih": (rows,), "b_hh": (rows,)}.items():
+        if (array := getattr(weights, label)) is not None:
+            fitting(label, array, [size], x, arrays.dtype(x))
+    return Norm.of(x, weights, tuple(given), cell.gates, cell.together, cell.units)
 
 
 # ---- values per unit ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.nn.functional import layer_norm
 
 import gpu_rnn
 from gpu_rnn.kernels.random import uniforms
@@ -15,6 +16,7 @@ LAYERS = {
 }
 SHAPES = {"one": {}, "stacked": {"num_layers": 2, "bidirectional": True}}
 T, B, I, H = 6, 3, 2, 4
+NORM = "weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"
 
 # What a layer is made with, and what a call of it is given beside x and hx.
 FEATURES = {
@@ -91,7 +93,7 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
             seed = drawn(generator) if made.training and any(drops) else None
             weight = {
                 name: getattr(made, f"{name}_l{level}{end}", None)
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch", *NORM)
             }
             seen, R = x, weight["weight_hh"]
             if seed is not None:
@@ -107,8 +109,15 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                 if reset is not None:
                     s = [torch.where(reset[t, :, None], r, old) for r, old in zip(instead, s)]
                 h = s[0] if seed is None else s[0] * kept(seed, 0, made.recurrent_dropout, len(s[0]), P)
-                new = published(made, seen[t] @ weight["weight_ih"].T + weight["bias_ih"],
-                                h @ R.T + weight["bias_hh"], s, weight["weight_ch"])  # fmt: skip
+                of_x, of_h, *of_c = (weight[name] for name in NORM)
+                new = published(
+                    made,
+                    normalized(made, seen[t] @ weight["weight_ih"].T, of_x, weight["bias_ih"]),
+                    normalized(made, h @ R.T, of_h, weight["bias_hh"]),
+                    s,
+                    weight["weight_ch"],
+                    of_c,
+                )
                 for j, p in enumerate(zoneout[: len(new)]):
                     if not made.training:
                         new[j] = p * s[j] + (1 - p) * new[j] if p else new[j]
@@ -132,7 +141,17 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
     return x, *(as_hx([torch.stack(states) for states in zip(*group)]) for group in (last, every))
 
 
-def published(made, x, h, state, p):
+def normalized(made, part, gain, bias):
+    """One part of all gates, as Ba, Kiros & Hinton 2016 have it: the GRU's candidate by itself."""
+    if not made.layer_norm:
+        return part + (0 if bias is None else bias)
+    sizes = [2 * H, H] if made.mode == "GRU" else [part.shape[-1]]
+    bias = torch.zeros_like(gain) if bias is None else bias
+    split = zip(sizes, *(array.split(sizes, -1) for array in (part, gain, bias)))
+    return torch.cat([layer_norm(a, (n,), g, b) for n, a, g, b in split], -1)
+
+
+def published(made, x, h, state, p, of_c):
     """The states after an instant, from the input and the recurrent part of all gates, biases included."""
     if made.mode.startswith("RNN"):
         return [getattr(torch, made.nonlinearity)(x + h)]
@@ -148,7 +167,8 @@ def published(made, x, h, state, p):
     c = f * state[1] + i * torch.tanh(a["g"])
     if made.cell_clip is not None:
         c = c.clamp(-made.cell_clip, made.cell_clip)
-    return [torch.sigmoid(a["o"] + p["o"] * c) * torch.tanh(c), c]
+    shown = layer_norm(c, (H,), *of_c) if made.layer_norm else c
+    return [torch.sigmoid(a["o"] + p["o"] * c) * torch.tanh(shown), c]
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
