@@ -25,7 +25,7 @@ Row = dict[str, Any]
 OURS = (CUDA, TRITON, NUMPY)
 MODES = {"forward": "forward", "training": "forward + backward"}
 SCALED = (*OURS, LAYER)  # whose cost is drawn over sizes
-LEAST_SIZES = 4  # fewer make no curve
+LEAST_SIZES, LEAST_POINTS = 4, 3  # fewer make no figure, and no curve in one
 CREATOR = "python -m bench report"
 PLACE = ("gpu", "machine", "threads", "dtype")
 
@@ -126,8 +126,14 @@ def curves(rows: list[Row], letter: str, value: Callable[[Row], float | None], w
         return None
     at = dict(zip(others, sizes))
     rows = [
-        row for row in rows if value(row) and row["I"] == row["H"] and all(row[o] == size for o, size in at.items())
-    ]
+        row for row in rows
+        if row["contender"] in (NN, *SCALED) and value(row) and row["I"] == row["H"]
+        and all(row[o] == size for o, size in at.items())
+    ]  # fmt: skip
+    points = Counter((row["cell"], row["mode"], row["contender"]) for row in rows)
+    rows = [row for row in rows if points[row["cell"], row["mode"], row["contender"]] >= LEAST_POINTS]
+    if not rows:
+        return None
     where = ", ".join(f"{other} = {size}" for other, size in at.items())
     figure, axes = panels(rows, f"{what} over {letter}\n{title}, {where}")
     for (cell, mode), axis in axes.items():

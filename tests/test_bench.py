@@ -466,6 +466,21 @@ def test_a_run_on_the_command_line(tmp_path, capsys):
     assert "of torch.nn's time" in capsys.readouterr().out
 
 
+def test_what_was_measured_before_ctrl_c_is_kept(tmp_path, monkeypatch, capsys):
+    measure = Worker.measure
+
+    def interrupted(*args):
+        yield next(measure(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "measure", interrupted)
+    path = tmp_path / "run.csv"
+    assert command.main(["run", "-T", "1", "2", "-B", "1", "-H", "4", "--threads", "1", "--out", str(path)]) == 130
+    assert [row["contender"] for row in results.read(path)] == [NN]
+    assert "what was measured is kept" in capsys.readouterr().out
+    assert not supervise.ALIVE
+
+
 # ---- reports --------------------------------------------------------------------------------------------------------
 
 
