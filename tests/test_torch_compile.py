@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
 from gpu_rnn import autograd
+from gpu_rnn.woven import page
 
 LAYERS = [
     ("LSTM", {}), ("LSTM", {"proj_size": 2, "bias": False}), ("RNN", {"nonlinearity": "relu"}),
@@ -170,25 +171,30 @@ OPERANDS = [  # cell, T, B, P, dtype, reverse of each direction: every way the t
     ("lstm", 1, 2, 2, torch.float64, [True]), ("gru", 3, 2, None, torch.bfloat16, [False, True]),
     ("rnn_relu", 2, 2, None, torch.float16, [False]), ("rnn_tanh", 2, 1, None, torch.float64, [False]),
     ("lstm", 5, 2, None, torch.float32, [False, True]),
+    (page("gru", reset=True, given=True, zoneout=(0.3,)).name, 3, 2, None, torch.float32, [True]),
 ]  # fmt: skip
 
 
 def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
-    page = autograd.cells.get(cell)
+    known = autograd.cells.get(cell)
 
     def draw(*shape):
         return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
-    shapes = {"w_ih": (page.G * H, I), "w_hh": (page.G * H, P or H)}
+    shapes = {"w_ih": (known.G * H, I), "w_hh": (known.G * H, P or H)}
     if cell != "rnn_relu":
-        shapes |= {"b_ih": (page.G * H,), "b_hh": (page.G * H,)}
+        shapes |= {"b_ih": (known.G * H,), "b_hh": (known.G * H,)}
     if P:
         shapes["w_hr"] = P, H
     given = []
     for _ in reverse:
-        given += [draw(T, B, I), *(draw(*shape) for shape in shapes.values())]
-        given += [draw(B, P or H), *(draw(B, H) for _ in page.states[1:])]
-    return cell, given, " ".join(shapes), reverse, "auto"
+        weights = {name: draw(*shape) for name, shape in shapes.items()}
+        if known.E:
+            weights["units"] = draw(len(known.units), B, H)
+            weights["flags"] = torch.randint(0, 2, (T, B), device=device).to(torch.uint8)
+            weights["seed"] = torch.tensor([5], device=device)
+        given += [draw(T, B, I), *weights.values(), draw(B, P or H), *(draw(B, H) for _ in known.states[1:])]
+    return cell, given, " ".join(weights), reverse, "auto"
 
 
 def check(*case, **where):
@@ -205,8 +211,9 @@ def check(*case, **where):
         outputs = 1 + S + (S - 1) * history
         recorded = [tensor for y, *rest in found for tensor in (y, *rest[outputs - 1 :])]
         douts = [torch.randn_like(tensor) for each in found for tensor in each[:outputs]]
+        needs = [tensor.requires_grad for tensor in given]
         detached = [tensor.detach() for tensor in given]
-        torch.library.opcheck(backward, (cell, detached, names, douts, recorded, *options, [True] * len(given)))
+        torch.library.opcheck(backward, (cell, detached, names, douts, recorded, *options, needs))
 
 
 @pytest.mark.parametrize("case", OPERANDS, ids=str)
