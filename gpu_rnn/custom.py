@@ -101,6 +101,8 @@ def cell(
     """
     if step is None:
         return partial(cell, gates=gates, states=states, units=units, grad=grad, name=name, check=check)
+    if not callable(step):
+        raise TypeError(f"step must be a function of (x, h, state), got {step!r}")
     label, names = name or step.__name__, (units,) if isinstance(units, str) else tuple(units)
     made = defined(label, gates, states, names, step, grad, check)
     PAGES[made.name] = made
