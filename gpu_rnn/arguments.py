@@ -31,14 +31,14 @@ def checked(
     name: str, x: Any, weights: Weights, state: Sequence[Any], options: Options, training: bool
 ) -> tuple[Problem, tuple]:
     """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
-    given = tuple([arrays.described(array) for array in (x, *weights, *state)])
+    described = arrays.described
+    given = tuple([None if array is None else described(array) for array in (x, *weights, *state)])
     precision = options.precision or arrays.precision(x)
     problem = known(name, given, options.reverse, precision, training, options.history, options.directions)
-    filled = [
-        arrays.zeros((problem.B, problem.H if k else problem.P or problem.H), like=x) if array is None else array
-        for k, array in enumerate(state)
-    ]
-    return problem, tuple(filled)
+    if None in given[-len(state) :]:
+        sizes = (problem.P or problem.H, *[problem.H] * (len(state) - 1))
+        state = [arrays.zeros((problem.B, n), like=x) if s is None else s for s, n in zip(state, sizes)]
+    return problem, tuple(state)
 
 
 def fitted(

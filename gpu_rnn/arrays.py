@@ -55,7 +55,8 @@ def described(array: Any) -> Described | None:
     if array is None:
         return None
     kind: type = type(array)
-    where = array.device if library_of(kind) == "torch" else device(array)
+    library = library_of(kind)
+    where = array.device if library == "torch" else "cpu" if library == "numpy" else device(array)
     return kind, array.shape, array.dtype, where
 
 
@@ -236,7 +237,7 @@ def to_numpy(array: Any) -> np.ndarray:
     if library(array) == "numpy":
         return array
     array = array.detach()
-    return (array.float() if dtype(array) in HALVES else array).numpy()
+    return (array.float() if array.dtype.itemsize == 2 else array).numpy()
 
 
 def from_numpy(array: np.ndarray, like: Any, keep_dtype: bool = False) -> Any:

@@ -45,6 +45,10 @@ def sequence(
     if capturing() or unreal(x):
         (result,) = captured(name, [Direction(x, weights, state, options.reverse)], options)
         return result
+    return eager(name, x, weights, state, options)
+
+
+def eager(name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options) -> tuple[Tensor, tuple]:
     wanted = tracked(x, *weights, *state)
     backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
     if wanted:
@@ -59,7 +63,7 @@ def sequences(name: str, directions: List[Direction], options: Options) -> list[
     if capturing() or unreal(directions[0].x):
         return captured(name, directions, options)
     if len(directions) == 1 or transformed():
-        return [sequence(name, d.x, d.weights, d.state, options._replace(reverse=d.reverse)) for d in directions]
+        return [eager(name, *d[:3], options._replace(reverse=True) if d.reverse else options) for d in directions]
     options = options._replace(directions=len(directions))
     wanted = any(tracked(d.x, *d.weights, *d.state) for d in directions)
     filled = []

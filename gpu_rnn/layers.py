@@ -194,11 +194,11 @@ class Recurrent(nn.Module):
 
     def _weights(self, suffix: str) -> Weights:
         there, plain = (True, True, self.bias, self.bias, self.proj_size), self._parameters
-        names = [name + suffix if has else None for name, has in zip(NAMES, there)]
         # getattr finds any, but takes its time; parametrized, pruned or sharded, a weight isn't among _parameters
-        return Weights(
-            *[None if name is None else plain[name] if name in plain else getattr(self, name) for name in names]
-        )
+        return Weights(*[
+            None if not has else plain[full] if (full := name + suffix) in plain else getattr(self, full)
+            for name, has in zip(NAMES, there)
+        ])  # fmt: skip
 
     def _batch(self, input: Tensor, *layouts: str) -> tuple[int, ...]:
         """The sizes that a state has before H: (B,), or () for an input without a batch. An error if it doesn't fit.
@@ -385,7 +385,8 @@ class RecurrentLayer(Recurrent):
     @property
     def _suffixes(self) -> list[str]:
         """The ends of the parameters' names: layer after layer, forward before reverse, as the states are stacked."""
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in WAYS[: self._directions]]
+        ends = WAYS[: self._directions]
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -494,6 +495,10 @@ class RecurrentLayer(Recurrent):
 
         -> the last layer's outputs; the final states [L*D, B, P or H]; with return_states every instant's [L*D, T, ...]
         """
+        if self.num_layers == 1 and not self.bidirectional:  # as below, but nothing is cut or put together
+            alone = [state if state is None else state.squeeze(0) for state in initial]
+            ((y, *groups),) = self._run(x, ["_l0"], [alone], call, 0)
+            return y, *([state.unsqueeze(0) for state in group] for group in groups)
         D, suffixes = self._directions, self._suffixes
         first = [len(suffixes) * [None] if state is None else state.unbind(0) for state in initial]
         found: list[tuple] = []  # by layer and direction: states after, and those of every instant
@@ -506,8 +511,6 @@ class RecurrentLayer(Recurrent):
             outputs = [y for y, *_ in results]
             found += [tuple(groups) for _, *groups in results]
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
-        if len(found) == 1:  # no need to copy
-            return x, *([state.unsqueeze(0) for state in group] for group in found[0])
         return x, *([torch.stack(states) for states in zip(*group)] for group in zip(*found))
 
 
@@ -721,7 +724,8 @@ Cast = tuple[Tensor, Weights, Sequence[Tensor | None]]
 def cast(x: Tensor, weights: Weights, state: Sequence[Tensor | None]) -> Cast:
     """The arguments, of autocast's dtype where that is on; like torch it leaves float64 alone."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
         return x, weights, state
     dtype = torch.get_autocast_dtype(device)
     cached = torch.is_autocast_cache_enabled() and torch.is_grad_enabled() and not capturing()

@@ -116,17 +116,20 @@ def run_forward(
     instants, idle = borrowed(Instants, cell, arranged(cell, T, B, H * (I + P)), n, B, I, H, P, x.dtype)
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
-    more, projected = More(cell, weights, T, reverse), weights.w_hr is not None
+    projected = weights.w_hr is not None
+    more: Any = More(cell, weights, T, reverse) if cell.E or projected else None
 
     y = np.empty((T, B, P), x.dtype)
     tape = [np.empty((T + 1, *record.shape[1:]), x.dtype), *[np.empty((T, H, B), x.dtype)] * projected] if save else []
     x, out = in_order(reverse, x, y)
     for first in range(0, T, n):
+        if first:
+            h[0], record[0, cell.K :] = h[n], record[n, cell.K :]
         m = min(n, T - first)
         now = slice(first, first + m)
         instants.project(W, x[now])
-        for k, (seen, rows) in enumerate(instants.views[:m]):
-            if cell.E:
+        for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
+            if more is not None:
                 seen = more.operand(first + k, instants.m[k], seen)
             recur(seen, hg)
             run(*rows)
@@ -136,10 +139,9 @@ def run_forward(
         out[now] = h[1 : m + 1].swapaxes(1, 2)
         for kept_for_gradient, array in zip(tape, (record, shown)):
             kept_for_gradient[now] = array[:m]
-        h[0], record[0, cell.K :] = h[m], record[m, cell.K :]
     if save:
-        tape[0][T] = record[0]
-    last = (h[0].T.copy(), *(array.T.copy() for array in record[0, cell.K :]))
+        tape[0][T] = record[m]
+    last = (h[m].T.copy(), *(array.T.copy() for array in record[m, cell.K :]))
     give_back(instants, idle)
     return y, last, tuple(tape)
 
@@ -316,6 +318,7 @@ class Instants(Kept):
         self.m = rows(n, cell.E, H, B)
         self.b_x, self.b_h = rows(G * H, B), rows(len(order.separate), H, B)
         self.record = rows(n + 1, cell.K + cell.S - 1, H, B)  # what is saved, and the other states before
+        self.first = [self.h[0], *self.record[0, cell.K :]]
         self.shown = self.h[1:] if P == H else rows(n, H, B)  # h before its projection
         own = self.h if P == H else rows(n + 1, H, B)  # a cell with a projection can't look at its own h
         look, self.run = step_program(cell, order).bind((H, B), dtype, h=self.hg.reshape(G, H, B), b=self.b_h)
@@ -325,8 +328,7 @@ class Instants(Kept):
     def take(self, weights: Weights, state: tuple) -> tuple[Any, Callable[[np.ndarray, np.ndarray], Any]]:
         """-> the input weights for `project`, or None, and a function that computes the recurrent part of all gates
         from h."""
-        K = self.record.shape[1] - len(state) + 1
-        for place, initial in zip((self.h[0], *self.record[0, K:]), state):
+        for place, initial in zip(self.first, state):
             place[...] = initial.T
         w_ih, w_hh = weights.w_ih, np.ascontiguousarray(weights.w_hh)
         b_ih, b_hh = (self.zero if b is None else b for b in (weights.b_ih, weights.b_hh))

@@ -53,6 +53,9 @@ class Cell:
     operand: Callable | None = None  # (h, extra) -> what the recurrent weights see in the place of h
     together: tuple[str, ...] = ()  # gates of which all units' parts are normalized together, by a page that does
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # every call looks something up by its cell
+
     @property
     def G(self) -> int:
         return len(self.gates)
