@@ -12,32 +12,36 @@ import time
 import timeit
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.benchmark
 
+from . import problems
 from .contenders import Run, contender
 from .data import Data, named
 from .oracle import Judge, exact
 from .problems import KERNEL_OF, KERNELS, LAYERED, NN, WIDTH, Case
 
 ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
-SLOW_S, LONG_S = 1, 10  # a call that needs no warm-up, so that the checked one counts; a round that two are enough of
+SLOW_S = 1  # a call that needs no warm-up, so that the one that was checked counts
+LARGE_FLOPS = 1e10
 BLOCK_S = 0.01  # a timed block on the CPU is at least as long
 Emit = Callable[[dict[str, Any]], None]
 
 
-def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
+def measure(case: Case, names: list[str], seconds: float, emit: Emit, answers: str | None = None) -> None:
     """Emit a row for each contender: at once when it can't be timed, at the end when it was.
 
-    `{"doing": name}` comes before anything that a contender could hang or crash in.
+    `{"doing": name}` comes before anything that a contender could hang or crash in. `answers`: a folder in which the
+    exact answer to a large case waits for who measures it with another number of threads.
     """
     torch.set_grad_enabled(case.training)
     emit({"doing": "oracle"})
     data = Data(case)
-    judge, ready = Judge(case, exact(case, data)), {}
+    judge, ready = Judge(case, exact_once(case, data, answers)), {}
     for name in names:
         emit({"doing": name})
         outcome = prepared(name, case, data, judge)
@@ -60,6 +64,19 @@ def measure(case: Case, names: list[str], seconds: float, emit: Emit) -> None:
                 "ratio": float(np.median(rounds / ready[NN].times)) if NN in ready and name not in KERNELS else None,
             }
         })  # fmt: skip
+
+
+def exact_once(case: Case, data: Data, folder: str | None) -> dict[str, torch.Tensor]:
+    if folder is None or case.flops < LARGE_FLOPS:
+        return exact(case, data)
+    path = Path(folder) / f"{case}.pt"
+    if path.exists():
+        found = torch.load(path)
+        path.unlink()
+    else:
+        found = exact(case, data)
+        torch.save(found, path)
+    return found
 
 
 class Checked:
@@ -124,7 +141,7 @@ def alternated(case: Case, ready: dict[str, Checked], seconds: float, emit: Emit
         checked.peak = None if name in KERNELS else peak  # theirs was taken before
     calls = {name: max(1, math.ceil(BLOCK_S / t)) if counts_calls(case) else 1 for name, t in first.items()}
     round_s = sum(first[name] * calls[name] for name in ready)
-    least, most = ROUNDS[0] - (round_s > LONG_S), ROUNDS[1]
+    least, most = ROUNDS[0] - (round_s > problems.LONG_S), ROUNDS[1]
     rounds = int(min(max(seconds / max(round_s, 1e-9), least), most))
     if round_s > seconds:  # they are slow: that was the first round
         rounds -= 1

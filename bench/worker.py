@@ -32,11 +32,13 @@ class Worker:
         self.strikes: dict[str, int] = {}
 
     def measure(
-        self, case: Case, contenders: tuple[str, ...], seconds: float, timeout: float, until: float = float("inf")
-    ) -> Iterator[Row]:
+        self, case: Case, contenders: tuple[str, ...], seconds: float, timeout: float, until: float = float("inf"),
+        answers: str | None = None,
+    ) -> Iterator[Row]:  # fmt: skip
         """One row for each contender, as soon as it is known; none for who isn't done by `until`.
 
         A process is given `timeout` seconds for a case, and none runs after `until`, a time of time.monotonic.
+        `answers`: see `timing.measure`.
         """
         left = [name for name in dict.fromkeys((NN, *contenders)) if self.strikes.get(name, 0) < STRIKES]
         for name in contenders:
@@ -45,7 +47,8 @@ class Worker:
         while left:
             doing, end = "start", min(time.monotonic() + timeout, until)
             try:
-                for message in self.ask({"case": case.asdict(), "contenders": left, "seconds": seconds}, end):
+                question = {"case": case.asdict(), "contenders": left, "seconds": seconds, "answers": answers}
+                for message in self.ask(question, end):
                     doing = message.get("doing", doing)
                     if "row" in message:
                         left.remove(message["row"]["contender"])
@@ -148,7 +151,7 @@ def main(threads: int) -> None:
             emit(timing.ceilings(question["ceilings"]))
         else:
             case = Case(**question["case"])
-            timing.measure(case, question["contenders"], question["seconds"], emit)
+            timing.measure(case, question["contenders"], question["seconds"], emit, question["answers"])
             if case.device == "cuda":
                 torch.cuda.synchronize()  # after an illegal access this raises, and a new process takes over
                 torch.cuda.empty_cache()

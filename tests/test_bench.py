@@ -173,12 +173,23 @@ def test_a_slow_call_that_was_checked_counts(monkeypatch):
     monkeypatch.setattr(timing, "SLOW_S", 0.01)
     assert measured(CASE, "slow")["slow"]["rounds"] == len(calls) == 3
     calls.clear()
-    monkeypatch.setattr(timing, "LONG_S", 0.01)
+    monkeypatch.setattr(problems, "LONG_S", 0.01)
     assert measured(CASE, "slow")["slow"]["rounds"] == len(calls) == 2
     calls.clear()
     Slow.compiles = True
     measured(CASE, "slow")
     assert len(calls) == 3, "its first call was no measure"
+
+
+def test_an_exact_answer_is_computed_once_for_all_numbers_of_threads(tmp_path, monkeypatch):
+    told, exact = [], timing.exact
+    monkeypatch.setattr(timing, "LARGE_FLOPS", 1)
+    monkeypatch.setattr(timing, "exact", lambda *given: told.append(1) or exact(*given))
+    data = Data(TRAINING)
+    first, second = (timing.exact_once(TRAINING, data, str(tmp_path)) for _ in range(2))
+    assert len(told) == 1
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_layers():

@@ -385,7 +385,7 @@ def truthful(x, h, state):
 def test_what_is_no_page_is_refused(step, why):
     with pytest.raises((TypeError, ValueError), match=f"mine: step .*{why}"):
         gpu_rnn.cell(step, gates="a", states="h", name="mine")
-    with pytest.raises(TypeError, match="step must be a function of .* got 5"):
+    with pytest.raises(TypeError, match=r"step must be a function of .* got 5"):
         gpu_rnn.cell(5, gates="a", states="h")
     assert "mine" not in cells.DEFINED
 
