@@ -24,8 +24,8 @@ from .problems import FEATURES, Case
 Tensors = dict[str, torch.Tensor]
 LEARNED = ("peephole",)  # arrays that have gradients
 MASKED = {"input_dropout": ("x", 1), "weight_dropout": ("w_hh", 2)}  # of the layers alone: a product before the call
-OF_LSTM = ("peephole", "coupled", "cell_clip")
 NORM = "layer_norm"  # several arrays that have gradients, numbered here
+OF = {"lstm": ("peephole", "coupled", "cell_clip", NORM), "gru": ("reset_after", NORM)}  # what not all cells have
 
 
 class Around(Contender):
@@ -33,10 +33,9 @@ class Around(Contender):
         self.keywords = FEATURES[name]
 
     def absent(self, case: Case) -> str | None:
-        if case.cell != "lstm" and self.keywords.keys() & set(OF_LSTM):
-            return "the LSTM has it"
-        if case.cell not in ("lstm", "gru") and NORM in self.keywords:
-            return "the LSTM and the GRU have it"
+        others = {keyword for keywords in OF.values() for keyword in keywords} - set(OF.get(case.cell, ()))
+        if lacking := sorted(others & self.keywords.keys()):
+            return f"a {case.cell} has no {', '.join(lacking)}"
         if machine.tf32(case):
             return "its reference is in IEEE float32, not in TF32"
         return None
@@ -176,6 +175,8 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
             state = lstm(xg, hg, before[1], given.get("peephole"), gates, clip)
         else:
             state = STEPS[case.cell](xg, hg, before)
+        if "reset_after" in fixed:
+            state = gru_before(xg, hg, before[0], given)
         if "zoneout" in fixed:
             drawn = uniforms(seed, torch.tensor([t], device=x.device), row, unit, len(letters))
             state = [torch.where(u < fixed["zoneout"], old, new) for u, old, new in zip(drawn, before, state)]
@@ -197,6 +198,14 @@ def normalized(case: Case, part: torch.Tensor, gain: torch.Tensor | None, bias: 
     sizes = [2 * case.H, case.H] if case.cell == "gru" else [len(gain)]
     split = zip(sizes, *(array.split(sizes, -1) for array in (part, gain, bias)))
     return torch.cat([F.layer_norm(a, (n,), g, b) for n, a, g, b in split], -1)
+
+
+def gru_before(xg: torch.Tensor, hg: torch.Tensor, h: torch.Tensor, given: Tensors) -> list[torch.Tensor]:
+    """The GRU with its reset gate before the product of n."""
+    (x_r, x_z, x_n), (h_r, h_z, _), H = xg.chunk(3, 1), hg.chunk(3, 1), h.shape[1]
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + F.linear(r * h, given["w_hh"][2 * H :], given["b_hh"][2 * H :]))
+    return [n + z * (h - n)]
 
 
 def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float) -> tuple:

@@ -38,6 +38,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "ours, coupled": {"coupled": True},
     "ours, cell_clip": {"cell_clip": 0.5},
     "ours, layer_norm": {"layer_norm": ...},
+    "ours, reset before": {"reset_after": False},
     "ours, return_states": {"return_states": True},
     "ours, recompute": {"recompute": True},
     "ours, input part": {"w_ih": None},

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 from gpu_rnn.kernels import cells
@@ -21,7 +20,7 @@ class ShapeError(ValueError, RuntimeError):
 
 def prepared(
     name: str, x: Any, weights: Weights, state: Sequence[Any], options: Options, training: bool
-) -> tuple[ModuleType, Problem, tuple]:
+) -> tuple[dispatch.Backend, Problem, tuple]:
     """The backend that runs a call, the problem that it is, and its states with zeros filled in for None."""
     problem, filled = checked(name, x, weights, state, options, training)
     return dispatch.choose(problem, options.backend), problem, filled

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,10 +26,12 @@ from torch.nn.functional import linear
 
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import operand_graph, step_graph
+from gpu_rnn.kernels.mathematics import PRODUCT
 from gpu_rnn.kernels.weave import HOLD
 
 from . import arrays, dispatch
 from .arguments import fitted, known, prepared
+from .backends import phased
 from .extra import Extra
 from .problem import Direction, Options, Problem, Weights
 from .woven import page
@@ -120,7 +121,7 @@ class Sequence(Direct):
     """
 
     @staticmethod
-    def forward(backend: ModuleType, problem: Problem, *given: Any) -> tuple:
+    def forward(backend: dispatch.Backend, problem: Problem, *given: Any) -> tuple:
         y, last, tape = dispatch.forward(backend, problem, *named(given))
         return y, *last, *tape
 
@@ -151,7 +152,7 @@ class Sequence(Direct):
         return *pushed(partial(reference, ctx.problem), ctx.saved_tensors, tangents), *[None] * ctx.tape
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, backend: ModuleType, problem: Problem, *given: Any) -> tuple:
+    def vmap(info: Any, in_dims: tuple, backend: dispatch.Backend, problem: Problem, *given: Any) -> tuple:
         dims, V = in_dims[2:], info.batch_size
         if any_of(dims[1:FIRST_STATE]) or apart(problem):
             return members(V, partial(Sequence.apply, backend, problem), dims, given)
@@ -166,7 +167,7 @@ class Gradient(Direct):
     """
 
     @staticmethod
-    def forward(backend: ModuleType, problem: Problem, needs: tuple, *rest: Any) -> tuple:
+    def forward(backend: dispatch.Backend, problem: Problem, needs: tuple, *rest: Any) -> tuple:
         n = FIRST_STATE + problem.cell.S
         end = n + problem.outputs
         given, dy, dlast, (y, *tape) = named(rest[:n]), rest[n], rest[n + 1 : end], rest[end:] or (None,)
@@ -200,7 +201,7 @@ class Gradient(Direct):
         return pushed(partial(reference_gradient, ctx.problem, ctx.needs), inputs, tangents[: len(inputs)])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, backend: ModuleType, problem: Problem, needs: tuple, *rest: Any) -> tuple:
+    def vmap(info: Any, in_dims: tuple, backend: dispatch.Backend, problem: Problem, needs: tuple, *rest: Any) -> tuple:
         dims, V = in_dims[3:], info.batch_size
         run = partial(Gradient.apply, backend, problem, needs)
         if (
@@ -220,7 +221,7 @@ class Together(Direct):
     """
 
     @staticmethod
-    def forward(ctx: Any, backend: ModuleType, problem: Problem, reverse: tuple[bool, ...], *given: Any) -> tuple:
+    def forward(ctx: Any, backend: dispatch.Backend, problem: Problem, reverse: tuple[bool, ...], *given: Any) -> tuple:
         directions = [Direction(*named(each), r) for each, r in zip(parts(given, len(reverse)), reverse)]
         found = dispatch.forwards(backend, problem, directions)
         ctx.backend, ctx.problem, ctx.reverse = backend, problem, reverse
@@ -250,7 +251,7 @@ class Together(Direct):
 
 
 def pulled(
-    backend: ModuleType, problem: Problem, reverse: List[bool], needs: List[List[bool]], given: List[List],
+    backend: dispatch.Backend, problem: Problem, reverse: List[bool], needs: List[List[bool]], given: List[List],
     doutputs: List[List], kept: List[List],
 ) -> list[tuple]:  # fmt: skip
     """`Gradient.forward` of several directions."""
@@ -345,22 +346,31 @@ def unfolded(V: int, tensors: List[Tensor], sequences: int = 1) -> tuple[tuple, 
 def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
     """y and the states after, as a backend computes them, in torch's operations."""
     x, weights, state = named(given)
-    cell, operations, real = problem.cell, arrays.operations(x), getattr(torch, arrays.real_dtype(x))
+    cell, H, real = problem.cell, problem.H, getattr(torch, arrays.real_dtype(x))
     w_ih, w_hh, b_ih, b_hh, w_hr = (None if weight is None else weight.to(real) for weight in weights[:5])
     h, *others = (initial.to(real) for initial in state)
     extra = Extra.of(weights)
+
+    def recurrent(value: Tensor, gate: float) -> Tensor:
+        """As of h, of a value of the page's own."""
+        rows = slice(int(gate) * H, (int(gate) + 1) * H)
+        assert w_hh is not None
+        return linear(value, w_hh[rows], None if b_hh is None else b_hh[rows])
+
+    operations: dict[str, Callable] = {**arrays.operations(x), PRODUCT: recurrent}
     part = x.to(real) if w_ih is None else linear(x.to(real), w_ih)
     projected = (part if b_ih is None else part + b_ih).chunk(cell.G, -1)
     outputs = []
     for t in range(len(x) - 1, -1, -1) if problem.reverse else range(len(x)):
-        before, fixed = h, [value.to(real) for value in extra.at(cell, t, problem.H)]
-        random = [u.to(real) for u in extra.drawn(cell, t, problem.B, problem.H)]
+        before, fixed = h, [value.to(real) for value in extra.at(cell, t, H)]
+        drawn_at = t if cell.phases is None else phased.second(t, problem.reverse)
+        random = [u.to(real) for u in extra.drawn(cell, drawn_at, problem.B, H)]
         ((seen,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
         (h, *others), _ = step_graph(cell).run(
             operations,
             x=[gate[t] for gate in projected],
             h=linear(seen, w_hh, b_hh).chunk(cell.G, -1),
-            state=(h if w_hr is None else h.new_zeros(problem.B, problem.H), *others),
+            state=(h if w_hr is None else h.new_zeros(problem.B, H), *others),
             extra=[*fixed, *random],
         )
         if w_hr is not None:
@@ -503,7 +513,7 @@ def apart_from(given: List[Tensor], names: str, reverse: List[bool]) -> list[Dir
 
 def asked(
     judge: Callable[..., Problem], cell: str, directions: List[Direction], options: Options, save: bool
-) -> tuple[ModuleType, Problem]:
+) -> tuple[dispatch.Backend, Problem]:
     """As `prepared`. `judge` is `known`, or `fitted` for symbolic sizes, which can't be looked up."""
     if forward_ad._current_level >= 0:  # torch would take the outputs for constants
         raise NotImplementedError(
@@ -518,10 +528,12 @@ def asked(
     return dispatch.choose(problem, options.backend), problem
 
 
-def tape_like(backend: ModuleType, problem: Problem, x: Tensor) -> list[Tensor]:
+def tape_like(backend: dispatch.Backend, problem: Problem, x: Tensor) -> list[Tensor]:
     """Empty tensors of the shapes, dtypes and strides of a backend's tape."""
     cell, T, B, H = problem.cell, problem.T, problem.B, problem.H
     real = getattr(torch, arrays.real_dtype(x))
+    if cell.phases is not None:
+        return [x.new_empty(2 * T, B, H), *tape_like(backend, phased.run(problem), x)]
     if backend.NAME == "numpy":
         tape = [x.new_empty(T + 1, cell.K + cell.S - 1, H, B, dtype=real)]
         return tape if problem.P is None else [*tape, x.new_empty(T, H, B, dtype=real)]

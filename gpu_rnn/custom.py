@@ -122,7 +122,7 @@ def defined(
         raise ValueError(f"{name}: units can't be named {', '.join(sorted(taken))}, as other weights are")
     made = cells.made(name, gates, states, step, grad, units)
     if checked:
-        check.derivative(made)
+        check.derivative(made.run)
     return cells.define(made)
 
 

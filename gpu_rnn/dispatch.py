@@ -9,8 +9,10 @@ from types import ModuleType
 from typing import Any
 
 from . import cudnn
+from .backends.phased import Phased
 from .problem import Direction, Problem, Weights
 
+Backend = ModuleType | Phased
 ORDER = ("cuda", "triton", "numpy")  # fastest first
 VARIABLE = "GPU_RNN_BACKEND"
 
@@ -37,15 +39,20 @@ def order(problem: Problem) -> tuple[str, ...]:
     return ORDER[::-1] if problem.device == "cpu" else ORDER
 
 
-def choose(problem: Problem, name: str | None = None) -> ModuleType:
+def serving(name: str, problem: Problem) -> Backend:
+    """A backend as the problem's cell takes it."""
+    return backend(name) if problem.cell.phases is None else Phased(backend(name))
+
+
+def choose(problem: Problem, name: str | None = None) -> Backend:
     """The backend for a problem. `name` or $GPU_RNN_BACKEND forces one, which serves it or whose reasons are raised."""
     only = forced(name)
     candidates = (only,) if only else order(problem)
     for candidate in candidates:
-        module = backend(candidate)
+        module = serving(candidate, problem)
         if not module.reasons(problem):
             return module
-    reasons = {candidate: backend(candidate).reasons(problem) for candidate in candidates}
+    reasons = {candidate: serving(candidate, problem).reasons(problem) for candidate in candidates}
     what = f"backend {only!r} was asked for and can't run" if only else "no backend can run"
     raise BackendError(f"{what} {problem}:\n" + "\n".join(f"  {line}" for line in listed(reasons)))
 
@@ -54,7 +61,7 @@ def choose(problem: Problem, name: str | None = None) -> ModuleType:
 
 
 def forward(
-    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: Sequence[Any]
+    backend: Backend, problem: Problem, x: Any, weights: Weights, state: Sequence[Any]
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """-> y; the states after, and their history if the problem has one; the tape, empty unless it is training."""
     y, last, tape = backend.forward(
@@ -65,7 +72,7 @@ def forward(
 
 
 def forwards(
-    backend: ModuleType, problem: Problem, directions: Sequence[Direction]
+    backend: Backend, problem: Problem, directions: Sequence[Direction]
 ) -> list[tuple[Any, tuple, tuple]]:  # fmt: skip
     """`forward` of directions, of a problem but for its `reverse`: at once where the backend can, else in turn."""
     if not hasattr(backend, "forwards"):
@@ -76,7 +83,7 @@ def forwards(
 
 
 def results(
-    backend: ModuleType, problem: Problem, reverse: bool, y: Any, last: tuple, tape: tuple
+    backend: Backend, problem: Problem, reverse: bool, y: Any, last: tuple, tape: tuple
 ) -> tuple[Any, tuple, tuple]:
     if problem.history:
         last = (*last, *backend.history(problem.cell, tape, reverse=reverse, like=y))
@@ -84,7 +91,7 @@ def results(
 
 
 def backward(
-    backend: ModuleType, problem: Problem, x: Any, weights: Weights, state: Sequence[Any], y: Any, tape: tuple, dy: Any,
+    backend: Backend, problem: Problem, x: Any, weights: Weights, state: Sequence[Any], y: Any, tape: tuple, dy: Any,
     dlast: tuple, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     """-> the gradients in `needs` by name, and those of the states as "state". Without a tape it is recorded now."""
@@ -98,7 +105,7 @@ def backward(
 
 
 def backwards(
-    backend: ModuleType, problem: Problem, directions: Sequence[Direction], recorded: Sequence[tuple[Any, tuple]],
+    backend: Backend, problem: Problem, directions: Sequence[Direction], recorded: Sequence[tuple[Any, tuple]],
     arriving: Sequence[tuple[Any, tuple]], needs: Sequence[Collection[str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`backward` of directions. recorded: y and the tape of each; arriving: dy and dlast."""
@@ -147,8 +154,8 @@ class Explanation:
 def explain(problem: Problem, name: str | None = None) -> Explanation:
     """Where a problem runs and how, why not elsewhere, and what cuDNN would do with it."""
     only = forced(name)
-    reasons = {candidate: tuple(backend(candidate).reasons(problem)) for candidate in ORDER}
+    reasons = {candidate: tuple(serving(candidate, problem).reasons(problem)) for candidate in ORDER}
     able = [candidate for candidate in ([only] if only else order(problem)) if not reasons[candidate]]
     chosen = able[0] if able else None
-    plan = backend(chosen).plan(problem) if chosen else ""
+    plan = serving(chosen, problem).plan(problem) if chosen else ""
     return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem))

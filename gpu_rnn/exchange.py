@@ -14,7 +14,7 @@ from .functional import ShapeError, shape
 from .problem import Weights
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-VARIANTS = ("coupled", "peephole")
+VARIANTS = ("coupled", "peephole", "reset_after")  # keywords that both sides have a form for
 DTYPES = ("float16", "float32", "float64")
 UNSEEN = {  # keywords of layers that a format for inference needn't know
     "backend", "precision", "recompute", "recurrent_dropout", "input_dropout", "weight_dropout", "forget_bias",
@@ -27,11 +27,12 @@ class Stack:
 
         (forward,), = stack.weights                       # one layer, one direction
         y, (hT, cT) = gpu_rnn.lstm(x, *forward[:4], reverse=stack.reverse)  # coupled=stack.coupled, peephole=...
+        y, hT = gpu_rnn.gru(x, *forward[:4], reverse=stack.reverse, reset_after=stack.reset_after)
 
     Raises ShapeError where a layer doesn't fit the one below it, TypeError for dtypes that NumPy doesn't have.
     """
 
-    cell: str  # one of CELLS; of the LSTM also its variants "lstm+coupled", "lstm+peephole" and "lstm+coupled+peephole"
+    cell: str  # one of CELLS, perhaps "lstm+coupled", "lstm+peephole", "lstm+coupled+peephole" or "gru+before"
     weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse; peepholes are their units, [N, 1, H]
     reverse: bool = False  # D = 1, from the last instant to the first
     batch_first: bool = False  # of input and output where they come from
@@ -61,6 +62,7 @@ class Stack:
     gates = property(lambda self: cells.get(self.cell).gates)
     coupled = property(lambda self: "+coupled" in self.cell)
     peephole = property(lambda self: "+peephole" in self.cell)
+    reset_after = property(lambda self: "+before" not in self.cell)
 
     @property
     def direction(self) -> str:
@@ -96,7 +98,8 @@ class Stack:
             units.append(Weights(*(None if w is None else w.detach().cpu().numpy() for w in weights)))
         if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:
             raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
-        D, cell = layer._directions, weave(cells.get(layer.page), **{name: getattr(layer, name) for name in VARIANTS})
+        variant = {"coupled": layer.coupled, "peephole": layer.peephole, "before": not layer.reset_after}
+        D, cell = layer._directions, weave(cells.get(layer.page), **variant)
         stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))
         return cls(cell.name, stacked, batch_first=layer.batch_first)
 
@@ -112,7 +115,8 @@ class Stack:
             )
         kind, _, nonlinearity = self.page.partition("_")
         options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
-        options |= {name: True for name in VARIANTS if getattr(self, name)}
+        keywords = {"LSTM": VARIANTS[:2], "GRU": VARIANTS[2:]}.get(kind.upper(), ())
+        options |= {name: getattr(self, name) for name in keywords}
         bias = any(w.b_ih is not None for directions in self.weights for w in directions)
         layer = getattr(layers, kind.upper())(
             self.I, self.H, self.L, bias=bias, batch_first=self.batch_first, bidirectional=self.D == 2,

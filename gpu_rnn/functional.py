@@ -55,9 +55,12 @@ class GRUKeywords(AroundKeywords, total=False):
 
     layer_norm: two gains [3*H], of the input and of the recurrent part, which are normalized: over all units of r and z
         together, and over those of n (Ba, Kiros & Hinton 2016).
+    reset_after: whether r is multiplied with what the recurrent product has given (cuDNN, torch), or h_{t-1} before it
+        (Cho et al. 2014): n = tanh(x_n + w_hn (r h_{t-1}) + b_hn). Then an instant takes two products.
     """
 
     layer_norm: Any
+    reset_after: bool
 
 
 class LSTMKeywords(AroundKeywords, total=False):
@@ -123,13 +126,14 @@ def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=None, precision=None,
     recompute=False, **around: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product.
+    """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product unless told.
 
     At every instant, with x = w_ih x_t + b_ih and h = w_hh h_{t-1} + b_hh, each cut into r, z, n (torch's order):
 
         h_t = (1 - z) n + z h_{t-1},    r = sigmoid(x_r + h_r),    z = sigmoid(x_z + h_z),    n = tanh(x_n + r h_n)
 
-    (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.)
+    (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.) With reset_after=False n = tanh(x_n + w_hn (r h_{t-1}) + b_hn)
+    (the form of their version 1; Keras's reset_after=False, ONNX's linear_before_reset=0).
 
     Args:
         x: [T, B, I] input, or [T, B, 3*H] where w_ih is None. w_ih: [3*H, I] or None, as for `lstm`.

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels.cells import Cell, get, step_graph
+from gpu_rnn.kernels.derive import OPERATIONS
+from gpu_rnn.kernels.mathematics import PRODUCT
 from gpu_rnn.kernels.program import consumers
+from gpu_rnn.kernels.trace import Graph
 from gpu_rnn.kernels.weave import HOLD
 
 from . import arrays, cudnn, dispatch
@@ -277,7 +280,8 @@ class Inspection(Mapping[str, np.ndarray]):
             raise ValueError(f"row {row} of a batch of {B}")
         if labels is not None and len(labels) != T:
             raise ValueError(f"{len(labels)} labels for {T} instants")
-        shown = [gate for gate, k in zip(self.cell.gates, activations(self.cell)) if k >= self.cell.S]
+        states, gates = activated(self.cell).outputs
+        shown = [gate for gate, value in zip(self.cell.gates, gates) if value not in states]
         shown += reversed(self.cell.states)  # a gate that is itself a state is shown once
 
         size = (1.5 + min(max(0.14 * T, 5), 16) * len(self.endings), 0.6 + 1.5 * len(shown))
@@ -415,23 +419,21 @@ def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
 
 
 @cache
-def activations(cell: Cell) -> tuple[int, ...]:
-    """Where among (*states, *saved), as `step` returns them, each gate's activation stands.
+def activated(cell: Cell) -> Graph:
+    """The page, with the states after and each gate's activation as its outputs.
 
-    It is the first function that the gate's pre-activation meets: from x[g], past what is added to it.
+    An activation is the first function that the gate's pre-activation meets: from x[g], past what is added to it.
     """
-    graph = step_graph(cell)
+    graph = step_graph(cell).pruned()
     users = consumers(graph)
     found = []
-    for g, letter in enumerate(cell.gates):
+    for g in range(cell.G):
         symbol = graph.node("input", "x", g)
         while symbol.op in ("input", "add"):
             symbol = users[symbol][0]
-        returned = [*graph.outputs[0], *graph.outputs[1]]
-        if symbol not in returned:
-            raise ValueError(f"{cell.name} doesn't return the activation of its gate {letter}, {symbol}")
-        found.append(returned.index(symbol))
-    return tuple(found)
+        found.append(symbol)
+    graph.outputs = graph.outputs[0], tuple(found)
+    return graph
 
 
 def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool) -> dict[str, np.ndarray]:
@@ -450,11 +452,14 @@ def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool
         product = a if w is None else a @ w.T
         return (product if b is None else product + b).reshape(len(a), cell.G, -1).swapaxes(0, 1)
 
-    instants = []
+    def product(value: np.ndarray, gate: float) -> np.ndarray:
+        return part(value, w_hh, b_hh)[int(gate)]
+
+    instants, page, operations = [], activated(cell), OPERATIONS | {PRODUCT: product}
     for t in range(len(x))[:: -1 if reverse else 1]:
-        more = () if units is None else (units,)
-        new, saved = cell.step(part(on_cpu(x[t]), w_ih, b_ih), part(state[0], w_hh, b_hh), state, *more)
-        gates = [(*new, *saved)[k] for k in activations(cell)]
+        entering = part(on_cpu(x[t]), w_ih, b_ih), part(state[0], w_hh, b_hh), state
+        given: dict[str, Any] = dict(zip(("x", "h", "state"), entering))
+        new, gates = page.run(operations, **given, extra=() if units is None else units)
         new = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
         state = new if flags is None else tuple(np.where(flags[t, :, None], s, n) for s, n in zip(state, new))
         instants.append((*gates, *state))

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.weave import weave
 
 from .compat import require
 from .exchange import Stack, chosen, reordered
@@ -38,7 +39,6 @@ CELLS = {  # class and activation
 }
 COMPUTED = {  # of Keras's other arguments, what the layers here compute, which is also Keras's default
     "recurrent_activation": "sigmoid",
-    "reset_after": True,
     "go_backwards": False,
     "stateful": False,
     "time_major": False,
@@ -46,6 +46,9 @@ COMPUTED = {  # of Keras's other arguments, what the layers here compute, which 
     "recurrent_dropout": 0,
     "merge_mode": "concat",
 }
+
+
+FREE = {"activation": "tanh", "reset_after": True}  # what decides over the cell, and Keras's defaults
 
 
 class Found(NamedTuple):
@@ -78,15 +81,16 @@ def load(source: Any, name: str | Iterable[str] | None = None, **config: Any) ->
             a Sequential that has nothing else.
         config: arguments to take instead of those that the Keras layer was made with. So `dropout=0` loads a layer
             that has dropout, which is another one here, for what it computes in inference. A file of weights alone
-            doesn't tell the arguments and is read as of Keras's defaults, unless they are given: `activation="relu"`.
+            doesn't tell the arguments and is read as of Keras's defaults, unless they are given: `activation="relu"`;
+            only a GRU's reset_after can be told from its bias.
 
     Returns:
         gpu_rnn.RNN, LSTM or GRU on the CPU, in the weights' dtype, with batch_first=True. Where Keras has one bias it
         is b_ih, and b_hh is zero. Outputs are whole sequences and states, whatever `return_sequences` says.
 
     Raises:
-        NotImplementedError: arguments whose effect no layer here has, each named: other activations, reset_after=False,
-            go_backwards, stateful, dropout, recurrent_dropout, another merge_mode. ShapeError: shapes that don't fit.
+        NotImplementedError: arguments whose effect no layer here has, each named: other activations, go_backwards,
+            stateful, dropout, recurrent_dropout, another merge_mode. ShapeError: shapes that don't fit.
         ValueError: no such layer, several that aren't a stack, a file that isn't Keras's. TypeError: bfloat16, or
             a `config` that isn't about this.
     """
@@ -113,11 +117,12 @@ def ours(kind: str, page: str, kernel: np.ndarray, recurrent: np.ndarray, bias: 
 
 def page(name: str, found: Found, given: dict[str, Any]) -> str:
     """The cell that the layer computes; or an error that says why there is none."""
-    if unknown := given.keys() - COMPUTED.keys() - {"activation"}:
-        raise TypeError(f"{', '.join(unknown)} can't be given; there are activation, {', '.join(COMPUTED)}")
-    config = {"activation": "tanh"} | COMPUTED | found.config | given
+    if unknown := given.keys() - COMPUTED.keys() - FREE.keys():
+        raise TypeError(f"{', '.join(unknown)} can't be given; there are {', '.join(FREE | COMPUTED)}")
+    config = FREE | COMPUTED | found.config | given
     cell = CELLS.get((found.kind, str(config["activation"])))
     lacking = ["activation"] * (cell is None) + [key for key, value in COMPUTED.items() if config[key] != value]
+    lacking += ["reset_after"] * (not isinstance(config["reset_after"], bool))  # each direction has another
     if cell is None or lacking:
         raise NotImplementedError(
             f"{name!r}, {found}, has what no layer here has: {', '.join(f'{key}={config[key]!r}' for key in lacking)}; "
@@ -125,14 +130,15 @@ def page(name: str, found: Found, given: dict[str, Any]) -> str:
         )
     G, n = len(GATES[found.kind]), len(found.arrays) // found.D
     I, H = (len(array) for array in found.arrays[:2]) if n > 1 else (0, 0)
-    bias = (2, G * H) if found.kind == "GRU" else (G * H,)
+    two = found.kind == "GRU" and bool(config["reset_after"])
+    bias = (2, G * H) if two else (G * H,)
     expected = [(I, G * H), (H, G * H), bias][:n] * found.D
     if n not in (2, 3) or [array.shape for array in found.arrays] != expected:
         raise ShapeError(
             f"{name!r} is {found}; expected, in each of {found.D} directions, kernel [I, {G}*H], recurrent_kernel "
-            f"[H, {G}*H] and a bias [{'2, ' * (found.kind == 'GRU')}{G}*H] or none"
+            f"[H, {G}*H] and a bias [{'2, ' * two}{G}*H] or none"
         )
-    return cell
+    return weave(cells.get(cell), before=found.kind == "GRU" and not config["reset_after"]).name
 
 
 def picked(source: Any, name: str | Iterable[str] | None) -> dict[str, Found]:
@@ -169,7 +175,7 @@ def made(kind: str, config: dict[str, Any], arrays: list[np.ndarray], layer: Any
     backward = backward | {"go_backwards": not backward.get("go_backwards", False)}
     both = {
         key: value if value == backward.get(key, value) else (value, backward[key])
-        for key, value in forward.items() if key in ("activation", *COMPUTED)
+        for key, value in forward.items() if key in FREE | COMPUTED
     }  # fmt: skip
     return Found(config["layer"]["class_name"], both | {"merge_mode": config["merge_mode"]}, 2, arrays, layer)
 
@@ -263,7 +269,7 @@ def guessed(D: int, arrays: list[np.ndarray]) -> Found | None:
 def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **config: Any) -> None:
     """Write the weights of a layer into layers of Keras, or `model(layer)` into a file.
 
-    Where Keras has one bias, as all but the GRU, it gets b_ih + b_hh.
+    Where Keras has one bias, as all but the GRU with its reset after the product, it gets b_ih + b_hh.
 
     Args:
         layer: gpu_rnn.RNN, LSTM or GRU, or the stack that `weights` gives.
@@ -294,7 +300,7 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
             found = found._replace(arrays=found.layer.get_weights())
         if (cell := page(name, found, config)) != stack.cell:
             raise ValueError(f"{name!r} is {found}, a {cell}, not {stack.cell}")
-        arrays = theirs(found.kind, stack, directions)
+        arrays = theirs(stack, directions)
         if [array.shape for array in arrays] != [array.shape for array in found.arrays]:
             raise ShapeError(f"{name!r} is {found}; these weights are {', '.join(map(shape, arrays))}")
         pairs.append((found.layer, arrays))
@@ -304,21 +310,26 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
 
 def plain(layer: Any) -> Stack:
     stack = Stack.of(layer)
-    if stack.cell != stack.page:
+    if stack.coupled or stack.peephole:
         raise NotImplementedError(
             f"Keras has no {stack.cell}; its LSTM has neither peepholes nor coupled gates, got {layer}"
         )
     return stack
 
 
-def theirs(kind: str, stack: Stack, directions: tuple[Weights, ...]) -> list[np.ndarray]:
+def kind_of(stack: Stack) -> tuple[str, str]:
+    """Its class and activation."""
+    return next(key for key, cell in CELLS.items() if cell == stack.page)
+
+
+def theirs(stack: Stack, directions: tuple[Weights, ...]) -> list[np.ndarray]:
     """The arrays of one layer: kernel [I, G*H], recurrent_kernel [H, G*H], and the bias; for each direction."""
-    arrays = []
+    (kind, _), arrays = kind_of(stack), []
     for w in directions:
         w_ih, w_hh, *both = (reordered(a, stack.gates, GATES[kind]) for a in w if a is not None)
         arrays += [w_ih.T, w_hh.T]
         if both:
-            arrays.append(np.stack(both) if kind == "GRU" else both[0] + both[1])
+            arrays.append(np.stack(both) if kind == "GRU" and stack.reset_after else both[0] + both[1])
     return arrays
 
 
@@ -331,13 +342,14 @@ def model(layer: Any) -> Any:
     if stack.reverse:
         raise NotImplementedError("Keras has no layer that reads backwards and leaves the outputs at their instants")
     keras = require("keras", "making a Keras model")
-    kind, activation = next(key for key, cell in CELLS.items() if cell == stack.cell)
+    kind, activation = kind_of(stack)
+    form = {"reset_after": stack.reset_after} if kind == "GRU" else {}
     dtype, layers = stack.dtype.name, []
     for k, directions in enumerate(stack.weights):
         name, bias = f"{kind.lower()}_l{k}", directions[0].b_ih is not None
         layers.append(
             getattr(keras.layers, kind)(
-                stack.H, activation=activation, use_bias=bias, return_sequences=True, name=name, dtype=dtype
+                stack.H, activation=activation, use_bias=bias, return_sequences=True, name=name, dtype=dtype, **form
             )
         )
         if stack.D == 2:

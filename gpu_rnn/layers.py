@@ -66,12 +66,15 @@ class GRUKeywords(Keywords, total=False):
 
     layer_norm: whether the input and the recurrent part are normalized over the units (Ba, Kiros & Hinton 2016), with
         gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
+    reset_after: whether the reset gate comes after the recurrent product, as in torch.nn and cuDNN, or before it (Cho
+        et al. 2014); the equations are `gpu_rnn.gru`'s.
     """
 
     layer_norm: bool
+    reset_after: bool
 
 
-class LSTMKeywords(GRUKeywords, total=False):
+class LSTMKeywords(Keywords, total=False):
     """What LSTM and LSTMCell take, too; the equations are `gpu_rnn.lstm`'s.
 
     layer_norm: as for GRU, [4*H], and so is the cell state that the output sees, with weight_ln_c_l0 and bias_ln_c_l0
@@ -82,6 +85,7 @@ class LSTMKeywords(GRUKeywords, total=False):
     forget_bias: first value of the forget gate's bias_ih, that of bias_hh being 0 (Jozefowicz et al. 2015).
     """
 
+    layer_norm: bool
     peephole: bool
     coupled: bool
     cell_clip: float | None
@@ -120,6 +124,7 @@ class Recurrent(nn.Module):
     zoneout: float | tuple[float, ...] = 0.0
     recurrent_dropout = input_dropout = weight_dropout = 0.0
     peephole = coupled = layer_norm = False
+    reset_after = True
     cell_clip: float | None = None
     forget_bias: float | None = None
     keywords: ClassVar[type] = Keywords
@@ -170,6 +175,8 @@ class Recurrent(nn.Module):
     def _set(self, keywords: Any) -> None:
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
+        if self.layer_norm and not self.reset_after:
+            raise ValueError("a GRU with layer_norm has its reset gate after the recurrent product: not reset_after=False")
         if self.forget_bias is not None and (self.coupled or not self.bias):
             raise ValueError("forget_bias is for the bias of a forget gate: it needs bias=True, and not coupled=True")
 
@@ -292,8 +299,8 @@ class Recurrent(nn.Module):
         around = Around(
             reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, starts=call.starts,
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
-            coupled=self.coupled, cell_clip=self.cell_clip, layer_norm=own.pop("layer_norm", None),
-            **{name: array for name, (array,) in own.items()},
+            coupled=self.coupled, cell_clip=self.cell_clip, reset_after=self.reset_after,
+            layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
         return apply(self.page, x, weights, around), state
 
@@ -317,7 +324,8 @@ class Recurrent(nn.Module):
 
     def _around(self) -> bool:
         """Whether there is anything around the cell at every call."""
-        return self._random() or self.peephole or self.coupled or self.layer_norm or self.cell_clip is not None
+        variant = self.peephole or self.coupled or self.layer_norm or not self.reset_after or self.cell_clip is not None
+        return self._random() or variant
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -583,13 +591,14 @@ class LSTM(RecurrentLayer):
 
 
 class GRU(RecurrentLayer):
-    """Gated recurrent unit with the reset gate after the recurrent product, in the place of torch.nn.GRU.
+    """Gated recurrent unit, with the reset gate after the recurrent product unless told, in the place of torch.nn.GRU.
 
     Every unit computes, with x = W x_t + b_ih and h = R h_{t-1} + b_hh for each of the gates r, z, n:
 
         h_t = (1 - z) n + z h_{t-1},    r = sigmoid(x_r + h_r),    z = sigmoid(x_z + h_z),    n = tanh(x_n + r h_n)
 
-    (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.) Arguments are those of `LSTM`, without `proj_size`.
+    (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.) With reset_after=False n = tanh(x_n + R_n (r h_{t-1}) + b_hn).
+    Arguments are those of `LSTM`, without `proj_size`.
 
     Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, H] or [L*D, H], zeros when None.
     Returns: y [T, B, D*H] and hT [L*D, B, H], in the layout of the input. Raises as `LSTM`.

@@ -38,17 +38,6 @@ CELLS = {  # operator and activations, the operator's default first
 }
 
 
-def lacking(op: str, attributes: dict[str, Any]) -> list[str]:
-    """What a node asks for that no layer has."""
-    asked = {
-        "clip of the activations' inputs": "clip" in attributes,
-        "linear_before_reset=0, its default: the reset gate before the recurrent product": (
-            op == "GRU" and attributes.get("linear_before_reset", 0) == 0
-        ),
-    }
-    return [what for what, does in asked.items() if does]
-
-
 # ---- from ONNX ------------------------------------------------------------------------------------------------------
 
 
@@ -66,8 +55,8 @@ def load(model: Any, node: str | Iterable[str] | None = None) -> Any:
         states and sequence_lens are data as X is: they go into the layer's call, as hx and as a packed sequence.
 
     Raises:
-        NotImplementedError: other activations, clip, linear_before_reset=0, and the reverse direction alone, which
-            `weights` has. ShapeError: shapes that don't fit.
+        NotImplementedError: other activations, clip, and the reverse direction alone, which `weights` has. ShapeError:
+            shapes that don't fit.
         ValueError: no such node, several that aren't a stack, weights that aren't constants. TypeError: bfloat16.
     """
     return weights(model, node).module()
@@ -127,7 +116,7 @@ class Graph:
         given = [name.decode().capitalize() for name in attributes.get("activations", ())] or known[0] * D
         one = given[: len(known[0])]
         cell = CELLS.get((op, *one)) if given == one * D else None
-        reasons = lacking(op, attributes)
+        reasons = ["clip of the activations' inputs"] if "clip" in attributes else []
         if cell is None or reasons:
             reasons = [f"activations {given}, of which there are {known}"] * (cell is None) + reasons
             raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
@@ -135,7 +124,10 @@ class Graph:
         expected = {"W": [D, G * H, shapes["W"][-1]], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
         if any(shapes[slot] != expected[slot] for slot in shapes):
             raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
-        page = weave(cells.get(cell), coupled=attributes.get("input_forget", 0) != 0, peephole="P" in arrays)
+        page = weave(
+            cells.get(cell), coupled=attributes.get("input_forget", 0) != 0, peephole="P" in arrays,
+            before=op == "GRU" and attributes.get("linear_before_reset", 0) == 0,
+        )  # fmt: skip
         cell = page.name
 
         def ours(array: np.ndarray) -> np.ndarray:
@@ -210,7 +202,7 @@ def model(layer: Any) -> Any:
     op, *activations = next(key for key, cell in CELLS.items() if cell == stack.page)
     attributes: dict[str, Any] = {"hidden_size": stack.H, "direction": stack.direction}
     attributes |= {"activations": activations * stack.D} if op == "RNN" else {}
-    attributes |= {"linear_before_reset": 1} if op == "GRU" else {}
+    attributes |= {"linear_before_reset": int(stack.reset_after)} if op == "GRU" else {}
     attributes |= {"input_forget": 1} if stack.coupled else {}
     nodes, constants = [], {}
 

@@ -55,6 +55,7 @@ class Around(NamedTuple):
     peephole: Any = None  # [N*H]
     units: Any = None  # [N*H] of a page that has them in any case
     coupled: bool = False
+    reset_after: bool = True
     cell_clip: float | None = None
     layer_norm: Any = None  # gains of the input and the recurrent part [G*H], of what else is normalized, biases [H]
 

@@ -31,7 +31,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
     The numbers are those of the layer over the whole sequence, to rounding: the product for the inputs of many instants
     at once adds in another order than that for one. On a CPU, with NumPy's own OpenBLAS, they are bitwise the same from
     32 batch rows on, for which that product is made instant by instant anyway, if the sequence is longer than
-    4 + H (I + P) / 4096: for less it doesn't arrange the weights.
+    4 + H (I + P) / 4096: for less it doesn't arrange the weights. A GRU with reset_after=False is to rounding only.
 
     Args:
         layer: an RNN, LSTM, GRU or a layer of `gpu_rnn.cell`, or torch.nn's; any number of layers, one direction.
@@ -107,7 +107,7 @@ States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each la
 def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
     """-> what reads x and the states, and writes y and the states; and these."""
     notes = list(driven(copy(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
-    if all(backend is numpy and weights.w_ih is not None for backend, _, weights in notes):
+    if all(backend.NAME == "numpy" and weights.w_ih is not None for backend, _, weights in notes):
         return on_numpy([numpy.steps(cell, weights, len(x)) for _, cell, weights in notes], x, y)
     _, cell, _ = notes[0]
     sizes = [y.shape[1], *[layer.hidden_size] * (cell.S - 1)]

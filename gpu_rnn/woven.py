@@ -7,6 +7,7 @@
     zoneout     of each state, one mask for an instant
     peephole, coupled, cell_clip
                 variants of the LSTM
+    reset_after of the GRU; whether its reset gate comes after the recurrent product
     layer_norm  the input part, the recurrent part and the LSTM's cell state are normalized (`normed`)
 
 Masks are functions of the seed and of where they are used (`gpu_rnn.kernels.random`): a seed gives the same masks on
@@ -103,7 +104,8 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
     if ranks != [3, 2] or all(given is default for given, default in zip(around, PLAIN)):
         return Applied(name, x, weights, None, {})  # arrays without sizes to go by are refused like any call's
     T, B, _ = x.shape
-    options: dict[str, Any] = {word: True for word in ("coupled",) if getattr(around, word)}
+    variants = {"coupled": around.coupled, "before": not around.reset_after}
+    options: dict[str, Any] = {word: True for word, asked in variants.items() if asked}
     if around.cell_clip is not None:
         positive("cell_clip", around.cell_clip)
         options["clip"] = (float(around.cell_clip),)

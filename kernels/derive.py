@@ -43,6 +43,7 @@ OPERATIONS: dict[str, Callable] = {
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
     "negative": lambda a: -a,
+    mathematics.PRODUCT: lambda value, gate: mathematics.recurrent(int(gate), value),
     **{name: getattr(mathematics, name) for name in ("maximum", "sigmoid", "tanh", "exp", "log", "rsqrt")},
     **{name: getattr(mathematics, name) for name in ("positive", "where", "mean")},
 }

@@ -14,10 +14,11 @@ import numpy as np
 from .trace import Symbol
 
 __all__ = [
-    "centred", "exp", "log", "log_sigmoid", "maximum", "mean", "minimum", "positive", "relu", "rsqrt", "scaled",
-    "sigmoid", "tanh", "where",
+    "centred", "exp", "log", "log_sigmoid", "maximum", "mean", "minimum", "positive", "recurrent", "relu", "rsqrt",
+    "scaled", "sigmoid", "tanh", "where",
 ]  # fmt: skip
 EPSILON = 1e-5  # of a variance, as torch.nn.LayerNorm has it
+PRODUCT = "recurrent"  # an operation that no kernel meets: `phases` cuts a page there
 
 
 def sigmoid(a):
@@ -76,6 +77,13 @@ def log_sigmoid(a):
     """log(sigmoid(a)) = min(a, 0) + log(sigmoid(|a|)), which nothing overflows in; right to an ulp of 1."""
     m = minimum(a, 0.0)
     return m + log(sigmoid(a - 2 * m))
+
+
+def recurrent(gate, value):
+    """Row block `gate` of w_hh value + b_hh: as h[gate], but of a value of the page's own in the place of h_{t-1}."""
+    if not isinstance(value, Symbol):
+        raise TypeError(f"only a value of a page can be shown to the recurrent weights, not {type(value).__name__}")
+    return value.apply(PRODUCT, gate)
 
 
 def maximum(a, b):

@@ -3,7 +3,8 @@
 In this order, at an instant t, for one unit of one batch row:
 
     s      = where reset[t], the reset state or 0, else the state before
-    p      = m s_h                     what the recurrent weights see; m is a dropout mask of the whole sequence
+    p      = m s_h                     what the recurrent weights see; m is a dropout mask of the whole sequence, and a
+                                       value that the page shows them itself is masked alike
     new    = step(x_t, R p + b, s)     the cell's own page
     new_k  = zoneout_k: s_k where u_k < its probability, else new_k; or their mean, weighted so
     after  = where hold[t], the state before, else new
@@ -15,8 +16,9 @@ input is Gal & Ghahramani's (2016), zoneout is Krueger et al.'s (2017). The grad
 from collections.abc import Sequence
 from typing import Any
 
-from .cells import Cell, get, made
-from .mathematics import where
+from .cells import Cell, get, made, step_graph
+from .derive import OPERATIONS
+from .mathematics import PRODUCT, recurrent, where
 
 RESET, HOLD, DROPOUT = "reset", "hold", "dropout"
 
@@ -67,8 +69,12 @@ def woven(
         return [where(extra[places[RESET]], r, s) for r, s in zip(instead, state)]
 
     def step(x: Sequence, h: Sequence, state: Sequence, extra: Sequence = ()) -> tuple:
+        def product(value: Any, gate: float) -> Any:
+            return recurrent(int(gate), dropped(value, extra))
+
         s = entered(state, extra)
-        new = list(cell.step(x, h, s, *([extra[:own]] if own else []))[0])
+        page, _ = step_graph(cell).run(OPERATIONS | {PRODUCT: product}, x=x, h=h, state=s, extra=extra[:own])
+        new = list(page)
         for k, p in enumerate(zoneout):
             if k in at_random:
                 uniform = extra[len(places) + at_random.index(k)]
@@ -77,8 +83,11 @@ def woven(
                 new[k] = p * s[k] + (1 - p) * new[k]
         return tuple(where(extra[places[HOLD]], old, n) for old, n in zip(state, new)) if hold else tuple(new)
 
-    def operand(h: object, extra: Sequence) -> object:
+    def operand(h: Any, extra: Sequence) -> Any:
         (seen, *_) = entered((h, *[0.0] * (S - 1)), extra)
+        return dropped(seen, extra)
+
+    def dropped(seen: Any, extra: Sequence) -> Any:
         return seen * extra[places[DROPOUT]] if dropout else seen
 
     return made(

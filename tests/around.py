@@ -14,6 +14,7 @@ LAYERS = {
     "lstm": ("LSTM", {}),
     "projected": ("LSTM", {"proj_size": 2}),
 }
+VARIED = LAYERS | {"gru before": ("GRU", {"reset_after": False})}  # torch.nn has no twin of
 SHAPES = {"one": {}, "stacked": {"num_layers": 2, "bidirectional": True}}
 T, B, I, H = 6, 3, 2, 4
 NORM = "weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"
@@ -46,7 +47,7 @@ VARIANTS = {
 def layer(name, shape="one", seed=0, **keywords):
     """In float64, with parameters large enough to matter."""
     torch.manual_seed(seed)
-    kind, arguments = LAYERS[name]
+    kind, arguments = VARIED[name]
     if name == "projected" and keywords.get("zoneout"):
         keywords["zoneout"] = (0.0, keywords["zoneout"])  # h itself isn't there to be kept
     made = getattr(gpu_rnn, kind)(I, H, **{"dtype": torch.float64} | SHAPES[shape] | arguments | keywords)
@@ -110,6 +111,11 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                     s = [torch.where(reset[t, :, None], r, old) for r, old in zip(instead, s)]
                 h = s[0] if seed is None else s[0] * kept(seed, 0, made.recurrent_dropout, len(s[0]), P)
                 of_x, of_h, *of_c = (weight[name] for name in NORM)
+
+                def recurrent(gate, value, R=R, seed=seed, bias=weight["bias_hh"]):
+                    value = value if seed is None else value * kept(seed, 0, made.recurrent_dropout, *value.shape)
+                    return value @ R.chunk(3)[gate].T + bias.chunk(3)[gate]
+
                 new = published(
                     made,
                     normalized(made, seen[t] @ weight["weight_ih"].T, of_x, weight["bias_ih"]),
@@ -117,12 +123,14 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                     s,
                     weight["weight_ch"],
                     of_c,
+                    recurrent,
                 )
                 for j, p in enumerate(zoneout[: len(new)]):
                     if not made.training:
                         new[j] = p * s[j] + (1 - p) * new[j] if p else new[j]
                     elif p:  # random numbers are for the states that have a probability, in their order
-                        u = uniform(seed, t, *new[j].shape, count=sum(q > 0 for q in zoneout[: len(new)]))
+                        drawn_at = t if made.reset_after else 2 * t + (not end)
+                        u = uniform(seed, drawn_at, *new[j].shape, count=sum(q > 0 for q in zoneout[: len(new)]))
                         new[j] = torch.where(u[sum(q > 0 for q in zoneout[:j])] < p, s[j], new[j])
                 if made.proj_size:
                     new[0] = new[0] @ weight["weight_hr"].T
@@ -151,14 +159,16 @@ def normalized(made, part, gain, bias):
     return torch.cat([layer_norm(a, (n,), g, b) for n, a, g, b in split], -1)
 
 
-def published(made, x, h, state, p, of_c):
-    """The states after an instant, from the input and the recurrent part of all gates, biases included."""
+def published(made, x, h, state, p, of_c, recurrent):
+    """The states after an instant, from the input and the recurrent part of all gates, biases included; `recurrent`
+    gives a gate's part of another value than h."""
     if made.mode.startswith("RNN"):
         return [getattr(torch, made.nonlinearity)(x + h)]
     if made.mode == "GRU":
         (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
-        z = torch.sigmoid(xz + hz)
-        return [(1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * state[0]]
+        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+        n = torch.tanh(xn + (r * hn if made.reset_after else recurrent(2, r * state[0])))
+        return [(1 - z) * n + z * state[0]]
     names = "igo" if made.coupled else "ifgo"
     a, seeing = dict(zip(names, (x + h).chunk(len(names), -1))), names.replace("g", "")
     p = dict(zip(seeing, [0.0] * len(seeing) if p is None else p.chunk(len(seeing))))

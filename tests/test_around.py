@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 import gpu_rnn
 from gpu_rnn import ShapeError
 
-from .around import FEATURES, LAYERS, SHAPES, VARIANTS, by_the_rules, inputs, layer
+from .around import FEATURES, SHAPES, VARIANTS, VARIED, by_the_rules, inputs, layer
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
-every_layer = pytest.mark.parametrize("name", LAYERS)
+every_layer = pytest.mark.parametrize("name", VARIED)
 
 
 def generator(seed=5):
@@ -121,7 +121,13 @@ def test_layers_without_a_row_have_nothing_to_do():
 
 @pytest.mark.parametrize(
     ("name", "feature"),
-    [("lstm", "everything"), ("projected", "everything"), ("gru", "reset state"), ("rnn", "weight dropout")],
+    [
+        ("lstm", "everything"),
+        ("projected", "everything"),
+        ("gru", "reset state"),
+        ("rnn", "weight dropout"),
+        ("gru before", "everything"),
+    ],
 )
 def test_compiled_is_eager(name, feature):
     keywords, names = FEATURES[feature]
@@ -246,6 +252,8 @@ CONSTRUCTED = {
     "weights": ("LSTMCell", {"weight_dropout": "0.1"}, ValueError, "weight_dropout must be a number in [0, 1]"),
     "no forget gate": ("LSTM", {"forget_bias": 1.0, "coupled": True}, ValueError, "forget_bias is for the bias of a"),
     "no bias": ("LSTM", {"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias is for the bias of a forget"),
+    "reset_after": ("LSTM", {"reset_after": False}, TypeError, "LSTM got an unexpected keyword argument 'reset_after'"),
+    "normalized": ("GRU", {"layer_norm": True, "reset_after": False}, ValueError, "a GRU with layer_norm has its reset"),
     "peephole": ("GRU", {"peephole": True}, TypeError, "GRU got an unexpected keyword argument 'peephole'"),
     "no bool": ("LSTM", {"coupled": "yes"}, TypeError, "coupled must be a bool, got 'yes'"),
     "no number": ("LSTM", {"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),

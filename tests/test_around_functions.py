@@ -43,7 +43,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 def drawn(rng, name, case):
     """The function, and all its arguments by name, as NumPy arrays in float64."""
     wanted, P = CASES.get(case) or VARIANTS[case], 2 if name == "projected" else None
-    kind = "lstm" if name == "projected" else name
+    kind = {"projected": "lstm", "before": "gru"}.get(name, name)
     x, weights, state = sequence_arrays(rng, kind, T, B, I, H, P)
     given = {"x": x, **weights._asdict(), **dict(zip(("h0", "c0"), state))}
     given = {label: array for label, array in given.items() if array is not None}
@@ -67,6 +67,8 @@ def drawn(rng, name, case):
         given |= pieces[piece]
     if "reset_state" in given:
         given["reset_state"] = tuple(given["reset_state"]) if many else given["reset_state"][0]
+    if name == "before":
+        given["reset_after"] = False
     if "coupled" in wanted:
         given |= {label: given[label][: 3 * H] for label in ("w_ih", "w_hh", "b_ih", "b_hh")}
     function = gpu_rnn.rnn if kind.startswith("rnn") else getattr(gpu_rnn, kind)
@@ -74,7 +76,12 @@ def drawn(rng, name, case):
 
 
 def every_one():
-    return [*((name, case) for name in NAMES for case in CASES), *((n, c) for n in NAMES[3:] for c in VARIANTS)]
+    before = [("before", case) for case in ("reset_state", "the mean", "everything")]
+    return [
+        *((name, case) for name in NAMES for case in CASES),
+        *((n, c) for n in NAMES[3:] for c in VARIANTS),
+        *before,
+    ]
 
 
 def tensors(given, *, grad=True):

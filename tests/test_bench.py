@@ -217,15 +217,15 @@ def test_memory_is_what_is_kept_for_the_gradient():
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_every_feature_is_right_and_has_a_row(cell, mode):
     rows = measured(Case(cell, 9, 3, 4, 5, mode=mode), *problems.FEATURES)
-    of_others = {f"ours, {name}" for name in around.OF_LSTM} if cell != "lstm" else set()
-    of_others |= {f"ours, {around.NORM}"} if cell == "rnn_tanh" else set()
-    wanted = {name: "absent" if name in of_others else "ok" for name in problems.FEATURES}
+    lacking = {keyword for keywords in around.OF.values() for keyword in keywords} - set(around.OF.get(cell, ()))
+    wanted = {name: "absent" if lacking & keywords.keys() else "ok" for name, keywords in problems.FEATURES.items()}
     assert {name: row["status"] for name, row in rows.items() if name != NN} == wanted, rows
 
 
 @pytest.mark.parametrize("name", list(problems.FEATURES)[1:])
 def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
-    ours = functional.lstm
+    cell = "gru" if name == "ours, reset before" else "lstm"
+    ours = getattr(functional, cell)
 
     def forgetful(*args, **given):
         left = {"w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0"}
@@ -235,7 +235,7 @@ def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
         return (y, last, (y, 0 * y)) if name == "ours, return_states" else (y, last)
 
     monkeypatch.setattr(around, "function", lambda cell: (forgetful, {}))
-    row = measured(Case("lstm", 33, 3, 4, 5, mode="forward"), name)[name]
+    row = measured(Case(cell, 33, 3, 4, 5, mode="forward"), name)[name]
     known = {"ours, coupled": "failed", "ours, recompute": "ok", "ours, input part": "ok"}
     known |= {f"ours, {mask}": "ok" for mask in around.MASKED}  # a product before the call, here as there
     assert row["status"] == known.get(name, "wrong")

@@ -16,13 +16,14 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [  # of storage and of products
     ("float64", "float64"), ("float32", "float32"), ("float16", "float32"), ("bfloat16", "float32"),
 ]  # fmt: skip
+BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
 MOST_REGISTERS = 128  # 16 warps on a multiprocessor, each with ten wide loads under way, keep its memory busy
 
 
 def check(arch, name, storage, product, H, record_property):
     """H decides how many units a thread has."""
     launch = stepwise.launch(
-        "stepwise_forward", cells.get(name), B=4, H=H, R=1, storage=storage, product=product, addresses=()
+        "stepwise_forward", cells.get(name).run, B=4, H=H, R=1, storage=storage, product=product, addresses=()
     )
     options = [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)]
     cubin = nvrtc.compile(launch.unit.source, arch, options)
@@ -59,7 +60,7 @@ def test_ragged(name, storage, product, record_property):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
-    "name", ["lstm+dropout+given+hold+reset+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole", "gru+norm"]
+    "name", ["lstm+dropout+given+hold+reset+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole", "gru+norm", BEFORE]
 )
 @pytest.mark.parametrize(("storage", "product"), DTYPES[1:])
 def test_woven(arch, name, storage, product, record_property):

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import gpu_rnn
 from gpu_rnn import dispatch
-from gpu_rnn.inspection import activations, problem
+from gpu_rnn.inspection import activated, problem
 from gpu_rnn.kernels import cells
 
 from .conftest import sequence_arrays
@@ -84,9 +84,11 @@ def test_gates_and_states_are_the_formulas(rng, name, P, reverse):
 def test_every_page_shows_its_gates():
     for name in cells.NAMES:
         cell = cells.get(name)
-        assert len(set(activations(cell))) == cell.G
-    assert activations(cells.get("lstm")) == (2, 3, 4, 5), "after h and c, what step saves"
-    assert activations(cells.get("rnn_tanh")) == (0,), "h itself"
+        assert len(set(activated(cell).outputs[1])) == cell.G
+    _, gates = activated(cells.get("lstm")).outputs
+    assert [gate.op for gate in gates] == ["sigmoid", "sigmoid", "tanh", "sigmoid"]
+    states, gates = activated(cells.get("rnn_tanh")).outputs
+    assert states == gates, "h itself"
 
 
 def make(kind, **options):

@@ -17,6 +17,7 @@ KINDS = {  # our class, Keras's, and the arguments of both
     "rnn_relu": (gpu_rnn.RNN, "SimpleRNN", {"nonlinearity": "relu"}, {"activation": "relu"}),
     "lstm": (gpu_rnn.LSTM, "LSTM", {}, {}),
     "gru": (gpu_rnn.GRU, "GRU", {}, {}),
+    "gru_before": (gpu_rnn.GRU, "GRU", {"reset_after": False}, {"reset_after": False}),
 }
 T, B, I, H = 5, 3, 4, 6
 FILES = ("model.keras", "model.h5", "model.weights.h5")
@@ -114,12 +115,13 @@ def test_files_are_read_without_keras(file, made, tmp_path, monkeypatch):
     model = made.sequential(
         made.layer("rnn_tanh", use_bias=False, name="first"),
         made.layer("gru", bidirectional=True),
+        made.layer("gru_before", name="gru"),
         made.layer("lstm", name="simple_rnn"),
         made.layer("lstm", name="first_lstm"),
     )
     made.saved(model, tmp_path / file)
     expected = [gpu_rnn.keras.weights(layer) for layer in model.layers]
-    paths = ["simple_rnn", "bidirectional", "lstm", "lstm_1"]
+    paths = ["simple_rnn", "bidirectional", "gru", "lstm", "lstm_1"]
     names = paths if file == "model.weights.h5" else [layer.name for layer in model.layers]
     monkeypatch.setitem(sys.modules, "keras", None)
     for name, theirs in zip(names, expected):
@@ -127,7 +129,7 @@ def test_files_are_read_without_keras(file, made, tmp_path, monkeypatch):
         assert (ours.cell, ours.D) == (theirs.cell, theirs.D)
         for w, same in zip(ours.weights[0], theirs.weights[0]):
             assert_bitwise([a for a in w if a is not None], [a for a in same if a is not None])
-    with pytest.raises(ValueError, match=f"has no recurrent layer 'other'; it has: .*{names[3]}"):
+    with pytest.raises(ValueError, match=f"has no recurrent layer 'other'; it has: .*{names[4]}"):
         gpu_rnn.keras.load(tmp_path / file, "other")
 
 
@@ -170,7 +172,6 @@ def test_an_archive_of_keras_2_is_read(made, tmp_path):
     [
         ("rnn_tanh", {"activation": "sigmoid"}, "activation='sigmoid'"),
         ("lstm", {"activation": "relu", "recurrent_activation": "hard_sigmoid"}, "activation='relu', recurrent_act"),
-        ("gru", {"reset_after": False}, "reset_after=False"),
         ("gru", {"go_backwards": True}, "go_backwards=True"),
         ("lstm", {"stateful": True}, "stateful=True"),
         ("lstm", {"dropout": 0.25, "recurrent_dropout": 0.5}, r"dropout=0.25, recurrent_dropout=0.5; dropout=\.\.\."),
@@ -191,6 +192,11 @@ def test_the_directions_of_one_layer_are_one_cell(made):
     )
     with pytest.raises(NotImplementedError, match=r"activation=\('tanh', 'relu'\)"):
         gpu_rnn.keras.load(made.drawn(mixed))
+    mixed = layers.Bidirectional(
+        layers.GRU(H), backward_layer=layers.GRU(H, reset_after=False, use_bias=False, go_backwards=True)
+    )
+    with pytest.raises(NotImplementedError, match=r"reset_after=\(True, False\)"):
+        gpu_rnn.keras.load(made.drawn(mixed))
 
 
 def test_arguments_can_be_taken_otherwise(made, rng, tmp_path):
@@ -201,7 +207,7 @@ def test_arguments_can_be_taken_otherwise(made, rng, tmp_path):
     assert_same(gpu_rnn.keras.load(backwards, go_backwards=False)(x.flip(1))[0], backwards(x))
     rectified = made.saved(made.sequential(made.layer("rnn_relu")), tmp_path / "model.weights.h5")
     assert gpu_rnn.keras.load(rectified, activation="relu").nonlinearity == "relu"
-    with pytest.raises(TypeError, match="units can't be given; there are activation, recurrent_activation"):
+    with pytest.raises(TypeError, match="units can't be given; there are activation, reset_after, recurrent"):
         gpu_rnn.keras.load(layer, units=3)
 
 

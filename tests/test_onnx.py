@@ -17,12 +17,14 @@ KINDS = {
     "rnn_relu": (gpu_rnn.RNN, {"nonlinearity": "relu"}),
     "lstm": (gpu_rnn.LSTM, {}),
     "gru": (gpu_rnn.GRU, {}),
+    "gru_before": (gpu_rnn.GRU, {"reset_after": False}),
 }
 NODES = {  # operator, its gates in ONNX's order, attributes that make it ours
     "rnn_tanh": ("RNN", 1, {}),
     "rnn_relu": ("RNN", 1, {"activations": ["Relu"]}),
     "lstm": ("LSTM", 4, {}),
     "gru": ("GRU", 3, {"linear_before_reset": 1}),
+    "gru_before": ("GRU", 3, {}),  # its default
 }
 T, B, I, H = 5, 3, 4, 6
 
@@ -142,7 +144,7 @@ def test_the_dtype_is_kept(dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Exporting a model")
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(KINDS)[:4])
 def test_what_torch_exports_is_loaded(kind, bidirectional, rng, tmp_path):
     cls, options = KINDS[kind]
     torch.manual_seed(0)
@@ -185,7 +187,6 @@ def test_several_nodes_are_a_stack_only_where_each_feeds_the_next():
         ("lstm", {"activations": ["Sigmoid", "Tanh", "Relu"]}, r"activations \['Sigmoid', 'Tanh', 'Relu'\].*there are"),
         ("rnn_tanh", {"activations": ["Softsign"]}, "Softsign"),
         ("lstm", {"clip": 1.0}, "clip"),
-        ("gru", {"linear_before_reset": 0}, "linear_before_reset=0"),
     ],
 )
 def test_what_no_layer_has_is_refused(kind, attributes, reason, rng):

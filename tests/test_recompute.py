@@ -120,7 +120,8 @@ def again(backend, options, dtype="bfloat16"):
 LAYERS = [
     ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
     ("LSTM", {"zoneout": (0.2, 0.3), "recurrent_dropout": 0.3, "input_dropout": 0.2, "weight_dropout": 0.2}),
-    ("LSTM", {"peephole": True, "coupled": True}), ("RNN", {}), ("GRU", {"batch_first": True}), ("LSTMCell", {}),
+    ("LSTM", {"peephole": True, "coupled": True}), ("RNN", {}), ("GRU", {"reset_after": False}),
+    ("GRU", {"batch_first": True}), ("LSTMCell", {}),
 ]  # fmt: skip
 
 

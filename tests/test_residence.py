@@ -29,7 +29,7 @@ problems = st.tuples(
 
 
 def planned(cell, dtype, H, B, device, backward=True, scope=None):
-    page, ieee = cells.get(cell), dtype == "ieee"
+    page, ieee = cells.get(cell).run, dtype == "ieee"
     element = residence.element(page, backward=backward)
     return residence.plan(page.G, element, stored(dtype), H, B, device, backward=backward, ieee=ieee, scope=scope)
 
@@ -264,6 +264,7 @@ def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
 # ---- What the compiler makes of the plans -----------------------------------------------------------------------
 
 WOVEN = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
+BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
 COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared memory, one and more batch tiles
     ("lstm", "bfloat16", 64, 8), ("lstm", "bfloat16", 128, 8), ("lstm", "bfloat16", 512, 16),
     ("lstm", "bfloat16", 1024, 8), ("lstm", "bfloat16", 1024, 64), ("lstm", "float16", 512, 128),
@@ -274,6 +275,7 @@ COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared m
     ("gru", "ieee", 512, 32), ("rnn_tanh", "ieee", 256, 16),
     (WOVEN, "bfloat16", 128, 8), (WOVEN, "bfloat16", 512, 32), (WOVEN, "float32", 512, 8),
     ("gru+hold+reset", "bfloat16", 1024, 8), (WOVEN, "ieee", 256, 8),
+    ("gru+before", "bfloat16", 512, 8), (BEFORE, "float32", 256, 8), (BEFORE, "bfloat16", 1024, 8),
 ]  # fmt: skip
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
 
@@ -303,7 +305,7 @@ COMPILATIONS = [
 def test_compiles_without_spills(problem, arch, backward):
     cell, dtype, *_ = problem
     plan = any_plan(problem, arch, backward)
-    unit = residence.compiled(plan, cells.get(cell), stored(dtype))
+    unit = residence.compiled(plan, cells.get(cell).run, stored(dtype))
     cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
     assert not cubin.log
     kernel = nvrtc.resources(cubin)[residence.name(plan)]

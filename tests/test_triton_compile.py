@@ -34,7 +34,7 @@ def extra(cell, real):
 
 
 def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
-    cell, array = cells.get(name), STORED[dtype]
+    cell, array = cells.get(name).run, STORED[dtype]
     real = STORED["float64" if dtype == "float64" else "float32"]
     block_b, block_h, num_warps = plans.instant(H, whole=cell.meets)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
@@ -54,7 +54,7 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
 
 
 def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precision="ieee"):
-    cell, array, real = cells.get(name), STORED[dtype], STORED["float32"]
+    cell, array, real = cells.get(name).run, STORED[dtype], STORED["float32"]
     chosen, _ = plans.sequence(cell, H, dtype, gpuless.SHARED_MEMORY[capability], backward=backward)
     if backward:
         kernel, page = sequence.backward_kernel, backend.differentiating(cell)
@@ -88,12 +88,19 @@ def test_an_instant(monkeypatch, name, dtype, capability, backward):
 
 
 ALL = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
+BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
 
 
 @BACKWARD
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(ALL, "bfloat16"), (ALL, "float64"), ("gru+hold+reset", "float32"), ("lstm+norm", "bfloat16")],
+    [
+        (ALL, "bfloat16"),
+        (ALL, "float64"),
+        ("gru+hold+reset", "float32"),
+        ("lstm+norm", "bfloat16"),
+        (BEFORE, "bfloat16"),
+    ],
 )
 def test_an_instant_of_a_woven_cell(monkeypatch, name, dtype, backward):
     binary = compiled_instant(monkeypatch, 90, name, dtype, 100, backward)
@@ -136,6 +143,8 @@ def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
         ("rnn_tanh+reset", "float16", 252),
         ("lstm+norm", "bfloat16", 64),
         ("gru+norm", "float32", 32),
+        (BEFORE, "bfloat16", 128),
+        (BEFORE, "float32", 64),
     ],
 )
 def test_a_sequence_of_a_woven_cell(monkeypatch, name, dtype, H, backward):

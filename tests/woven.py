@@ -75,14 +75,22 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
         seen = s[0] * rows["dropout"][:, :P] if "dropout" in options else s[0]
         a = x[t] @ w_ih.T + (0 if b_ih is None else b_ih)
         r = seen @ w_hh.T + (0 if b_hh is None else b_hh)
-        parts = a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
-        new = list(normalized(plain.name, *parts, rows) if "norm" in options else published(plain.name, *parts))
+
+        def recurrent(gate, value):
+            """Of a value of the cell's own."""
+            value = value * rows["dropout"] if "dropout" in options else value
+            return value @ w_hh.chunk(plain.G)[gate].T + (0 if b_hh is None else b_hh.chunk(plain.G)[gate])
+
+        instant = plain.name, a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
+        more = [recurrent] if plain.phases else []
+        new = list(normalized(*instant, rows) if "norm" in options else published(*instant, *more))
         zoneout = options.get("zoneout", ())
         if options.get("mean"):
             new = [p * old + (1 - p) * n for p, old, n in zip(zoneout, s, new)]
         elif zoneout:
             b, unit = torch.arange(B)[:, None], torch.arange(H)
-            u = uniforms(case.weights.seed, torch.tensor([t]), b, unit, len(zoneout))
+            drawn_at = t if plain.phases is None else 2 * t + (not case.reverse)
+            u = uniforms(case.weights.seed, torch.tensor([drawn_at]), b, unit, len(zoneout))
             new = [torch.where(v.to(dtype) < p, old, n) for v, p, old, n in zip(u, zoneout, s, new)]
         if w_hr is not None:
             new[0] = new[0] @ w_hr.T
@@ -102,8 +110,11 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
     return {name: wide(array) for name, array in results.items()}
 
 
-def published(name, x, h, state):
+def published(name, x, h, state, recurrent=None):
     """The equations of each cell, as its papers and torch.nn have them."""
+    if name == "gru+before":
+        r, z = torch.sigmoid(x[0] + h[0]), torch.sigmoid(x[1] + h[1])
+        return ((1 - z) * torch.tanh(x[2] + recurrent(2, r * state[0])) + z * state[0],)
     if name.startswith("rnn"):
         return (getattr(torch, name.removeprefix("rnn_"))(x[0] + h[0]),)
     if name == "gru":

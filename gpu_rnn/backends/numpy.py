@@ -150,13 +150,12 @@ def run_backward(
     cell: Cell, x: np.ndarray, weights: Weights, state: tuple, y: np.ndarray, tape: tuple,
     dy: np.ndarray, dlast: tuple, dhistory: tuple = (), *, reverse: bool, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    T, B, I = x.shape
-    H, P = sizes(cell, weights)
+    (T, B, _), (H, P) = y.shape, sizes(cell, weights)
     G, order, found = cell.G, layout(cell), gradient(cell)
     separate, projected = len(order.separate), weights.w_hr is not None
     n = min(T, CHUNK_BACK, max(CHUNK_ROWS // max(B, 1), 1))
     back, idle = borrowed(InstantsBack, cell, n, B, H, P, x.dtype)
-    W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, I)
+    W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, -1)
     R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
     spread = product(R.T, B)
     dunits, more = np.zeros((cell.learned, H, B), x.dtype), More(cell, weights, T, reverse)
@@ -165,7 +164,7 @@ def run_backward(
 
     x, y, dy, *histories = in_order(reverse, x, y, dy, *dhistory)
     record, *shown = tape
-    dx = np.empty(x.shape, x.dtype)
+    dx = np.empty((T, B, G * H if W is None else W.shape[1]), x.dtype)
     h = np.concatenate((state[0][None], y))
     seen = h if cell.operand is None else np.empty_like(h)  # by the recurrent weights
 
@@ -206,11 +205,11 @@ def run_backward(
         ds = back.together(m)
         inputs, recurrent = ds[:G].reshape(G * H, m * B), ds[separate:].reshape(G * H, m * B)
         if "x" in needs and W is not None:
-            np.dot(inputs.T, W, dx[now].reshape(m * B, I))
+            np.dot(inputs.T, W, dx[now].reshape(m * B, -1))
         elif "x" in needs:
-            dx[now] = in_gate_order(inputs, order.inputs).T.reshape(m, B, I)
+            dx[now] = in_gate_order(inputs, order.inputs).T.reshape(m, B, G * H)
         if "w_ih" in needs:
-            sums["w_ih"] += np.dot(inputs, x[now].reshape(m * B, I))
+            sums["w_ih"] += np.dot(inputs, x[now].reshape(m * B, -1))
         if "w_hh" in needs:
             sums["w_hh"] += np.dot(recurrent, seen[now].reshape(m * B, P))
         if "b_ih" in needs:
@@ -374,19 +373,26 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     """
     weights, _ = numpied(weights, ())
     I, (H, P), w_hr = weights.w_ih.shape[1], sizes(cell, weights), weights.w_hr
-    instants = Instants(cell, layout(cell), 1, B, I, H, P, weights.w_ih.dtype)
-    More(cell, weights, 1, False).fetch(0, instants.m[0])
+    S, cell, n = cell.S, cell.run, 1 if cell.phases is None else 2
+    instants = Instants(cell, layout(cell), n, B, I, H, P, weights.w_ih.dtype)
+    phases = None if n == 1 else np.repeat(np.arange(n, dtype=np.uint8)[:, None], B, 1)  # its one flag
+    more = More(cell, weights._replace(flags=phases), n, False)
+    for k, m in enumerate(instants.m):
+        more.fetch(k, m)
     W, recur = instants.take(weights, tuple(np.zeros((B, P if k == 0 else H)) for k in range(cell.S)))
-    x, xg, hg, y, shown = instants.x[0], instants.xg[0], instants.hg, instants.h[1], instants.shown[0]
-    enter, run, bias, ((seen, rows),) = product(W, B), instants.run, instants.b_x, instants.views
+    x, xg, hg, y, shown = instants.x[0], instants.xg[0], instants.hg, instants.h[n], instants.shown[-1]
+    enter, run, bias = product(W, B), instants.run, instants.b_x
     others = instants.record[:, cell.K :]
-    moves = [(instants.h[0], y), *zip(*others)]
+    moves = [(instants.h[0], y), *zip(others[0], others[n])][:S]
 
     def step() -> None:
         enter(x, xg)
         np.add(xg, bias, xg)
-        recur(seen, hg)
-        run(*rows)
+        if n > 1:
+            np.copyto(instants.xg[1], xg)
+        for seen, rows in instants.views:
+            recur(seen, hg)
+            run(*rows)
         if w_hr is not None:
             np.dot(w_hr, shown, y)
         for before, after in moves:

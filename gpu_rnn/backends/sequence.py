@@ -140,7 +140,7 @@ def begun_back(
     dlast: tuple, dhistory: tuple, tf32: bool,
 ) -> Backward:  # fmt: skip
     y, dy, (saved, others, *hidden) = arrays.plain(y), arrays.plain(dy), map(arrays.plain, tape)
-    (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
+    (T, B, _), (GH, P), G = y.shape, weights.w_hh.shape, cell.G
     H, real = GH // G, arrays.real_dtype(x)
     dxg = arrays.empty((T, B, G, H), like=x)
     dhg = arrays.empty((T, B, G, H), like=x) if any(cell.separate) else None
@@ -161,20 +161,14 @@ def begun_back(
 
 def gradients(cell: Cell, given: Backward, x: Any, weights: Weights, needs: Collection[str]) -> dict[str, Any]:
     """The products after the walk."""
-    (T, B, I), (GH, P) = x.shape, weights.w_hh.shape
+    (T, B, _), (GH, P) = given.y.shape, weights.w_hh.shape
     H = GH // cell.G
-    rows, recurrent = given.dxg.reshape(T * B, GH), (given.dxg if given.dhg is None else given.dhg).reshape(T, B, GH)
+    dpart, recurrent = ((given.dxg if d is None else d).reshape(T, B, GH) for d in (given.dxg, given.dhg))
     found: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (given.dh, *given.dothers))}
-    if "x" in needs:
-        of_x = rows if weights.w_ih is None else product(rows, weights.w_ih, like=x)
-        found["x"] = of_x.reshape(T, B, I)
-    if "w_ih" in needs:
-        found["w_ih"] = product(rows.T, x.reshape(T * B, I), like=x)
+    found |= of_input(dpart, x, weights, needs)
     if "w_hh" in needs:
         seen = seen_by_weights(cell, given.y, given.h0, given.extra, given.reverse)
         found["w_hh"] = recurrent_gradient(recurrent, seen, given.reverse)
-    if "b_ih" in needs:
-        found["b_ih"] = rows.sum(0)
     if "b_hh" in needs:
         found["b_hh"] = recurrent.reshape(T * B, GH).sum(0)
     if "w_hr" in needs and weights.w_hr is not None:
@@ -194,6 +188,19 @@ def input_part(x: Any, weights: Weights) -> Any:
     part = arrays.empty((T, B, GH), like=x)
     arrays.matmul(x.reshape(T * B, I), weights.w_ih.T, out=part.reshape(T * B, GH), add=weights.b_ih)
     return part
+
+
+def of_input(dpart: Any, x: Any, weights: Weights, needs: Collection[str]) -> dict[str, Any]:
+    """The gradient of `input_part`: [T, B, G*H] -> those of x, w_ih and b_ih that are needed."""
+    T, B, GH = dpart.shape
+    rows, found = dpart.reshape(T * B, GH), {}
+    if "x" in needs:
+        found["x"] = dpart if weights.w_ih is None else product(rows, weights.w_ih, like=dpart).reshape(T, B, -1)
+    if "w_ih" in needs:
+        found["w_ih"] = product(rows.T, x.reshape(T * B, -1), like=dpart)
+    if "b_ih" in needs:
+        found["b_ih"] = rows.sum(0)
+    return found
 
 
 def projection(problem: Problem) -> str:

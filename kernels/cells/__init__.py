@@ -18,17 +18,23 @@ grad, which then gives a fourth group, a fifth. A page without grad gives the ne
 Every cell also has variants, in which states are reset, held or mixed from one instant to the next: `weave.py`. Their
 names are the cell's with what is woven in, as in "lstm+reset+zoneout(0.1,0.05)".
 
+A page may also show the recurrent weights a value of its own, by `recurrent(gate, value)`. It has a step alone, and its
+instant takes two products: kernels then run another cell, in two instants for each (`phases.py`).
+
 A page that stands elsewhere is made a cell by `made` and found by its name after `define`.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
-from ..derive import derive, pullback
+from ..derive import derive, new_states, playing, pullback
 from ..emit import assignments
+from ..mathematics import where
+from ..phases import PHASE, cut, products
 from ..trace import Graph, trace
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -43,7 +49,7 @@ class Cell:
     gates: str
     states: str
     step: Callable
-    grad: Callable
+    grad: Any  # as step; None where there are phases
     saved: int  # K: how many values `step` keeps for `grad`, beside the states themselves
     separate: tuple[bool, ...]  # [G] true where x and h don't just meet as x + h, so that their gradients differ
     units: tuple[str, ...] = ()  # values that an element has for the whole sequence, the first of `extra` ...
@@ -52,6 +58,13 @@ class Cell:
     uniforms: int = 0  # random numbers in [0, 1), new ones for every instant, row and unit; last in `extra`
     operand: Callable | None = None  # (h, extra) -> what the recurrent weights see in the place of h
     together: tuple[str, ...] = ()  # gates of which all units' parts are normalized together, by a page that does
+    phases: "Cell | None" = None  # what kernels run in its place, in two instants for each
+    turns: tuple[tuple[int, ...], ...] = ()  # of such a cell: the gates whose recurrent part each of the two reads
+
+    @property
+    def run(self) -> "Cell":
+        """What kernels run."""
+        return self.phases or self
 
     def __hash__(self) -> int:
         return hash(self.name)  # every call looks something up by its cell
@@ -125,7 +138,7 @@ def define(cell: Cell) -> Cell:
 
 def written(cell: Cell) -> tuple:
     """All that a page says."""
-    code = (assignments(graph, repr) for graph in (step_graph(cell), grad_graph(cell)))
+    code = (assignments(graph, repr) for graph in (step_graph(cell.run), grad_graph(cell.run)))
     return cell.gates, cell.states, cell.units, *code
 
 
@@ -136,6 +149,9 @@ def made(
     """A cell, with what can be read off its page."""
     G, S, E = len(gates), len(states), len(units) + len(flags) + uniforms
     learned = len(units) if learned is None else learned
+    page = trace(lambda *given: (new_states(step(*given), S),), x=G, h=G, state=S, **({"extra": E} if E else {}))
+    if products(page):
+        return by_phases(name, gates, states, page, tuple(units), learned, tuple(flags), uniforms, operand)
     if grad is None:
         step, grad = derive(step, G, S, E, learned)
     sketch = Cell(name, gates, states, step, grad, 0, (), tuple(units), learned, tuple(flags), uniforms, operand)
@@ -143,6 +159,44 @@ def made(
     dx, dh, *_ = trace(grad, dnew=S, new=S, state=S, saved=K, **extra(sketch)).outputs
     separate = tuple(a is not b for a, b in zip(dx, dh, strict=True))
     return Cell(name, gates, states, step, grad, K, separate, tuple(units), learned, tuple(flags), uniforms, operand)
+
+
+def by_phases(
+    name: str, gates: str, states: str, page: Graph, units: tuple[str, ...], learned: int, flags: tuple[str, ...],
+    uniforms: int, operand: Callable | None,
+) -> Cell:  # fmt: skip
+    """The cell of a page with a product of its own, and the cell that is run in its place."""
+    E, place = len(units) + len(flags) + uniforms, len(units) + len(flags)
+    step, grad, carried, turns = cut(page, len(gates), len(states), E, place, learned)
+
+    def seen(h: Any, extra: Sequence) -> Any:
+        """What the page itself shows, in the second phase, is as it should be."""
+        assert operand is not None
+        return where(extra[place], h, operand(h, (*extra[:place], *extra[place + 1 :])))
+
+    handed = "".join(map(str, range(carried)))
+    run = made(
+        name, gates, states + handed, step, grad, units,
+        learned=learned, flags=(*flags, PHASE), uniforms=uniforms, operand=seen if operand else None,
+    )  # fmt: skip
+
+    page.outputs = (*page.outputs, ())
+    whole = playing(page, "x", "h", "state", *(("extra",) if E else ()))
+    return Cell(
+        name,
+        gates,
+        states,
+        whole,
+        None,
+        0,
+        (),
+        units,
+        learned,
+        flags,
+        uniforms,
+        operand,
+        phases=replace(run, turns=turns),
+    )
 
 
 def extra(cell: Cell) -> dict[str, int]:

@@ -18,10 +18,10 @@ Backwards, with dh' arriving:
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import scaled, sigmoid, tanh
+from ..mathematics import recurrent, scaled, sigmoid, tanh
 
 GATES, STATES = "rzn", "h"
-VARIANTS = ("norm",)
+VARIANTS = ("before", "norm")
 TOGETHER = ("rz", "n")  # gates that are normalized together
 
 
@@ -41,9 +41,10 @@ def grad(dnew, new, state, saved):
     return (dr, dz, dn), (dr, dz, dn * r), (dh * z,)
 
 
-def variant(norm=True):
-    """The page with
+def variant(before=False, norm=False):
+    """The page with one of
 
+    before    the reset gate before the recurrent product, as Cho et al. had it: n = tanh(x_n + R_n (r h_{t-1}) + b_hn)
     norm      layer normalization (Ba, Kiros & Hinton 2016): each unit's h over the standard deviation of all units',
               for r and z together, times a gain; that of n with its bias, which r meets as well. x is normalized
               already, with all other biases in it. The mean of h over the same gates and all units is zero, as it is
@@ -51,6 +52,14 @@ def variant(norm=True):
 
     -> gates, names of what there is per unit, step; its gradient is derived
     """
+    if before and norm:
+        raise ValueError("a GRU is normalized with its reset gate after the recurrent product alone")
+
+    def first(x, h, state):
+        r = sigmoid(x[0] + h[0])
+        z = sigmoid(x[1] + h[1])
+        n = tanh(x[2] + recurrent(2, r * state[0]))
+        return (n + z * (state[0] - n),)
 
     def normalized(x, h, state, extra):
         of_r, of_z, of_n, bias = extra
@@ -58,4 +67,4 @@ def variant(norm=True):
         new, _ = step(x, (of_r * h_r, of_z * h_z, of_n * h_n + bias), state)
         return new
 
-    return GATES, ("r_gain", "z_gain", "n_gain", "n_bias"), normalized
+    return (GATES, (), first) if before else (GATES, ("r_gain", "z_gain", "n_gain", "n_bias"), normalized)
