@@ -234,7 +234,7 @@ def list_command(options: argparse.Namespace) -> int:
 
     for name in problems.EVERYBODY:
         reasons = {contender(name).absent(Case("lstm", 8, 8, 64, 64, "float32", "forward", d)) for d in ("cpu", "cuda")}
-        print(f"{name:20}{'takes part' if None in reasons else ', '.join(sorted(map(str, reasons)))}")
+        print(f"{name:26}{'takes part' if None in reasons else ', '.join(sorted(map(str, reasons)))}")
     for title, groups in (("run --quick", problems.quick()), ("run", problems.cpu()), ("gpu", problems.gpu())):
         print(f"\n{title}: {sum(len(group.cases) for group in groups)} cases")
         for group in groups:
