@@ -42,10 +42,11 @@ def test_grad_is_the_derivative_of_step(name, rng):
 
 
 @EVERY
+@pytest.mark.parametrize("by", ["tanh", "exp"])
 @pytest.mark.parametrize("arrange", [program.layout, program.natural])
-def test_the_compiled_step_is_the_page(name, arrange, rng):
+def test_the_compiled_step_is_the_page(name, arrange, by, rng):
     cell, B, H = cells.get(name), 3, 5
-    order = arrange(cell)
+    order = program.by_exp(arrange(cell)) if by == "exp" else arrange(cell)
     x, h, state = instant(rng, cell, B, H)
     bias = rng.standard_normal((len(order.separate), B, H))
     met = [h[g] + bias[order.separate.index(g)] if g in order.separate else h[g] for g in range(cell.G)]

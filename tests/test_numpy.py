@@ -105,8 +105,9 @@ def compare_with_torch(name, reverse, bias, T, B, I, H, P, rng):
 
 
 @EVERY
-def test_float32_is_as_good_as_torch(name, rng):
-    x, weights, state = sequence_arrays(rng, name, 40, 4, 8, 16, dtype=np.float32)
+@pytest.mark.parametrize("B", [4, 64], ids=["by tanh", "by exp"])
+def test_float32_is_as_good_as_torch(name, B, rng):
+    x, weights, state = sequence_arrays(rng, name, 40, B, 8, 16, dtype=np.float32)
     cell = cells.get(name)
     y, last, _ = backend.forward(cell, x, weights, state, reverse=False, save=False)
     assert y.dtype == np.float32
@@ -252,13 +253,14 @@ def test_a_modified_input_is_noticed(rng):
         y.sum().backward()
 
 
-def test_extreme_values_stay_finite():
+@pytest.mark.parametrize("B", [1, 512], ids=["by tanh", "by exp"])
+def test_extreme_values_stay_finite(B):
     """Saturated gates, as after a bad step of training: no overflow, no NaN, and none invented or lost."""
-    x = np.array([0.0, 1e4, -1e4, 1e30, -1e30], np.float32).reshape(5, 1, 1)
+    x = np.array([0.0, 1e4, -1e4, 1e30, -1e30], np.float32).reshape(5, 1, 1).repeat(B, 1)
     for name, function, options in FUNCTIONS:
         G = cells.get(name).G
         w, r = np.ones((G * 2, 1), np.float32), np.ones((G * 2, 2), np.float32)
-        with np.errstate(over="raise", invalid="raise"):
+        with np.errstate(over="raise", under="raise", invalid="raise"):
             y, _ = function(x, w, r, **options) if name != "rnn_relu" else (x, None)
         assert np.isfinite(y).all()
         y, _ = function(np.full_like(x, np.nan), w, r, **options)

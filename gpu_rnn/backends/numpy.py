@@ -9,6 +9,8 @@ chunks of instants.
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
 from gpu_rnn.kernels.derive import OPERATIONS
-from gpu_rnn.kernels.program import Layout, gradient, layout, natural, step_program
+from gpu_rnn.kernels.program import Layout, by_exp, gradient, layout, natural, step_program
 from gpu_rnn.kernels.weave import HOLD
 
 from ..arrays import HALVES, from_numpy, to_numpy
@@ -29,6 +31,7 @@ SIZES, KEPT_BYTES = 16, 1 << 20  # of problems whose arrays are kept for the nex
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
 WIDE = 32  # batch rows that make a product of one instant run at full speed
+EXP = 1 << 10  # values of a row for which it repays more calls to take sigmoids by exp; float64 has no fast exp
 TOGETHER = 1 << 13  # values of a row backward that are computed at once
 PRODUCT = 10**6  # multiply-adds up to which OpenBLAS, given AVX-512, reads its operands where they lie: twice as fast
 LEAST_ROWS = 16  # of the blocks that a product is cut into: of smaller ones it takes too many
@@ -47,7 +50,8 @@ def reasons(problem: Problem) -> list[str]:
 
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
-    order = arranged(problem.cell, problem.T, problem.B, problem.H * ((problem.I or 0) + (problem.P or problem.H)))
+    columns = (problem.I or 0) + (problem.P or problem.H)
+    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width))
     calls = len(step_program(problem.cell, order).calls)
     before = "x is the input part already" if problem.I is None else "input projection by chunks"
     return f"{width}; one product and {calls} elementwise calls per step, {before}"
@@ -113,7 +117,7 @@ def run_forward(
     T, B, _ = x.shape
     (H, P), I = sizes(cell, weights), 0 if weights.w_ih is None else weights.w_ih.shape[1]
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * x.itemsize, 1))
-    instants, idle = borrowed(Instants, cell, arranged(cell, T, B, H * (I + P)), n, B, I, H, P, x.dtype)
+    instants, idle = borrowed(Instants, cell, arranged(cell, T, B, H, I + P, x.dtype), n, B, I, H, P, x.dtype)
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
     projected = weights.w_hr is not None
@@ -128,14 +132,15 @@ def run_forward(
         m = min(n, T - first)
         now = slice(first, first + m)
         instants.project(W, x[now])
-        for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
-            if more is not None:
-                seen = more.operand(first + k, instants.m[k], seen)
-            recur(seen, hg)
-            run(*rows)
-            if projected:
-                np.dot(weights.w_hr, shown[k], h[k + 1])
-                more.hold(instants.m[k], h[k], h[k + 1])
+        with quiet(instants.order):
+            for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
+                if more is not None:
+                    seen = more.operand(first + k, instants.m[k], seen)
+                recur(seen, hg)
+                run(*rows)
+                if projected:
+                    np.dot(weights.w_hr, shown[k], h[k + 1])
+                    more.hold(instants.m[k], h[k], h[k + 1])
         out[now] = h[1 : m + 1].swapaxes(1, 2)
         for kept_for_gradient, array in zip(tape, (record, shown)):
             kept_for_gradient[now] = array[:m]
@@ -235,10 +240,16 @@ def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
     return weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
 
-def arranged(cell: Cell, T: int, B: int, weights: int) -> Layout:
+def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype) -> Layout:
     """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate."""
     repaid = (T - 4) * (B + 8) * 256
-    return natural(cell) if repaid < weights else layout(cell)
+    order = natural(cell) if repaid < H * columns else layout(cell)
+    return by_exp(order) if dtype == np.float32 and H * B >= EXP else order
+
+
+def quiet(order: Layout) -> AbstractContextManager:
+    """A sigmoid is right where exp overflows."""
+    return np.errstate(over="ignore", under="ignore") if order.sigmoid == "exp" else nullcontext()
 
 
 def by_gate(w: np.ndarray, gates: Sequence[int]) -> np.ndarray:
@@ -310,7 +321,7 @@ class Instants(Kept):
 
     def __init__(self, cell: Cell, order: Layout, n: int, B: int, I: int, H: int, P: int, dtype: np.dtype):
         G, rows = cell.G, partial(self.rows, dtype=dtype)
-        self.order, self.scaled = order, order != natural(cell)
+        self.order, self.scaled = order, replace(order, sigmoid="tanh") != natural(cell)
         self.zero = np.zeros(G * H, dtype)
         self.x, self.xg = rows(n, I, B), rows(n, G * H, B)  # what comes in, and the input part of all gates
         self.h, self.hg = rows(n + 1, P, B), rows(G * H, B)
@@ -374,7 +385,8 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     weights, _ = numpied(weights, ())
     I, (H, P), w_hr = weights.w_ih.shape[1], sizes(cell, weights), weights.w_hr
     S, cell, n = cell.S, cell.run, 1 if cell.phases is None else 2
-    instants = Instants(cell, layout(cell), n, B, I, H, P, weights.w_ih.dtype)
+    dtype = weights.w_ih.dtype
+    instants = Instants(cell, arranged(cell, math.inf, B, H, I + P, dtype), n, B, I, H, P, dtype)
     phases = None if n == 1 else np.repeat(np.arange(n, dtype=np.uint8)[:, None], B, 1)  # its one flag
     more = More(cell, weights._replace(flags=phases), n, False)
     for k, m in enumerate(instants.m):
@@ -390,9 +402,10 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
         np.add(xg, bias, xg)
         if n > 1:
             np.copyto(instants.xg[1], xg)
-        for seen, rows in instants.views:
-            recur(seen, hg)
-            run(*rows)
+        with quiet(instants.order):
+            for seen, rows in instants.views:
+                recur(seen, hg)
+                run(*rows)
         if w_hr is not None:
             np.dot(w_hr, shown, y)
         for before, after in moves:
