@@ -210,11 +210,11 @@ def run_backward(
         ds = back.together(m)
         inputs, recurrent = ds[:G].reshape(G * H, m * B), ds[separate:].reshape(G * H, m * B)
         if "x" in needs and W is not None:
-            np.dot(inputs.T, W, dx[now].reshape(m * B, -1))
+            np.dot(inputs.T, W, dx[now].reshape(m * B, dx.shape[2]))
         elif "x" in needs:
             dx[now] = in_gate_order(inputs, order.inputs).T.reshape(m, B, G * H)
         if "w_ih" in needs:
-            sums["w_ih"] += np.dot(inputs, x[now].reshape(m * B, -1))
+            sums["w_ih"] += np.dot(inputs, x[now].reshape(m * B, x.shape[2]))
         if "w_hh" in needs:
             sums["w_hh"] += np.dot(recurrent, seen[now].reshape(m * B, P))
         if "b_ih" in needs:
@@ -260,7 +260,7 @@ def by_gate(w: np.ndarray, gates: Sequence[int]) -> np.ndarray:
 
 def scaled(w: np.ndarray, gates: Sequence[int], scale: Sequence[float]) -> np.ndarray:
     """[G*H, ...] in torch's order -> the same in the order of `gates`, times their scale."""
-    stacked = by_gate(w, range(len(gates)))
+    stacked = w.reshape(len(gates), len(w) // len(gates), *w.shape[1:])
     out = np.empty(stacked.shape, w.dtype)
     for row, g in zip(out, gates):
         np.multiply(stacked[g], scale[g], row)
