@@ -202,10 +202,11 @@ class Recurrent(nn.Module):
     def _weights(self, suffix: str) -> Weights:
         there, plain = (True, True, self.bias, self.bias, self.proj_size), self._parameters
         # getattr finds any, but takes its time; parametrized, pruned or sharded, a weight isn't among _parameters
-        return Weights(*[
-            None if not has else plain[full] if (full := name + suffix) in plain else getattr(self, full)
-            for name, has in zip(NAMES, there)
-        ])  # fmt: skip
+        found = []
+        for name, has in zip(NAMES, there):
+            full = name + suffix
+            found.append(None if not has else plain[full] if full in plain else getattr(self, full))
+        return Weights(*found)
 
     def _batch(self, input: Tensor, *layouts: str) -> tuple[int, ...]:
         """The sizes that a state has before H: (B,), or () for an input without a batch. An error if it doesn't fit.
