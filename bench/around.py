@@ -25,7 +25,10 @@ Tensors = dict[str, torch.Tensor]
 LEARNED = ("peephole",)  # arrays that have gradients
 MASKED = {"input_dropout": ("x", 1), "weight_dropout": ("w_hh", 2)}  # of the layers alone: a product before the call
 NORM = "layer_norm"  # several arrays that have gradients, numbered here
-OF = {"lstm": ("peephole", "coupled", "cell_clip", NORM), "gru": ("reset_after", NORM)}  # what not all cells have
+OF = {
+    "lstm": ("peephole", "coupled", "cell_clip", NORM, "recurrent_dropout_on"),
+    "gru": ("reset_after", NORM, "recurrent_dropout_on"),
+}  # what not all cells have
 
 
 class Around(Contender):
@@ -158,6 +161,7 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
     seed = torch.tensor([fixed.get("seed", 0)], device=x.device)
     row, unit = torch.arange(B, device=x.device)[:, None], torch.arange(H, device=x.device)
     mask = dropout_mask(seed, fixed["recurrent_dropout"], (B, H), x) if "recurrent_dropout" in fixed else 1.0
+    mask, spared = (1.0, mask) if fixed.get("recurrent_dropout_on") == "candidate" else (mask, 1.0)
     shown, history = [], []
     part = F.linear(x, given["w_ih"]) if "w_ih" in given else x
     of_x, of_h, *of_c = given.get(NORM, (None, None))
@@ -170,13 +174,16 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
             i, f, g, o = (xg + hg).chunk(4, 1)
             c = torch.sigmoid(f) * before[1] + torch.sigmoid(i) * torch.tanh(g)
             state = torch.sigmoid(o) * torch.tanh(F.layer_norm(c, (H,), *of_c)), c
-        elif {"peephole", "coupled", "cell_clip"} & (given.keys() | fixed.keys()):
+        elif {"peephole", "coupled", "cell_clip", "recurrent_dropout_on"} & (given.keys() | fixed.keys()):
             gates, clip = "igo" if "coupled" in fixed else "ifgo", fixed.get("cell_clip", float("inf"))
-            state = lstm(xg, hg, before[1], given.get("peephole"), gates, clip)
+            if case.cell == "lstm":
+                state = lstm(xg, hg, before[1], given.get("peephole"), gates, clip, spared)
+            else:
+                state = gru(xg, hg, before[0], spared)
+        elif "reset_after" in fixed:
+            state = gru(xg, hg, before[0], spared, given)
         else:
             state = STEPS[case.cell](xg, hg, before)
-        if "reset_after" in fixed:
-            state = gru_before(xg, hg, before[0], given)
         if "zoneout" in fixed:
             drawn = uniforms(seed, torch.tensor([t], device=x.device), row, unit, len(letters))
             state = [torch.where(u < fixed["zoneout"], old, new) for u, old, new in zip(drawn, before, state)]
@@ -200,21 +207,26 @@ def normalized(case: Case, part: torch.Tensor, gain: torch.Tensor | None, bias: 
     return torch.cat([F.layer_norm(a, (n,), g, b) for n, a, g, b in split], -1)
 
 
-def gru_before(xg: torch.Tensor, hg: torch.Tensor, h: torch.Tensor, given: Tensors) -> list[torch.Tensor]:
-    """The GRU with its reset gate before the product of n."""
-    (x_r, x_z, x_n), (h_r, h_z, _), H = xg.chunk(3, 1), hg.chunk(3, 1), h.shape[1]
+def gru(
+    xg: torch.Tensor, hg: torch.Tensor, h: torch.Tensor, spared: Any, given: Tensors | None = None
+) -> list[torch.Tensor]:  # fmt: skip
+    """The GRU with a mask of its candidate, and with `given` weights with its reset gate before the product."""
+    (x_r, x_z, x_n), (h_r, h_z, h_n), H = xg.chunk(3, 1), hg.chunk(3, 1), h.shape[1]
     r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-    n = torch.tanh(x_n + F.linear(r * h, given["w_hh"][2 * H :], given["b_hh"][2 * H :]))
-    return [n + z * (h - n)]
+    met = r * h_n if given is None else F.linear(r * h, given["w_hh"][2 * H :], given["b_hh"][2 * H :])
+    return [(1 - z) * torch.tanh(x_n + met) * spared + z * h]
 
 
-def lstm(xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float) -> tuple:
-    """The LSTM with gates that see the cell state by weights p, f = 1 - i where there is no gate f, and bounds of c."""
+def lstm(
+    xg: torch.Tensor, hg: torch.Tensor, c: torch.Tensor, p: torch.Tensor | None, gates: str, clip: float, spared: Any
+) -> tuple:
+    """The LSTM with gates that see the cell state by weights p, f = 1 - i where there is no gate f, bounds of c, and a
+    mask of its candidate."""
     a = dict(zip(gates, (xg + hg).chunk(len(gates), 1)))
     seen: dict[str, Any] = dict.fromkeys(gates, 0.0)
     if p is not None:
         seen |= zip(gates.replace("g", ""), p.chunk(len(gates) - 1))
     i = torch.sigmoid(a["i"] + seen["i"] * c)
     f = torch.sigmoid(a["f"] + seen["f"] * c) if "f" in gates else 1 - i
-    c = (f * c + i * torch.tanh(a["g"])).clamp(-clip, clip)
+    c = (f * c + i * torch.tanh(a["g"]) * spared).clamp(-clip, clip)
     return torch.sigmoid(a["o"] + seen["o"] * c) * torch.tanh(c), c

@@ -32,6 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "ours, starts": {"starts": ...},
     "ours, zoneout": {"zoneout": 0.1, "seed": 1},
     "ours, recurrent_dropout": {"recurrent_dropout": 0.25, "seed": 1},
+    "ours, candidate dropout": {"recurrent_dropout": 0.25, "recurrent_dropout_on": "candidate", "seed": 1},
     "ours, input_dropout": {"input_dropout": 0.25, "seed": 1},
     "ours, weight_dropout": {"weight_dropout": 0.25, "seed": 1},
     "ours, peephole": {"peephole": ...},

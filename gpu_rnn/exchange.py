@@ -17,7 +17,8 @@ CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 VARIANTS = ("coupled", "peephole", "reset_after")  # keywords that both sides have a form for
 DTYPES = ("float16", "float32", "float64")
 UNSEEN = {  # keywords of layers that a format for inference needn't know
-    "backend", "precision", "recompute", "recurrent_dropout", "input_dropout", "weight_dropout", "forget_bias",
+    "backend", "precision", "recompute", "recurrent_dropout", "recurrent_dropout_on", "input_dropout", "weight_dropout",
+    "forget_bias",
 }  # fmt: skip
 
 

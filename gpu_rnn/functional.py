@@ -57,10 +57,13 @@ class GRUKeywords(AroundKeywords, total=False):
         together, and over those of n (Ba, Kiros & Hinton 2016).
     reset_after: whether r is multiplied with what the recurrent product has given (cuDNN, torch), or h_{t-1} before it
         (Cho et al. 2014): n = tanh(x_n + w_hn (r h_{t-1}) + b_hn). Then an instant takes two products.
+    recurrent_dropout_on: "h", what the recurrent weights see, or "candidate", what is written into the state: n, or
+        tanh(g) (Semeniuta et al. 2016).
     """
 
     layer_norm: Any
     reset_after: bool
+    recurrent_dropout_on: str
 
 
 class LSTMKeywords(AroundKeywords, total=False):
@@ -68,6 +71,7 @@ class LSTMKeywords(AroundKeywords, total=False):
 
     peephole: [3*H] weights by which the gates i, f, o see the cell state (Gers & Schmidhuber 2000); coupled, [2*H].
     coupled: whether f = 1 - i (CIFG; Greff et al. 2017); then the gates are i, g, o and G = 3.
+    recurrent_dropout_on: as for `gru`.
     cell_clip: bound of the cell state, before anything sees it (Sak et al. 2014).
     layer_norm: gains [4*H] of the input and of the recurrent part, gain and bias [H] of the cell state that the output
         sees, or None for the bias; these three are normalized, over all gates and units (Ba, Kiros & Hinton 2016).
@@ -76,6 +80,7 @@ class LSTMKeywords(AroundKeywords, total=False):
     peephole: Any
     coupled: bool
     cell_clip: float | None
+    recurrent_dropout_on: str
     layer_norm: Any
 
 

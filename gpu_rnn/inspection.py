@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_rnn.kernels.cells import Cell, get, step_graph
+from gpu_rnn.kernels.cells import Cell, activation, get, step_graph
 from gpu_rnn.kernels.derive import OPERATIONS
 from gpu_rnn.kernels.mathematics import PRODUCT
-from gpu_rnn.kernels.program import consumers
 from gpu_rnn.kernels.trace import Graph
 from gpu_rnn.kernels.weave import HOLD
 
@@ -420,19 +419,9 @@ def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
 
 @cache
 def activated(cell: Cell) -> Graph:
-    """The page, with the states after and each gate's activation as its outputs.
-
-    An activation is the first function that the gate's pre-activation meets: from x[g], past what is added to it.
-    """
+    """The page, with the states after and each gate's activation as its outputs."""
     graph = step_graph(cell).pruned()
-    users = consumers(graph)
-    found = []
-    for g in range(cell.G):
-        symbol = graph.node("input", "x", g)
-        while symbol.op in ("input", "add"):
-            symbol = users[symbol][0]
-        found.append(symbol)
-    graph.outputs = graph.outputs[0], tuple(found)
+    graph.outputs = graph.outputs[0], tuple(activation(graph, g) for g in range(cell.G))
     return graph
 
 

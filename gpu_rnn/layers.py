@@ -32,7 +32,7 @@ from .autograd import capturing, sequences
 from .dispatch import ORDER
 from .functional import ShapeError
 from .problem import Around, Direction, Options, Weights
-from .woven import Applied, apply, dropout_mask, positive, probability
+from .woven import Applied, apply, checked_place, dropout_mask, positive, probability
 
 PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
@@ -68,10 +68,13 @@ class GRUKeywords(Keywords, total=False):
         gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
     reset_after: whether the reset gate comes after the recurrent product, as in torch.nn and cuDNN, or before it (Cho
         et al. 2014); the equations are `gpu_rnn.gru`'s.
+    recurrent_dropout_on: "h" or "candidate": whether recurrent dropout is of what the recurrent weights see, or of what
+        is written into the state, so that what is there stays (Semeniuta et al. 2016).
     """
 
     layer_norm: bool
     reset_after: bool
+    recurrent_dropout_on: str
 
 
 class LSTMKeywords(Keywords, total=False):
@@ -82,10 +85,12 @@ class LSTMKeywords(Keywords, total=False):
     peephole: whether the gates i, f, o see the cell state, by weights weight_ch_l0 [3*H], and so on.
     coupled: whether f = 1 - i; then the gates are i, g, o and all weights have 3*H rows.
     cell_clip: bound of the cell state.
+    recurrent_dropout_on: as for GRU.
     forget_bias: first value of the forget gate's bias_ih, that of bias_hh being 0 (Jozefowicz et al. 2015).
     """
 
     layer_norm: bool
+    recurrent_dropout_on: str
     peephole: bool
     coupled: bool
     cell_clip: float | None
@@ -125,6 +130,7 @@ class Recurrent(nn.Module):
     recurrent_dropout = input_dropout = weight_dropout = 0.0
     peephole = coupled = layer_norm = False
     reset_after = True
+    recurrent_dropout_on = "h"
     cell_clip: float | None = None
     forget_bias: float | None = None
     keywords: ClassVar[type] = Keywords
@@ -175,8 +181,9 @@ class Recurrent(nn.Module):
     def _set(self, keywords: Any) -> None:
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
+        checked_place("recurrent_dropout_on", self.recurrent_dropout_on)
         if self.layer_norm and not self.reset_after:
-            raise ValueError("a GRU with layer_norm has its reset gate after the recurrent product: not reset_after=False")
+            raise ValueError("a GRU with layer_norm has its reset after the recurrent product: not reset_after=False")
         if self.forget_bias is not None and (self.coupled or not self.bias):
             raise ValueError("forget_bias is for the bias of a forget gate: it needs bias=True, and not coupled=True")
 
@@ -301,6 +308,7 @@ class Recurrent(nn.Module):
             reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, starts=call.starts,
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
             coupled=self.coupled, cell_clip=self.cell_clip, reset_after=self.reset_after,
+            recurrent_dropout_on=self.recurrent_dropout_on,
             layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
         return apply(self.page, x, weights, around), state

@@ -49,7 +49,8 @@ class Around(NamedTuple):
     lengths: Any = None  # [B] integers; a row's instants are those below
     starts: Any = None  # [B] integers; and from there on
     zoneout: float | tuple[float, ...] = 0.0  # one probability per state, or one for all
-    recurrent_dropout: float = 0.0  # of what the recurrent weights see
+    recurrent_dropout: float = 0.0  # of what the recurrent weights see, or of the candidate
+    recurrent_dropout_on: str = "h"
     seed: Any = None  # of masks, an int or [1] int64
     training: bool = True  # whether masks are drawn
     peephole: Any = None  # [N*H]

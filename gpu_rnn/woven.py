@@ -3,7 +3,7 @@
     reset       before an instant the states of a row become the reset state: an episode has ended
     lengths     outside of starts[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
     recurrent_dropout
-                of what the recurrent weights see, one mask for a sequence
+                of what the recurrent weights see, or of what is written into the state, one mask for a sequence
     zoneout     of each state, one mask for an instant
     peephole, coupled, cell_clip
                 variants of the LSTM
@@ -151,10 +151,12 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
         options["hold"], flags = True, hold if flags is None else flags | hold
     seed = None
     probability("recurrent_dropout", around.recurrent_dropout)
+    checked_place("recurrent_dropout_on", around.recurrent_dropout_on)
     if around.training and around.recurrent_dropout:
         seed = seeded(around.seed, x, "recurrent dropout")
-        options["dropout"] = True
-        units.append(padded(dropout_mask(seed, around.recurrent_dropout, (B, P), x), H))
+        of_h = around.recurrent_dropout_on == "h"
+        options["dropout" if of_h else "candidate"] = True
+        units.append(padded(dropout_mask(seed, around.recurrent_dropout, (B, P if of_h else H), x), H))
     zoneout = around.zoneout if isinstance(around.zoneout, tuple) else (around.zoneout,) * len(cell.states)
     if len(zoneout) != len(cell.states):
         raise ValueError(f"zoneout is {zoneout}; {cell}")
@@ -289,6 +291,11 @@ def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, *
 def positive(label: str, number: Any) -> None:
     if isinstance(number, bool) or not isinstance(number, numbers.Real) or not float(number) > 0:
         raise ValueError(f"{label} must be a number larger than 0, got {number!r}")
+
+
+def checked_place(label: str, what: Any) -> None:
+    if what not in ("h", "candidate"):
+        raise ValueError(f"{label} must be 'h' or 'candidate', got {what!r}")
 
 
 def probability(label: str, p: Any) -> None:

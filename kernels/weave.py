@@ -5,20 +5,22 @@ In this order, at an instant t, for one unit of one batch row:
     s      = where reset[t], the reset state or 0, else the state before
     p      = m s_h                     what the recurrent weights see; m is a dropout mask of the whole sequence, and a
                                        value that the page shows them itself is masked alike
-    new    = step(x_t, R p + b, s)     the cell's own page
+    new    = step(x_t, R p + b, s)     the cell's own page; or m is its candidate's factor, and p = s_h
     new_k  = zoneout_k: s_k where u_k < its probability, else new_k; or their mean, weighted so
     after  = where hold[t], the state before, else new
 
 Resetting is what an episode's end asks for, holding what sequences of unequal lengths do, dropout of the recurrent
-input is Gal & Ghahramani's (2016), zoneout is Krueger et al.'s (2017). The gradient follows by `derive`.
+input is Gal & Ghahramani's (2016), of the candidate Semeniuta et al.'s (2016), zoneout is Krueger et al.'s (2017). The
+gradient follows by `derive`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from .cells import Cell, get, made, step_graph
+from .cells import Cell, activation, get, made, step_graph
 from .derive import OPERATIONS
 from .mathematics import PRODUCT, recurrent, where
+from .trace import Graph
 
 RESET, HOLD, DROPOUT = "reset", "hold", "dropout"
 
@@ -33,6 +35,7 @@ def weave(cell: Cell, **options: Option) -> Cell:
     given    (with reset)
     hold     a flag by which an instant leaves the states as they are
     dropout  a factor for what the recurrent weights see of h
+    candidate  a factor for what the page writes into the state, in the place of that
     zoneout  a probability per state by which it stays what it was; with `mean` by so much, as after training
     mean     (with zoneout)
     """
@@ -54,13 +57,19 @@ def read(parts: Sequence[str]) -> dict[str, Any]:
 
 def woven(
     name: str, cell: Cell, *, reset: bool = False, given: bool = False, hold: bool = False, dropout: bool = False,
-    zoneout: tuple[float, ...] = (), mean: bool = False,
+    candidate: bool = False, zoneout: tuple[float, ...] = (), mean: bool = False,
 ) -> Cell:  # fmt: skip
     own, S = len(cell.units), cell.S
     at_random = [k for k in range(S) if zoneout and zoneout[k] and not mean]
-    units = (*cell.units, *(f"{letter}_reset" for letter in cell.states if given), *([DROPOUT] if dropout else []))
+    units = (
+        *cell.units,
+        *(f"{letter}_reset" for letter in cell.states if given),
+        *([DROPOUT] if dropout or candidate else []),
+    )
     flags = (*cell.flags, *([RESET] if reset else []), *([HOLD] if hold else []))
     places = {name: k for k, name in enumerate((*units, *flags))}
+
+    page = masked(cell) if candidate else step_graph(cell)
 
     def entered(state: Sequence, extra: Sequence) -> list:
         if not reset:
@@ -73,8 +82,8 @@ def woven(
             return recurrent(int(gate), dropped(value, extra))
 
         s = entered(state, extra)
-        page, _ = step_graph(cell).run(OPERATIONS | {PRODUCT: product}, x=x, h=h, state=s, extra=extra[:own])
-        new = list(page)
+        factor = [extra[places[DROPOUT]]] if candidate else []
+        new = list(page.run(OPERATIONS | {PRODUCT: product}, x=x, h=h, state=s, extra=extra[:own], factor=factor)[0])
         for k, p in enumerate(zoneout):
             if k in at_random:
                 uniform = extra[len(places) + at_random.index(k)]
@@ -95,3 +104,14 @@ def woven(
         learned=cell.learned + S * given, flags=flags, uniforms=len(at_random),
         operand=operand if reset or dropout else None,
     )  # fmt: skip
+
+
+def masked(cell: Cell) -> Graph:
+    """The page with its candidate times a factor, an input of its own."""
+    if not cell.candidate:
+        raise ValueError(f"{cell.name} has no candidate, by whose dropout its state could be spared")
+    page, graph = step_graph(cell), Graph()
+    candidate = activation(page, cell.gates.index(cell.candidate))
+    known = {candidate: graph.image(candidate, {}) * graph.node("input", "factor", 0)}
+    graph.outputs = (tuple(graph.image(value, known) for value in page.outputs[0]),)
+    return graph

@@ -109,11 +109,15 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                 s = state
                 if reset is not None:
                     s = [torch.where(reset[t, :, None], r, old) for r, old in zip(instead, s)]
-                h = s[0] if seed is None else s[0] * kept(seed, 0, made.recurrent_dropout, len(s[0]), P)
+                shown = made.recurrent_dropout if made.recurrent_dropout_on == "h" else 0.0
+                h = s[0] if seed is None else s[0] * kept(seed, 0, shown, len(s[0]), P)
+                spared = 1.0
+                if seed is not None and not shown:
+                    spared = kept(seed, 0, made.recurrent_dropout, len(s[0]), H)
                 of_x, of_h, *of_c = (weight[name] for name in NORM)
 
-                def recurrent(gate, value, R=R, seed=seed, bias=weight["bias_hh"]):
-                    value = value if seed is None else value * kept(seed, 0, made.recurrent_dropout, *value.shape)
+                def recurrent(gate, value, R=R, seed=seed, bias=weight["bias_hh"], shown=shown):
+                    value = value if seed is None else value * kept(seed, 0, shown, *value.shape)
                     return value @ R.chunk(3)[gate].T + bias.chunk(3)[gate]
 
                 new = published(
@@ -124,6 +128,7 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                     weight["weight_ch"],
                     of_c,
                     recurrent,
+                    spared,
                 )
                 for j, p in enumerate(zoneout[: len(new)]):
                     if not made.training:
@@ -159,22 +164,22 @@ def normalized(made, part, gain, bias):
     return torch.cat([layer_norm(a, (n,), g, b) for n, a, g, b in split], -1)
 
 
-def published(made, x, h, state, p, of_c, recurrent):
+def published(made, x, h, state, p, of_c, recurrent, spared):
     """The states after an instant, from the input and the recurrent part of all gates, biases included; `recurrent`
-    gives a gate's part of another value than h."""
+    gives a gate's part of another value than h, `spared` is the candidate's mask."""
     if made.mode.startswith("RNN"):
         return [getattr(torch, made.nonlinearity)(x + h)]
     if made.mode == "GRU":
         (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
         r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
         n = torch.tanh(xn + (r * hn if made.reset_after else recurrent(2, r * state[0])))
-        return [(1 - z) * n + z * state[0]]
+        return [(1 - z) * n * spared + z * state[0]]
     names = "igo" if made.coupled else "ifgo"
     a, seeing = dict(zip(names, (x + h).chunk(len(names), -1))), names.replace("g", "")
     p = dict(zip(seeing, [0.0] * len(seeing) if p is None else p.chunk(len(seeing))))
     i = torch.sigmoid(a["i"] + p["i"] * state[1])
     f = 1 - i if made.coupled else torch.sigmoid(a["f"] + p["f"] * state[1])
-    c = f * state[1] + i * torch.tanh(a["g"])
+    c = f * state[1] + i * torch.tanh(a["g"]) * spared
     if made.cell_clip is not None:
         c = c.clamp(-made.cell_clip, made.cell_clip)
     shown = layer_norm(c, (H,), *of_c) if made.layer_norm else c

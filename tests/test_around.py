@@ -60,6 +60,27 @@ def test_every_variant_of_the_lstm_by_the_rules(name, variant, feature):
     agree(made, *inputs(made, names))
 
 
+@pytest.mark.parametrize("name", ["gru", "gru before", "lstm", "projected"])
+@pytest.mark.parametrize("feature", ["recurrent dropout", "everything"])
+def test_dropout_of_the_candidate_by_the_rules(name, feature):
+    keywords, names = FEATURES[feature]
+    for training in (True, False):
+        made = layer(name, "stacked", **keywords, recurrent_dropout_on="candidate").train(training)
+        agree(made, *inputs(made, names))
+
+
+def test_the_state_is_spared():
+    """Semeniuta et al. 2016: with everything dropped, an open forget or update gate keeps all that there is."""
+    for kind, open_gate in (("lstm", 1), ("gru", 1)):
+        made = layer(kind, recurrent_dropout=1.0, recurrent_dropout_on="candidate")
+        with torch.no_grad():
+            made.bias_ih_l0[4 * open_gate : 4 * open_gate + 4] = 1e3
+        x, hx, _ = inputs(made)
+        _, last = made(x, hx)
+        state = last[-1] if kind == "lstm" else last
+        torch.testing.assert_close(state, hx[-1] if kind == "lstm" else hx)
+
+
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
 CALLS = ["reset", "reset_state", "lengths", "starts"]
@@ -253,7 +274,14 @@ CONSTRUCTED = {
     "no forget gate": ("LSTM", {"forget_bias": 1.0, "coupled": True}, ValueError, "forget_bias is for the bias of a"),
     "no bias": ("LSTM", {"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias is for the bias of a forget"),
     "reset_after": ("LSTM", {"reset_after": False}, TypeError, "LSTM got an unexpected keyword argument 'reset_after'"),
-    "normalized": ("GRU", {"layer_norm": True, "reset_after": False}, ValueError, "a GRU with layer_norm has its reset"),
+    "candidate": ("LSTM", {"recurrent_dropout_on": "c"}, ValueError, "must be 'h' or 'candidate', got 'c'"),
+    "no candidate": ("RNN", {"recurrent_dropout_on": "candidate"}, TypeError, "RNN got an unexpected keyword"),
+    "normalized": (
+        "GRU",
+        {"layer_norm": True, "reset_after": False},
+        ValueError,
+        "a GRU with layer_norm has its reset",
+    ),
     "peephole": ("GRU", {"peephole": True}, TypeError, "GRU got an unexpected keyword argument 'peephole'"),
     "no bool": ("LSTM", {"coupled": "yes"}, TypeError, "coupled must be a bool, got 'yes'"),
     "no number": ("LSTM", {"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),

@@ -43,7 +43,7 @@ def drawn(name, options, dtype, T, B, I, H, P=None, *, rows=None, reverse=False,
     cell = weave(case.cell, **options)
     real = getattr(torch, dtype)
     units = torch.from_numpy(rng.standard_normal((len(cell.units), rows or B, H))).to(real) if cell.units else None
-    if units is not None and "dropout" in options:
+    if units is not None and {"dropout", "candidate"} & options.keys():
         units[-1] = torch.from_numpy(rng.integers(0, 2, units.shape[1:]) * 2.0)
     flags = torch.from_numpy(rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8)) if cell.flags else None
     seed_ = torch.tensor([rng.integers(1 << 62)]) if cell.uniforms else None
@@ -83,6 +83,8 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
 
         instant = plain.name, a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
         more = [recurrent] if plain.phases else []
+        if "candidate" in options:
+            more = [recurrent, lambda candidate: candidate * rows["dropout"]]
         new = list(normalized(*instant, rows) if "norm" in options else published(*instant, *more))
         zoneout = options.get("zoneout", ())
         if options.get("mean"):
@@ -110,18 +112,18 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
     return {name: wide(array) for name, array in results.items()}
 
 
-def published(name, x, h, state, recurrent=None):
+def published(name, x, h, state, recurrent=None, kept=lambda candidate: candidate):
     """The equations of each cell, as its papers and torch.nn have them."""
     if name == "gru+before":
         r, z = torch.sigmoid(x[0] + h[0]), torch.sigmoid(x[1] + h[1])
-        return ((1 - z) * torch.tanh(x[2] + recurrent(2, r * state[0])) + z * state[0],)
+        return ((1 - z) * kept(torch.tanh(x[2] + recurrent(2, r * state[0]))) + z * state[0],)
     if name.startswith("rnn"):
         return (getattr(torch, name.removeprefix("rnn_"))(x[0] + h[0]),)
     if name == "gru":
         r, z = torch.sigmoid(x[0] + h[0]), torch.sigmoid(x[1] + h[1])
-        return ((1 - z) * torch.tanh(x[2] + r * h[2]) + z * state[0],)
+        return ((1 - z) * kept(torch.tanh(x[2] + r * h[2])) + z * state[0],)
     i, f, g, o = x[0] + h[0], x[1] + h[1], x[2] + h[2], x[3] + h[3]
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * kept(torch.tanh(g))
     return torch.sigmoid(o) * torch.tanh(c), c
 
 

@@ -11,7 +11,8 @@ where every argument is a tuple over gates or states and every element stands fo
 array or tile of them). Who drives time, memory and hardware takes the page as a parameter: a module put here is found
 by name, and every backend runs it at once.
 
-A page may have weights of its own, one per unit: with UNITS, a tuple of their names, step takes a fourth argument, and
+A page may name its CANDIDATE, the gate whose activation is what is written into the state. It may have weights of its
+own, one per unit: with UNITS, a tuple of their names, step takes a fourth argument, and
 grad, which then gives a fourth group, a fifth. A page without grad gives the new states alone and gets its gradient by
 `derive`.
 
@@ -35,7 +36,7 @@ from ..derive import derive, new_states, playing, pullback
 from ..emit import assignments
 from ..mathematics import where
 from ..phases import PHASE, cut, products
-from ..trace import Graph, trace
+from ..trace import Graph, Symbol, trace
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 DEFINED: dict[str, "Cell"] = {}  # of pages from elsewhere
@@ -58,6 +59,7 @@ class Cell:
     uniforms: int = 0  # random numbers in [0, 1), new ones for every instant, row and unit; last in `extra`
     operand: Callable | None = None  # (h, extra) -> what the recurrent weights see in the place of h
     together: tuple[str, ...] = ()  # gates of which all units' parts are normalized together, by a page that does
+    candidate: str = ""  # the gate whose activation is what is written into the state, of a page that says so
     phases: "Cell | None" = None  # what kernels run in its place, in two instants for each
     turns: tuple[tuple[int, ...], ...] = ()  # of such a cell: the gates whose recurrent part each of the two reads
 
@@ -107,11 +109,12 @@ def get(name: str) -> Cell:
         page = importlib.import_module(f"{__name__}.{base}")
         if not parts:
             grad, units = getattr(page, "grad", None), getattr(page, "UNITS", ())
-            return made(name, page.GATES, page.STATES, page.step, grad, units)
+            cell = made(name, page.GATES, page.STATES, page.step, grad, units)
+            return replace(cell, candidate=getattr(page, "CANDIDATE", ""))
         own = {word: options.pop(word) for word in getattr(page, "VARIANTS", ()) if word in options}
     if own:
         gates, units, step = page.variant(**own)
-        cell = made(name, gates, page.STATES, step, None, units)
+        cell = replace(made(name, gates, page.STATES, step, None, units), candidate=getattr(page, "CANDIDATE", ""))
         if "norm" in own:
             groups = ("".join(gate for gate in group if gate in gates) for group in page.TOGETHER)
             cell = replace(cell, together=tuple(groups))
@@ -214,6 +217,14 @@ def grad_graph(cell: Cell) -> Graph:
     graph = trace(cell.grad, dnew=cell.S, new=cell.S, state=cell.S, saved=cell.K, **extra(cell))
     graph.outputs = (*graph.outputs, ())[:4]
     return graph
+
+
+def activation(graph: Graph, g: int) -> Symbol:
+    """The first function that a gate's pre-activation meets: from x[g], past what is added to it."""
+    symbol = graph.node("input", "x", g)
+    while symbol.op in ("input", "add"):
+        symbol = next(node for node in graph.nodes.values() if symbol in node.operands)
+    return symbol
 
 
 @cache

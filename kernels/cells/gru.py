@@ -22,6 +22,7 @@ from ..mathematics import recurrent, scaled, sigmoid, tanh
 
 GATES, STATES = "rzn", "h"
 VARIANTS = ("before", "norm")
+CANDIDATE = "n"
 TOGETHER = ("rz", "n")  # gates that are normalized together
 
 

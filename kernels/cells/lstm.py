@@ -22,6 +22,7 @@ from ..mathematics import centred, maximum, minimum, scaled, sigmoid, tanh
 
 GATES, STATES = "ifgo", "hc"
 VARIANTS = ("peephole", "coupled", "clip", "norm")
+CANDIDATE = "g"
 TOGETHER = (GATES,)  # gates that are normalized together
 
 
