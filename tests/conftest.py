@@ -1,5 +1,7 @@
 """What all tests share: random arrays that are never zero and never alike, and the mark for GPU tests."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """torch compiles one function so often and no more, whichever test asked for it."""
+    yield
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
 
 
 @pytest.fixture

@@ -155,7 +155,6 @@ def test_compiled_is_eager(name, feature):
     variant = VARIANTS["all variants"] if name == "lstm" else {}
     made = layer(name, "stacked", **keywords, **variant)
     x, hx, call = inputs(made, names)
-    torch._dynamo.reset()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     results = []
     for run in (made, compiled):

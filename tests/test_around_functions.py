@@ -134,7 +134,6 @@ def test_asking_for_nothing_changes_nothing(rng, name):
 
 
 def test_functions_compile():
-    torch._dynamo.reset()
     function, given = drawn(np.random.default_rng(1), "lstm", "everything")
     given = tensors(given | {"peephole": np.ones(3 * H)})
     found = torch.compile(function, fullgraph=True, backend="aot_eager")(**given)

@@ -152,7 +152,6 @@ def test_transforms(rng):
 
 @pytest.mark.parametrize("case", ["states", "everything"])
 def test_compile_and_export(rng, case):
-    torch._dynamo.reset()
     whole, composed, given = both(rng, "lstm", case)
     compiled = torch.compile(composed, fullgraph=True, backend="aot_eager")
     results = []

@@ -19,7 +19,6 @@ LAYERS = ("RNN", "LSTM", "GRU")
 @pytest.fixture
 def told(monkeypatch):
     """What the backend is told, forward and back."""
-    torch._dynamo.reset()  # torch compiles one function so often and no more
     backend, words = dispatch.backend("numpy"), []
     for name in ("forward", "backward"):
         run = getattr(backend, name)

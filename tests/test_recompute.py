@@ -128,7 +128,6 @@ LAYERS = [
 @pytest.mark.parametrize(("kind", "options"), LAYERS, ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_layers(kind, options, compiled):
-    torch._dynamo.reset()
     layer = getattr(gpu_rnn, kind)(3, 5, **options)
     x = torch.randn(2, 3) if kind.endswith("Cell") else torch.randn(6, 2, 3)
     found = []
@@ -148,7 +147,6 @@ def test_compiled_keeps_nothing_either():
         saved.extend(node.args[-1] for node in graph.graph.nodes if "gpu_rnn.forward" in str(node.target))
         return graph.forward
 
-    torch._dynamo.reset()
     y, _ = torch.compile(layer, fullgraph=True, backend=look)(torch.randn(4, 2, 3))
     y.sum().backward()
     assert saved == [False]

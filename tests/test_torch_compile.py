@@ -25,7 +25,6 @@ LAYERS = [
 @pytest.fixture(autouse=True)
 def fresh():
     torch.manual_seed(20)
-    torch._dynamo.reset()
 
 
 def operators(graph):

@@ -17,7 +17,6 @@ PACKED = ("tagger",)  # batch sizes are data: the graph is cut there
 @pytest.fixture(autouse=True)
 def double():
     """So that rounding can't grow into a difference."""
-    torch._dynamo.reset()
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
