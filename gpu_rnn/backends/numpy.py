@@ -30,6 +30,7 @@ NAME = "numpy"
 SIZES, KEPT_BYTES = 16, 1 << 20  # of problems whose arrays are kept for the next call, and of each one's arrays
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
+LONG = 128  # instants that repay a transposed copy of the recurrent weights
 WIDE = 32  # batch rows that make a product of one instant run at full speed
 EXP = 1 << 10  # values of a row for which it repays more calls to take sigmoids by exp; float64 has no fast exp
 TOGETHER = 1 << 13  # values of a row backward that are computed at once
@@ -162,7 +163,7 @@ def run_backward(
     back, idle = borrowed(InstantsBack, cell, n, B, H, P, x.dtype)
     W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, -1)
     R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
-    spread = product(R.T, B)
+    spread = product(R.T if T < LONG else np.ascontiguousarray(R.T), B)
     dunits, more = np.zeros((cell.learned, H, B), x.dtype), More(cell, weights, T, reverse)
     dh, dshown, run = dlast[0].T.copy(), back.dshown, back.run  # dh: what the later instants ask of h
     past = found.asked[0]  # the row of what they ask past the weights
