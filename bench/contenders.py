@@ -7,6 +7,7 @@ training also the gradients by name, of x, the weights and the states. Autograd 
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,8 @@ class Contender:
 
 def plan_of(backend: Any, problem: Problem) -> str:
     """The kinds of plan that a backend has for a problem: forward, and where that differs the way back."""
-    ways = [re.search(r"resident, (\w+)|stepwise|sequence", way) for way in backend.plan(problem).split("; back: ")]
+    pattern = r"resident, (?:\w+: \d+ layers as a )?(\w+)|stepwise|sequence"
+    ways = [re.search(pattern, way) for way in backend.plan(problem).split("; back: ")]
     kinds = dict.fromkeys(found[1] or found[0] for found in ways if found)
     return ", back ".join(kinds)
 
@@ -100,8 +102,10 @@ def as_hx(state: dict[str, torch.Tensor]) -> Any:
     return next(iter(state.values())) if len(state) == 1 else tuple(state.values())
 
 
-def module_run(library: Any, case: Case, data: Data) -> Run:
+def module_run(library: Any, case: Case, data: Data, in_turn: bool = False) -> Run:
     module, state = module_of(library, case, data), first_states(case, data)
+    if in_turn:
+        module._stacked = lambda *given: None
     parameters, h0 = dict(zip(data.weights, module.parameters(), strict=True)), as_hx(state)
     return differentiated(case, data, lambda x: module(x, h0), parameters, state)
 
@@ -138,6 +142,16 @@ class Streamed(Contender):
     def answer(self, case: Case, data: Data, run: Run) -> Any:
         self.listen.state = as_hx(first_states(case, data))
         return run(0)[None], self.listen.state
+
+
+class InTurn(Layer):
+    """That with one layer after the other: what their wavefront is held against."""
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        return module_run(gpu_rnn, case, data, in_turn=True)
+
+    def plan(self, case: Case) -> str:
+        return super().plan(replace(case, L=1))
 
 
 class TorchKernel(Contender):
@@ -286,6 +300,7 @@ def contender(name: str) -> Contender:
         problems.TRITON: lambda: Ours("triton"),
         problems.NUMPY: OursNumpy,
         problems.LAYER: Layer,
+        problems.IN_TURN: InTurn,
         problems.STREAM: Streamed,
         problems.NN_KERNEL: TorchKernel,
         problems.KERNEL: Kernel,

@@ -162,9 +162,9 @@ class Alone(Contender):
         packed = arrays.empty((plan.fragments, 4), like=given.w_hh, dtype="int32")
         at = map(arrays.pointer, (given.w_hh, packed))
         run(residence.pack(plan, cell, case.dtype, *at, case.H))()
-        exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=given.w_hh, dtype="uint8")
-        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given, packed)
-        direction = residence.Direction(tuple(map(arrays.pointer, whole)), reverse=False)
+        exchange = arrays.zeros((plan.launches * plan.exchange_bytes(case.T),), like=given.w_hh, dtype="uint8")
+        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given, packed[None])
+        direction = residence.Member(tuple(map(arrays.pointer, whole)), reverse=False)
         parts = residence.sequence(
             plan, cell, case.dtype, [direction], arrays.pointer(exchange), case.T, case.B, case.H, 1,
             save=case.training, only=None if self.part == "sequence" else self.part,

@@ -17,6 +17,7 @@ NN = "torch.nn"
 NUMPY, LAYER, CUDA, TRITON = "ours (numpy)", "ours (layer)", "ours (cuda)", "ours (triton)"
 NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers call, without their Python
 KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
+IN_TURN = "ours (layers in turn)"  # that layer without its wavefront
 STREAM = "ours (stream)"
 ONNX, EAGER, COMPILED = "onnxruntime", "torch loop", "torch.compile loop"
 FLASHRNN, HASTE, TORCHRL, XLSTM = "FlashRNN", "Haste", "TorchRL", "xlstm"
@@ -54,7 +55,7 @@ KERNELS = {
 }
 
 EVERYBODY = (
-    NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, KERNEL, STREAM, *PEERS, *FEATURES, *KERNELS,
+    NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES, *KERNELS,
 )  # fmt: skip
 TOGETHER = {"features": tuple(FEATURES), "kernels": tuple(KERNELS)}  # names for several of them
 
@@ -125,8 +126,9 @@ class Case:
     def problem(self, tf32: bool = False) -> Problem:
         cell = cells.get(self.cell)
         return Problem(
-            cell, self.T, self.B, self.I, self.H, None, self.dtype, self.device, "torch", self.training, tf32=tf32
-        )
+            cell, self.T, self.B, self.I, self.H, None, self.dtype, self.device, "torch", self.training, tf32=tf32,
+            layers=self.L,
+        )  # fmt: skip
 
     def small(self) -> "Case":
         """The same in little on the CPU: what a dry run runs."""
@@ -231,12 +233,14 @@ def gpu() -> list[Group]:
             H=(32, 64, 128, 256, 768, 1024, 1536, 2048, 4096), L=(2, 4, 8),
         )  # fmt: skip
         far += by_layers(f"{cell} scaling", away, ours)
+    stacks = tuple(replace(case, L=n) for case in bf16(both, (1024,), (8,), (512, 256, 128, 64)) for n in (2, 4))
     rivals = (NN, CUDA, TRITON, *(name for name in PEERS if name not in (COMPILED, ONNX)))
     return [
         *groups[:2],
         Group("kernels", parts, (NN, CUDA, *KERNELS)),
         Group("gates and states", large, (NN, *(name for name in KERNELS if name.endswith("step")))),
         Group("features", bf16(both, (256,), (16,), (512,)), (NN, *FEATURES)),
+        Group("wavefront", stacks, (NN, LAYER, IN_TURN)),
         *groups[2:],
         *far,
         Group("one step", bf16(both, (1,), (1, 64), (128, 512, 1024), modes=("step",)), (*ours, STREAM)),

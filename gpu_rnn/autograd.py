@@ -79,6 +79,36 @@ def sequences(name: str, directions: List[Direction], options: Options) -> list[
     return [(y, tuple(last)) for y, *last in parts(outputs, len(filled))]
 
 
+def stacked(
+    name: str, x: Tensor, layers: List[tuple[Weights, List[Tensor | None]]], options: Options
+) -> list[tuple[Tensor, tuple]] | None:
+    """`sequence` for each layer of a stack, of one launch; None where that isn't to be had.
+
+    Going back each layer is a node of its own, as ever.
+    """
+    tensors = (x, *(tensor for weights, state in layers for tensor in (*weights, *state)))
+    if capturing() or unreal(x) or transformed() or options.recompute:  # which would not get the same bits again
+        return None
+    wanted = tracked(*tensors)
+    filled: list[tuple[Weights, tuple]] = []
+    problems: list[Problem] = []
+    for weights, state in layers:
+        seen = x.new_empty(1).expand(*x.shape[:2], weights.w_hh.shape[1]) if filled else x  # without memory for it
+        backend, problem, initial = prepared(name, seen, weights, state, options, wanted)
+        if not dispatch.stacks(backend, problem):
+            return None
+        filled.append((weights, initial))
+        problems.append(problem)
+    found = dispatch.stack(backend, problem, x, filled)
+    if not wanted:
+        return [(y, last) for y, last, _ in found]
+    results = []
+    for result, problem, (weights, initial) in zip(found, problems, filled):
+        x, *last = Computed.apply((backend, result), problem, x, *weights, *initial)[: problem.outputs]
+        results.append((x, tuple(last)))
+    return results
+
+
 def unreal(x: Tensor) -> bool:
     """Whether a tensor has a shape alone: on the meta device, or of somebody who looks how much a model will take."""
     return x.is_meta or isinstance(x, FakeTensor)
@@ -158,6 +188,20 @@ class Sequence(Direct):
             return members(V, partial(Sequence.apply, backend, problem), dims, given)
         outputs = Sequence.apply(backend, problem, *folded(V, dims, given))[: problem.outputs]
         return unfolded(V, outputs)  # without the tape, which is the backend's own and can't be unfolded
+
+
+class Computed(Sequence):
+    """A `Sequence` whose results are there already: they come with the backend."""
+
+    @staticmethod
+    def forward(computed: Any, problem: Problem, *given: Any) -> tuple:
+        _, (y, last, tape) = computed
+        return y, *last, *tape
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        (backend, _), *rest = inputs
+        Sequence.setup_context(ctx, (backend, *rest), output)
 
 
 class Gradient(Direct):

@@ -82,6 +82,19 @@ def forwards(
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
 
 
+def stacks(backend: Backend, problem: Problem) -> bool:
+    """Whether the backend would run the layers of a stack at once, by the problem of any of them."""
+    return hasattr(backend, "stacks") and backend.stacks(problem)
+
+
+def stack(
+    backend: Backend, problem: Problem, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]]
+) -> list[tuple[Any, tuple, tuple]]:
+    """`forward` of every layer, at once."""
+    assert isinstance(backend, ModuleType)  # it `stacks`
+    return backend.stack(problem.cell, x, layers, tf32=problem.tf32, save=problem.training)
+
+
 def results(
     backend: Backend, problem: Problem, reverse: bool, y: Any, last: tuple, tape: tuple
 ) -> tuple[Any, tuple, tuple]:

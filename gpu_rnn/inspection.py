@@ -412,7 +412,7 @@ def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
             results.append(result)
         return results
 
-    layer.__dict__ |= {"_sequences": noting, "training": False}
+    layer.__dict__ |= {"_sequences": noting, "_stacked": lambda *given: None, "training": False}
     layer(x, hx)
     return dict(zip(getattr(layer, "_suffixes", [""]), notes, strict=True))
 

@@ -28,7 +28,7 @@ from gpu_rnn.kernels import cells
 
 from . import functional
 from .arguments import PRECISIONS
-from .autograd import capturing, sequences
+from .autograd import capturing, sequences, stacked
 from .dispatch import ORDER
 from .functional import ShapeError
 from .problem import Around, Direction, Options, Weights
@@ -272,7 +272,7 @@ class Recurrent(nn.Module):
         `first`: their numbers go on from there. -> for each y [T, B, P], the states after it; with return_states also
         the states after every instant
         """
-        options = Options(False, self.backend, self.precision, call.return_states, self.recompute)
+        options = self._options(call)
         if call is PLAIN and not self._around():
             given = [cast(x, self._weights(suffix), state) for suffix, state in zip(suffixes, states)]
             return self._sequences(self.page, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
@@ -312,6 +312,9 @@ class Recurrent(nn.Module):
             layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
         return apply(self.page, x, weights, around), state
+
+    def _options(self, call: Call) -> Options:
+        return Options(False, self.backend, self.precision, call.return_states, self.recompute)
 
     def _sequences(self, *given: Any) -> list[tuple[Tensor, tuple]]:
         return sequences(*given)
@@ -404,6 +407,21 @@ class RecurrentLayer(Recurrent):
         """The ends of the parameters' names: layer after layer, forward before reverse, as the states are stacked."""
         ends = WAYS[: self._directions]
         return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
+
+    def _options(self, call: Call) -> Options:
+        """With how many layers may go at once: all, where each is a plain one on the outputs of the one below."""
+        plain = call is PLAIN and not (self._around() or self.bidirectional or self.proj_size)
+        layers = self.num_layers if plain and not (self.dropout and self.training) else 1
+        return super()._options(call)._replace(layers=layers)
+
+    def _stacked(self, x: Tensor, first: Sequence[Sequence[Tensor | None]], call: Call) -> tuple[Any, ...] | None:
+        """As `_stack`, all layers at once where the backend would; `first`: by state, of each layer."""
+        given = [cast(x, self._weights(suffix), state) for suffix, state in zip(self._suffixes, zip(*first))]
+        layers = [(weights, state) for _, weights, state in given]
+        found = stacked(self.page, given[0][0], layers, self._options(call))
+        if found is None:
+            return None
+        return found[-1][0], [torch.stack(states) for states in zip(*(last for _, last in found))]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -518,6 +536,10 @@ class RecurrentLayer(Recurrent):
             return y, *([state.unsqueeze(0) for state in group] for group in groups)
         D, suffixes = self._directions, self._suffixes
         first = [len(suffixes) * [None] if state is None else state.unbind(0) for state in initial]
+        if self._options(call).layers > 1 and not capturing():
+            at_once = self._stacked(x, first, call)
+            if at_once is not None:
+                return at_once
         found: list[tuple] = []  # by layer and direction: states after, and those of every instant
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:

@@ -39,6 +39,7 @@ class Options(NamedTuple):
     history: bool = False  # whether the other states are wanted after every instant, too
     recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
     directions: int = 1  # how many calls that differ in their direction alone are asked for at once
+    layers: int = 1  # of the stack that this is one of, which may go forward at once
 
 
 class Around(NamedTuple):
@@ -79,6 +80,7 @@ class Problem:
     tf32: bool = False  # float32 products may be rounded to TF32, as torch.nn's are unless told otherwise
     history: bool = False  # whether the other states are wanted after every instant, too
     directions: int = 1  # how many that differ in their direction alone are asked for at once
+    layers: int = 1  # of the stack that this is one of, which may go forward at once
 
     @property
     def outputs(self) -> int:

@@ -142,9 +142,9 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
 
     def run(arrays, *, backward):
         plan = plans[backward]
-        exchange = zeros(plan.launches * plan.exchange_bytes)
+        exchange = zeros(plan.launches * plan.exchange_bytes(T))
         addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
-        direction = residence.Direction(addresses, case.reverse)
+        direction = residence.Member(addresses, case.reverse)
         for launch in residence.sequence(
             plan, cell, dtype, [direction], exchange.ctypes.data, T, B, H, 1, save=case.save
         ):
@@ -163,7 +163,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     y = poison((T, B, H), dtype)
     saved = poison((T, B, K, H), dtype) if case.save else None
     step = [encode(xg, dtype), packed(backward=False), encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
-    step += [None] * 3
+    step += [None] * 5
     run(step, backward=False)
 
     weights = Weights(np.eye(G * H), R, None, b_hh)  # xg is given, so the input part passes through

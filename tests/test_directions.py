@@ -154,7 +154,7 @@ def test_every_plan_for_both_fits_and_covers(problem):
     assert both.grid == 2 * both.groups * both.blocks
     if both.scope == "grid":
         assert both.grid <= device.multiprocessors
-        assert both.exchange_bytes == both.grid // both.blocks * 2 * both.exchanged
+        assert both.exchange_bytes(T=9) == both.grid // both.blocks * 2 * both.exchanged
     for part, launch in enumerate(launches(both, cell, stored(dtype), B, H)):
         assert launch.grid == (both.grid, 1, 1)
         assert launch.arguments[6] == part * both.groups * both.rows, "no row is left out between launches"

@@ -9,10 +9,12 @@ import torch
 import gpu_rnn
 from gpu_rnn import arrays
 from gpu_rnn.backends import cuda, triton
+from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
 from gpu_rnn.problem import Direction, Problem, Weights
 
 from . import sequences, twins, woven
+from .tolerance import assert_close
 
 pytestmark = pytest.mark.gpu
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
@@ -106,6 +108,63 @@ def test_a_bidirectional_layer_trains_as_one_graph():
     through = torch.autograd.grad(compiled(x)[0].square().sum(), tuple(layer.parameters()))
     torch.cuda.synchronize()
     for gradients in (again, captured, through):
+        assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_as_a_wavefront(name, dtype):
+    """As good as one after the other, forward and, through its tape, back."""
+    for L, T, B, H in ((2, 300, 3, 700), (4, 300, 9, 512), (3, 500, 5, 330)):
+        problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
+        if not cuda.stacks(problem):
+            assert "layer after layer" in cuda.plan(problem)
+            continue
+        cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
+        cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
+        layers = [(case.weights, case.state) for case in cases]
+        found, x = cuda.stack(problem.cell, cases[0].x, layers, tf32=False, save=True), cases[0].x
+        exact = sequences.wide(x)
+        for case, (y, last, tape) in zip(cases, found):
+            alone, last_alone, tape_alone = cuda.forward(
+                problem.cell, x, case.weights, case.state, reverse=False, save=True
+            )
+            wide = case.mapped(sequences.wide)
+            exact, last_exact, _ = oracle.forward(
+                problem.cell, exact, wide.weights, wide.state, reverse=False, save=False
+            )
+            for ours, peer, truth in zip((y, *last), (alone, *last_alone), (exact, *last_exact)):
+                assert_close(*map(sequences.wide, (ours, truth, peer)), dtype, f"{name} T={T} H={H} L={L}")
+            tapes = [(y, tape), (alone, tape_alone)]
+            dx, dx_alone = (
+                cuda.backward(
+                    problem.cell, x, case.weights, case.state, *kept, case.dy, case.dlast, reverse=False, needs={"x"}
+                )["x"]
+                for kept in tapes
+            )
+            torch.testing.assert_close(dx, dx_alone, rtol=0, atol=0.02 * dx_alone.abs().max().item())
+            x = y
+
+
+def test_a_stack_trains_as_one_graph():
+    """Nothing waits, and a CUDA graph captures the wavefront."""
+    layer = gpu_rnn.LSTM(64, 512, num_layers=4, device="cuda", dtype=torch.bfloat16)
+    assert "as a wavefront" in str(gpu_rnn.explain(layer, (256, 8, 64)))
+    gpu_rnn.warmup(layer, T=256, B=8, training=True)
+    x, parameters = torch.randn(256, 8, 64, device="cuda", dtype=torch.bfloat16), tuple(layer.parameters())
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), parameters)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = torch.autograd.grad(layer(x)[0].square().sum(), parameters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(layer(x)[0].square().sum(), parameters)
+    for _ in range(3):  # the stamps of the last replay must not let anybody pass
+        graph.replay()
+    torch.cuda.synchronize()
+    for gradients in (again, captured):
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
 
 

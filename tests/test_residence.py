@@ -84,7 +84,7 @@ def test_every_plan_fits_and_covers(problem):
 
 
 def launches(plan, cell, dtype, B, H):
-    directions = [residence.Direction((), reverse=False)] * plan.directions
+    directions = [residence.Member((), reverse=False)] * plan.directions
     return residence.sequence(plan, cells.get(cell), dtype, directions, 0, 1, B, H, 1, save=True)
 
 

@@ -189,13 +189,13 @@ def test_the_exchange_alone_and_the_product_alone_run(scope):
 
 TOGETHER = """
 struct Layer {
-    Directions directions; uint4* exchange; long long T; int B, H, rows, first_row, save;
+    Members members; uint4* exchange; long long T; int B, H, rows, first_row, save;
 };
 
 extern "C" __global__ void RESIDENT_KERNEL resident_together(Layer one, Layer other, unsigned blocks) {
     const Layer l = blockIdx.x < blocks ? one : other;
     blockIdx.x %= blocks;
-    resident_forward(l.directions, l.exchange, l.T, l.B, l.H, l.rows, l.first_row, l.save);
+    resident_forward(l.members, l.exchange, l.T, l.B, l.H, l.rows, l.first_row, l.save);
 }
 EXPORT(resident_together)
 """
@@ -205,7 +205,7 @@ class Layer(ctypes.Structure):
     """TOGETHER has the same fields."""
 
     _fields_ = (
-        ("directions", ctypes.c_ulonglong * 11),
+        ("members", ctypes.c_ulonglong * 13),
         ("exchange", ctypes.c_void_p),
         ("T", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("B", "H", "rows", "first_row", "save")),
@@ -217,7 +217,7 @@ def two_layers(seed: int, *, share_exchange: bool = False) -> None:
     case = Case("gru", "float16", "grid", B=5, H=40, save=False)
     plans = planned(case)
     (plan,), (kernels,) = plans, libraries(case, plans, kernel=runtime.Source("resident.cu", SOURCE + TOGETHER))
-    exchange = zeros(plan.exchange_bytes)
+    exchange = zeros(plan.exchange_bytes(case.T))
     inputs = [inference(case._replace(T=T), plan, kernels, np.random.default_rng(T)) for T in (7, 4)]
     alone = []
     for launch, arrays in inputs:
@@ -261,12 +261,12 @@ def inference(case, plan, kernels, rng, only=None):
         "h0": np.zeros((B, H), np.float16),
         "others": np.zeros((1, cell.S - 1, B, H), np.float32),
         "y": np.full((T, B, H), np.nan, np.float16),
-        "exchange": zeros(plan.exchange_bytes),
+        "exchange": zeros(plan.exchange_bytes(T)),
     }
     at = {name: array.ctypes.data for name, array in arrays.items()}
     on_host.execute(kernels, residence.pack(plan, cell, "float16", R.ctypes.data, at["weights"], H))
-    addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0)
-    direction = residence.Direction(addresses, reverse=False)
+    addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0, 0, 0)
+    direction = residence.Member(addresses, reverse=False)
     options = {"save": False, "only": only}
     (launch,) = residence.sequence(plan, cell, "float16", [direction], at["exchange"], T, B, H, 1, **options)
     return launch, arrays

@@ -13,6 +13,11 @@ One that can run several directions of a layer at once has, too:
 forwards(cell, directions, *, tf32, save) -> what forward gives, for each problem.Direction
 backwards(cell, directions, recorded, *, tf32, needs) -> gradients of each; recorded: (y, tape, dy, dlast, dhistory)
 
+One that can run the layers of a stack at once:
+
+stacks(problem) -> whether it would, for the problem of any of its layers
+stack(cell, x, layers, *, tf32, save) -> what forward gives, for each layer's (weights, state)
+
 x      [T, B, I], or [T, B, G*H] without w_ih; never written to
 weights  problem.Weights
 state  h0 [B, P], then [B, H] for every further state; P = H without projection

@@ -43,7 +43,11 @@ def plan(problem: Problem) -> str:
         each = f"stepwise: one product, in {product}, and one fused kernel per step; not resident: {'; '.join(why)}"
         if resident and why:
             each = f"{resident}; the other direction after it: {'; '.join(why)}"
-        ways.append(each if why else str(resident))
+        each = each if why else str(resident)
+        if problem.layers > 1 and not backward:
+            wavefront, against = stack_of(problem, device())
+            each = str(wavefront) if wavefront else f"{each}; layer after layer: {'; '.join(against)}"
+        ways.append(each)
     return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
 
 
@@ -86,10 +90,24 @@ def backwards(
         return sequence.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
 
 
+def stacks(problem: Problem) -> bool:
+    return stack_of(problem, device(), held)[0] is not None
+
+
+def stack(
+    cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], *, tf32: bool, save: bool
+) -> list[tuple[Any, tuple, tuple]]:
+    with stream_of(x), arrays.products(x, tf32):
+        step = partial(walk_stack, ready, device(), held=held)
+        return sequence.stack(step, cell, x, layers, tf32=tf32, save=save)
+
+
 def warmup(problem: Problem) -> tuple[str, ...]:
     """Compile what a problem needs, for the current device, and run nothing. -> the kernels."""
     compiled = []
     found = [residence_of(problem, device(), backward, held)[0] for backward in ways_of(problem)]
+    if problem.layers > 1 and stacks(problem):
+        found[0] = stack_of(problem, device(), held)[0]
     for resident in filter(None, found):
         unit = residence.compiled(resident, problem.cell, problem.dtype)
         for kernel in ("resident_pack", residence.name(resident)):
@@ -138,6 +156,26 @@ def residence_of(
 
 
 @lru_cache(maxsize=1024)  # asked at every call
+def stack_of(
+    problem: Problem, on: residence.Device, held: Held | None = None
+) -> tuple[residence.Residence | None, Sequence[str]]:
+    """The plan by which the layers of a stack go forward at once, or why they don't."""
+    cell, dtype, tf32 = problem.cell, problem.dtype, problem.tf32
+    if problem.P is not None or cell.meets or problem.T < LEAST_INSTANTS:
+        return None, residence_of(problem, on, False)[1]
+    if cell.E:
+        return None, ("something is woven into its page, and layers hand on h as it is",)
+    sizes = problem.H, problem.T, problem.B, problem.layers
+    element = residence.element(cell, backward=False)
+    plan, why = residence.stack(cell.G, element, dtype, *sizes, on, ieee=not tf32)
+    if plan is not None and held is not None:
+        _, fewer = residence.holds(plan, on, partial(held, cell, dtype))
+        if fewer is not None:
+            return None, (fewer,)
+    return plan, why
+
+
+@lru_cache(maxsize=1024)  # asked at every call
 def plan_of(
     cell: Cell, dtype: str, H: int, B: int, directions: int, on: residence.Device, backward: bool, ieee: bool,
     held: Held | None,
@@ -183,6 +221,19 @@ def walk(run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward
             resident(run, plan, cell, together, forward_arrays, one.xg.shape, one.saved is not None)
 
 
+def walk_stack(
+    run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None
+) -> None:
+    """The layers forward at once, for a problem that `stack_of` has a plan for."""
+    one = given[0]
+    T, B, _, H = one.xg.shape
+    dtype, library = arrays.dtype(one.xg), arrays.library(one.xg)
+    problem = Problem(cell, T, B, 0, H, None, dtype, "cuda", library, tf32=one.tf32, layers=len(given))
+    plan, why = stack_of(problem, on, held)
+    assert plan is not None, why
+    resident(run, plan, cell, given, forward_arrays, one.xg.shape, one.saved is not None)
+
+
 def walk_back(
     run: Runner, on: residence.Device, cell: Cell, *given: sequence.Backward, held: Held | None = None
 ) -> None:
@@ -202,33 +253,35 @@ def launched(plan: residence.Residence | None, given: Sequence[Any]) -> Iterator
 
 
 def forward_arrays(given: sequence.Forward, packed: Any) -> tuple:
-    """Those of `resident_forward`, in its order."""
-    return given.xg, packed, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra
+    """Those of `resident_forward`, in its order. packed: [1, fragments, 4], of a stack [2, fragments, 4]."""
+    below = (None, None) if given.w_ih is None else (packed[1], given.b_ih)
+    return given.xg, packed[0], given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra, *below
 
 
 def backward_arrays(given: sequence.Backward, packed: Any) -> tuple:
     """Those of `resident_backward`, in its order."""
     tape = given.y, given.h0, given.others, given.saved
     written = given.dxg, given.dhg, given.dhistory, given.dunits
-    return given.dy, given.dh, given.dothers, packed, *tape, *written, *given.extra
+    return given.dy, given.dh, given.dothers, packed[0], *tape, *written, *given.extra
 
 
 def resident(
     run: Runner, plan: residence.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any, Any], tuple],
     shape: tuple, save: bool,
 ) -> None:  # fmt: skip
-    """Pack the weights of every direction, then run the sequence. `ordered`: see `forward_arrays`."""
+    """Pack the weights of every direction or layer, then run the sequence. `ordered`: see `forward_arrays`."""
     (T, B, _, H), like = shape, given[0].w_hh
     dtype, rows = arrays.dtype(like), given[0].extra.rows
-    packed = arrays.empty((len(given), plan.fragments, 4), like=like, dtype="int32")
-    directions = []
-    for one, fragments in zip(given, packed, strict=True):
-        run(residence.pack(plan, cell, dtype, arrays.pointer(one.w_hh), arrays.pointer(fragments), H))()
-        addresses = tuple(map(arrays.pointer, ordered(one, fragments)))
-        directions.append(residence.Direction(addresses, one.reverse))
-    exchange = arrays.zeros((plan.launches * plan.exchange_bytes,), like=like, dtype="uint8")
+    packed = arrays.empty((len(given), plan.matrices, plan.fragments, 4), like=like, dtype="int32")
+    members = []
+    for one, each in zip(given, packed, strict=True):
+        for matrix, fragments in zip((one.w_hh, one.w_ih) if plan.layers > 1 else (one.w_hh,), each):
+            if matrix is not None:  # the first layer's input weights are not multiplied here
+                run(residence.pack(plan, cell, dtype, arrays.pointer(matrix), arrays.pointer(fragments), H))()
+        members.append(residence.Member(tuple(map(arrays.pointer, ordered(one, each))), one.reverse))
+    exchange = arrays.zeros((plan.launches * plan.exchange_bytes(T),), like=like, dtype="uint8")
     for launch in residence.sequence(
-        plan, cell, dtype, directions, arrays.pointer(exchange), T, B, H, rows, save=save
+        plan, cell, dtype, members, arrays.pointer(exchange), T, B, H, rows, save=save
     ):  # fmt: skip
         run(launch)()
 

@@ -5,7 +5,8 @@ it is, it fills the same arrays, so that one may go forward and another back:
 
     walk(cell, Forward(...))        walk_back(cell, Backward(...))
 
-What is given several times, by `forwards` and `backwards`, is for several directions, to be walked at once.
+What is given several times is to be walked at once: several directions by `forwards` and `backwards`, layers by
+`stack`.
 
 Every array is contiguous and on one device. Three dtypes meet: `storage`, the caller's; `real`, what is computed in,
 float64 for float64, else float32; and, within a walk, that of its products. Boundary t lies between the instants t-1
@@ -37,6 +38,8 @@ class Forward(NamedTuple):
     extra: Extra
     reverse: bool
     tf32: bool  # float32 products may be rounded to TF32
+    w_ih: Any = None  # [G*H, H] storage, and
+    b_ih: Any = None  # [G*H] storage, or None: of a layer that takes its input from the one below; then xg is None
 
 
 class Backward(NamedTuple):
@@ -78,17 +81,33 @@ def forwards(
     return [*map(done, given)]
 
 
+def stack(
+    walk: Callable[..., None], cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]],
+    *, tf32: bool, save: bool,
+) -> list[tuple[Any, tuple, tuple]]:  # fmt: skip
+    """`forward` of each layer, from the weights and states of each; only the first one's inputs are a product here."""
+    given: list[Forward] = []
+    for weights, state in layers:
+        layer = plain(Direction(given[-1].y if given else x, weights, state, reverse=False))
+        given.append(begun(cell, *layer, tf32, save, above=bool(given)))
+    walk(cell, *given)
+    return [*map(done, given)]
+
+
 def plain(direction: Direction) -> Direction:
     x, weights, state, reverse = direction
     return Direction(arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state)), reverse)
 
 
-def begun(cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, tf32: bool, save: bool) -> Forward:
-    """The product for all inputs."""
+def begun(
+    cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, tf32: bool, save: bool,
+    above: bool = False,
+) -> Forward:  # fmt: skip
+    """The product for all inputs, unless the walk makes it of the layer below."""
     (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
     H = GH // G
-    part = input_part(x, weights)
-    xg = part.reshape(T, B, G, H)
+    part = x if above else input_part(x, weights)
+    xg = None if above else part.reshape(T, B, G, H)
     first = T if save and reverse else 0
     others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
     for row, initial in zip(others[first], state[1:]):
@@ -100,7 +119,7 @@ def begun(cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: b
     shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
     return Forward(
         xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
-        tf32,
+        tf32, *((weights.w_ih, weights.b_ih) if above else ()),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ a problem without one it says why, and the stepwise kernels take over. Times are
 from the constants below; they only rank plans. `settled` asks the driver once more, about the compiled kernels.
 
 Both directions of a bidirectional layer go side by side in one launch where two of the plan for one fit: `together`.
+The layers of a stack go forward as a wavefront where all fit the grid and it is predicted to pay: `stack`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ MOST_REGISTERS = 255  # of a thread
 # of it is held against ptxas by compile-only tests.
 WORK_REGISTERS = {"block": 84, "cluster": 80, "grid": 96}
 LOADING_REGISTERS = {False: 16, True: 20}
+MOST_PUBLISHED = 256 << 20  # bytes that a stack's launches may take for what its layers hand on, all instants of it
+STACK_REGISTERS = 24  # for the second matrix of a stack's layers, beside its weights
 MOST_ELEMENTS = 4  # of a thread: what it keeps for each is hard to foresee
 MOST_WARPS = 16
 BATCH_TILES = (1, 2, 3, 4)  # more sums than these leave no registers for weights
@@ -46,6 +49,7 @@ FMA_CYCLES = 1.0  # of one scheduler, four to a multiprocessor, for a warp's 32 
 SHARED_BYTES_PER_CYCLE = 128.0
 EXCHANGE = {"block": 0.05, "cluster": 0.45, "grid": 0.9}  # latency of a step's exchange, its barriers included
 EXCHANGE_BYTES_PER_MICROSECOND = {"block": 1e9, "cluster": 60e3, "grid": 50e3}  # into one multiprocessor
+ZERO_BYTES_PER_MICROSECOND = 2e6  # that a stack's exchange begins with
 LAUNCHES = 6.0  # of a step that takes a product and a fused kernel
 WEIGHT_BYTES_PER_MICROSECOND = 4e6  # of that product
 OPERATIONS_PER_MICROSECOND, IEEE_OPERATIONS_PER_MICROSECOND = 4e8, 4e7
@@ -104,6 +108,7 @@ class Residence:
     launches: int  # one after another, where they can't all be resident
     waves: int  # how often the device is filled, in all launches
     directions: int = 1  # side by side, with groups of their own
+    layers: int = 1  # of a stack, likewise; then each block holds rows of the input weights, too
 
     @property
     def units(self) -> int:
@@ -121,7 +126,16 @@ class Residence:
 
     @property
     def grid(self) -> int:
-        return self.directions * self.groups * self.blocks
+        return self.members * self.groups * self.blocks
+
+    @property
+    def members(self) -> int:
+        return self.directions * self.layers
+
+    @property
+    def matrices(self) -> int:
+        """That a block holds rows of: the recurrent weights, and in a stack the input weights."""
+        return 2 if self.layers > 1 else 1
 
     @property
     def row_sets(self) -> int:
@@ -144,7 +158,8 @@ class Residence:
         staged = -(-self.rows // 3) * 3 * self.values * self.units * self.size if self.scope == "grid" else 0
         parts = self.k_splits * self.row_sets * self.rows * (self.units + 4) * 4
         weights = self.unit_tiles * self.k_splits * self.gates * self.k_shared * 512
-        return (2 if self.scope == "cluster" else 1) * operand + staged + parts + weights + 16
+        whole = (2 if self.scope == "cluster" else 1) * operand + staged + parts + weights + 16
+        return self.matrices * whole
 
     @property
     def fragments(self) -> int:
@@ -156,10 +171,10 @@ class Residence:
         """Bytes of a publication of a group in the grid: a stamp and 4 bytes of three batch rows each."""
         return -(-self.rows // 3) * self.blocks * self.values * self.units * self.size // 4 * 16
 
-    @property
-    def exchange_bytes(self) -> int:
-        """Zeros that one launch of a grid plan wants for itself."""
-        return self.directions * self.groups * 2 * self.exchanged if self.scope == "grid" else 0
+    def exchange_bytes(self, T: int) -> int:
+        """Zeros that one launch of a grid plan wants for itself: two publications, in a stack all."""
+        kept = T + 1 if self.layers > 1 else 2
+        return self.members * self.groups * kept * self.exchanged if self.scope == "grid" else 0
 
     @property
     def microseconds(self) -> float:
@@ -178,8 +193,11 @@ class Residence:
         received = (self.blocks - 1) * self.values * self.units * self.rows * self.size
         if self.scope == "grid":
             received = self.exchanged
-        exchange = EXCHANGE[self.scope] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
-        return max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND + exchange + POINTWISE
+        exchange = EXCHANGE[self.scope] + self.matrices * received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
+        product = max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND
+        # a stack's product with the input is made while h is under way
+        beside = max(0.0, product - EXCHANGE[self.scope]) if self.layers > 1 else 0.0
+        return product + beside + exchange + POINTWISE
 
     def defines(self) -> dict[str, int]:
         return {
@@ -194,6 +212,7 @@ class Residence:
             "BATCH_TILES": self.batch_tiles,
             "PIECES": self.pieces,
             "DIRECTIONS": self.directions,
+            "LAYERS": self.layers,
             "SHARED_BYTES": self.shared_bytes,
         }
 
@@ -202,11 +221,13 @@ class Residence:
         if self.k_shared:
             held += f", {self.k_shared} in shared memory"
         product = "16-bit" if self.size == 2 else "IEEE float32" if self.ieee else "TF32"
-        directions = "both directions in one launch; " if self.directions == 2 else ""
+        several = "both directions in one launch; " if self.directions == 2 else ""
+        if self.layers > 1:
+            several = f"{self.layers} layers as a wavefront in one launch; "
         return (
-            f"resident, {self.scope}: {directions}{self.blocks} blocks of {self.threads} threads, {self.units} hidden "
-            f"units each, {held}; {product} products; {self.directions * self.groups} groups of {self.rows} batch rows "
-            f"in each of {self.launches} launches; predicted {self.microseconds:.2f} us a step"
+            f"resident, {self.scope}: {several}{self.blocks} blocks of {self.threads} threads, {self.units} hidden "
+            f"units each, {held}; {product} products; {self.members * self.groups} groups of {self.rows} batch rows in "
+            f"each of {self.launches} launches; predicted {self.microseconds:.2f} us a step"
         )
 
 
@@ -224,23 +245,23 @@ def pack(plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int) -
     return Launch(compiled(plan, cell, dtype), "resident_pack", (blocks, 1, 1), (128, 1, 1), (R, packed, np.int32(H)))
 
 
-class Direction(NamedTuple):
-    """What is a direction's own."""
+class Member(NamedTuple):
+    """What is a direction's own, or a layer's."""
 
     addresses: tuple[int, ...]  # of the kernel's arrays, in its order
     reverse: bool
 
 
 def sequence(
-    plan: Residence, cell: Cell, dtype: str, directions: Sequence[Direction], exchange: int, T: int, B: int, H: int,
-    R: int, *, save: bool, only: str | None = None,
+    plan: Residence, cell: Cell, dtype: str, members: Sequence[Member], exchange: int, T: int, B: int, H: int, R: int,
+    *, save: bool, only: str | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The whole sequence, in `plan.launches` parts of the batch.
 
-    exchange: of `plan.exchange_bytes` of zeros for each launch of a grid plan. R: batch rows of the values per unit, B
-    or 1. save: of a forward plan. only: see `compiled`; the results are then wrong.
+    exchange: of `plan.exchange_bytes(T)` of zeros for each launch of a grid plan. R: batch rows of the values per unit,
+    B or 1. save: of a forward plan. only: see `compiled`; the results are then wrong.
     """
-    given = np.array([(*addresses, reverse) for addresses, reverse in directions], np.uint64)  # struct Directions
+    given = np.array([(*addresses, reverse) for addresses, reverse in members], np.uint64)  # struct Members
     keep = () if plan.backward else (np.int32(save),)
     for part in range(plan.launches):
         first_row = part * plan.groups * plan.rows
@@ -250,7 +271,7 @@ def sequence(
             (plan.grid, 1, 1),
             (plan.threads, 1, 1),
             (
-                *(given, exchange and exchange + part * plan.exchange_bytes),
+                *(given, exchange and exchange + part * plan.exchange_bytes(T)),
                 *(T, np.int32(B), np.int32(H), np.int32(R), np.int32(first_row), *keep),
             ),
             shared=plan.shared_bytes,
@@ -350,6 +371,34 @@ def together(
     return (made, ()) if why_not is None else (None, (why_not,))
 
 
+def stack(
+    gates: int, element: int, dtype: str, H: int, T: int, B: int, layers: int, device: Device, *, ieee: bool = False
+) -> tuple[Residence | None, tuple[str, ...]]:
+    """The plan by which the layers of a stack go forward as a wavefront, or None and why one goes after the other."""
+    alone, why = plan(gates, element, dtype, H, B, device, backward=False, ieee=ieee)
+    if dtype not in SIZES or device.capability < (8, 0):
+        return None, why
+    size, ieee = SIZES[dtype], ieee and dtype == "float32"
+    found = [*candidates("grid", False, gates, element, size, ieee, H, B, device, layers)] if device.cooperative else []
+    if not found:
+        mebibytes = layers * 2 * gates * H * H * size / 2**20
+        what = f"[W | R] of {layers} layers, {mebibytes:.1f} MiB, on {device.multiprocessors} multiprocessors at once"
+        return None, (f"grid: there is no place for {what}",)
+    best = min(found, key=lambda made: made.waves * made.microseconds)
+    step = alone.waves * alone.microseconds if alone else stepwise(gates, size, H, B, ieee)
+    published = best.launches * best.exchange_bytes(T)
+    if published > MOST_PUBLISHED:
+        what = f"the publications of {T} instants take {published / 2**20:.0f} MiB, over {MOST_PUBLISHED >> 20}"
+        return None, (f"grid: {what}",)
+    rate = IEEE_OPERATIONS_PER_MICROSECOND if ieee else OPERATIONS_PER_MICROSECOND
+    inputs = (layers - 1) * (LAUNCHES / 2 + 2 * T * B * gates * H * H / rate)
+    in_turn = layers * T * step + inputs
+    at_once = best.waves * (T + layers - 1) * best.microseconds + published / ZERO_BYTES_PER_MICROSECOND
+    if at_once > in_turn:
+        return None, (f"{at_once:.0f} us predicted as a wavefront, {in_turn:.0f} us layer after layer",)
+    return best, ()
+
+
 def element(cell: Cell, *, backward: bool) -> int:
     """Registers that one unit of one batch row takes for the whole sequence."""
     extra = cell.E + bool(cell.flags)  # and the flags of the instant to come
@@ -369,8 +418,9 @@ def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
 
 
 def candidates(
-    scope: str, backward: bool, gates: int, element: int, size: int, ieee: bool, H: int, B: int, device: Device
-) -> Iterator[Residence]:
+    scope: str, backward: bool, gates: int, element: int, size: int, ieee: bool, H: int, B: int, device: Device,
+    layers: int = 1,
+) -> Iterator[Residence]:  # fmt: skip
     """Every plan of a scope that fits."""
     rows, all_tiles = (IEEE_ROWS, IEEE_BATCH_TILES) if ieee else (ROWS, BATCH_TILES)
     enough = next((tiles for tiles in all_tiles if tiles * rows >= B), all_tiles[-1])
@@ -382,7 +432,7 @@ def candidates(
             for k_splits in (1, 2, 4, 8, 16):
                 if unit_tiles * k_splits <= MOST_WARPS:
                     shape = (scope, blocks, unit_tiles, k_splits, batch_tiles)
-                    made = fitted(backward, shape, gates, element, size, ieee, B, device)
+                    made = fitted(backward, shape, gates, element, size, ieee, B, device, layers)
                     if made is not None:
                         yield made
 
@@ -400,7 +450,7 @@ def group_blocks(scope: str, needed: int, device: Device) -> int | None:
 
 def fitted(
     backward: bool, shape: tuple[str, int, int, int, int], gates: int, element: int, size: int, ieee: bool, B: int,
-    device: Device,
+    device: Device, layers: int,
 ) -> Residence | None:  # fmt: skip
     """A plan with as many k tiles in registers as there is room for and the rest in shared memory, or None."""
     scope, blocks, unit_tiles, k_splits, batch_tiles = shape
@@ -411,20 +461,25 @@ def fitted(
     row_sets = 1 if backward else gates
     sums = max(row_sets, 2) * rows if ieee else 4 * max(row_sets * batch_tiles, 4) + 4 * (batch_tiles - 1)
     room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS[scope] - sums - own * element
-    k_registers = min(k_tiles, room // (4 * gates))
+    matrices = 1
+    if layers > 1:
+        matrices, room = 2, room - STACK_REGISTERS - own * gates  # and the bias of the input
+    k_registers = min(k_tiles, room // (4 * gates * matrices))
     if k_registers < k_tiles:
-        k_registers = (room - LOADING_REGISTERS[ieee]) // (4 * gates)
+        k_registers = (room - LOADING_REGISTERS[ieee]) // (4 * gates * matrices)
     if k_registers < 0 or own > MOST_ELEMENTS:
         return None
     tiles = -(-B // rows)
-    at_once = resident_groups(scope, blocks, device)
+    at_once = resident_groups(scope, blocks, device) // layers
+    if at_once == 0:
+        return None
     groups = min(tiles, at_once) if scope == "grid" else tiles  # a cooperative launch refuses what can't be resident
     launches, waves = -(-tiles // max(groups, 1)), -(-tiles // at_once)
     held = (k_registers, k_tiles - k_registers)
     for pieces in PIECES if scope == "grid" else (1,):
         made = Residence(
             backward, scope, blocks, unit_tiles, k_splits, *held, batch_tiles, pieces, gates, size, ieee,
-            groups, launches, waves,
+            groups, launches, waves, layers=layers,
         )  # fmt: skip
         none_empty = (pieces - 1) * -(-made.k_tiles // pieces) < made.k_tiles
         if none_empty and made.shared_bytes <= device.shared_bytes:

@@ -33,12 +33,19 @@
 // cluster together. In the grid the cooperative launch starts all blocks or, until there is room, none. And no two
 // launches share what they wait on: mbarriers are the block's own, the exchange is the caller's, for one launch only.
 //
+// LAYERS of a stack go side by side, too, as a wavefront (SCOPE 2, forward): layer l is at instant t while the one
+// below is at t + 1 or later. Only the first has its input part made beforehand. The others hold the rows of their input
+// weights as well, in a second Residence, `below`, that receives what the layer below publishes, words, stamps and all,
+// and multiplies it while the layer's own h is under way. Nobody is held up by who reads him, and so nothing can
+// deadlock: a publication has a place of its own for every instant, and a block waits for earlier instants of its own
+// layer and for the layer below, never for one above; the first waits for itself alone. All layers are resident, or none.
+//
 // Not the obvious: one launch and one product per step (stepwise.cu) reads R from L2 at every step and pays for two
 // launches. Limits: H <= U * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, then multiplied as TF32 or IEEE's.
 //
 // Compiled with -D: BACKWARD SCALAR IEEE SCOPE BLOCKS UNIT_TILES K_SPLITS K_REGISTERS K_SHARED BATCH_TILES PIECES
-// DIRECTIONS SHARED_BYTES, all from the launch plan, one for each direction of time; a warp's k tiles are K_REGISTERS +
-// K_SHARED, backward for each gate.
+// DIRECTIONS LAYERS SHARED_BYTES, all from the launch plan, one for each direction of time; a warp's k tiles are
+// K_REGISTERS + K_SHARED, backward for each gate.
 // For benchmarks alone: -DONLY=EXCHANGE leaves the products out, -DONLY=PRODUCT sends and awaits nothing.
 
 #define BLOCK 0
@@ -57,6 +64,8 @@ constexpr int U = 16 * UNIT_TILES;                     // hidden units of a bloc
 constexpr int NB = (IEEE ? 2 : 8) * BATCH_TILES;       // batch rows of a group
 constexpr int OWN = (U * NB + THREADS - 1) / THREADS;  // elements of a thread
 constexpr int PITCH = U + 4;                           // of a row of partial sums: few lanes hit the same bank
+constexpr int MEMBERS = DIRECTIONS * LAYERS;           // of a launch; one of the two is 1
+constexpr bool STACK = LAYERS > 1;
 constexpr int K_STEP = 32 / sizeof(SCALAR);            // k tile: 16 halves or 8 floats, 32 bytes either way
 
 #if SCOPE == CLUSTER && !GPU_RNN_ON_HOST
@@ -65,9 +74,10 @@ constexpr int K_STEP = 32 / sizeof(SCALAR);            // k tile: 16 halves or 8
 #define RESIDENT_KERNEL __launch_bounds__(THREADS, 1)
 #endif
 
-// Groups take turns: one for each direction, then the next tile of the batch.
-DEVICE int direction() { return blockIdx.x / BLOCKS % DIRECTIONS; }
-DEVICE int tile() { return blockIdx.x / (BLOCKS * DIRECTIONS); }
+// Groups take turns: one for each direction or layer, then the next tile of the batch.
+DEVICE int group() { return blockIdx.x / BLOCKS; }
+DEVICE int member() { return group() % MEMBERS; }
+DEVICE int tile() { return group() / MEMBERS; }
 
 // ---- The operands of the product, by storage type -------------------------------------------------------------------
 
@@ -248,9 +258,10 @@ struct Residence {  // for one direction of time
     static constexpr int WEIGHTS = WARPS * ROWS * IN_SHARED * 512;
     static constexpr int OPERANDS = SCOPE == CLUSTER ? 2 : 1;            // peers of a cluster store ahead of the reader
     static constexpr int TRIPLES = (NB + 2) / 3;                         // a stamped word has 4 bytes of 3 batch rows
+    static constexpr long long PUBLICATION = TRIPLES * BLOCKS * (SLICE / 4);  // words
     static constexpr int STAGED = SCOPE == GRID ? TRIPLES * 3 * SLICE : 0;
     static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + WEIGHTS + 16;
-    static_assert(BYTES == SHARED_BYTES, "the launch plan asks for this much shared memory");
+    static_assert((STACK ? 2 : 1) * BYTES == SHARED_BYTES, "the launch plan asks for this much shared memory");
     static_assert(BLOCKS * SLICE <= K_SPLITS * TILES * 32, "the warps' k tiles cover what all blocks publish");
     static_assert((PIECES - 1) * PIECE < TILES, "no piece is empty");
     static_assert(SCOPE == GRID || PIECES == 1, "what peers store at any time is there as a whole");
@@ -265,10 +276,11 @@ struct Residence {  // for one direction of time
 #if SCOPE == CLUSTER
     Mbarrier* received;      // [2], one for each operand
 #elif SCOPE == GRID
-    uint4* exchange;         // of this group: two of [TRIPLES][BLOCKS * SLICE / 4]
+    uint4* exchange;         // of a group: two of [TRIPLES][BLOCKS * SLICE / 4], in a stack one for each publication
 #endif
 
-    DEVICE Residence(unsigned char* arena, uint4* exchanges, int rows_left)
+    // `from`: the group whose publications are received; its own, or that of the layer below.
+    DEVICE Residence(unsigned char* arena, uint4* exchanges, int from, long long T, int rows_left)
         : operand(arena),
           staged(operand + OPERANDS * OPERAND),
           parts(reinterpret_cast<float*>(staged + STAGED)),
@@ -291,7 +303,7 @@ struct Residence {  // for one direction of time
         __syncthreads();  // operands are zero before anyone fills them
 #endif
 #if SCOPE == GRID
-        exchange = exchanges + static_cast<long long>(blockIdx.x / BLOCKS) * 2 * TRIPLES * BLOCKS * (SLICE / 4);
+        exchange = exchanges + from * (STACK ? T + 1 : 2) * PUBLICATION;
 #endif
     }
 
@@ -368,7 +380,7 @@ struct Residence {  // for one direction of time
         }
 #elif SCOPE == GRID
         constexpr int WORDS = SLICE / 4;
-        uint4* to = exchange + n % 2 * TRIPLES * BLOCKS * WORDS + rank * WORDS;
+        uint4* to = exchange + place(n) * PUBLICATION + rank * WORDS;
         for (int i = threadIdx.x; i < (rows + 2) / 3 * WORDS; i += THREADS) {
             const unsigned* three = reinterpret_cast<const unsigned*>(staged) + i / WORDS * 3 * WORDS + i % WORDS;
             st_relaxed_gpu(to + i / WORDS * BLOCKS * WORDS + i % WORDS,
@@ -384,11 +396,11 @@ struct Residence {  // for one direction of time
         mbarrier_wait_cluster(&received[n % 2], n / 2 % 2);
 #elif SCOPE == GRID
         // The warps that multiply the same columns receive them: nobody waits for what he doesn't multiply. A word is
-        // overwritten two publications later. No fence is needed for that: its owner stores it after it has seen all of
+        // overwritten two publications later, in a stack never. No fence is needed for that: its owner stores it after it has seen all of
         // the publication between, which every block stores after it has seen all of this one.
         constexpr int IN_FLIGHT = 8, TEAM = 32 * UNIT_TILES;
         const int split = warp % K_SPLITS, count = (last - first) * 8, words = (rows + 2) / 3 * count;
-        const uint4* source = exchange + n % 2 * TRIPLES * BLOCKS * (SLICE / 4);
+        const uint4* source = exchange + place(n) * PUBLICATION;
         auto column = [&](int i) { return (split * TILES + first) * 8 + i % count; };  // 4 bytes of a batch row
         auto word = [&](int i) { return source + i / count * BLOCKS * (SLICE / 4) + column(i); };
         for (int begin = warp / K_SPLITS * 32 + lane; begin < words; begin += IN_FLIGHT * TEAM) {
@@ -415,6 +427,7 @@ struct Residence {  // for one direction of time
 #endif
     }
 
+    DEVICE static long long place(long long n) { return STACK ? n : n % 2; }
     DEVICE static unsigned stamp(long long n) { return static_cast<unsigned>(n + 1); }
 
     // The warps that multiply the same columns wait for each other.
@@ -497,8 +510,8 @@ EXPORT(resident_pack)
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-struct Given {             // of one direction
-    const SCALAR* xg;      // [T, B, G, H] input part, b_ih included
+struct Given {             // of one direction or layer
+    const SCALAR* xg;      // [T, B, G, H] input part, b_ih included; of no use to layers above the first
     const uint4* weights;  // from resident_pack
     const SCALAR* b_hh;    // [G, H] or null
     const SCALAR* h0;      // [B, H]
@@ -509,17 +522,27 @@ struct Given {             // of one direction
     const float* units;    // see Extra
     const unsigned char* flags;
     const unsigned long long* seed;
+    const uint4* weights_below;  // of the input, from resident_pack; of layers above the first, and so is
+    const SCALAR* b_ih;          // [G, H] or null
     long long reverse;
 };
-struct Directions {
-    Given of[DIRECTIONS];
+struct Members {
+    Given of[MEMBERS];
 };
 
+// ABOVE: a layer that takes its input from the one below.
+template <bool ABOVE>
 DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row, int save) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
     DYNAMIC_SHARED(unsigned char, arena);
-    Residence home(arena, exchange, B - first_row);
+    Residence home(arena, exchange, group(), T, B - first_row);
     home.load(given.weights);
+#if LAYERS > 1
+    Residence below(arena + Residence::BYTES, exchange, group() - ABOVE, T, B - first_row);
+    float bias_below[OWN][G];
+    if (ABOVE) below.load(given.weights_below);
+    static_assert(!Cell::OPERAND, "what is published is h, which the layer above is to see");
+#endif
 
     const Instants at{T, B, H, S, given.reverse != 0};
     const Extra extra{given.units, given.flags, given.seed, B, H, rows};
@@ -551,6 +574,10 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 #pragma unroll
         for (int g = 0; g < G; ++g)
             bias[k][g] = e.real && given.b_hh != nullptr ? to_float(given.b_hh[g * H + e.hidden]) : 0.0f;
+#if LAYERS > 1
+        for (int g = 0; ABOVE && g < G; ++g)
+            bias_below[k][g] = e.real && given.b_ih != nullptr ? to_float(given.b_ih[g * H + e.hidden]) : 0.0f;
+#endif
         for (int i = 0; i < EXTRA; ++i) more[k][i] = 0;
         bits[k] = 0;
         if (e.real) {
@@ -562,9 +589,12 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
         if (e.row < NB) home.put(0, 0, e.row, e.unit, seen);
     }
     home.publish(0);
-    fetch(0);
+    if (!ABOVE) fetch(0);
 
     for (long long n = 0; n < T; ++n) {
+#if LAYERS > 1
+        if (ABOVE) below.multiply_all(n + 1);  // while h is under way
+#endif
         home.multiply_all(n);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
@@ -573,19 +603,21 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
             float in[G], recurrent[G];
 #pragma unroll
             for (int g = 0; g < G; ++g) {
+#if LAYERS > 1
+                in[g] = ABOVE ? below.sum(g, e.row, e.unit) + bias_below[k][g] : to_float(x[k][g]);
+#else
                 in[g] = to_float(x[k][g]);
+#endif
                 recurrent[g] = home.sum(g, e.row, e.unit) + bias[k][g];
             }
             Cell::step(in, recurrent, state[k], kept[k], more[k]);
             extra.flags_of(more[k], bits[k]);
             float seen = state[k][0];
             Cell::operand(&seen, more[k]);
-            if (n + 1 < T) home.put(n + 1, 0, e.row, e.unit, e.real ? seen : 0.0f);
+            if (STACK || n + 1 < T) home.put(n + 1, 0, e.row, e.unit, e.real ? seen : 0.0f);
         }
-        if (n + 1 < T) {
-            home.publish(n + 1);
-            fetch(n + 1);
-        }
+        if (STACK || n + 1 < T) home.publish(n + 1);
+        if (!ABOVE && n + 1 < T) fetch(n + 1);
         const long long t = at.nth(n);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
@@ -610,15 +642,15 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 }
 
 extern "C" __global__ void RESIDENT_KERNEL resident_forward(
-    const __grid_constant__ Directions directions,
-    uint4* exchange,  // GRID: [groups, 2, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
+    const __grid_constant__ Members members,
+    uint4* exchange,  // GRID: [groups, 2 or T + 1, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
     long long T, int B, int H, int rows,
     int first_row,    // batch row of the first group: what isn't resident at once takes several launches
     int save) {       // whether saved and others are kept
-    if (direction() == 0)  // each has code of its own, in which its addresses are constants and take no registers
-        forward(directions.of[0], exchange, T, B, H, rows, first_row, save);
+    if (member() == 0)  // both directions have code of their own, in which addresses are constants and no registers
+        forward<false>(members.of[0], exchange, T, B, H, rows, first_row, save);
     else
-        forward(directions.of[DIRECTIONS - 1], exchange, T, B, H, rows, first_row, save);
+        forward<STACK>(members.of[STACK ? member() : MEMBERS - 1], exchange, T, B, H, rows, first_row, save);
 }
 EXPORT(resident_forward)
 
@@ -644,14 +676,14 @@ struct Given {               // of one direction
     const unsigned long long* seed;
     long long reverse;
 };
-struct Directions {
-    Given of[DIRECTIONS];
+struct Members {
+    Given of[MEMBERS];
 };
 
 DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
     DYNAMIC_SHARED(unsigned char, arena);
-    Residence home(arena, exchange, B - first_row);
+    Residence home(arena, exchange, group(), T, B - first_row);
     home.load(given.weights);
 
     const Instants at{T, B, H, S, given.reverse != 0};
@@ -757,14 +789,14 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 }
 
 extern "C" __global__ void RESIDENT_KERNEL resident_backward(
-    const __grid_constant__ Directions directions,
+    const __grid_constant__ Members members,
     uint4* exchange,  // GRID: [groups, 2, NB / 3, BLOCKS * G * U * sizeof(SCALAR) / 4], zero; else null
     long long T, int B, int H, int rows,
     int first_row) {  // batch row of the first group
-    if (direction() == 0)
-        backward(directions.of[0], exchange, T, B, H, rows, first_row);
+    if (member() == 0)
+        backward(members.of[0], exchange, T, B, H, rows, first_row);
     else
-        backward(directions.of[DIRECTIONS - 1], exchange, T, B, H, rows, first_row);
+        backward(members.of[MEMBERS - 1], exchange, T, B, H, rows, first_row);
 }
 EXPORT(resident_backward)
 
