@@ -27,7 +27,7 @@ from ..extra import Extra
 from ..problem import Problem, Weights
 
 NAME = "numpy"
-SIZES, KEPT_BYTES = 16, 1 << 20  # of problems whose arrays are kept for the next call, and of each one's arrays
+SIZES, KEPT_BYTES = 16, 1 << 23  # of problems whose arrays are kept for the next call, and of each one's arrays
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
 LONG = 128  # instants that repay a transposed copy of the recurrent weights
