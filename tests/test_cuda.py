@@ -16,7 +16,7 @@ from gpu_rnn.backends import cuda, sequence, stepwise
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.kernels.cuda import stepwise as plans
-from gpu_rnn.problem import Problem
+from gpu_rnn.problem import Direction, Problem
 
 from . import on_host, sequences, twins
 from .host import runtime, sanitize
@@ -257,7 +257,7 @@ def cupy(monkeypatch):
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
     monkeypatch.setattr(cuda, "clusters", lambda shared: residence.DEVICES["h200"].clusters)
-    caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of)
+    caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of, cuda.stack_of)
     for cached in caches:
         cached.cache_clear()
     yield stand_in
@@ -278,6 +278,33 @@ def test_from_cupy_to_kernel(dtype, T, H, kernels, cupy):
         cuda.warmup(problem)
     compiled = len(cupy.modules)
     sequences.check(case, case.run(cuda.forward, cuda.backward))
+    assert len(cupy.modules) == compiled, "warmup has compiled what was needed"
+    assert cupy.entered == []
+
+
+def test_several_at_once_from_cupy_to_kernel(cupy):
+    """Both directions of a layer, and the layers of a stack: chosen, compiled beforehand, and launched with structs."""
+    T, B, H = 6, 2, 140
+    cases = [sequences.draw("lstm", "bfloat16", T, B, H, H, reverse=k == 1, seed=k) for k in range(4)]
+    cell, options = cases[0].cell, {"dtype": "bfloat16", "device": "cuda", "library": "torch", "training": True}
+    both, stack = (Problem(cell, T, B, H, H, **options, **n) for n in ({"directions": 2}, {"layers": 4}))
+    assert "both directions in one launch" in cuda.plan(both)
+    assert "4 layers as a wavefront" in cuda.plan(stack)
+    assert cuda.stacks(stack)
+    for problem in (both, stack):
+        cuda.warmup(problem)
+    compiled = len(cupy.modules)
+    directions = [Direction(case.x, case.weights, case.state, case.reverse) for case in cases[:2]]
+    found = cuda.forwards(cell, directions, tf32=False, save=True)
+    recorded = [(y, tape, case.dy, case.dlast, ()) for case, (y, _, tape) in zip(cases, found)]
+    needs = [case.needs for case in cases[:2]]
+    gradients = cuda.backwards(cell, directions, recorded, tf32=False, needs=needs)
+    for case, (y, last, _), each in zip(cases, found, gradients):
+        states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
+        sequences.check(case, {"y": y} | states | sequences.named(case, each))
+    layers = [(case.weights, case.state) for case in cases]
+    (y, *_), *_ = cuda.stack(cell, cases[0].x, layers, tf32=False, save=False)
+    assert torch.allclose(y, found[0][0], atol=1e-6), "the first layer computes as it does alone"
     assert len(cupy.modules) == compiled, "warmup has compiled what was needed"
     assert cupy.entered == []
 
