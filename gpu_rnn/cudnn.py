@@ -39,6 +39,8 @@ def algorithm(
         or dtype not in ("float64", "float32", "float16", "bfloat16")
     ):
         return "none"
+    if problem.P is not None and cell != "lstm":
+        return "none"
     if problem.P is not None or packed:
         return "STANDARD"
     if dtype != "float64" and SMALL_H[cell][problem.training] >= H:

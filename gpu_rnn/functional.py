@@ -6,7 +6,7 @@ One layer, one direction, time-major. Here arguments are checked; what computes 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -20,6 +20,7 @@ from .problem import Around, Options, Weights
 from .woven import PLAIN, apply
 
 NONLINEARITIES = ("tanh", "relu")
+PROJECTED = "gru+projected"
 
 
 class AroundKeywords(TypedDict, total=False):
@@ -128,7 +129,7 @@ def lstm(
 
 
 def gru(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, *, h0=None, reverse=False, backend=None, precision=None,
+    x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, s0=None, reverse=False, backend=None, precision=None,
     recompute=False, **around: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product unless told.
@@ -142,35 +143,40 @@ def gru(
 
     Args:
         x: [T, B, I] input, or [T, B, 3*H] where w_ih is None. w_ih: [3*H, I] or None, as for `lstm`.
-        w_hh: [3*H, H]. b_ih, b_hh: [3*H] or None. h0: [B, H] or None for zeros.
+        w_hh: [3*H, P], P = H without w_hr. b_ih, b_hh: [3*H] or None. h0: [B, P] or None for zeros.
+        w_hr: [P, H] projection of the output, P < H, or None. With it the cell keeps a state s of its own, as the LSTM
+            its c: s_t = (1 - z) n + z s_{t-1}, h_t = w_hr s_t. s0: [B, H] or None for zeros.
         reverse, backend, precision, recompute: as for `lstm`. around: `GRUKeywords`.
 
     Returns:
-        y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`.
+        y [T, B, P] every h_t, and hT [B, P] after the last instant, or with w_hr (hT, sT [B, H]); with return_states
+        also those after every instant. Raises as `lstm`.
     """
     options = Options(reverse, backend, precision, recompute=recompute)
-    weights = Weights(w_ih, w_hh, b_ih, b_hh)
-    return structured(sequence("gru", x, weights, (h0,), *wanted(options, around, GRUKeywords)), 1)
+    weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), named(gru, {"w_hr": w_hr, "s0": s0})
+    state = (h0,) if w_hr is None else (h0, s0)
+    return structured(sequence(name, x, weights, state, *wanted(options, around, GRUKeywords)), len(state))
 
 
 def rnn(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh", h0=None, reverse=False, backend=None, precision=None,
-    recompute=False, **around: Unpack[AroundKeywords],
+    x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, nonlinearity="tanh", h0=None, reverse=False, backend=None,
+    precision=None, recompute=False, **around: Unpack[AroundKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
 
     Args:
-        x: [T, B, I] input, or [T, B, H] where w_ih is None. w_ih: [H, I] or None, as for `lstm`. w_hh: [H, H].
-        b_ih, b_hh: [H] or None. h0: [B, H] or None for zeros.
+        x: [T, B, I] input, or [T, B, H] where w_ih is None. w_ih: [H, I] or None, as for `lstm`. w_hh: [H, P],
+        P = H without w_hr. b_ih, b_hh: [H] or None. h0: [B, P] or None for zeros.
+        w_hr: [P, H] projects h_t, as for `lstm`, or None.
         nonlinearity: f, "tanh" or "relu".
         reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
-        y [T, B, H] every h_t, and hT [B, H] after the last instant; y again with return_states. Raises as `lstm`, and
+        y [T, B, P] every h_t, and hT [B, P] after the last instant; y again with return_states. Raises as `lstm`, and
         ValueError for another f.
     """
     options = Options(reverse, backend, precision, recompute=recompute)
-    weights = Weights(w_ih, w_hh, b_ih, b_hh)
+    weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
     return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
 
@@ -192,6 +198,17 @@ def structured(results: tuple, S: int) -> tuple[Any, ...]:
     """y, and everything that there is one of per state as one or as a tuple."""
     y, *groups = results
     return y, *(tuple(group) if S > 1 else group[0] for group in groups)
+
+
+def named(function: Callable, given: Mapping[str, Any]) -> str:
+    """The name of the page that a function's arguments ask for."""
+    if function is rnn:
+        return elman(given["nonlinearity"])
+    if function is gru and given["w_hr"] is not None:
+        return PROJECTED
+    if function is gru and given["s0"] is not None:
+        raise TypeError("s0 is given, but w_hr is None: a GRU has a state of its own only where h is projected")
+    return function.__name__
 
 
 def elman(nonlinearity: str) -> str:
@@ -219,7 +236,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     if foreign(given["x"]):
         outputs, lent_pullback = vjp(function, *map(lent, bound.args), **{k: lent(a) for k, a in bound.kwargs.items()})
         return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
-    name = elman(given["nonlinearity"]) if function is rnn else function.__name__
+    name = named(function, given)
     weights = Weights(*(given.get(field) for field in Weights._fields))
     cell = cells.get(name)
     initial = {label: given[label] for label in first_states(cell)}

@@ -22,7 +22,7 @@ from . import arrays, cudnn, dispatch
 from .arguments import ShapeError, checked
 from .compat import installed, no_gpu, require
 from .dispatch import Explanation
-from .functional import elman, gru, lstm, rnn
+from .functional import PROJECTED, elman, gru, lstm, named, rnn
 from .problem import Options, Problem, Weights
 
 FUNCTIONS = (lstm, gru, rnn)
@@ -201,8 +201,10 @@ def problem(
     for letter, size in zip("TBIHP", (T, B, I, H, P)):
         if size is not None:
             check_size(letter, size)
-    if P is not None and (cell.name != "lstm" or P >= H):
-        raise ShapeError(f"P = {P}, H = {H}; a projection belongs to an lstm and needs P < H")
+    if P is not None and P >= H:
+        raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
+    if P is not None and cell.name == "gru":
+        cell = get(PROJECTED)
     dtype = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")  # "float32", np.float32, torch.float32
     device = str(device or ("cpu" if no_gpu() else "cuda")).partition(":")[0]
     library = library or ("torch" if installed("torch") else "numpy" if device == "cpu" else "cupy")
@@ -356,7 +358,7 @@ def inspect_function(function: Callable, *args: Any, **kwargs: Any) -> Inspectio
     bound = signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    cell = get(elman(given["nonlinearity"]) if function is rnn else function.__name__)
+    cell = get(named(function, given))
     weights = Weights(*(given.get(field) for field in Weights._fields))
     initial = [given[letter + "0"] for letter in cell.states]
     return Inspection(cell, ("",), record(cell.name, given["x"], weights, initial, given["reverse"]))

@@ -34,7 +34,8 @@ from .functional import ShapeError
 from .problem import Around, Direction, Options, Weights
 from .woven import Applied, apply, checked_place, dropout_mask, positive, probability
 
-PAGES = {name: cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")}  # looked up as torch.compile can
+OURS = ("rnn_tanh", "rnn_relu", "lstm", "gru", functional.PROJECTED)
+PAGES = {name: cells.get(name) for name in OURS}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
 NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last two the LSTM's alone
 NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
@@ -182,8 +183,9 @@ class Recurrent(nn.Module):
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
         checked_place("recurrent_dropout_on", self.recurrent_dropout_on)
-        if self.layer_norm and not self.reset_after:
-            raise ValueError("a GRU with layer_norm has its reset after the recurrent product: not reset_after=False")
+        if (self.layer_norm or self.proj_size) and not self.reset_after:
+            what = "layer_norm" if self.layer_norm else "proj_size"
+            raise ValueError(f"a GRU with {what} has its reset after the recurrent product: not reset_after=False")
         if self.forget_bias is not None and (self.coupled or not self.bias):
             raise ValueError("forget_bias is for the bias of a forget gate: it needs bias=True, and not coupled=True")
 
@@ -557,20 +559,20 @@ class RNN(RecurrentLayer):
     """Elman's recurrent network, in the place of torch.nn.RNN.
 
     Every unit computes h_t = f(W x_t + b_ih + R h_{t-1} + b_hh) (Elman 1990), with f tanh or relu (Le, Jaitly & Hinton
-    2015). Beside `nonlinearity`, arguments are those of `LSTM`, without `proj_size`.
+    2015), then h_t <- w_hr h_t with P. Beside `nonlinearity`, arguments are those of `LSTM`.
 
-    Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, H] or [L*D, H], zeros when None.
-    Returns: y [T, B, D*H] and hT [L*D, B, H], in the layout of the input. Raises as `LSTM`.
+    Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, P] or [L*D, P], zeros when None.
+    Returns: y [T, B, D*P] and hT [L*D, B, P], in the layout of the input. Raises as `LSTM`.
     """
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-        device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
+        device: Any = None, dtype: Any = None, *, proj_size: int = 0, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
             functional.elman(nonlinearity).upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, keywords,
+            bidirectional, proj_size, device, dtype, keywords,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -629,10 +631,12 @@ class GRU(RecurrentLayer):
         h_t = (1 - z) n + z h_{t-1},    r = sigmoid(x_r + h_r),    z = sigmoid(x_z + h_z),    n = tanh(x_n + r h_n)
 
     (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.) With reset_after=False n = tanh(x_n + R_n (r h_{t-1}) + b_hn).
-    Arguments are those of `LSTM`, without `proj_size`.
+    Arguments are those of `LSTM`. With `proj_size` the cell keeps a state s of its own, as the LSTM its c: s in the
+    place of h in (1 - z) n + z s_{t-1}, and h_t = w_hr s_t, which the recurrent weights see.
 
-    Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, H] or [L*D, H], zeros when None.
-    Returns: y [T, B, D*H] and hT [L*D, B, H], in the layout of the input. Raises as `LSTM`.
+    Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, H] or [L*D, H], zeros when None; with `proj_size`
+             (h0 [L*D, B, P], s0 [L*D, B, H]).
+    Returns: y [T, B, D*P] and hT, or (hT, sT), in the layout of the input. Raises as `LSTM`.
     """
 
     keywords = GRUKeywords
@@ -640,12 +644,16 @@ class GRU(RecurrentLayer):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False,
-        device: Any = None, dtype: Any = None, **keywords: Unpack[GRUKeywords],
+        device: Any = None, dtype: Any = None, *, proj_size: int = 0, **keywords: Unpack[GRUKeywords],
     ) -> None:  # fmt: skip
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, keywords,
+            bidirectional, proj_size, device, dtype, keywords,
         )  # fmt: skip
+
+    @property
+    def page(self) -> str:
+        return functional.PROJECTED if self.proj_size else "gru"
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------

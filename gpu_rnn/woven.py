@@ -164,7 +164,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
         probability("zoneout", p)
     if zoneout[0] and P != H:
         raise ValueError(
-            f"zoneout of h needs h itself, but it is projected from {H} to {P} units; give (0, p) for c alone"
+            f"zoneout of h needs h itself, but it is projected from {H} to {P} units; give (0, p) for a state beside it"
         )
     if any(zoneout):
         options["zoneout"], options["mean"] = tuple(map(float, zoneout)), not around.training

@@ -15,6 +15,7 @@ LAYERS = {
     "projected": ("LSTM", {"proj_size": 2}),
 }
 VARIED = LAYERS | {"gru before": ("GRU", {"reset_after": False})}  # torch.nn has no twin of
+PROJECTED = {"gru projected": ("GRU", {"proj_size": 2}), "rnn projected": ("RNN", {"proj_size": 2})}
 SHAPES = {"one": {}, "stacked": {"num_layers": 2, "bidirectional": True}}
 T, B, I, H = 6, 3, 2, 4
 NORM = "weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"
@@ -47,8 +48,8 @@ VARIANTS = {
 def layer(name, shape="one", seed=0, **keywords):
     """In float64, with parameters large enough to matter."""
     torch.manual_seed(seed)
-    kind, arguments = VARIED[name]
-    if name == "projected" and keywords.get("zoneout"):
+    kind, arguments = (VARIED | PROJECTED)[name]
+    if "projected" in name and keywords.get("zoneout"):
         keywords["zoneout"] = (0.0, keywords["zoneout"])  # h itself isn't there to be kept
     made = getattr(gpu_rnn, kind)(I, H, **{"dtype": torch.float64} | SHAPES[shape] | arguments | keywords)
     with torch.no_grad():
@@ -65,7 +66,8 @@ def inputs(made, names=(), seed=1):
         return torch.from_numpy(rng.standard_normal(sizes)).to(next(made.parameters()).dtype).requires_grad_()
 
     many = made.num_layers * (2 if made.bidirectional else 1)
-    sizes = [made.proj_size or H, H] if made.mode == "LSTM" else [H]
+    two = made.mode == "LSTM" or (made.mode == "GRU" and made.proj_size > 0)
+    sizes = [made.proj_size or H, *[H] * two]
     drawn = {
         "reset": torch.from_numpy(rng.random((T, B)) < 0.4),
         "reset_state": as_hx([draw(many, size) for size in sizes]),
@@ -173,7 +175,8 @@ def published(made, x, h, state, p, of_c, recurrent, spared):
         (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
         r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
         n = torch.tanh(xn + (r * hn if made.reset_after else recurrent(2, r * state[0])))
-        return [(1 - z) * n * spared + z * state[0]]
+        new = (1 - z) * n * spared + z * state[-1]
+        return [new, new] if made.proj_size else [new]
     names = "igo" if made.coupled else "ifgo"
     a, seeing = dict(zip(names, (x + h).chunk(len(names), -1))), names.replace("g", "")
     p = dict(zip(seeing, [0.0] * len(seeing) if p is None else p.chunk(len(seeing))))

@@ -73,7 +73,7 @@ def test_explain_prints_the_explanation():
         (["explain", "lstm", "-T", "7"], "Missing option '-B'"),
         (["explain", "lstm", *SIZES, "-H", "0"], "Invalid value for '-H': 0 is not in the range"),
         (["explain", "lstm", *SIZES, "-H", "many"], "'many' is not a valid integer"),
-        (["explain", "lstm", *SIZES, "-P", "6"], "P = 6, H = 6; a projection belongs to an lstm and needs P < H"),
+        (["explain", "lstm", *SIZES, "-P", "6"], "P = 6, H = 6; a projection needs P < H"),
         (["explain", "lstm", *SIZES, "--library", "numpy", "--device", "cuda"], "numpy has no arrays on cuda"),
         (["explain", "transformer", *SIZES], "'transformer' is not one of 'gru', 'lstm', 'rnn_relu', 'rnn_tanh'"),
         (["explain", "lstm", *SIZES, "--backend", "fast"], "'fast' is not one of 'cuda', 'triton', 'numpy'"),

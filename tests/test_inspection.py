@@ -284,7 +284,6 @@ UNEXPLAINED = {
     "negative": (("gru",), SIZES | {"H": -1}, gpu_rnn.ShapeError, "H has the size -1"),
     "no number": (("gru",), SIZES | {"B": 2.5}, gpu_rnn.ShapeError, "B has the size 2.5"),
     "wide projection": (("lstm",), SIZES | {"P": 6}, gpu_rnn.ShapeError, "P = 6, H = 6; a projection"),
-    "projected gru": (("gru",), SIZES | {"P": 2}, gpu_rnn.ShapeError, "a projection belongs to an lstm"),
     "unknown cell": (("transformer",), SIZES, ValueError, "unknown cell 'transformer'; there are gru, lstm"),
     "unknown dtype": (("lstm",), SIZES | {"dtype": "int8"}, ValueError, "'int8' is none of float64, float32"),
     "unknown device": (("lstm",), SIZES | {"device": "tpu"}, ValueError, "'tpu' is none of cpu, cuda"),

@@ -114,6 +114,9 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
 
 def published(name, x, h, state, recurrent=None, kept=lambda candidate: candidate):
     """The equations of each cell, as its papers and torch.nn have them."""
+    if name == "gru+projected":
+        r, z = torch.sigmoid(x[0] + h[0]), torch.sigmoid(x[1] + h[1])
+        return ((1 - z) * torch.tanh(x[2] + r * h[2]) + z * state[1],) * 2
     if name == "gru+before":
         r, z = torch.sigmoid(x[0] + h[0]), torch.sigmoid(x[1] + h[1])
         return ((1 - z) * kept(torch.tanh(x[2] + recurrent(2, r * state[0]))) + z * state[0],)

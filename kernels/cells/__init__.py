@@ -113,8 +113,9 @@ def get(name: str) -> Cell:
             return replace(cell, candidate=getattr(page, "CANDIDATE", ""))
         own = {word: options.pop(word) for word in getattr(page, "VARIANTS", ()) if word in options}
     if own:
-        gates, units, step = page.variant(**own)
-        cell = replace(made(name, gates, page.STATES, step, None, units), candidate=getattr(page, "CANDIDATE", ""))
+        gates, units, step, *others = page.variant(**own)
+        (states,) = others or (page.STATES,)
+        cell = replace(made(name, gates, states, step, None, units), candidate=getattr(page, "CANDIDATE", ""))
         if "norm" in own:
             groups = ("".join(gate for gate in group if gate in gates) for group in page.TOGETHER)
             cell = replace(cell, together=tuple(groups))

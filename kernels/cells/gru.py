@@ -21,7 +21,7 @@ Derived in docs/derivation.md.
 from ..mathematics import recurrent, scaled, sigmoid, tanh
 
 GATES, STATES = "rzn", "h"
-VARIANTS = ("before", "norm")
+VARIANTS = ("before", "norm", "projected")
 CANDIDATE = "n"
 TOGETHER = ("rz", "n")  # gates that are normalized together
 
@@ -42,21 +42,27 @@ def grad(dnew, new, state, saved):
     return (dr, dz, dn), (dr, dz, dn * r), (dh * z,)
 
 
-def variant(before=False, norm=False):
-    """The page with one of
+def variant(before=False, norm=False, projected=False):
+    """The page with one of the first two, and the last
 
     before    the reset gate before the recurrent product, as Cho et al. had it: n = tanh(x_n + R_n (r h_{t-1}) + b_hn)
     norm      layer normalization (Ba, Kiros & Hinton 2016): each unit's h over the standard deviation of all units',
               for r and z together, times a gain; that of n with its bias, which r meets as well. x is normalized
               already, with all other biases in it. The mean of h over the same gates and all units is zero, as it is
               where every column of their rows of R has mean zero.
+    projected a state s of its own in the place of h, which is what it shows: s' = (1 - z) n + z s, h' = s'. So h' may
+              be projected afterwards, and the recurrent weights see that; as Sak et al. (2014) have it for the LSTM
 
-    -> gates, names of what there is per unit, step; its gradient is derived
+    -> gates, names of what there is per unit, step, and the states if they are others; its gradient is derived
     """
-    if before and norm:
-        raise ValueError("a GRU is normalized with its reset gate after the recurrent product alone")
+    if before and (norm or projected):
+        raise ValueError("a GRU is normalized or projected with its reset gate after the recurrent product alone")
 
-    def first(x, h, state):
+    def plain(x, h, state, extra=()):
+        new, _ = step(x, h, state)
+        return new
+
+    def first(x, h, state, extra=()):
         r = sigmoid(x[0] + h[0])
         z = sigmoid(x[1] + h[1])
         n = tanh(x[2] + recurrent(2, r * state[0]))
@@ -65,7 +71,12 @@ def variant(before=False, norm=False):
     def normalized(x, h, state, extra):
         of_r, of_z, of_n, bias = extra
         (h_r, h_z), (h_n,) = scaled(*h[:2]), scaled(h[2])
-        new, _ = step(x, (of_r * h_r, of_z * h_z, of_n * h_n + bias), state)
-        return new
+        return plain(x, (of_r * h_r, of_z * h_z, of_n * h_n + bias), state)
 
-    return (GATES, (), first) if before else (GATES, ("r_gain", "z_gain", "n_gain", "n_bias"), normalized)
+    def whole(x, h, state, extra=()):
+        (new,) = run(x, h, state[1:], extra)
+        return new, new
+
+    units = ("r_gain", "z_gain", "n_gain", "n_bias") if norm else ()
+    run = first if before else normalized if norm else plain
+    return (GATES, units, whole, "hs") if projected else (GATES, units, run)

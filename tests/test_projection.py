@@ -1,0 +1,113 @@
+"""Projections of the GRU's and Elman's outputs: our definition, in a loop in torch; and every backend against it."""
+
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import gpu_rnn
+from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.backends import numpy as oracle
+
+from . import on_host, woven
+from .around import FEATURES, PROJECTED, inputs, layer
+from .conftest import sequence_arrays
+from .host import runtime
+from .test_around import agree
+
+EVERY = pytest.mark.parametrize("name", ["gru+projected", "rnn_tanh", "rnn_relu"])
+on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "options", [{}, {"reset": True, "given": True, "hold": True, "dropout": True}], ids=["plain", "all"]
+)
+def test_numpy(name, options):
+    for B, reverse in ((3, False), (9, True)):
+        made = woven.drawn(name, options, "float32", 5, B, 4, 6, 3, reverse=reverse)
+        woven.check(made, made.case.run(oracle.forward, oracle.backward))
+
+
+@on_host_runtime
+@EVERY
+def test_cuda_stepwise(name):
+    bind = partial(cuda.bind, on_host.ready)
+    options = {"reset": True, "given": True, "hold": True, "dropout": True}
+    made = woven.drawn(name, options, "float32", 6, 4, 3, 5, P=2, reverse=name == "rnn_relu")
+    forward = partial(sequence.forward, partial(stepwise.walk, bind))
+    woven.check(made, made.case.run(forward, partial(sequence.backward, partial(stepwise.walk_back, bind))))
+
+
+@pytest.mark.parametrize("feature", [None, "reset state", "both ends", "recurrent dropout", "everything"])
+@pytest.mark.parametrize("name", PROJECTED)
+def test_layers_by_the_rules(name, feature):
+    if (name, feature) == ("rnn projected", "everything"):
+        pytest.skip("no zoneout of a projected h")
+    keywords, names = FEATURES.get(feature, ({}, []))
+    made = layer(name, "stacked", **keywords)
+    agree(made, *inputs(made, names))
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_compiled_exported_recomputed_and_a_step_at_a_time(name):
+    made = layer(name, "stacked")
+    x, hx, _ = inputs(made)
+    torch._dynamo.reset()
+    wanted = made(x, hx)
+    torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x, hx), wanted)
+    made.recompute = True
+    torch.testing.assert_close(made(x, hx), wanted)
+    forward = layer(name)
+    listen, (y, _) = gpu_rnn.stream(forward, 3), forward(x)
+    torch.testing.assert_close(torch.stack([listen(now).clone() for now in x]), y)
+    inside = gpu_rnn.inspect(forward, x)
+    np.testing.assert_allclose(inside["h"], y.detach())
+
+
+@pytest.mark.parametrize("name", ["gru", "rnn_tanh"])
+def test_functions(rng, name):
+    P = 2
+    x, weights, (h0, *_) = sequence_arrays(rng, name, 4, 2, 3, 5, P)
+    given = {"x": x, **weights._asdict(), "h0": h0}
+    given = {label: array for label, array in given.items() if array is not None}
+    given |= {"s0": rng.standard_normal((2, 5))} if name == "gru" else {}
+    function = gpu_rnn.gru if name == "gru" else gpu_rnn.rnn
+    leaves = {label: torch.from_numpy(array).requires_grad_() for label, array in given.items()}
+
+    def run(*values):
+        y, last = function(**dict(zip(leaves, values)))
+        return y, *(last if isinstance(last, tuple) else (last,))
+
+    assert gradcheck(run, [*leaves.values()], fast_mode=True)
+    assert gradgradcheck(run, [*leaves.values()], fast_mode=True)
+    (y, _), pullback = gpu_rnn.vjp(function, **given)
+    run(*leaves.values())[0].sum().backward()
+    found = pullback((np.ones_like(y), None))
+    assert found.keys() == given.keys()
+    for label, gradient in found.items():
+        np.testing.assert_allclose(gradient, leaves[label].grad, rtol=1e-12, atol=1e-14, err_msg=label)
+
+
+BAD = {
+    "s0 alone": ({"s0": np.ones((3, 6))}, TypeError, "s0 is given, but w_hr is None"),
+    "s0": ({"w_hr": np.ones((2, 6)), "w_hh": np.ones((18, 2)), "s0": np.ones((3, 2))}, ValueError, "s0 has shape"),
+    "P": ({"w_hr": np.ones((6, 6))}, ValueError, "w_hr has shape [6, 6]; a projection needs 0 < P < H"),
+    "before": (
+        {"w_hr": np.ones((2, 6)), "w_hh": np.ones((18, 2)), "reset_after": False}, ValueError,
+        "projected with its reset gate after the recurrent product alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    changes, error, message = BAD[case]
+    given = {"x": np.ones((5, 3, 4)), "w_ih": np.ones((18, 4)), "w_hh": np.ones((18, 6))}
+    with pytest.raises(error, match=re.escape(message)):
+        gpu_rnn.gru(**given | changes)
+    with pytest.raises(ValueError, match="a GRU with proj_size has its reset after the recurrent product"):
+        gpu_rnn.GRU(3, 4, proj_size=2, reset_after=False)
