@@ -152,7 +152,7 @@ def test_every_relative_import_leads_somewhere(package):
 
 def test_other_backends_stay_out(package):
     assert {path.stem for path in (package / "backends").glob("*.py")} == {
-        "__init__", "sequence", "stepwise", "triton",
+        "__init__", "phased", "sequence", "stepwise", "triton",
     }  # fmt: skip
     assert not [path for path in package.rglob("*") if "cuda" in path.name]
 
