@@ -28,7 +28,6 @@ class Cut(NamedTuple):
     step: Callable
     grad: Callable  # each phase's derived by itself
     carried: int  # states that the first phase hands on to the second
-    turns: tuple[tuple[int, ...], ...]  # by phase, the gates whose recurrent part it reads
 
 
 def products(graph: Graph) -> list[Symbol]:
@@ -74,8 +73,7 @@ def cut(graph: Graph, G: int, S: int, E: int, place: int, learned: int) -> Cut:
     others = [graph.node("input", "state", k) for k in range(1, S)]
     first.outputs = (tuple(first.image(value, handed) for value in (shown, *others, *carried)), ())
     second.outputs = ((*(second.image(value, known) for value in new), *[second.symbol(0.0)] * len(carried)), ())
-    turns = tuple(gate for gate in range(G) if gate not in later), later
-    return Cut(*joined(first, second, G, S + len(carried), E, place, learned), len(carried), turns)
+    return Cut(*joined(first, second, G, S + len(carried), E, place, learned), len(carried))
 
 
 def gate_of(product: Symbol) -> int:

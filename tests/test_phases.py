@@ -76,7 +76,7 @@ def test_the_cut():
     cell = cells.get(NAME)
     assert (cell.states, cell.flags, cell.E, cell.grad) == ("h", (), 0, None)
     run = cell.phases
-    assert (run.states, run.flags, run.turns) == ("h01", ("phase",), ((0, 1), (2,)))
+    assert (run.states, run.flags) == ("h01", ("phase",))
     assert (run.K, run.separate) == (1, (False,) * 3), "r or n; z is a state by then"
     whole = woven.weave(cell, **woven.OPTIONS["all"] | {"zoneout": (0.3,)})
     assert whole.phases.states == "h01", "a reset h is made again"

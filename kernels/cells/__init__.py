@@ -61,7 +61,6 @@ class Cell:
     together: tuple[str, ...] = ()  # gates of which all units' parts are normalized together, by a page that does
     candidate: str = ""  # the gate whose activation is what is written into the state, of a page that says so
     phases: "Cell | None" = None  # what kernels run in its place, in two instants for each
-    turns: tuple[tuple[int, ...], ...] = ()  # of such a cell: the gates whose recurrent part each of the two reads
 
     @property
     def run(self) -> "Cell":
@@ -171,7 +170,7 @@ def by_phases(
 ) -> Cell:  # fmt: skip
     """The cell of a page with a product of its own, and the cell that is run in its place."""
     E, place = len(units) + len(flags) + uniforms, len(units) + len(flags)
-    step, grad, carried, turns = cut(page, len(gates), len(states), E, place, learned)
+    step, grad, carried = cut(page, len(gates), len(states), E, place, learned)
 
     def seen(h: Any, extra: Sequence) -> Any:
         """What the page itself shows, in the second phase, is as it should be."""
@@ -186,21 +185,7 @@ def by_phases(
 
     page.outputs = (*page.outputs, ())
     whole = playing(page, "x", "h", "state", *(("extra",) if E else ()))
-    return Cell(
-        name,
-        gates,
-        states,
-        whole,
-        None,
-        0,
-        (),
-        units,
-        learned,
-        flags,
-        uniforms,
-        operand,
-        phases=replace(run, turns=turns),
-    )
+    return Cell(name, gates, states, whole, None, 0, (), units, learned, flags, uniforms, operand, phases=run)
 
 
 def extra(cell: Cell) -> dict[str, int]:
