@@ -84,6 +84,7 @@ def planned(case: Case, device: residence.Device = residence.DEVICES["h200"]) ->
     made = []
     for backward in (False, True) if case.save else (False,):
         options = {"backward": backward, "ieee": case.ieee, "scope": case.scope}
+        options["meetings"] = residence.meetings(cell, backward=backward)
         element = residence.element(cell, backward=backward)
         plan, reasons = residence.plan(cell.G, element, case.storage, case.H, case.B, device, **options)
         assert plan is not None, reasons
@@ -97,13 +98,17 @@ def forced(case: Case, *, pieces=(1, 1), blocks, unit_tiles, k_splits, k_shared=
     k_tiles = -(-blocks * 16 * unit_tiles * size // (32 * k_splits))
     held = {"k_registers": k_tiles - k_shared, "k_shared": k_shared}
     shape = {"blocks": blocks, "unit_tiles": unit_tiles, "k_splits": k_splits, "batch_tiles": batch_tiles, **held}
-    stored = {"gates": cells.get(case.cell).G, "size": size, "ieee": case.ieee}
+    cell = cells.get(case.cell)
+    stored = {"gates": cell.G, "size": size, "ieee": case.ieee}
     rows = batch_tiles * (2 if case.ieee else 8)
     launch = {"groups": -(-case.B // rows), "launches": 1, "waves": 1}
     return tuple(
-        residence.Residence(backward, case.scope, pieces=pieces[backward], **shape, **stored, **launch)
+        residence.Residence(
+            backward, case.scope, pieces=pieces[backward], meetings=residence.meetings(cell, backward=backward),
+            **shape, **stored, **launch,
+        )
         for backward in (False, True)
-    )
+    )  # fmt: skip
 
 
 def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
@@ -139,6 +144,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     xg, R, b_hh = draw(T, B, G, H), draw(G * H, H, scale=H**-0.5), draw(G * H)
     h0, others0 = draw(B, H), draw(S - 1, B, H)
     dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
+    units = (1 + 0.3 * draw(len(cell.units), 1, H)).astype(np.float32) if cell.units else None
 
     def run(arrays, *, backward):
         plan = plans[backward]
@@ -163,10 +169,10 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     y = poison((T, B, H), dtype)
     saved = poison((T, B, K, H), dtype) if case.save else None
     step = [encode(xg, dtype), packed(backward=False), encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
-    step += [None] * 5
+    step += [units, *[None] * 4]
     run(step, backward=False)
 
-    weights = Weights(np.eye(G * H), R, None, b_hh)  # xg is given, so the input part passes through
+    weights = Weights(np.eye(G * H), R, None, b_hh, units=None if units is None else units.astype(float))
     x, state = xg.reshape(T, B, G * H), (h0, *others0)
     exact, last, tape = oracle.forward(cell, x, weights, state, reverse=case.reverse, save=True)
     scale = EPSILON[case.dtype] * math.sqrt(T)
@@ -181,11 +187,21 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
     tape_before = [a.copy() for a in (y, others, saved)]
     back = [encode(dy, dtype), dh_ours, dothers_ours, packed(backward=True), y, encode(h0, dtype), others, saved]
-    run([*back, dxg, dhg, *[None] * 5], backward=True)
+    dunits = np.zeros((cell.learned, B, H), np.float32)
+    run([*back, dxg, dhg, None, dunits, units, None, None], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
 
     gradients = oracle.backward(
-        cell, x, weights, state, exact, tape, dy, (dh, *dothers), reverse=case.reverse, needs={"x", "b_hh"}
+        cell,
+        x,
+        weights,
+        state,
+        exact,
+        tape,
+        dy,
+        (dh, *dothers),
+        reverse=case.reverse,
+        needs={"x", "b_hh"} | ({"units"} if cell.units else set()),
     )
     bound = 8 * scale * max(1.0, np.abs(gradients["x"]).max())
     found["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
@@ -194,6 +210,8 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     if dhg is not None:
         total = decode(dhg, dtype).sum((0, 1)).ravel()
         found["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
+    if cell.units:
+        found["dunits"] = np.abs(dunits.sum(1) - gradients["units"][:, 0]).max() / (bound * math.sqrt(T * B))
     return found
 
 

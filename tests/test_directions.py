@@ -92,13 +92,14 @@ def test_numbers_are_those_of_a_launch_for_each(name, dtype, device, size):
 
 
 @ON_HOST
-@pytest.mark.parametrize("option", ["all", "reset", "mean"])
+@pytest.mark.parametrize("option", ["all", "reset", "mean", "norm"])
 @pytest.mark.parametrize(("device", "size"), [("h200", (5, 3, 4, 20)), ("a100", (4, 5, 3, 140))], ids=["block", "grid"])
 def test_what_is_woven_in_stays_each_directions_own(option, device, size):
     """Flags, values per unit and the seeds of masks."""
     walks, made = Walks(DEVICES[device]), []
     for seed, reverse in enumerate((False, True)):
-        made.append(woven.drawn("lstm", woven.OPTIONS[option], "float32", *size, reverse=reverse, seed=seed))
+        options = (woven.OPTIONS | woven.NORMED)[option]
+        made.append(woven.drawn("lstm", options, "float32", *size, reverse=reverse, seed=seed))
     both = walks.run([each.case for each in made], False, together=True)
     assert ("resident_backward", "2") in walks.launched
     for each, results in zip(made, both):

@@ -68,6 +68,17 @@ def test_what_is_woven_into_a_cell(backend, option, dtype):
         woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
+@pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
+@pytest.mark.parametrize("option", woven.NORMED)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layer_normalization(backend, option, dtype):
+    """The same, where units meet; and with more of them than a block of the stepwise kernel has threads."""
+    sizes = (("lstm", 6, 9, 20), ("gru", 5, 20, 300), ("lstm", 5, 8, 1100), ("lstm", 3, 4, 33), ("gru", 3, 3, 2050))
+    for name, T, B, H in sizes:
+        made = woven.drawn(name, woven.NORMED[option], dtype, T, B, 7, H, reverse=name == "gru")
+        woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_both_directions_in_one_launch(name, dtype):

@@ -30,8 +30,9 @@ problems = st.tuples(
 
 def planned(cell, dtype, H, B, device, backward=True, scope=None):
     page, ieee = cells.get(cell).run, dtype == "ieee"
-    element = residence.element(page, backward=backward)
-    return residence.plan(page.G, element, stored(dtype), H, B, device, backward=backward, ieee=ieee, scope=scope)
+    element, meetings = (ask(page, backward=backward) for ask in (residence.element, residence.meetings))
+    options = {"backward": backward, "ieee": ieee, "scope": scope, "meetings": meetings}
+    return residence.plan(page.G, element, stored(dtype), H, B, device, **options)
 
 
 def stored(dtype):
@@ -265,6 +266,7 @@ def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
 
 WOVEN = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
 BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
+NORMED = "lstm+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)"
 COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared memory, one and more batch tiles
     ("lstm", "bfloat16", 64, 8), ("lstm", "bfloat16", 128, 8), ("lstm", "bfloat16", 512, 16),
     ("lstm", "bfloat16", 1024, 8), ("lstm", "bfloat16", 1024, 64), ("lstm", "float16", 512, 128),
@@ -276,6 +278,8 @@ COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared m
     (WOVEN, "bfloat16", 128, 8), (WOVEN, "bfloat16", 512, 32), (WOVEN, "float32", 512, 8),
     ("gru+hold+reset", "bfloat16", 1024, 8), (WOVEN, "ieee", 256, 8),
     ("gru+before", "bfloat16", 512, 8), (BEFORE, "float32", 256, 8), (BEFORE, "bfloat16", 1024, 8),
+    ("lstm+norm", "bfloat16", 64, 8), ("lstm+norm", "bfloat16", 512, 16), ("gru+norm", "float32", 512, 32),
+    (NORMED, "bfloat16", 256, 8), ("gru+norm", "bfloat16", 1024, 64), ("lstm+norm", "ieee", 256, 8),
 ]  # fmt: skip
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
 

@@ -46,6 +46,28 @@ def test_shapes(scope, T, B, H):
     assert not wrong(found), found
 
 
+@pytest.mark.parametrize("name", ["lstm+norm", "gru+norm"])
+@EVERY_SCOPE
+def test_units_that_meet(name, scope):
+    """Layer normalization, whose groups meet several times within an instant; ragged, and several rows a group."""
+    H = 40 if scope == "block" else 70
+    for dtype, B, reverse, seed in (("bfloat16", 5, False, 1), ("float32", 11, True, 2), ("ieee", 3, False, 3)):
+        case = Case(name, dtype, scope, T=4, B=B, H=H, reverse=reverse)
+        plans = planned(case)
+        found = errors(case, plans, libraries(case, plans), seed)
+        assert not wrong(found), (case, found)
+
+
+@EVERY_SCOPE
+def test_groups_that_meet_of_many_tiles_and_rows(scope):
+    shape = {"blocks": 1 if scope == "block" else 18 if scope == "grid" else 4, "k_splits": 2, "batch_tiles": 2}
+    H = 16 * shape["blocks"] * 2 - 3
+    case = Case("lstm+norm", "float16", scope, T=3, B=19, H=H)
+    plans = forced(case, unit_tiles=2, k_shared=1, **shape)
+    found = errors(case, plans, libraries(case, plans), seed=4)
+    assert not wrong(found), found
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "ieee"])
 @pytest.mark.parametrize(
     "shape",
@@ -84,9 +106,10 @@ def test_a_grid_that_is_not_resident_would_hang_and_is_reported():
         errors(case, plans, libraries(case, plans), resident_blocks=plans[0].blocks - 1)
 
 
-def test_two_runs_are_bitwise_equal():
+@pytest.mark.parametrize(("name", "scope"), [("gru", "cluster"), ("lstm+norm", "cluster"), ("gru+norm", "grid")])
+def test_two_runs_are_bitwise_equal(name, scope):
     """Under different schedules: no sum depends on who comes first."""
-    case = Case("gru", "bfloat16", "cluster", T=4, B=9, H=40)
+    case = Case(name, "bfloat16", scope, T=4, B=9, H=40)
     plans = planned(case)
     kernels = libraries(case, plans)
     assert errors(case, plans, kernels, seed=1) == errors(case, plans, kernels, seed=9)
@@ -97,13 +120,16 @@ def test_two_runs_are_bitwise_equal():
 def test_sanitizers_find_nothing(scope, sanitizer):
     if (reason := sanitize.why_not(sanitizer)) is not None:
         pytest.skip(reason)
-    outcome = sanitize.run(sanitizer, ["-m", "tests.resident", "--sanitizer", sanitizer, "lstm", "bfloat16", scope])
+    outcome = sanitize.run(
+        sanitizer, ["-m", "tests.resident", "--sanitizer", sanitizer, "lstm+norm", "bfloat16", scope]
+    )
     assert not outcome.reports, outcome.reports[0].text
     assert outcome.returncode == 0, outcome.output
 
 
 NAMES = (*mutate.BARRIERS, "await", "home.publish", "team_sync")
 BARRIERS = mutate.barriers(SOURCE, NAMES)
+MEETING = "take"  # the function in which units meet
 
 
 def scopes_of(barrier: mutate.Barrier) -> list[str]:
@@ -133,11 +159,12 @@ def test_every_barrier_is_needed(n, tmp_path):
     """Without it some schedule gives wrong numbers, hangs, or races, in every scope that has it."""
     broken = runtime.Source("resident.cu", mutate.without(SOURCE, n, NAMES))
     for scope in scopes_of(BARRIERS[n]):
-        assert caught(scope, broken, tmp_path), f"{scope} doesn't need {BARRIERS[n]}"
+        cell = "lstm+norm" if BARRIERS[n].function == MEETING else "lstm"
+        assert caught(cell, scope, broken, tmp_path), f"{scope} doesn't need {BARRIERS[n]}"
 
 
-def caught(scope: str, broken: runtime.Source, tmp_path) -> bool:
-    for case, plans in variants("lstm", "bfloat16", scope):
+def caught(cell: str, scope: str, broken: runtime.Source, tmp_path) -> bool:
+    for case, plans in variants(cell, "bfloat16", scope):
         kernels = libraries(case, plans, kernel=broken)
         for seed in range(1, 9):
             try:
@@ -149,7 +176,7 @@ def caught(scope: str, broken: runtime.Source, tmp_path) -> bool:
         return False
     path = tmp_path / "resident.cu"
     path.write_text(broken.text)
-    arguments = ["-m", "tests.resident", "--sanitizer", "thread", "--source", str(path), "lstm", "bfloat16", scope]
+    arguments = ["-m", "tests.resident", "--sanitizer", "thread", "--source", str(path), cell, "bfloat16", scope]
     return bool(sanitize.run("thread", arguments).reports)
 
 

@@ -101,7 +101,7 @@ def forced(name, dtype, H, B, layers, device=DEVICE):
     """The best plan, whether or not it pays."""
     page = cells.get(name)
     size, element = residence.SIZES[stored(dtype)], residence.element(page, backward=False)
-    made = residence.candidates("grid", False, page.G, element, size, dtype == "ieee", H, B, device, layers)
+    made = residence.candidates("grid", False, (page.G, element, size, dtype == "ieee", ()), H, B, device, layers)
     return min(made, key=lambda plan: plan.waves * plan.microseconds)
 
 

@@ -41,12 +41,13 @@ def resident(request, monkeypatch):
 
 
 RESIDENT = [("lstm", option) for option in woven.OPTIONS] + [("gru", "all"), ("rnn_tanh", "all"), ("rnn_relu", "given")]
+RESIDENT += [(name, option) for name in ("lstm", "gru") for option in woven.NORMED]
 
 
 @on_host_runtime
 @pytest.mark.parametrize(("name", "option"), RESIDENT)
 def test_cuda_resident(name, option, resident, monkeypatch):
-    options = woven.OPTIONS[option]
+    options = (woven.OPTIONS | woven.NORMED)[option]
     monkeypatch.setattr(stepwise, "walk", None)  # which would be no test
     made = woven.drawn(name, options, "bfloat16", 5, 9, 4, 20, reverse=name == "gru")
     woven.check(made, resident(made.case))

@@ -145,8 +145,6 @@ def residence_of(
     why: list[str] = []
     if problem.P is not None:
         why.append("a projection is one more product per step")
-    if problem.cell.meets:
-        why.append("its page takes means over all units at every step, which blocks don't exchange")
     if problem.T < LEAST_INSTANTS:
         why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay packing the weights")
     if why:
@@ -161,8 +159,10 @@ def stack_of(
 ) -> tuple[residence.Residence | None, Sequence[str]]:
     """The plan by which the layers of a stack go forward at once, or why they don't."""
     cell, dtype, tf32 = problem.cell, problem.dtype, problem.tf32
-    if problem.P is not None or cell.meets or problem.T < LEAST_INSTANTS:
+    if problem.P is not None or problem.T < LEAST_INSTANTS:
         return None, residence_of(problem, on, False)[1]
+    if cell.meets:
+        return None, ("its page takes means over all units, and those of a stack don't meet",)
     if cell.E:
         return None, ("something is woven into its page, and layers hand on h as it is",)
     sizes = problem.H, problem.T, problem.B, problem.layers
@@ -187,11 +187,12 @@ def plan_of(
         both, why = residence.together(alone, B, on, held and partial(held, cell, dtype))
         return both or alone, why
     element = residence.element(cell, backward=backward)
-    announced = residence.plan(cell.G, element, dtype, H, B, on, backward=backward, ieee=ieee)
+    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "meetings": residence.meetings(cell, backward=backward)}
+    announced = residence.plan(cell.G, element, dtype, H, B, on, **how)
     if held is None:
         return announced
     ours = partial(held, cell, dtype)
-    plan, why = residence.settled(cell.G, element, dtype, H, B, on, backward=backward, ieee=ieee, held=ours)
+    plan, why = residence.settled(cell.G, element, dtype, H, B, on, held=ours, **how)
     if plan != announced[0]:
         what = f"{cell.name}, H={H} B={B} {dtype}: {'; '.join(why)}; now {plan or 'stepwise'}"
         warnings.warn(what, RuntimeWarning, stacklevel=2)

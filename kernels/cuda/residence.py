@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cells import Cell
+from ..levels import grad_cut, step_cut
 from .launch import C_TYPES, Launch, Unit, unit
 
 KERNELS = Path(__file__).with_name("resident.cu")
@@ -50,7 +51,9 @@ SHARED_BYTES_PER_CYCLE = 128.0
 EXCHANGE = {"block": 0.05, "cluster": 0.45, "grid": 0.9}  # latency of a step's exchange, its barriers included
 EXCHANGE_BYTES_PER_MICROSECOND = {"block": 1e9, "cluster": 60e3, "grid": 50e3}  # into one multiprocessor
 ZERO_BYTES_PER_MICROSECOND = 2e6  # that a stack's exchange begins with
+MEETING = {"block": 0.1, "cluster": 0.6, "grid": 1.1}  # of a level of means: their sums beside such a latency
 LAUNCHES = 6.0  # of a step that takes a product and a fused kernel
+PASS = 1.0  # of that kernel, for a level of means
 WEIGHT_BYTES_PER_MICROSECOND = 4e6  # of that product
 OPERATIONS_PER_MICROSECOND, IEEE_OPERATIONS_PER_MICROSECOND = 4e8, 4e7
 POINTWISE = 0.15  # the cell's mathematics, its barrier, memory
@@ -109,6 +112,7 @@ class Residence:
     waves: int  # how often the device is filled, in all launches
     directions: int = 1  # side by side, with groups of their own
     layers: int = 1  # of a stack, likewise; then each block holds rows of the input weights, too
+    meetings: tuple[int, ...] = ()  # at an instant, one after the other: how many means over the units each gives
 
     @property
     def units(self) -> int:
@@ -158,8 +162,18 @@ class Residence:
         staged = -(-self.rows // 3) * 3 * self.values * self.units * self.size if self.scope == "grid" else 0
         parts = self.k_splits * self.row_sets * self.rows * (self.units + 4) * 4
         weights = self.unit_tiles * self.k_splits * self.gates * self.k_shared * 512
-        whole = (2 if self.scope == "cluster" else 1) * operand + staged + parts + weights + 16
+        whole = (2 if self.scope == "cluster" else 1) * operand + staged + parts + weights + 16 + self.meeting_bytes
         return self.matrices * whole
+
+    @property
+    def meeting_bytes(self) -> int:
+        """Of that, what means take."""
+        if not self.meetings:
+            return 0
+        sums = max(self.meetings) * self.rows
+        of_group = {"block": 0, "cluster": 2 * sums * self.blocks, "grid": min(self.blocks, 16) * -(-sums // 3) * 3}
+        received = 16 if self.scope == "cluster" else 0
+        return -(-((2 * sums * self.unit_tiles + of_group[self.scope]) * 4 + received) // 16) * 16
 
     @property
     def fragments(self) -> int:
@@ -172,9 +186,10 @@ class Residence:
         return -(-self.rows // 3) * self.blocks * self.values * self.units * self.size // 4 * 16
 
     def exchange_bytes(self, T: int) -> int:
-        """Zeros that one launch of a grid plan wants for itself: two publications, in a stack all."""
+        """Zeros that one launch of a grid plan wants for itself: two publications, in a stack all; and two meetings."""
         kept = T + 1 if self.layers > 1 else 2
-        return self.members * self.groups * kept * self.exchanged if self.scope == "grid" else 0
+        met = 16 * self.blocks * -(-max(self.meetings, default=0) * self.rows // 3)  # bytes of a meeting of a group
+        return self.members * self.groups * (kept * self.exchanged + 2 * met) if self.scope == "grid" else 0
 
     @property
     def microseconds(self) -> float:
@@ -194,6 +209,7 @@ class Residence:
         if self.scope == "grid":
             received = self.exchanged
         exchange = EXCHANGE[self.scope] + self.matrices * received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
+        exchange += len(self.meetings) * MEETING[self.scope]
         product = max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND
         # a stack's product with the input is made while h is under way
         beside = max(0.0, product - EXCHANGE[self.scope]) if self.layers > 1 else 0.0
@@ -291,11 +307,12 @@ def name(plan: Residence) -> str:
 @lru_cache(maxsize=1024)  # asked at every call
 def plan(
     gates: int, element: int, dtype: str, H: int, B: int, device: Device,
-    *, backward: bool, ieee: bool = False, scope: str | None = None,
+    *, backward: bool, ieee: bool = False, scope: str | None = None, meetings: tuple[int, ...] = (),
 ) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
     """The fastest plan by prediction, or None and the reasons.
 
-    element: registers, from `element`. ieee: float32 isn't to be TF32. `scope` insists on one.
+    element, meetings: registers of an element, and its means, from the functions of these names. ieee: float32 isn't to
+    be TF32. `scope` insists on one.
     """
     if dtype not in SIZES:
         return None, (f"{dtype} has no resident kernel: there are {', '.join(SIZES)}",)
@@ -303,11 +320,12 @@ def plan(
         return None, (f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0",)
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
     scopes = SCOPES if scope is None else (scope,)
-    found = [made for name in scopes for made in candidates(name, backward, gates, element, size, ieee, H, B, device)]
+    page = (gates, element, size, ieee, meetings)
+    found = [made for name in scopes for made in candidates(name, backward, page, H, B, device)]
     if not found:
         return None, tuple(why_not(name, gates, size, H, device) for name in scopes)
     best = min(found, key=lambda made: made.waves * made.microseconds)
-    other = stepwise(gates, size, H, B, ieee)
+    other = stepwise(gates, size, H, B, ieee, len(meetings))
     if scope is None and best.waves * best.microseconds > other:
         taken = f"{best.waves} times {best.microseconds:.1f} us a step for {B} batch rows"
         return None, (f"{best.scope}: predicted to take {taken}, and one product per step {other:.1f} us",)
@@ -316,7 +334,7 @@ def plan(
 
 def settled(
     gates: int, element: int, dtype: str, H: int, B: int, device: Device,
-    *, backward: bool, ieee: bool, held: Callable[[Residence], int],
+    *, backward: bool, ieee: bool, held: Callable[[Residence], int], meetings: tuple[int, ...] = (),
 ) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
     """The plan that the driver agrees to, and the reasons against those that it doesn't.
 
@@ -324,7 +342,7 @@ def settled(
     """
     refused: tuple[str, ...] = ()
     while True:
-        made, reasons = plan(gates, element, dtype, H, B, device, backward=backward, ieee=ieee)
+        made, reasons = plan(gates, element, dtype, H, B, device, backward=backward, ieee=ieee, meetings=meetings)
         if made is None:
             return made, (*refused, *reasons)
         count, why_not = holds(made, device, held)
@@ -379,7 +397,8 @@ def stack(
     if dtype not in SIZES or device.capability < (8, 0):
         return None, why
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
-    found = [*candidates("grid", False, gates, element, size, ieee, H, B, device, layers)] if device.cooperative else []
+    page = (gates, element, size, ieee, ())
+    found = [*candidates("grid", False, page, H, B, device, layers)] if device.cooperative else []
     if not found:
         mebibytes = layers * 2 * gates * H * H * size / 2**20
         what = f"[W | R] of {layers} layers, {mebibytes:.1f} MiB, on {device.multiprocessors} multiprocessors at once"
@@ -401,10 +420,15 @@ def stack(
 
 def element(cell: Cell, *, backward: bool) -> int:
     """Registers that one unit of one batch row takes for the whole sequence."""
-    extra = cell.E + bool(cell.flags)  # and the flags of the instant to come
+    extra = cell.E + bool(cell.flags) + sum(meetings(cell, backward=backward))  # and the flags of the instant to come
     if not backward:
         return cell.S + 3 * cell.G + extra
     return 3 * cell.S + 2 * cell.G + 6 + extra + cell.learned + (cell.S - 1) * bool(cell.E)
+
+
+def meetings(cell: Cell, *, backward: bool) -> tuple[int, ...]:
+    """How many means over all units each level of a page's has."""
+    return tuple(len(level.outputs[0]) for level in (grad_cut(cell) if backward else step_cut(cell)).levels)
 
 
 def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
@@ -417,11 +441,14 @@ def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
     return f"{scope}: R, {mebibytes:.1f} MiB, does not fit the registers and shared memory of {most} blocks"
 
 
+Page = tuple[int, int, int, bool, tuple[int, ...]]  # gates, element, size, ieee, meetings
+
+
 def candidates(
-    scope: str, backward: bool, gates: int, element: int, size: int, ieee: bool, H: int, B: int, device: Device,
-    layers: int = 1,
-) -> Iterator[Residence]:  # fmt: skip
+    scope: str, backward: bool, page: Page, H: int, B: int, device: Device, layers: int = 1
+) -> Iterator[Residence]:
     """Every plan of a scope that fits."""
+    ieee = page[3]
     rows, all_tiles = (IEEE_ROWS, IEEE_BATCH_TILES) if ieee else (ROWS, BATCH_TILES)
     enough = next((tiles for tiles in all_tiles if tiles * rows >= B), all_tiles[-1])
     for unit_tiles in (1, 2, 4, 8):
@@ -432,7 +459,7 @@ def candidates(
             for k_splits in (1, 2, 4, 8, 16):
                 if unit_tiles * k_splits <= MOST_WARPS:
                     shape = (scope, blocks, unit_tiles, k_splits, batch_tiles)
-                    made = fitted(backward, shape, gates, element, size, ieee, B, device, layers)
+                    made = fitted(backward, shape, page, B, device, layers)
                     if made is not None:
                         yield made
 
@@ -449,10 +476,10 @@ def group_blocks(scope: str, needed: int, device: Device) -> int | None:
 
 
 def fitted(
-    backward: bool, shape: tuple[str, int, int, int, int], gates: int, element: int, size: int, ieee: bool, B: int,
-    device: Device, layers: int,
-) -> Residence | None:  # fmt: skip
+    backward: bool, shape: tuple[str, int, int, int, int], page: Page, B: int, device: Device, layers: int
+) -> Residence | None:
     """A plan with as many k tiles in registers as there is room for and the rest in shared memory, or None."""
+    gates, element, size, ieee, met = page
     scope, blocks, unit_tiles, k_splits, batch_tiles = shape
     threads = 32 * unit_tiles * k_splits
     rows = (IEEE_ROWS if ieee else ROWS) * batch_tiles
@@ -479,7 +506,7 @@ def fitted(
     for pieces in PIECES if scope == "grid" else (1,):
         made = Residence(
             backward, scope, blocks, unit_tiles, k_splits, *held, batch_tiles, pieces, gates, size, ieee,
-            groups, launches, waves, layers=layers,
+            groups, launches, waves, layers=layers, meetings=met,
         )  # fmt: skip
         none_empty = (pieces - 1) * -(-made.k_tiles // pieces) < made.k_tiles
         if none_empty and made.shared_bytes <= device.shared_bytes:
@@ -487,11 +514,12 @@ def fitted(
     return None
 
 
-def stepwise(gates: int, size: int, H: int, B: int, ieee: bool) -> float:
-    """Microseconds of a step of stepwise.cu: two launches, and a product that reads R from L2 or memory."""
+def stepwise(gates: int, size: int, H: int, B: int, ieee: bool, levels: int = 0) -> float:
+    """Microseconds of a step of stepwise.cu: two launches, and a product that reads R from L2 or memory; a pass through
+    a row for each level of means."""
     weights, operations = gates * H * H * size, 2 * B * gates * H * H
     rate = IEEE_OPERATIONS_PER_MICROSECOND if ieee else OPERATIONS_PER_MICROSECOND
-    return LAUNCHES + max(weights / WEIGHT_BYTES_PER_MICROSECOND, operations / rate)
+    return LAUNCHES + levels * PASS + max(weights / WEIGHT_BYTES_PER_MICROSECOND, operations / rate)
 
 
 def resident_groups(scope: str, blocks: int, device: Device) -> int:

@@ -28,6 +28,10 @@
 // state. Nothing is atomic: two runs are bitwise equal. In the grid the operand may come in pieces, one after the other
 // through the same shared memory: backward's is G times as large as forward's.
 //
+// Where the page takes means over all units of a batch row (kernels/levels.py), the group meets once for each level of
+// them within an instant: sums by half warps, by block through shared memory, and at the same scope by group, in a fixed
+// order.
+//
 // Launches can't deadlock each other, on however many streams: a block waits only for blocks of its own group, and
 // those are resident with it or none of them is. A block alone waits for nobody. The hardware starts the blocks of a
 // cluster together. In the grid the cooperative launch starts all blocks or, until there is room, none. And no two
@@ -242,6 +246,135 @@ struct Sums {
 
 #endif
 
+// ---- Means over the units of a batch row --------------------------------------------------------------------------
+
+// The levels of a page's means, in one direction of time.
+struct Levels {
+    static constexpr int COUNT = BACKWARD ? Cell::GRAD_LEVELS : Cell::STEP_LEVELS;
+    static constexpr int MEANS = BACKWARD ? Cell::GRAD_MEANS : Cell::STEP_MEANS, MEANS_OR_1 = MEANS > 0 ? MEANS : 1;
+    DEVICE static constexpr int before(int level) {
+        return BACKWARD ? Cell::grad_before(level) : Cell::step_before(level);
+    }
+    DEVICE static constexpr int width() {  // of the widest
+        int most = 0;
+        for (int level = 0; level < COUNT; ++level) most = max_of(most, before(level + 1) - before(level));
+        return most;
+    }
+    DEVICE static constexpr int max_of(int a, int b) { return a > b ? a : b; }
+};
+
+struct Meeting {
+    static constexpr int WIDTH = Levels::width(), SUMS = WIDTH * NB;     // of a level: means, rows of them
+    static constexpr int WORDS = (SUMS + 2) / 3;                         // GRID: stamped words of a block
+    static constexpr int SEGMENTS = BLOCKS < 16 ? BLOCKS : 16;           // GRID: parts of the group added up by threads
+    static constexpr int LOCAL = 2 * SUMS * UNIT_TILES;                  // floats
+    static constexpr int SHARED = SCOPE == CLUSTER ? 2 * SUMS * BLOCKS : SCOPE == GRID ? SEGMENTS * WORDS * 3 : 0;
+    static constexpr int BARRIERS = SCOPE == CLUSTER ? 16 : 0;           // bytes
+    static constexpr int BYTES = WIDTH > 0 ? ((LOCAL + SHARED) * 4 + BARRIERS + 15) / 16 * 16 : 0;
+    static constexpr int EXCHANGED = SCOPE == GRID ? 2 * BLOCKS * WORDS : 0;  // words of a group
+
+    float* local;   // [2][WIDTH][NB][UNIT_TILES] sums of the block
+    float* shared;  // CLUSTER: [2][WIDTH][NB][BLOCKS] sums of the blocks; GRID: [SEGMENTS][WORDS][3] sums of several
+#if SCOPE == CLUSTER
+    Mbarrier* received;  // [2]
+#elif SCOPE == GRID
+    uint4* exchange;     // of this group: two of [BLOCKS][WORDS]
+#endif
+
+    DEVICE Meeting(unsigned char* arena, uint4* exchanges)
+        : local(reinterpret_cast<float*>(arena)), shared(local + LOCAL) {
+#if SCOPE == CLUSTER
+        received = reinterpret_cast<Mbarrier*>(arena + BYTES - BARRIERS);
+        if (WIDTH > 0 && threadIdx.x == 0) {
+            mbarrier_init(&received[0], 1);
+            mbarrier_init(&received[1], 1);
+        }
+#elif SCOPE == GRID
+        exchange = exchanges;
+#endif
+    }
+
+    // Means `first` to `last`, from each element's own values in their places. e is the meeting's number, from 0. Two
+    // meetings in a row have places of their own: what one leaves has been read by all before the one after the next
+    // comes, as everyone has to be seen at the one between.
+    DEVICE void take(long long e, float (&means)[OWN][Levels::MEANS_OR_1], int first, int last, int H) {
+        float* mine = local + e % 2 * SUMS * UNIT_TILES;
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {
+            const int at = threadIdx.x + k * THREADS, unit = at % U, row = at / U;
+            for (int n = first; n < last; ++n) {
+                float sum = means[k][n];
+                for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+                if (row < NB && unit % 16 == 0) mine[((n - first) * NB + row) * UNIT_TILES + unit / 16] = sum;
+            }
+        }
+        __syncthreads();  // the half warps' sums are there
+        auto of_block = [&](int i) {
+            float sum = 0;
+            for (int tile = 0; tile < UNIT_TILES; ++tile) sum += mine[i * UNIT_TILES + tile];
+            return sum;
+        };
+        if (ONLY != PRODUCT) {
+#if SCOPE == CLUSTER
+            const int count = (last - first) * NB, rank = blockIdx.x % BLOCKS;
+            float* theirs = shared + e % 2 * SUMS * BLOCKS;
+            if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[e % 2], count * BLOCKS * 4);
+            for (int i = threadIdx.x; i < count * BLOCKS; i += THREADS)
+                st_async(reinterpret_cast<unsigned*>(theirs + i / BLOCKS * BLOCKS + rank),
+                         __float_as_uint(of_block(i / BLOCKS)), &received[e % 2], i % BLOCKS);
+            mbarrier_wait_cluster(&received[e % 2], e / 2 % 2);
+#elif SCOPE == GRID
+            const unsigned stamp = static_cast<unsigned>(e + 1);
+            const int count = (last - first) * NB, rank = blockIdx.x % BLOCKS;
+            const int words = (count + 2) / 3;
+            uint4* at = exchange + e % 2 * BLOCKS * WORDS;
+            for (int i = threadIdx.x; i < words; i += THREADS) {
+                unsigned three[3];
+                for (int j = 0; j < 3; ++j) three[j] = __float_as_uint(3 * i + j < count ? of_block(3 * i + j) : 0.0f);
+                st_relaxed_gpu(at + rank * WORDS + i, make_uint4(three[0], three[1], three[2], stamp));
+            }
+            constexpr int IN_FLIGHT = (BLOCKS + SEGMENTS - 1) / SEGMENTS;
+            for (int i = threadIdx.x; i < words * SEGMENTS; i += THREADS) {
+                const int word = i % words, segment = i / words;
+                uint4 got[IN_FLIGHT];
+#pragma unroll
+                for (int f = 0; f < IN_FLIGHT; ++f)
+                    if (segment + f * SEGMENTS < BLOCKS)
+                        got[f] = ld_relaxed_gpu(at + (segment + f * SEGMENTS) * WORDS + word);
+                float sums[3] = {0, 0, 0};
+#pragma unroll
+                for (int f = 0; f < IN_FLIGHT; ++f) {
+                    const int block = segment + f * SEGMENTS;
+                    if (block >= BLOCKS) break;
+                    while (got[f].w != stamp) got[f] = ld_relaxed_gpu(at + block * WORDS + word);
+                    sums[0] += __uint_as_float(got[f].x);
+                    sums[1] += __uint_as_float(got[f].y);
+                    sums[2] += __uint_as_float(got[f].z);
+                }
+                for (int j = 0; j < 3; ++j) shared[(segment * WORDS + word) * 3 + j] = sums[j];
+            }
+            __syncthreads();  // the segments' sums are there
+#endif
+        }
+        auto of_group = [&](int i) {
+            float sum = 0;
+#if SCOPE == CLUSTER
+            for (int block = 0; block < BLOCKS; ++block) sum += shared[(e % 2 * SUMS + i) * BLOCKS + block];
+#elif SCOPE == GRID
+            for (int segment = 0; segment < SEGMENTS; ++segment) sum += shared[segment * WORDS * 3 + i];
+#else
+            sum = of_block(i);
+#endif
+            return sum;
+        };
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {
+            const int row = (threadIdx.x + k * THREADS) / U;
+            for (int n = first; n < last; ++n) means[k][n] = row < NB ? of_group((n - first) * NB + row) / H : 0.0f;
+        }
+    }
+};
+
 // ---- What a block holds, and how it exchanges ----------------------------------------------------------------------
 
 struct Residence {  // for one direction of time
@@ -260,8 +393,9 @@ struct Residence {  // for one direction of time
     static constexpr int TRIPLES = (NB + 2) / 3;                         // a stamped word has 4 bytes of 3 batch rows
     static constexpr long long PUBLICATION = TRIPLES * BLOCKS * (SLICE / 4);  // words
     static constexpr int STAGED = SCOPE == GRID ? TRIPLES * 3 * SLICE : 0;
-    static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + WEIGHTS + 16;
+    static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + WEIGHTS + 16 + Meeting::BYTES;
     static_assert((STACK ? 2 : 1) * BYTES == SHARED_BYTES, "the launch plan asks for this much shared memory");
+    static_assert(!STACK || Levels::COUNT == 0, "units of a stack don't meet");
     static_assert(BLOCKS * SLICE <= K_SPLITS * TILES * 32, "the warps' k tiles cover what all blocks publish");
     static_assert((PIECES - 1) * PIECE < TILES, "no piece is empty");
     static_assert(SCOPE == GRID || PIECES == 1, "what peers store at any time is there as a whole");
@@ -273,11 +407,14 @@ struct Residence {  // for one direction of time
     unsigned held[ROWS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
     int warp, lane, rank;
     int rows;                // of the batch that this group has: the others aren't exchanged
+    Meeting meeting;
 #if SCOPE == CLUSTER
     Mbarrier* received;      // [2], one for each operand
 #elif SCOPE == GRID
     uint4* exchange;         // of a group: two of [TRIPLES][BLOCKS * SLICE / 4], in a stack one for each publication
 #endif
+
+    DEVICE static long long group_words(long long T) { return (STACK ? T + 1 : 2) * PUBLICATION + Meeting::EXCHANGED; }
 
     // `from`: the group whose publications are received; its own, or that of the layer below.
     DEVICE Residence(unsigned char* arena, uint4* exchanges, int from, long long T, int rows_left)
@@ -288,7 +425,9 @@ struct Residence {  // for one direction of time
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
           rank(blockIdx.x % BLOCKS),
-          rows(max(0, min(NB, rows_left - tile() * NB))) {
+          rows(max(0, min(NB, rows_left - tile() * NB))),
+          meeting(staged + STAGED + PARTS + WEIGHTS + 16,
+                  exchanges + from * group_words(T) + group_words(T) - Meeting::EXCHANGED) {
         for (int i = threadIdx.x; i < (OPERANDS * OPERAND + STAGED) / 16; i += THREADS)
             reinterpret_cast<uint4*>(operand)[i] = make_uint4(0, 0, 0, 0);  // what nobody publishes stays zero
 #if SCOPE == CLUSTER
@@ -303,7 +442,7 @@ struct Residence {  // for one direction of time
         __syncthreads();  // operands are zero before anyone fills them
 #endif
 #if SCOPE == GRID
-        exchange = exchanges + from * (STACK ? T + 1 : 2) * PUBLICATION;
+        exchange = exchanges + from * group_words(T);
 #endif
     }
 
@@ -591,26 +730,45 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
     home.publish(0);
     if (!ABOVE) fetch(0);
 
+    auto take = [&](const Element& e, int k, float in[G], float recurrent[G]) {
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+#if LAYERS > 1
+            in[g] = ABOVE ? below.sum(g, e.row, e.unit) + bias_below[k][g] : to_float(x[k][g]);
+#else
+            in[g] = to_float(x[k][g]);
+#endif
+            recurrent[g] = home.sum(g, e.row, e.unit) + bias[k][g];
+        }
+    };
     for (long long n = 0; n < T; ++n) {
 #if LAYERS > 1
         if (ABOVE) below.multiply_all(n + 1);  // while h is under way
 #endif
         home.multiply_all(n);
+        float means[OWN][Levels::MEANS_OR_1];
+#pragma unroll
+        for (int level = 0; level < Levels::COUNT; ++level) {
+            const int first = Levels::before(level), last = Levels::before(level + 1);
+#pragma unroll
+            for (int k = 0; k < OWN; ++k) {
+                const Element e(k, first_row, B, H);
+                float in[G], recurrent[G], values[Levels::MEANS_OR_1];
+                if (e.real) {
+                    take(e, k, in, recurrent);
+                    Cell::step_level(level, in, recurrent, state[k], more[k], means[k], values);
+                }
+                for (int m = first; m < last; ++m) means[k][m] = e.real ? values[m - first] : 0.0f;
+            }
+            home.meeting.take(n * Levels::COUNT + level, means, first, last, H);
+        }
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
             if (e.row >= NB) continue;
             float in[G], recurrent[G];
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-#if LAYERS > 1
-                in[g] = ABOVE ? below.sum(g, e.row, e.unit) + bias_below[k][g] : to_float(x[k][g]);
-#else
-                in[g] = to_float(x[k][g]);
-#endif
-                recurrent[g] = home.sum(g, e.row, e.unit) + bias[k][g];
-            }
-            Cell::step(in, recurrent, state[k], kept[k], more[k]);
+            take(e, k, in, recurrent);
+            Cell::step(in, recurrent, state[k], kept[k], more[k], means[k]);
             extra.flags_of(more[k], bits[k]);
             float seen = state[k][0];
             Cell::operand(&seen, more[k]);
@@ -643,7 +801,7 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 
 extern "C" __global__ void RESIDENT_KERNEL resident_forward(
     const __grid_constant__ Members members,
-    uint4* exchange,  // GRID: [groups, 2 or T + 1, NB / 3, BLOCKS * U * sizeof(SCALAR) / 4], zero; else null
+    uint4* exchange,  // GRID: [groups, 2 or T + 1 publications and two meetings], zero; else null
     long long T, int B, int H, int rows,
     int first_row,    // batch row of the first group: what isn't resident at once takes several launches
     int save) {       // whether saved and others are kept
@@ -732,11 +890,8 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
         const long long n = T - 1 - turn;
         if (n >= 0) fetch(n);
         if (turn > 0) home.multiply_all(turn - 1);
-        float dx[OWN][G], da[OWN][G];
-#pragma unroll
-        for (int k = 0; k < OWN; ++k) {
-            const Element e(k, first_row, B, H);
-            if (e.row >= NB) continue;
+        float dx[OWN][G], da[OWN][G], means[OWN][Levels::MEANS_OR_1];
+        auto arrive = [&](const Element& e, int k) {
             float parts[LEARNED > 0 ? LEARNED : 1];
             if (turn > 0) {
                 float back = home.sum(0, e.row, e.unit);
@@ -746,15 +901,46 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
                 }
                 asked[k][0] += back;
             }
-            if (n < 0) continue;
+            if (n < 0) return;
             extra.flags_of(more[k], bits[k]);
             if (e.real) extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
             asked[k][0] += to_float(shown[k]);
             before[k][0] = to_float(earlier[k]);
-            float from_step[K > 0 ? K : 1], dbefore[S];
+        };
+        auto take = [&](int k, float from_step[K > 0 ? K : 1]) {
 #pragma unroll
             for (int j = 0; j < K; ++j) from_step[j] = to_float(kept[k][j]);
-            Cell::grad(asked[k], after[k], before[k], from_step, dx[k], da[k], dbefore, parts, more[k]);
+        };
+        if (Levels::COUNT > 0) {
+#pragma unroll
+            for (int k = 0; k < OWN; ++k) {
+                const Element e(k, first_row, B, H);
+                if (e.row < NB) arrive(e, k);
+            }
+        }
+#pragma unroll
+        for (int level = 0; level < Levels::COUNT; ++level) {
+            if (n < 0) break;
+            const int first = Levels::before(level), last = Levels::before(level + 1);
+#pragma unroll
+            for (int k = 0; k < OWN; ++k) {
+                const Element e(k, first_row, B, H);
+                float from_step[K > 0 ? K : 1], values[Levels::MEANS_OR_1];
+                take(k, from_step);
+                Cell::grad_level(level, asked[k], after[k], before[k], from_step, more[k], means[k], values);
+                for (int m = first; m < last; ++m) means[k][m] = e.real ? values[m - first] : 0.0f;
+            }
+            home.meeting.take(turn * Levels::COUNT + level, means, first, last, H);
+        }
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {
+            const Element e(k, first_row, B, H);
+            if (e.row >= NB) continue;
+            if (Levels::COUNT == 0) arrive(e, k);
+            if (n < 0) continue;
+            float from_step[K > 0 ? K : 1], dbefore[S], parts[LEARNED > 0 ? LEARNED : 1];
+            take(k, from_step);
+            Cell::grad(asked[k], after[k], before[k], from_step, dx[k], da[k], dbefore, parts, more[k], means[k]);
             for (int i = 0; i < LEARNED; ++i) sums[k][i] += parts[i];
 #pragma unroll
             for (int s = 0; s < S; ++s) {
@@ -790,7 +976,7 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 
 extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     const __grid_constant__ Members members,
-    uint4* exchange,  // GRID: [groups, 2, NB / 3, BLOCKS * G * U * sizeof(SCALAR) / 4], zero; else null
+    uint4* exchange,  // GRID: [groups, two publications and two meetings], zero; else null
     long long T, int B, int H, int rows,
     int first_row) {  // batch row of the first group
     if (member() == 0)
