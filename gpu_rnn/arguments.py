@@ -33,8 +33,8 @@ def checked(
     described = arrays.described
     given = tuple([None if array is None else described(array) for array in (x, *weights, *state)])
     precision = options.precision or arrays.precision(x)
-    several = options.directions, options.layers
-    problem = known(name, given, options.reverse, precision, training, options.history, *several)
+    asked = options.history, options.directions, options.layers, options.bitwise
+    problem = known(name, given, options.reverse, precision, training, *asked)
     if None in given[-len(state) :]:
         sizes = (problem.P or problem.H, *[problem.H] * (len(state) - 1))
         state = [arrays.zeros((problem.B, n), like=x) if s is None else s for s, n in zip(state, sizes)]
@@ -43,7 +43,7 @@ def checked(
 
 def fitted(
     name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool,
-    history: bool = False, directions: int = 1, layers: int = 1,
+    history: bool = False, directions: int = 1, layers: int = 1, bitwise: bool = False,
 ) -> Problem:  # fmt: skip
     """What x, the weights and the states are, in this order -> the problem, or an error that repeats the shapes."""
     cell = cells.get(name)
@@ -108,7 +108,7 @@ def fitted(
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
         tf32=(precision, dtype) == ("tf32", "float32"), history=history, directions=directions,
-        layers=layers,
+        layers=layers, bitwise=bitwise,
     )  # fmt: skip
 
 

@@ -479,7 +479,7 @@ def captured(name: str, directions: List[Direction], options: Options) -> list[t
     names = " ".join([field for field, weight in zip(Weights._fields, weights) if weight is not None])
     reverse = [direction.reverse for direction in directions]
     found = torch.ops.gpu_rnn.forward(
-        name, given, names, reverse, options.backend or "auto", precision, options.history, save
+        name, given, names, reverse, options.backend or "auto", precision, options.bitwise, options.history, save
     )
     n = 1 + len(state) + (len(state) - 1) * options.history
     return [(outputs[0], tuple(outputs[1:n])) for outputs in parts(found, len(directions))]
@@ -498,20 +498,23 @@ def precision_now() -> str:
 @torch.library.custom_op("gpu_rnn::forward", mutates_args=())
 def forward(
     cell: str, given: List[Tensor], names: str, reverse: List[bool], backend: str, precision: str | None,
-    history: bool, save: bool,
+    bitwise: bool, history: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> y, states after, their history if asked for, the tape if it is to be saved."""
     directions = apart_from(given, names, reverse)
-    chosen, problem = asked(known, cell, directions, Options(False, backend, precision, history), save)
+    options = Options(False, backend, precision, history, bitwise=bitwise)
+    chosen, problem = asked(known, cell, directions, options, save)
     with uncast(given[0]):
         found = dispatch.forwards(chosen, problem, directions)
     return [tensor for y, last, tape in found for tensor in (y, *last, *tape)]
 
 
 @forward.register_fake
-def _(cell, given, names, reverse, backend, precision, history, save):
+def _(cell, given, names, reverse, backend, precision, bitwise, history, save):
     directions = apart_from(given, names, reverse)
-    chosen, problem = asked(fitted, cell, directions, Options(False, backend, precision, history), save)
+    chosen, problem = asked(
+        fitted, cell, directions, Options(False, backend, precision, history, bitwise=bitwise), save
+    )
     found = []
     for x, _, state, _ in directions:
         found.append(x.new_empty(problem.T, problem.B, problem.P or problem.H))
@@ -524,11 +527,12 @@ def _(cell, given, names, reverse, backend, precision, history, save):
 @torch.library.custom_op("gpu_rnn::backward", mutates_args=())
 def backward(
     cell: str, given: List[Tensor], names: str, doutputs: List[Tensor], recorded: List[Tensor], reverse: List[bool],
-    backend: str, precision: str | None, history: bool, needs: List[bool],
+    backend: str, precision: str | None, bitwise: bool, history: bool, needs: List[bool],
 ) -> list[Tensor]:  # fmt: skip
     """-> the gradients of what is given, those in `needs`. `recorded`: y and the tape, or nothing."""
     directions, n = apart_from(given, names, reverse), len(reverse)
-    chosen, problem = asked(known, cell, directions, Options(False, backend, precision, history), True)
+    options = Options(False, backend, precision, history, bitwise=bitwise)
+    chosen, problem = asked(known, cell, directions, options, True)
     fields = [0, *(1 + Weights._fields.index(name) for name in names.split())]
     all_needs = []
     for wanted in parts(needs, n):
@@ -541,7 +545,7 @@ def backward(
 
 
 @backward.register_fake
-def _(cell, given, names, doutputs, recorded, reverse, backend, precision, history, needs):
+def _(cell, given, names, doutputs, recorded, reverse, backend, precision, bitwise, history, needs):
     return [tensor.new_empty(tensor.shape) for tensor, needed in zip(given, needs) if needed]
 
 
@@ -566,7 +570,7 @@ def asked(
     for x, weights, state, reverse in directions:
         given = tuple(map(arrays.described, (x, *weights, *state)))
         precision = options.precision or arrays.precision(x)
-        problem = judge(cell, given, reverse, precision, save, options.history, len(directions))
+        problem = judge(cell, given, reverse, precision, save, options.history, len(directions), options.bitwise)
     if problem.device == "meta":
         problem = replace(problem, device="cpu")  # which one it will be doesn't matter to shapes
     return dispatch.choose(problem, options.backend), problem

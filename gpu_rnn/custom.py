@@ -131,12 +131,25 @@ def function(cell: cells.Cell) -> Callable:
     initial = first_states(cell)
 
     def run(
-        x, w_ih, w_hh, b_ih=None, b_hh=None, *, reverse=False, backend=None, precision=None, recompute=False, **around
+        x,
+        w_ih,
+        w_hh,
+        b_ih=None,
+        b_hh=None,
+        *,
+        reverse=False,
+        backend=None,
+        precision=None,
+        recompute=False,
+        bitwise=False,
+        **around,
     ):
         state = tuple(around.pop(label, None) for label in initial)
         if cell.units and around.get("units") is None:
             raise TypeError(f"{cell.name} has weights per unit ({', '.join(cell.units)}): units=[{len(cell.units)}*H]")
-        given = wanted(Options(reverse, backend, precision, recompute=recompute), around, FunctionKeywords)
+        given = wanted(
+            Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise), around, FunctionKeywords
+        )
         return structured(functional.sequence(cell.name, x, Weights(w_ih, w_hh, b_ih, b_hh), state, *given), cell.S)
 
     run.__name__ = run.__qualname__ = cell.name

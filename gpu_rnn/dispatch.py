@@ -66,7 +66,7 @@ def forward(
     """-> y; the states after, and their history if the problem has one; the tape, empty unless it is training."""
     y, last, tape = backend.forward(
         problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
-        save=problem.training or problem.history,
+        save=problem.training or problem.history, bitwise=problem.bitwise,
     )  # fmt: skip
     return results(backend, problem, problem.reverse, y, last, tape)
 
@@ -78,7 +78,7 @@ def forwards(
     if not hasattr(backend, "forwards"):
         return [forward(backend, replace(problem, reverse=d.reverse), d.x, d.weights, d.state) for d in directions]
     save = problem.training or problem.history
-    found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save)
+    found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, bitwise=problem.bitwise)
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
 
 

@@ -21,6 +21,7 @@ from .woven import PLAIN, apply
 
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
+NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_norm makes it for all at once"
 
 
 class AroundKeywords(TypedDict, total=False):
@@ -87,7 +88,7 @@ class LSTMKeywords(AroundKeywords, total=False):
 
 def lstm(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None, precision=None,
-    recompute=False, **around: Unpack[LSTMKeywords],
+    recompute=False, bitwise=False, **around: Unpack[LSTMKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Long short-term memory over a whole sequence.
 
@@ -112,6 +113,8 @@ def lstm(
             "ieee" for others. Halves have the same products either way, and so has a CPU, which knows no TF32.
         recompute: True keeps nothing for the gradient but the arguments: backward first runs forward once more, and the
             gradients are the same bit for bit (Chen et al. 2016, with one checkpoint per layer).
+        bitwise: True makes the numbers, bit for bit, those of calls for one instant after the other with the states
+            handed on; the inputs take a product per instant then. Not with `layer_norm`.
 
         around: `LSTMKeywords`.
 
@@ -124,13 +127,16 @@ def lstm(
         BackendError: a backend was insisted on that can't run this; the message has every reason.
         ValueError: an unknown backend or precision, or "tf32" for float64.
     """
-    weights, options = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Options(reverse, backend, precision, recompute=recompute)
+    weights, options = (
+        Weights(w_ih, w_hh, b_ih, b_hh, w_hr),
+        Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise),
+    )
     return structured(sequence("lstm", x, weights, (h0, c0), *wanted(options, around, LSTMKeywords)), 2)
 
 
 def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, s0=None, reverse=False, backend=None, precision=None,
-    recompute=False, **around: Unpack[GRUKeywords],
+    recompute=False, bitwise=False, **around: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product unless told.
 
@@ -146,13 +152,13 @@ def gru(
         w_hh: [3*H, P], P = H without w_hr. b_ih, b_hh: [3*H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projection of the output, P < H, or None. With it the cell keeps a state s of its own, as the LSTM
             its c: s_t = (1 - z) n + z s_{t-1}, h_t = w_hr s_t. s0: [B, H] or None for zeros.
-        reverse, backend, precision, recompute: as for `lstm`. around: `GRUKeywords`.
+        reverse, backend, precision, recompute, bitwise: as for `lstm`. around: `GRUKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and hT [B, P] after the last instant, or with w_hr (hT, sT [B, H]); with return_states
         also those after every instant. Raises as `lstm`.
     """
-    options = Options(reverse, backend, precision, recompute=recompute)
+    options = Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise)
     weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), named(gru, {"w_hr": w_hr, "s0": s0})
     state = (h0,) if w_hr is None else (h0, s0)
     return structured(sequence(name, x, weights, state, *wanted(options, around, GRUKeywords)), len(state))
@@ -160,7 +166,7 @@ def gru(
 
 def rnn(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, nonlinearity="tanh", h0=None, reverse=False, backend=None,
-    precision=None, recompute=False, **around: Unpack[AroundKeywords],
+    precision=None, recompute=False, bitwise=False, **around: Unpack[AroundKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
 
@@ -169,13 +175,13 @@ def rnn(
         P = H without w_hr. b_ih, b_hh: [H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projects h_t, as for `lstm`, or None.
         nonlinearity: f, "tanh" or "relu".
-        reverse, backend, precision, recompute: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute, bitwise: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and hT [B, P] after the last instant; y again with return_states. Raises as `lstm`, and
         ValueError for another f.
     """
-    options = Options(reverse, backend, precision, recompute=recompute)
+    options = Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise)
     weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
     return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
@@ -191,6 +197,8 @@ def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Aroun
     if unknown := given.keys() - known.__annotations__.keys():
         names = ", ".join(known.__annotations__)
         raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}; there are {names}")
+    if options.bitwise and given.get("layer_norm") is not None:
+        raise ValueError(NORMALIZED_BITWISE)
     return options._replace(history=given.pop("return_states", False)), Around(**given)
 
 

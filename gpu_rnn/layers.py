@@ -30,7 +30,7 @@ from . import functional
 from .arguments import PRECISIONS
 from .autograd import capturing, sequences, stacked
 from .dispatch import ORDER
-from .functional import ShapeError
+from .functional import NORMALIZED_BITWISE, ShapeError
 from .problem import Around, Direction, Options, Weights
 from .woven import Applied, apply, checked_place, dropout_mask, positive, probability
 
@@ -46,6 +46,8 @@ class Keywords(TypedDict, total=False):
 
     backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of float32 on a GPU.
     recompute: whether backward runs forward once more, layer by layer, instead of keeping what it needs: less memory.
+    bitwise: whether a sequence is, bit for bit, what its instants one at a time are, by `step` or a `stream`; its
+        inputs take a product per instant then. Not with layer_norm.
     zoneout: probability by which a state stays what it was, one per state or one for all; in training by a mask for
         every instant, else by the mean (Krueger et al. 2017).
     recurrent_dropout: probability of a zero in what the recurrent weights see of h, and input_dropout: in the input of
@@ -56,6 +58,7 @@ class Keywords(TypedDict, total=False):
     backend: str | None
     precision: str | None
     recompute: bool
+    bitwise: bool
     zoneout: float | tuple[float, ...]
     recurrent_dropout: float
     input_dropout: float
@@ -126,7 +129,7 @@ class Recurrent(nn.Module):
     proj_size = 0
     backend: str | None = None
     precision: str | None = None
-    recompute = False
+    recompute = bitwise = False
     zoneout: float | tuple[float, ...] = 0.0
     recurrent_dropout = input_dropout = weight_dropout = 0.0
     peephole = coupled = layer_norm = False
@@ -183,6 +186,8 @@ class Recurrent(nn.Module):
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
         checked_place("recurrent_dropout_on", self.recurrent_dropout_on)
+        if self.layer_norm and self.bitwise:
+            raise ValueError(NORMALIZED_BITWISE)
         if (self.layer_norm or self.proj_size) and not self.reset_after:
             what = "layer_norm" if self.layer_norm else "proj_size"
             raise ValueError(f"a GRU with {what} has its reset after the recurrent product: not reset_after=False")
@@ -316,7 +321,7 @@ class Recurrent(nn.Module):
         return apply(self.page, x, weights, around), state
 
     def _options(self, call: Call) -> Options:
-        return Options(False, self.backend, self.precision, call.return_states, self.recompute)
+        return Options(False, self.backend, self.precision, call.return_states, self.recompute, bitwise=self.bitwise)
 
     def _sequences(self, *given: Any) -> list[tuple[Tensor, tuple]]:
         return sequences(*given)
@@ -412,7 +417,7 @@ class RecurrentLayer(Recurrent):
 
     def _options(self, call: Call) -> Options:
         """With how many layers may go at once: all, where each is a plain one on the outputs of the one below."""
-        plain = call is PLAIN and not (self._around() or self.bidirectional or self.proj_size)
+        plain = call is PLAIN and not (self._around() or self.bidirectional or self.proj_size or self.bitwise)
         layers = self.num_layers if plain and not (self.dropout and self.training) else 1
         return super()._options(call)._replace(layers=layers)
 

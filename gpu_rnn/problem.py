@@ -40,6 +40,7 @@ class Options(NamedTuple):
     recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
     directions: int = 1  # how many calls that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
+    bitwise: bool = False  # a sequence is bit for bit what its instants one at a time are
 
 
 class Around(NamedTuple):
@@ -81,6 +82,7 @@ class Problem:
     history: bool = False  # whether the other states are wanted after every instant, too
     directions: int = 1  # how many that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
+    bitwise: bool = False  # its numbers are those of its instants one at a time, bit for bit
 
     @property
     def outputs(self) -> int:

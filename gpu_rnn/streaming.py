@@ -28,10 +28,9 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
     are arranged once, which is most of what a call of the layer for one instant takes. On a GPU an instant is captured
     as a CUDA graph and a call replays it; while a graph is being captured, a call becomes part of that one.
 
-    The numbers are those of the layer over the whole sequence, to rounding: the product for the inputs of many instants
-    at once adds in another order than that for one. On a CPU, with NumPy's own OpenBLAS, they are bitwise the same from
-    32 batch rows on, for which that product is made instant by instant anyway, if the sequence is longer than
-    4 + H (I + P) / 4096: for less it doesn't arrange the weights. A GRU with reset_after=False is to rounding only.
+    The numbers are those of the layer over the whole sequence: bit for bit if it has bitwise=True, else to rounding,
+    since a product for the inputs of many instants at once adds in another order than that for one. A GRU with
+    reset_after=False is to rounding on a CPU.
 
     Args:
         layer: an RNN, LSTM, GRU or a layer of `gpu_rnn.cell`, or torch.nn's; any number of layers, one direction.

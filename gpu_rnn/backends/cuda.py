@@ -57,11 +57,12 @@ def ways_of(problem: Problem) -> tuple[bool, ...]:
 
 
 def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool
-) -> tuple[Any, tuple, tuple]:
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
+    bitwise: bool = False,
+) -> tuple[Any, tuple, tuple]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk, ready, device(), held=held)
-        return sequence.forward(step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save)
+        return sequence.forward(step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
 
 
 def backward(
@@ -75,10 +76,12 @@ def backward(
         )
 
 
-def forwards(cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool) -> list[tuple[Any, tuple, tuple]]:
+def forwards(
+    cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
+) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
         step = partial(walk, ready, device(), held=held)
-        return sequence.forwards(step, cell, directions, tf32=tf32, save=save)
+        return sequence.forwards(step, cell, directions, tf32=tf32, save=save, bitwise=bitwise)
 
 
 def backwards(
@@ -145,7 +148,7 @@ def residence_of(
     why: list[str] = []
     if problem.P is not None:
         why.append("a projection is one more product per step")
-    if problem.T < LEAST_INSTANTS:
+    if problem.T < LEAST_INSTANTS and not problem.bitwise:
         why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay packing the weights")
     if why:
         return None, why
@@ -201,20 +204,21 @@ def plan_of(
 
 def planned(
     on: residence.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
-    held: Held | None,
+    held: Held | None, bitwise: bool = False,
 ) -> residence.Residence | None:  # fmt: skip
     """The resident plan for arrays; gates [T, B, G, H]."""
     T, B, _, H = gates.shape
     P = None if w_hr is None else w_hr.shape[0]
     problem = Problem(
-        cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32, directions=directions
-    )
+        cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32, directions=directions,
+        bitwise=bitwise,
+    )  # fmt: skip
     return residence_of(problem, on, backward, held)[0]
 
 
 def walk(run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None) -> None:
     one = given[0]
-    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held)
+    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.bitwise)
     for together in launched(plan, given):
         if plan is None:
             stepwise.walk(partial(bind, run), cell, *together)

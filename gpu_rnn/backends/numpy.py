@@ -52,18 +52,21 @@ def reasons(problem: Problem) -> list[str]:
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
     columns = (problem.I or 0) + (problem.P or problem.H)
-    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width))
+    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width), problem.bitwise)
     calls = len(step_program(problem.cell, order).calls)
-    before = "x is the input part already" if problem.I is None else "input projection by chunks"
+    projection = "input projection by steps" if problem.bitwise else "input projection by chunks"
+    before = "x is the input part already" if problem.I is None else projection
     return f"{width}; one product and {calls} elementwise calls per step, {before}"
 
 
 def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool
-) -> tuple[Any, tuple, tuple]:
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
+    bitwise: bool = False,
+) -> tuple[Any, tuple, tuple]:  # fmt: skip
+    how: dict[str, Any] = {"reverse": reverse, "save": save, "bitwise": bitwise}
     if isinstance(x, np.ndarray):
-        return run_forward(cell, x, weights, state, reverse=reverse, save=save)
-    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse=reverse, save=save)
+        return run_forward(cell, x, weights, state, **how)
+    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), **how)
     tape = tuple(from_numpy(array, like=x, keep_dtype=True) for array in tape)
     return from_numpy(y, like=x), tuple(from_numpy(array, like=x) for array in last), tape
 
@@ -111,14 +114,15 @@ def lent(weight: Any) -> np.ndarray:
 
 
 def run_forward(
-    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, *, reverse: bool, save: bool
+    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, *, reverse: bool, save: bool, bitwise: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
     """The tape is the record of `Instants` for all instants, in the order of computation; with a projection also h
     before it, [T, H, B]."""
     T, B, _ = x.shape
     (H, P), I = sizes(cell, weights), 0 if weights.w_ih is None else weights.w_ih.shape[1]
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * x.itemsize, 1))
-    instants, idle = borrowed(Instants, cell, arranged(cell, T, B, H, I + P, x.dtype), n, B, I, H, P, x.dtype)
+    order = arranged(cell, T, B, H, I + P, x.dtype, bitwise)
+    instants, idle = borrowed(Instants, cell, order, n, B, I, H, P, x.dtype)
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
     projected = weights.w_hr is not None
@@ -132,7 +136,7 @@ def run_forward(
             h[0], record[0, cell.K :] = h[n], record[n, cell.K :]
         m = min(n, T - first)
         now = slice(first, first + m)
-        instants.project(W, x[now])
+        instants.project(W, x[now], bitwise or B >= WIDE)
         with quiet(instants.order):
             for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
                 if more is not None:
@@ -241,10 +245,13 @@ def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
     return weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
 
-def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype) -> Layout:
-    """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate."""
+def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, bitwise: bool = False) -> Layout:
+    """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate.
+
+    bitwise: it may not depend on T.
+    """
     repaid = (T - 4) * (B + 8) * 256
-    order = natural(cell) if repaid < H * columns else layout(cell)
+    order = natural(cell) if repaid < H * columns and not bitwise else layout(cell)
     return by_exp(order) if dtype == np.float32 and H * B >= EXP else order
 
 
@@ -354,8 +361,9 @@ class Instants(Kept):
         self.b_x[...] = bias[:, None]
         return None if w_ih is None else np.ascontiguousarray(w_ih), product(w_hh, self.hg.shape[1])
 
-    def project(self, W: np.ndarray | None, x: np.ndarray) -> None:
-        """The input part of all gates for the m instants x [m, B, I], or of x [m, B, G*H] where there is no W."""
+    def project(self, W: np.ndarray | None, x: np.ndarray, wide: bool) -> None:
+        """The input part of all gates for the m instants x [m, B, I], or of x [m, B, G*H] where there is no W. wide:
+        by a product for each."""
         (m, B, I), xg = x.shape, self.xg[: len(x)]
         if W is None:
             H, inputs = self.b_h.shape[1], self.order.inputs
@@ -363,10 +371,10 @@ class Instants(Kept):
             for row, g in enumerate(inputs):
                 np.multiply(gates[:, :, g].swapaxes(1, 2), self.order.scale[g], rows[:, row])
             np.add(xg, self.b_x, xg)
-        elif B == 1:
+        elif B == 1 and not wide:
             np.dot(x.reshape(m, I), W.T, xg.reshape(m, len(W)))
             np.add(xg, self.b_x, xg)
-        elif B < WIDE:
+        elif not wide:
             together = np.dot(W, x.reshape(m * B, I).T).reshape(len(W), m, B)
             np.add(together.swapaxes(0, 1), self.b_x, xg)
         else:

@@ -47,8 +47,10 @@ class Phased:
         reverse: bool,
         tf32: bool = False,
         save: bool,
-    ) -> tuple[Any, tuple, tuple]:
-        (result,) = self.forwards(cell, [Direction(x, weights, state, reverse)], tf32=tf32, save=save)
+        bitwise: bool = False,
+    ) -> tuple[Any, tuple, tuple]:  # fmt: skip
+        direction = Direction(x, weights, state, reverse)
+        (result,) = self.forwards(cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
         return result
 
     def backward(
@@ -59,16 +61,24 @@ class Phased:
         (gradients,) = self.backwards(cell, [direction], [recorded], tf32=tf32, needs=[needs])
         return gradients
 
+    def lent(self, x: Any, weights: Weights) -> tuple[Any, Weights]:
+        """For products by the library that the backend computes with: NumPy's don't depend on whose arrays they are."""
+        if not hasattr(self.backend, "numpied"):
+            return x, weights
+        return arrays.to_numpy(x), self.backend.numpied(weights, ())[0]
+
     def forwards(
-        self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool
+        self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
     ) -> list[tuple[Any, tuple, tuple]]:
         entering = [*map(sequence.plain, directions)]
         with arrays.products(entering[0].x, tf32):
-            run = [laid_out(cell, each, twice(sequence.input_part(each.x, each.weights))) for each in entering]
+            parts = [sequence.input_part(*self.lent(each.x, each.weights), bitwise) for each in entering]
+        run = [laid_out(cell, d, twice(returned(part, like=d.x))) for d, part in zip(entering, parts)]
+        how: dict[str, Any] = {"tf32": tf32, "save": save, "bitwise": bitwise}
         if hasattr(self.backend, "forwards"):
-            found = self.backend.forwards(cell.phases, run, tf32=tf32, save=save)
+            found = self.backend.forwards(cell.phases, run, **how)
         else:
-            found = [self.backend.forward(cell.phases, *d[:3], reverse=d.reverse, tf32=tf32, save=save) for d in run]
+            found = [self.backend.forward(cell.phases, *d[:3], reverse=d.reverse, **how) for d in run]
         results = []
         for (shown, last, tape), direction in zip(found, run):
             y = sequence.stored(shown[second(0, direction.reverse) :: 2], like=shown)
@@ -94,7 +104,10 @@ class Phased:
             gradients["state"] = gradients["state"][: cell.S]
             if (each := gradients.pop("x", None)) is not None:
                 with arrays.products(direction.x, tf32):
-                    gradients |= sequence.of_input(each[::2] + each[1::2], direction.x, direction.weights, need)
+                    lent = self.lent(direction.x, direction.weights)
+                    dpart, _ = self.lent(each[::2] + each[1::2], Weights(None, None))
+                    of_input = sequence.of_input(dpart, *lent, need)
+                gradients |= {name: returned(array, like=direction.x) for name, array in of_input.items()}
         return found
 
     def history(self, cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
@@ -111,6 +124,11 @@ def run(problem: Problem) -> Problem:
 def second(t: int, reverse: bool) -> int:
     """The instant of the second phase of t, which a row comes to after that of the first."""
     return 2 * t + (not reverse)
+
+
+def returned(array: Any, like: Any) -> Any:
+    """What may be NumPy's as an array of the library of `like`."""
+    return arrays.from_numpy(array, like=like) if arrays.library(array) == "numpy" else array
 
 
 def twice(array: Any) -> Any:

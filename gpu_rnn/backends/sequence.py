@@ -38,6 +38,7 @@ class Forward(NamedTuple):
     extra: Extra
     reverse: bool
     tf32: bool  # float32 products may be rounded to TF32
+    bitwise: bool  # the walk may not depend on T
     w_ih: Any = None  # [G*H, H] storage, and
     b_ih: Any = None  # [G*H] storage, or None: of a layer that takes its input from the one below; then xg is None
 
@@ -66,17 +67,24 @@ class Backward(NamedTuple):
 
 def forward(
     walk: Callable[..., None], cell: Cell, x: Any, weights: Weights, state: tuple,
-    *, reverse: bool, tf32: bool = False, save: bool,
+    *, reverse: bool, tf32: bool = False, save: bool, bitwise: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
-    (result,) = forwards(walk, cell, [Direction(x, weights, state, reverse)], tf32=tf32, save=save)
+    direction = Direction(x, weights, state, reverse)
+    (result,) = forwards(walk, cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
     return result
 
 
 def forwards(
-    walk: Callable[..., None], cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool
+    walk: Callable[..., None],
+    cell: Cell,
+    directions: Sequence[Direction],
+    *,
+    tf32: bool,
+    save: bool,
+    bitwise: bool = False,
 ) -> list[tuple[Any, tuple, tuple]]:
-    given = [begun(cell, *plain(direction), tf32, save) for direction in directions]
+    given = [begun(cell, *plain(direction), tf32, save, bitwise) for direction in directions]
     walk(cell, *given)
     return [*map(done, given)]
 
@@ -101,12 +109,12 @@ def plain(direction: Direction) -> Direction:
 
 def begun(
     cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, tf32: bool, save: bool,
-    above: bool = False,
+    bitwise: bool = False, above: bool = False,
 ) -> Forward:  # fmt: skip
     """The product for all inputs, unless the walk makes it of the layer below."""
     (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
     H = GH // G
-    part = x if above else input_part(x, weights)
+    part = x if above else input_part(x, weights, bitwise)
     xg = None if above else part.reshape(T, B, G, H)
     first = T if save and reverse else 0
     others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
@@ -119,7 +127,7 @@ def begun(
     shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
     return Forward(
         xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
-        tf32, *((weights.w_ih, weights.b_ih) if above else ()),
+        tf32, bitwise, *((weights.w_ih, weights.b_ih) if above else ()),
     )  # fmt: skip
 
 
@@ -199,13 +207,21 @@ def gradients(cell: Cell, given: Backward, x: Any, weights: Weights, needs: Coll
     return found
 
 
-def input_part(x: Any, weights: Weights) -> Any:
-    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if that is all."""
+def input_part(x: Any, weights: Weights, bitwise: bool) -> Any:
+    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if that is all. bitwise: by a product per instant."""
     if weights.w_ih is None:
         return x if weights.b_ih is None else x + weights.b_ih
     (T, B, I), (GH, _) = x.shape, weights.w_ih.shape
     part = arrays.empty((T, B, GH), like=x)
-    arrays.matmul(x.reshape(T * B, I), weights.w_ih.T, out=part.reshape(T * B, GH), add=weights.b_ih)
+    W, b = weights.w_ih.T, weights.b_ih
+    if not bitwise:
+        arrays.matmul(x.reshape(T * B, I), W, out=part.reshape(T * B, GH), add=b)
+        return part
+    at, product = arrays.empty((B, I), like=x), arrays.empty((B, GH), like=x)
+    for now, out in zip(x, part):  # by the same two arrays: a library may add in another order where others lie
+        at[...] = now
+        arrays.matmul(at, W, out=product, add=b)
+        out[...] = product
     return part
 
 
@@ -224,7 +240,9 @@ def of_input(dpart: Any, x: Any, weights: Weights, needs: Collection[str]) -> di
 
 def projection(problem: Problem) -> str:
     """What comes before the walk, in words."""
-    return "x is the input part already" if problem.I is None else "one product for all inputs"
+    if problem.I is None:
+        return "x is the input part already"
+    return "one product for the inputs of each step" if problem.bitwise else "one product for all inputs"
 
 
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:

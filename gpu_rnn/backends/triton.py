@@ -67,10 +67,11 @@ def plan(problem: Problem) -> str:
 
 
 def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool
-) -> tuple[Any, tuple, tuple]:
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
+    bitwise: bool = False,
+) -> tuple[Any, tuple, tuple]:  # fmt: skip
     with device_of(x), arrays.products(x, tf32):
-        return sequence.forward(walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save)
+        return sequence.forward(walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
 
 
 def backward(
