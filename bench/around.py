@@ -22,12 +22,12 @@ from .oracle import Judge
 from .problems import FEATURES, Case
 
 Tensors = dict[str, torch.Tensor]
-LEARNED = ("peephole",)  # arrays that have gradients
+LEARNED = ("peephole", "w_hr")  # arrays that have gradients
 MASKED = {"input_dropout": ("x", 1), "weight_dropout": ("w_hh", 2)}  # of the layers alone: a product before the call
 NORM = "layer_norm"  # several arrays that have gradients, numbered here
 OF = {
-    "lstm": ("peephole", "coupled", "cell_clip", NORM, "recurrent_dropout_on"),
-    "gru": ("reset_after", NORM, "recurrent_dropout_on"),
+    "lstm": ("peephole", "coupled", "cell_clip", NORM, "recurrent_dropout_on", "w_hr"),
+    "gru": ("reset_after", NORM, "recurrent_dropout_on", "w_hr"),
 }  # what not all cells have
 
 
@@ -66,22 +66,28 @@ class Around(Contender):
         weights = {
             name: torch.cat((w[: case.H], w[2 * case.H :])) if coupled else w for name, w in data.weights.items()
         }
+        state, P = data.state, case.H
+        if "w_hr" in self.keywords:
+            P = projected(case)
+            weights["w_hh"] = weights["w_hh"][:, :P]
+            state = {"h0": state["h0"][:, :P], f"{letters_of(case, arrays)[1]}0": [*state.values()][-1]}
         inputs = data.x
         if "w_ih" in self.keywords:  # the product is somebody else's
             inputs = [F.linear(x, weights["w_ih"]) for x in inputs]
             del weights["w_ih"]
         gains = {f"{NORM} {k}": gain for k, gain in enumerate(layer_norm(case, data) if NORM in self.keywords else ())}
-        given = weights | data.state | gains | {name: array for name, array in arrays.items() if name in LEARNED}
+        given = weights | state | gains | {name: array for name, array in arrays.items() if name in LEARNED}
         given = {name: value.clone().requires_grad_(case.training) for name, value in given.items()}
         fixed = {
             name: value for name, value in (self.keywords | arrays).items() if name not in (*LEARNED, *MASKED, NORM)
         }
         masked = {what: (self.keywords[name], k) for name, (what, k) in MASKED.items() if name in self.keywords}
         seed = torch.tensor([fixed.pop("seed")], device=case.device) if masked else None
-        letters, xs = cells.get(case.cell).states, [x.requires_grad_(case.training) for x in inputs]
+        letters, xs = letters_of(case, given), [x.requires_grad_(case.training) for x in inputs]
         arriving = {
-            "y": data.dy,
-            **{f"{s}T": d for s, d in zip(letters, data.dlast)},
+            "y": data.dy[..., :P],
+            "hT": data.dlast[0][:, :P],
+            **{f"{s}T": data.dlast[-1] for s in letters[1:]},
             **dict.fromkeys(letters, data.dy),
         }
 
@@ -104,6 +110,11 @@ class Around(Contender):
             return found | {f"d{name}": array for name, array in zip(leaves, gradients)}
 
         return run
+
+
+def letters_of(case: Case, given: Tensors) -> str:
+    """One letter each; a projected GRU has a state of its own beside h."""
+    return "hs" if case.cell == "gru" and "w_hr" in given else cells.get(case.cell).states
 
 
 def several(states: Any) -> tuple:
@@ -133,6 +144,16 @@ def peephole(case: Case, data: Data) -> torch.Tensor:
     return drawn.to(getattr(torch, case.dtype)).to(data.dy.dtype)
 
 
+def projected(case: Case) -> int:
+    return (case.H + 1) // 2
+
+
+def projection(case: Case, data: Data) -> torch.Tensor:
+    """[P, H]"""
+    drawn = torch.randn(projected(case), case.H, generator=generator(case), device=case.device) / case.H**0.5
+    return drawn.to(getattr(torch, case.dtype)).to(data.dy.dtype)
+
+
 def layer_norm(case: Case, data: Data) -> list[torch.Tensor]:
     """Gains [G*H] of both parts; the LSTM's gain and bias [H] of its cell state."""
     cell, drawing = cells.get(case.cell), generator(case)
@@ -147,7 +168,7 @@ def starts(case: Case, data: Data) -> torch.Tensor:
 
 
 DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {
-    "reset": reset, "lengths": lengths, "starts": starts, "peephole": peephole,
+    "reset": reset, "lengths": lengths, "starts": starts, "peephole": peephole, "w_hr": projection,
 }  # fmt: skip
 
 
@@ -156,7 +177,7 @@ DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {
 
 def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]) -> tuple:
     """What our functions return, in torch, an instant at a time. `docs/around.md` has the equations."""
-    letters, (B, H) = cells.get(case.cell).states, (case.B, case.H)
+    letters, (B, H) = letters_of(case, given), (case.B, case.H)
     state: Any = [given[f"{letter}0"] for letter in letters]
     seed = torch.tensor([fixed.get("seed", 0)], device=x.device)
     row, unit = torch.arange(B, device=x.device)[:, None], torch.arange(H, device=x.device)
@@ -183,7 +204,9 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
         elif "reset_after" in fixed:
             state = gru(xg, hg, before[0], spared, given)
         else:
-            state = STEPS[case.cell](xg, hg, before)
+            state = STEPS[case.cell](xg, hg, before[-len(cells.get(case.cell).states) :])  # a projected GRU sees s
+        if "w_hr" in given:
+            state = F.linear(state[0], given["w_hr"]), state[-1]
         if "zoneout" in fixed:
             drawn = uniforms(seed, torch.tensor([t], device=x.device), row, unit, len(letters))
             state = [torch.where(u < fixed["zoneout"], old, new) for u, old, new in zip(drawn, before, state)]

@@ -44,6 +44,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "ours, return_states": {"return_states": True},
     "ours, recompute": {"recompute": True},
     "ours, input part": {"w_ih": None},
+    "ours, projection": {"w_hr": ...},
     "ours, bitwise": {"bitwise": True},
 }
 
