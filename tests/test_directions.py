@@ -195,7 +195,7 @@ def test_compiles_without_spills(problem, arch, backward):
     plan, _ = residence.together(alone, B, DEVICES[ARCHITECTURES[arch]])
     if plan is None:
         pytest.skip("both don't fit")
-    unit = residence.compiled(plan, cells.get(cell), stored(dtype))
+    unit = residence.compiled(plan, cells.get(cell).run, stored(dtype))
     cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
     assert not cubin.log
     kernel = nvrtc.resources(cubin)[residence.name(plan)]
@@ -211,7 +211,7 @@ def at_once(monkeypatch):
     """The NumPy backend, as if it could run several directions at once; notes how many."""
     backend, noted = dispatch.backend("numpy"), []
 
-    def forwards(cell, directions, *, tf32, save):
+    def forwards(cell, directions, *, tf32, save, bitwise):
         noted.append(("forward", len(directions), save))
         return [backend.forward(cell, *given, reverse=reverse, tf32=tf32, save=save) for *given, reverse in directions]
 

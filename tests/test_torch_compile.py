@@ -201,7 +201,7 @@ def check(*case, **where):
     S = len(autograd.cells.get(cell).states)
     forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
     for save, history in product((True, False), {False, S > 1}):
-        options = reverse, backend, None, history
+        options = reverse, backend, None, False, history
         arguments = (cell, given, names, *options, save)
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
