@@ -89,7 +89,7 @@ def test_in_halves_layers_hand_over_what_they_would_in_a_sequence(dtype):
 def test_memory_is_that_of_the_first_call():
     layer = gpu_rnn.LSTM(1024, 2048, num_layers=2, proj_size=1024, cell_clip=1.0)
     listen, x = gpu_rnn.stream(layer, 2), torch.randn(2, 1024)
-    first, least = listen(x), 2 * 1024 * 4  # bytes: of the smallest array that there is; Python's own objects are smaller
+    first, least = listen(x), 2 * 1024 * 4  # bytes of the smallest array; Python's own objects are smaller
     listen(x)
     tracemalloc.start()
     try:
