@@ -31,7 +31,7 @@ SIZES, KEPT_BYTES = 16, 1 << 23  # of problems whose arrays are kept for the nex
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
 LONG = 128  # instants that repay a transposed copy of the recurrent weights
-WIDE = 32  # batch rows that make a product of one instant run at full speed
+WIDE, NARROW, SMALL = 32, 8, 1 << 16  # batch rows that make a product of one instant run at full speed; of weights
 EXP = 1 << 10  # values of a row for which it repays more calls to take sigmoids by exp; float64 has no fast exp
 TOGETHER = 1 << 13  # values of a row backward that are computed at once
 PRODUCT = 10**6  # multiply-adds up to which OpenBLAS, given AVX-512, reads its operands where they lie: twice as fast
@@ -127,6 +127,7 @@ def run_forward(
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
     projected = weights.w_hr is not None
     more: Any = More(cell, weights, T, reverse) if cell.E or projected else None
+    wide = B >= WIDE or (B >= NARROW and cell.G * H * I <= SMALL)
 
     y = np.empty((T, B, P), x.dtype)
     tape = [np.empty((T + 1, *record.shape[1:]), x.dtype), *[np.empty((T, H, B), x.dtype)] * projected] if save else []
@@ -136,7 +137,7 @@ def run_forward(
             h[0], record[0, cell.K :] = h[n], record[n, cell.K :]
         m = min(n, T - first)
         now = slice(first, first + m)
-        instants.project(W, x[now], bitwise or B >= WIDE)
+        instants.project(W, x[now], bitwise or wide)
         with quiet(instants.order):
             for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
                 if more is not None:
@@ -151,7 +152,7 @@ def run_forward(
             kept_for_gradient[now] = array[:m]
     if save:
         tape[0][T] = record[m]
-    last = (h[m].T.copy(), *(array.T.copy() for array in record[m, cell.K :]))
+    last = (out[-1].copy(), *[array.T.copy() for array in instants.others[m]])
     give_back(instants, idle)
     return y, last, tuple(tape)
 
@@ -331,12 +332,13 @@ class Instants(Kept):
         G, rows = cell.G, partial(self.rows, dtype=dtype)
         self.order, self.scaled = order, replace(order, sigmoid="tanh") != natural(cell)
         self.zero = np.zeros(G * H, dtype)
-        self.x, self.xg = rows(n, I, B), rows(n, G * H, B)  # what comes in, and the input part of all gates
+        self.xg = rows(n, G * H, B)  # the input part of all gates
         self.h, self.hg = rows(n + 1, P, B), rows(G * H, B)
         self.m = rows(n, cell.E, H, B)
         self.b_x, self.b_h = rows(G * H, B), rows(len(order.separate), H, B)
         self.record = rows(n + 1, cell.K + cell.S - 1, H, B)  # what is saved, and the other states before
-        self.first = [self.h[0], *self.record[0, cell.K :]]
+        self.others = [list(states) for states in self.record[:, cell.K :]]
+        self.first = [self.h[0], *self.others[0]]
         self.shown = self.h[1:] if P == H else rows(n, H, B)  # h before its projection
         own = self.h if P == H else rows(n + 1, H, B)  # a cell with a projection can't look at its own h
         look, self.run = step_program(cell, order).bind((H, B), dtype, h=self.hg.reshape(G, H, B), b=self.b_h)
@@ -378,10 +380,7 @@ class Instants(Kept):
             together = np.dot(W, x.reshape(m * B, I).T).reshape(len(W), m, B)
             np.add(together.swapaxes(0, 1), self.b_x, xg)
         else:
-            self.x[:m] = x.swapaxes(1, 2)
-            enter = product(W, B)
-            for instant, out in zip(self.x[:m], xg):
-                enter(instant, out)
+            products(W, B)(np.ascontiguousarray(x).swapaxes(1, 2), xg)
             np.add(xg, self.b_x, xg)
 
 
@@ -401,16 +400,15 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     for k, m in enumerate(instants.m):
         more.fetch(k, m)
     W, recur = instants.take(weights, tuple(np.zeros((B, P if k == 0 else H)) for k in range(cell.S)))
-    x, xg, hg, y, shown = instants.x[0], instants.xg[0], instants.hg, instants.h[n], instants.shown[-1]
-    enter, run, bias = product(W, B), instants.run, instants.b_x
-    others = instants.record[:, cell.K :]
-    moves = [(instants.h[0], y), *zip(others[0], others[n])][:S]
+    x, xg, hg, y, shown = np.zeros((1, B, I), dtype), instants.xg[:1], instants.hg, instants.h[n], instants.shown[-1]
+    enter, columns, run, bias = products(W, B), x.swapaxes(1, 2), instants.run, instants.b_x
+    moves = [(instants.h[0], y), *zip(instants.others[0], instants.others[n])][:S]
 
     def step() -> None:
-        enter(x, xg)
+        enter(columns, xg)
         np.add(xg, bias, xg)
         if n > 1:
-            np.copyto(instants.xg[1], xg)
+            np.copyto(instants.xg[1:], xg)
         with quiet(instants.order):
             for seen, rows in instants.views:
                 recur(seen, hg)
@@ -420,7 +418,7 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
         for before, after in moves:
             np.copyto(before, after)
 
-    return x, y, [before for before, _ in moves], step
+    return columns[0], y, [before for before, _ in moves], step
 
 
 class InstantsBack(Kept):
@@ -546,6 +544,16 @@ def product(M: np.ndarray, B: int) -> Callable[[np.ndarray, np.ndarray], Any]:
         return M.dot
     pieces = M.reshape(count, N // count, K)
     return lambda z, out: np.matmul(pieces, z, out.reshape(count, N // count, B))
+
+
+def products(M: np.ndarray, B: int) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """The same for z [m, K, B] and out [m, N, B], of m instants at once."""
+    N, K = M.shape
+    count = blocks(N, K, B)
+    if count == 1:
+        return partial(np.matmul, M)
+    pieces = M.reshape(count, N // count, K)
+    return lambda z, out: np.matmul(pieces, z[:, None], out.reshape(len(out), count, N // count, B))
 
 
 @cache
