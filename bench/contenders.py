@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -234,6 +235,42 @@ class OursNumpy(Contender):
         return run
 
 
+class Products(OursNumpy):
+    """The matrix products of a case alone, by NumPy on arrays that stay: as many multiplications as the case has.
+
+    What a fallback of NumPy can't be faster than. It has a time where the fallback's answer is right.
+    """
+
+    CHUNK = 2048  # rows of the large products: enough for full speed, few enough to stay in the cache
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        self.whole = super().prepare(case, data)
+        draw = np.random.default_rng(0).standard_normal
+        T, B, I, H, N = case.T, case.B, case.I, case.H, case.gates * case.H
+        m = max(1, min(T, self.CHUNK // B))  # instants of a chunk; the last may be shorter
+        W, R, Rt = (draw(shape).astype(case.dtype) for shape in ((N, I), (N, H), (H, N)))
+        x, h, a, dh = (draw(shape).astype(case.dtype) for shape in ((m * B, I), (H, B), (N, B), (H, B)))
+        below, d = draw((m * B, H)).astype(case.dtype), draw((N, m * B)).astype(case.dtype)
+        chunks = [slice(0, min(m, T - first) * B) for first in range(0, T, m)]
+
+        def run(k: int) -> None:
+            for rows in chunks:
+                np.dot(W, x[rows].T)
+            for _ in range(T):
+                np.dot(R, h, a)
+            for _ in range(T if case.training else 0):
+                np.dot(Rt, a, dh)
+            for rows in chunks if case.training else ():
+                np.dot(d[:, rows].T, W)
+                np.dot(d[:, rows], x[rows])
+                np.dot(d[:, rows], below[rows])
+
+        return run
+
+    def answer(self, case: Case, data: Data, run: Run) -> Any:
+        return self.whole(0)
+
+
 def step_lstm(xg: torch.Tensor, hg: torch.Tensor, state: tuple) -> tuple:
     i, f, g, o = (xg + hg).chunk(4, 1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
@@ -299,6 +336,7 @@ def contender(name: str) -> Contender:
         problems.CUDA: lambda: Ours("cuda"),
         problems.TRITON: lambda: Ours("triton"),
         problems.NUMPY: OursNumpy,
+        problems.PRODUCTS: Products,
         problems.LAYER: Layer,
         problems.IN_TURN: InTurn,
         problems.STREAM: Streamed,

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from .problems import CUDA, FEATURES, KERNELS, LAYER, NN, NUMPY, TRITON
+from .problems import CUDA, FEATURES, KERNELS, LAYER, NN, NUMPY, PRODUCTS, TRITON
 
 matplotlib.use("agg")
 matplotlib.rcParams |= {"svg.hashsalt": "gpu_rnn", "svg.fonttype": "none", "font.size": 9}
@@ -32,7 +32,7 @@ PLACE = ("gpu", "machine", "threads", "dtype")
 
 def draw(rows: list[Row], out: Path) -> list[Path]:
     """All the figures there are measurements for; their paths."""
-    parts = {*FEATURES, *KERNELS}
+    parts = {*FEATURES, *KERNELS, PRODUCTS}
     rows = [row for row in rows if row["status"] == "ok" and row["mode"] in MODES and row["contender"] not in parts]
     paths = []
     for place in sorted({tuple(row[name] for name in PLACE) for row in rows}, key=str):

@@ -19,6 +19,7 @@ NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers ca
 KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
 IN_TURN = "ours (layers in turn)"  # that layer without its wavefront
 STREAM = "ours (stream)"
+PRODUCTS = "NumPy's products"  # of matrices, that the case has, and nothing else
 ONNX, EAGER, COMPILED = "onnxruntime", "torch loop", "torch.compile loop"
 FLASHRNN, HASTE, TORCHRL, XLSTM = "FlashRNN", "Haste", "TorchRL", "xlstm"
 PEERS = (ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM)  # beside torch.nn
@@ -57,7 +58,7 @@ KERNELS = {
 }
 
 EVERYBODY = (
-    NN, NN_KERNEL, CUDA, TRITON, NUMPY, LAYER, IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES, *KERNELS,
+    NN, NN_KERNEL, CUDA, TRITON, NUMPY, PRODUCTS, LAYER, IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES, *KERNELS,
 )  # fmt: skip
 TOGETHER = {"features": tuple(FEATURES), "kernels": tuple(KERNELS)}  # names for several of them
 
@@ -175,6 +176,7 @@ def by_layers(name: str, cases: tuple[Case, ...], contenders: tuple[str, ...], o
 
 
 GRID = ((32, 256, 1024), (1, 8, 64), (32, 128, 512))  # T, B, H of the NumPy fallback's goals
+MIDDLE = 256  # the T at which its products are timed, too
 
 
 def cpu() -> list[Group]:
@@ -194,7 +196,8 @@ def cpu() -> list[Group]:
         Group("compiled loop", peers[:1], (NN, NUMPY, COMPILED), once=True),
         Group("features", tuple(grid(("lstm", "gru"), (64,), (16,), (128,))), (NN, *FEATURES), once=True),
         *by_layers("scaling", far, (NN, NUMPY), once=True),
-        Group("sequences", tuple(grid(names, *GRID)), (NN, NUMPY)),
+        Group("sequences and what is in them", tuple(grid(names, (MIDDLE,), *GRID[1:])), (NN, NUMPY, PRODUCTS)),
+        Group("sequences", tuple(case for case in grid(names, *GRID) if case.T != MIDDLE), (NN, NUMPY)),
     ]
 
 

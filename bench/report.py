@@ -111,6 +111,19 @@ def cpu(rows: list[Row]) -> list[str]:
     return table(head, [[cell, *(shown(cell, *column) for column in columns)] for cell in cells])
 
 
+def products(rows: list[Row]) -> list[str]:
+    """What NumPy can't be faster than: the products alone over torch.nn's time, beside all of ours in the same runs."""
+    sized = by(rows, lambda row: tuple(row[name] for name in (*results.CASE, "threads", "run")))
+    groups = [{row["contender"]: row for row in group if row["ratio"]} for group in sized.values()]
+    both = [found for found in groups if found.keys() >= {problems.NUMPY, problems.PRODUCTS}]
+    found = by(both, lambda each: tuple(each[problems.NUMPY][name] for name in ("cell", "mode", "threads")))
+    body = []
+    for (cell, mode, threads), group in found.items():
+        ours, least = (ratio(each[name] for each in group) for name in (problems.NUMPY, problems.PRODUCTS))
+        body.append([f"{cell} {mode}, threads {threads}", str(ours), str(least), str(len(group))])
+    return table(["", "ours", "NumPy's products alone", "cases"], body)
+
+
 def peers(rows: list[Row]) -> list[str]:
     """Everybody's time over torch.nn's at the sizes where all peers take part; and who doesn't, and why."""
     size = *"TBHIL", "cell", "dtype", "mode", "threads"
@@ -207,7 +220,7 @@ def kernels(rows: list[Row]) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
-    "sources": sources, "cpu": cpu, "peers": peers, "calls": calls, "gpu": gpu, "features": features,
+    "sources": sources, "cpu": cpu, "products": products, "peers": peers, "calls": calls, "gpu": gpu, "features": features,
     "kernels": kernels,
 }  # fmt: skip
 
@@ -236,6 +249,7 @@ def body(blocks: dict[str, list[str]], figures: list[Path], rows: list[Row]) -> 
     titles = {
         "sources": "Measured on",
         "cpu": "CPU: time over torch.nn's, geometric mean (worst case)",
+        "products": "What NumPy can't be faster than: time over torch.nn's, geometric mean (worst case)",
         "peers": "Beside peers: time over torch.nn's",
         "calls": "What a call costs beside its kernel",
         "gpu": "GPU: times as fast as torch.nn, geometric mean (worst case)",

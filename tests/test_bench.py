@@ -7,12 +7,13 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from bench import __main__ as command
 from bench import around, floor, kernels, plots, problems, results, supervise, timing
-from bench.contenders import Torch, plan_of
+from bench.contenders import Products, Torch, plan_of
 from bench.data import Data
 from bench.problems import NN, NUMPY, Case
 from bench.worker import Worker
@@ -318,6 +319,22 @@ def test_a_kernel_of_a_wrong_call_has_no_time(monkeypatch):
     assert "median_us" not in row
 
 
+@pytest.mark.parametrize("case", [Case("gru", 7, 3, 5, 4), Case("lstm", 3, 1000, 2, 4, mode="training")], ids=str)
+def test_products_alone_are_all_that_a_case_has(case, monkeypatch):
+    run = Products().prepare(case, Data(case))
+    work, dot = [], np.dot
+
+    def counted(a, b, *out):
+        work.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return dot(a, b, *out)
+
+    monkeypatch.setattr(np, "dot", counted)
+    run(0)
+    assert sum(work) == case.flops
+    monkeypatch.undo()
+    assert measured(case, problems.PRODUCTS)[problems.PRODUCTS]["ratio"] > 0
+
+
 @pytest.mark.skipif(no_gpu() is None, reason="there is a GPU")
 def test_without_a_gpu_kernels_alone_say_so():
     rows = measured(CASE, *problems.KERNELS)
@@ -532,7 +549,7 @@ def test_report(tmp_path, capsys):
     assert "bench:typo" in capsys.readouterr().err
 
 
-def reported(tmp_path, *rows, blocks=("cpu", "peers", "calls", "sources")):
+def reported(tmp_path, *rows, blocks=("cpu", "products", "peers", "calls", "sources")):
     """README.md after a report of these rows, by block."""
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
@@ -573,6 +590,13 @@ def test_what_a_call_costs_is_told(tmp_path):
     found = reported(tmp_path, *(row(name, case, us=us) for name, us in costs.items()))["calls"]
     assert "| gru T=1 B=1 H=64, threads 1: ours (layer) | 40 | 25 | 15 |" in found
     assert "ours (stream) | 9 |" in found
+
+
+def test_products_alone_are_held_against_ours(tmp_path):
+    whole = [row(case=replace(CASE, B=B), ratio=r) for B, r in ((1, 0.4), (8, 0.9))]
+    alone = [row(problems.PRODUCTS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
+    found = reported(tmp_path, *whole, *alone)["products"]
+    assert "threads 1 | 0.60 (0.9) | 0.40 (0.8) | 2 |" in found  # without the case that ours has no time for
 
 
 # ---- the visit to a GPU machine -------------------------------------------------------------------------------------
