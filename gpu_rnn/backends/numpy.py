@@ -184,10 +184,10 @@ def run_backward(
     for first in reversed(range(0, T, n)):
         m = min(n, T - first)
         now = slice(first, first + m)
-        back.take(h[first : first + m + 1], dy[now], record[first : first + m + 1], *(array[now] for array in shown))
+        back.take(h[first : first + m + 1], dy[now])
         for k in range(m) if cell.E else ():
             seen[first + k] = more.operand(first + k, back.m[k], back.h[k]).T
-        back.prepare(m)
+        back.prepare(record[first : first + m + 1], *(array[now] for array in shown))
         for asked, ask in zip(back.asked, asks):
             asked[m] = ask
         dhs = np.empty((P, m, B) if projected else 0, x.dtype)  # of y, h's future included
@@ -429,8 +429,7 @@ class InstantsBack(Kept):
         self.row, self.coefficients = (H, B), found.coefficients
         self.gates = gates = cell.G + len(layout(cell).separate)
         self.h, self.dy = rows(n + 1, P, B), rows(n, P, B)
-        self.record, self.m = rows(n + 1, cell.K + cell.S - 1, H, B), rows(n, cell.E, H, B)
-        self.shown = rows(n, H, B) if self.projected else self.h[1:]
+        self.m = rows(n, cell.E, H, B)
         self.own = rows(n, H, B) if self.projected else self.h[:-1]  # unseen by a cell with a projection
         self.c, self.g, self.dshown = rows(n, found.rows, H, B), rows(cell.learned, H, B), rows(H, B)
         self.d, self.ds = rows(n + 1, gates + found.width, H, B), rows(gates * H * n * B)
@@ -445,23 +444,22 @@ class InstantsBack(Kept):
         views = (look(*q, c, d) for q, c, d in zip(asked, self.c, self.d))
         self.views = list(zip(self.dy, asked, recurrent, past, views))
 
-    def take(self, h: np.ndarray, dy: np.ndarray, record: np.ndarray, shown: np.ndarray | None = None) -> None:
-        """Of m instants: h [m+1, B, P], dy [m, B, P], what the tape has of them."""
+    def take(self, h: np.ndarray, dy: np.ndarray) -> None:
+        """Of m instants: h [m+1, B, P], dy [m, B, P]."""
         self.h[: len(h)], self.dy[: len(dy)] = h.swapaxes(1, 2), dy.swapaxes(1, 2)
-        self.record[: len(record)] = record
-        if shown is not None:
-            self.shown[: len(shown)] = shown
         for array in self.silent:
             array[...] = 0
 
-    def prepare(self, m: int) -> None:
-        """All that doesn't depend on later instants. By so many at once that they stay in the cache."""
-        H, B = self.row
+    def prepare(self, record: np.ndarray, shown: np.ndarray | None = None) -> None:
+        """All of m instants that doesn't depend on later ones, from what the tape has of them: record [m+1, ., H, B],
+        shown [m, H, B] where h is projected. By so many at once that they stay in the cache."""
+        (H, B), m = self.row, len(record) - 1
+        shown = self.h[1:] if shown is None else shown
         some = max(1, TOGETHER // max(H * B, 1))
         for first in range(0, m, some):
             now = slice(first, min(first + some, m))
             after = slice(now.start + 1, now.stop + 1)
-            given = {"n": self.shown[now], "s": self.own[now], "v": self.record[now], "r": self.record[after]}
+            given = {"n": shown[now], "s": self.own[now], "v": record[now], "r": record[after]}
             given |= {"m": self.m[now]} if self.m.shape[1] else {}
             self.coefficients.at_once(self.row, self.c.dtype, **given, c=self.c[now])
 
