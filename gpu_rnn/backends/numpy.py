@@ -19,6 +19,7 @@ import numpy as np
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
 from gpu_rnn.kernels.derive import OPERATIONS
 from gpu_rnn.kernels.program import Layout, by_exp, gradient, layout, natural, step_program
+from gpu_rnn.kernels.random import uniforms
 from gpu_rnn.kernels.weave import HOLD
 
 from ..arrays import HALVES, from_numpy, to_numpy
@@ -125,7 +126,7 @@ def run_forward(
     instants, idle = borrowed(Instants, cell, order, n, B, I, H, P, x.dtype)
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
-    projected = weights.w_hr is not None
+    projected, masked = weights.w_hr is not None, cell.operand is not None
     more: Any = More(cell, weights, T, reverse) if cell.E or projected else None
     wide = B >= WIDE or (B >= NARROW and cell.G * H * I <= SMALL)
 
@@ -138,10 +139,12 @@ def run_forward(
         m = min(n, T - first)
         now = slice(first, first + m)
         instants.project(W, x[now], bitwise or wide)
+        if cell.E:
+            more.fetch(first, instants.m[:m])
         with quiet(instants.order):
             for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
-                if more is not None:
-                    seen = more.operand(first + k, instants.m[k], seen)
+                if masked:
+                    seen = more.operand(instants.m[k], seen)
                 recur(seen, hg)
                 run(*rows)
                 if projected:
@@ -185,8 +188,10 @@ def run_backward(
         m = min(n, T - first)
         now = slice(first, first + m)
         back.take(h[first : first + m + 1], dy[now])
-        for k in range(m) if cell.E else ():
-            seen[first + k] = more.operand(first + k, back.m[k], back.h[k]).T
+        if cell.E:
+            more.fetch(first, back.m[:m])
+        for k in range(m) if cell.operand is not None else ():
+            seen[first + k] = more.operand(back.m[k], back.h[k]).T
         back.prepare(record[first : first + m + 1], *(array[now] for array in shown))
         for asked, ask in zip(back.asked, asks):
             asked[m] = ask
@@ -397,8 +402,7 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     instants = Instants(cell, arranged(cell, math.inf, B, H, I + P, dtype), n, B, I, H, P, dtype)
     phases = None if n == 1 else np.repeat(np.arange(n, dtype=np.uint8)[:, None], B, 1)  # its one flag
     more = More(cell, weights._replace(flags=phases), n, False)
-    for k, m in enumerate(instants.m):
-        more.fetch(k, m)
+    more.fetch(0, instants.m)
     W, recur = instants.take(weights, tuple(np.zeros((B, P if k == 0 else H)) for k in range(cell.S)))
     x, xg, hg, y, shown = np.zeros((1, B, I), dtype), instants.xg[:1], instants.hg, instants.h[n], instants.shown[-1]
     enter, columns, run, bias = products(W, B), x.swapaxes(1, 2), instants.run, instants.b_x
@@ -475,25 +479,28 @@ class More:
     """What a cell's page takes beside gates and states, as rows of m [E, H, B]; does nothing for a cell without."""
 
     def __init__(self, cell: Cell, weights: Weights, T: int, reverse: bool):
-        self.cell, self.extra, self.last = cell, Extra.of(weights), T - 1 if reverse else None
+        self.cell, self.extra = cell, Extra.of(weights)
         self.units = weights.units.swapaxes(1, 2) if cell.units else None
+        self.at = range(T)[::-1] if reverse else range(T)
 
-    def fetch(self, k: int, m: np.ndarray) -> None:
-        """What belongs to the k-th instant."""
-        cell, (_, H, B) = self.cell, m.shape
-        t, row = k if self.last is None else self.last - k, len(cell.units)
+    def fetch(self, first: int, m: np.ndarray) -> None:
+        """What belongs to the instants from `first` on, m [n, E, H, B]: of many at once, as far as the cache goes."""
+        cell, (n, _, H, B), row = self.cell, m.shape, len(self.cell.units)
         if cell.units:
-            m[:row] = self.units
-        for j in range(len(cell.flags)):
-            m[row + j] = self.extra.flags[t] >> j & 1
-        for j, uniform in enumerate(self.extra.drawn(cell, t, B, H), row + len(cell.flags)):
-            m[j] = uniform.T
+            m[:, :row] = self.units
+        some = max(1, TOGETHER // max(H * B, 1))
+        for start in range(0, n, some) if cell.flags or cell.uniforms else ():
+            now = m[start : start + some]
+            t = np.array(self.at[first + start : first + start + len(now)])
+            for j in range(len(cell.flags)):
+                now[:, row + j] = (self.extra.flags[t] >> j & 1)[:, None]
+            if cell.uniforms:
+                drawn = uniforms(self.extra.seed, t[:, None, None], np.arange(B), np.arange(H)[:, None], cell.uniforms)
+                for j, uniform in enumerate(drawn, row + len(cell.flags)):
+                    now[:, j] = uniform
 
-    def operand(self, k: int, m: np.ndarray, h: np.ndarray) -> np.ndarray:
-        """The same, and: h [P, B] -> what the recurrent weights see of it."""
-        self.fetch(k, m)
-        if self.cell.operand is None:
-            return h
+    def operand(self, m: np.ndarray, h: np.ndarray) -> np.ndarray:
+        """h [P, B] -> what the recurrent weights see of it."""
         ((seen,),) = operand_graph(self.cell).run(OPERATIONS, h=[h], extra=list(m[:, : len(h)]))
         return seen
 
