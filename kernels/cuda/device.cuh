@@ -152,9 +152,9 @@ DEVICE unsigned atom_add_acq_rel_gpu(unsigned* address, unsigned value) {
     return before;
 }
 
-// Relaxed accesses order nothing else, but are never torn, never kept in a register or in L1. The 16-byte
-// forms let a flag travel in the same word as the data it announces. They use .b128, because PTX treats
-// .v4.u32 as four separate accesses.
+// Relaxed accesses order nothing else, but are never torn, never kept in a register or in L1. The 8- and
+// 16-byte forms let a flag travel in the same word as the data it announces. They use .b64 and .b128, because
+// PTX treats .v4.u32 as four separate accesses.
 DEVICE unsigned ld_relaxed_gpu(const unsigned* address) {
     unsigned value;
     PTX(asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"));
@@ -163,6 +163,19 @@ DEVICE unsigned ld_relaxed_gpu(const unsigned* address) {
 }
 DEVICE void st_relaxed_gpu(unsigned* address, unsigned value) {
     PTX(asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"));
+    TWIN(host::store_relaxed(address, value));
+}
+DEVICE uint2 ld_relaxed_gpu(const uint2* address) {
+    uint2 value;
+    PTX(unsigned long long whole;
+        asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(whole) : "l"(address) : "memory");
+        value = make_uint2(static_cast<unsigned>(whole), static_cast<unsigned>(whole >> 32)));
+    TWIN(value = host::load_relaxed(address));
+    return value;
+}
+DEVICE void st_relaxed_gpu(uint2* address, uint2 value) {
+    PTX(const unsigned long long whole = value.x | static_cast<unsigned long long>(value.y) << 32;
+        asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(whole) : "memory"));
     TWIN(host::store_relaxed(address, value));
 }
 DEVICE uint4 ld_relaxed_gpu(const uint4* address) {

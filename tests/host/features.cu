@@ -282,6 +282,27 @@ extern "C" __global__ void flag_in_data(uint4* slots,  // [2, blocks, 32], zero
 }
 EXPORT(flag_in_data)
 
+// The same down a chain of blocks, in words of 8 bytes that are written once: nobody waits for who reads him.
+extern "C" __global__ void handed_down(uint2* words,  // [blocks, rounds, 32], zero
+                                       unsigned* y,   // [blocks, 32]
+                                       int rounds) {
+    const unsigned lane = threadIdx.x, rank = blockIdx.x;
+    unsigned sum = 0;
+    for (int i = 0; i < rounds; ++i) {
+        const unsigned stamp = unsigned(i + 1);
+        uint2 got = make_uint2(rank * 32 + lane, stamp);
+        if (rank > 0) {
+            do {
+                got = ld_relaxed_gpu(&words[((rank - 1) * rounds + i) * 32 + (lane + 1) % 32]);
+            } while (got.y != stamp);
+        }
+        sum += got.x * stamp;
+        st_relaxed_gpu(&words[(rank * rounds + i) * 32 + lane], make_uint2(got.x + 1, stamp));
+    }
+    y[rank * 32 + lane] = sum;
+}
+EXPORT(handed_down)
+
 // One word that the blocks count up in turn.
 extern "C" __global__ void relaxed_words(unsigned* turn,  // [1], zero
                                          unsigned* y) {   // [blocks]

@@ -362,6 +362,17 @@ def flag_in_data(launch: Launch) -> None:
 
 
 @_feature
+def handed_down(launch: Launch) -> None:
+    blocks, rounds = 4, 6
+    y, words = _poisoned((blocks, 32), np.uint32), np.zeros((blocks, rounds, 32, 2), np.uint32)
+    launch("handed_down", (blocks, 1, 1), (32, 1, 1), [words, y, np.int32(rounds)])
+    got = np.arange(32)
+    for rank in range(blocks):
+        _equal(y[rank], got * sum(range(1, rounds + 1)))
+        got = np.roll(got + 1, -1)
+
+
+@_feature
 def relaxed_words(launch: Launch) -> None:
     turn, y = np.zeros(1, np.uint32), _poisoned(5, np.uint32)
     launch("relaxed_words", (5, 1, 1), (1, 1, 1), [turn, y])

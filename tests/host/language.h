@@ -164,6 +164,11 @@ __forceinline__ unsigned load_relaxed(const unsigned* address) {
     poll(address, sizeof *address);
     return __atomic_load_n(address, __ATOMIC_RELAXED);
 }
+__forceinline__ uint2 load_relaxed(const uint2* address) {
+    poll(address, sizeof *address);
+    const uint64_t whole = __atomic_load_n(reinterpret_cast<const uint64_t*>(address), __ATOMIC_RELAXED);
+    return {unsigned(whole), unsigned(whole >> 32)};
+}
 __forceinline__ uint4 load_relaxed(const uint4* address) {
     poll(address, sizeof *address);
     const auto* halves = reinterpret_cast<const uint64_t*>(address);
@@ -178,6 +183,10 @@ __forceinline__ void store_release(unsigned* address, unsigned value) {
 __forceinline__ void store_relaxed(unsigned* address, unsigned value) {
     maybe_preempt();
     __atomic_store_n(address, value, __ATOMIC_RELAXED);
+}
+__forceinline__ void store_relaxed(uint2* address, uint2 value) {
+    maybe_preempt();
+    __atomic_store_n(reinterpret_cast<uint64_t*>(address), value.x | uint64_t(value.y) << 32, __ATOMIC_RELAXED);
 }
 __forceinline__ void store_relaxed(uint4* address, uint4 value) {
     maybe_preempt();
