@@ -570,7 +570,9 @@ def asked(
     for x, weights, state, reverse in directions:
         given = tuple(map(arrays.described, (x, *weights, *state)))
         precision = options.precision or arrays.precision(x)
-        problem = judge(cell, given, reverse, precision, save, options.history, len(directions), options.bitwise)
+        problem = judge(
+            cell, given, reverse, precision, save, options.history, len(directions), bitwise=options.bitwise
+        )
     if problem.device == "meta":
         problem = replace(problem, device="cpu")  # which one it will be doesn't matter to shapes
     return dispatch.choose(problem, options.backend), problem

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import gpu_rnn
+from gpu_rnn import dispatch
 
 I, H = 7, 21
 LAYERS = [
@@ -52,9 +53,17 @@ def test_a_rollout_with_resets_is_its_training(kind):
     assert torch.equal(torch.stack(acted), y)
 
 
-def test_a_captured_sequence_too():
+def test_a_captured_sequence_too(monkeypatch):
+    asked, forwards = [], dispatch.forwards
+
+    def noting(backend, problem, directions):
+        asked.append(problem.bitwise)
+        return forwards(backend, problem, directions)
+
     layer, x = gpu_rnn.LSTM(I, H, bitwise=True), torch.randn(12, 3, I)
+    monkeypatch.setattr(dispatch, "forwards", noting)
     y, _ = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert asked == [True]
     assert torch.equal(y, by_steps(layer, x)[0])
 
 
