@@ -1,10 +1,10 @@
 """The functions as torch's autograd, its transforms (torch.func) and its compiler see them.
 
 Eager     `sequence`: two autograd.Functions, `Sequence` and its gradient `Gradient`, around the chosen backend; and
-          `Together`, for several directions at once.
+          `Together`, for several directions at once, and `Stack`, for the layers of a stack.
 Captured  `captured`: two operators, gpu_rnn::forward and gpu_rnn::backward, for torch.compile and torch.export. They
           choose their backend when they run, and time stays inside of them. A program that torch.export saved needs
-          this module imported before it is loaded.
+          this module imported before it is loaded. gpu_rnn::stack and gpu_rnn::stack_backward are for torch.compile.
 
 First derivatives are the backend's. Second and higher ones, and forward mode, are torch's own, of `reference`: the
 cell's page driven through time by torch's operations. Right for every cell and in every order, but slow.
@@ -82,31 +82,29 @@ def sequences(name: str, directions: List[Direction], options: Options) -> list[
 def stacked(
     name: str, x: Tensor, layers: List[tuple[Weights, List[Tensor | None]]], options: Options
 ) -> list[tuple[Tensor, tuple]] | None:
-    """`sequence` for each layer of a stack, of one launch; None where that isn't to be had.
-
-    Going back each layer is a node of its own, as ever.
-    """
-    tensors = (x, *(tensor for weights, state in layers for tensor in (*weights, *state)))
-    if capturing() or unreal(x) or transformed() or options.recompute:  # which would not get the same bits again
+    """`sequence` for each layer of a stack, as one node; None where nothing would go at once."""
+    if options.recompute:  # which would not get the same bits again
         return None
-    wanted = tracked(*tensors)
-    filled: list[tuple[Weights, tuple]] = []
-    problems: list[Problem] = []
-    for weights, state in layers:
-        seen = x.new_empty(1).expand(*x.shape[:2], weights.w_hh.shape[1]) if filled else x  # without memory for it
-        backend, problem, initial = prepared(name, seen, weights, state, options, wanted)
-        if not dispatch.stacks(backend, problem):
-            return None
-        filled.append((weights, initial))
-        problems.append(problem)
-    found = dispatch.stack(backend, problem, x, filled)
+    if capturing() or unreal(x):
+        return None if torch.compiler.is_exporting() else captured_stack(name, x, layers, options)
+    if transformed():
+        return None
+    wanted = required(x, *(tensor for weights, state in layers for tensor in (*weights, *state)))
+    backend, problem, state = prepared(name, x, *layers[0], options, wanted)
+    if not any(dispatch.stacks(backend, problem, backward=way) for way in (False, True)[: 1 + wanted]):
+        return None
+    filled = [(layers[0][0], state)]
+    for weights, initial in layers[1:]:
+        filled.append((weights, prepared(name, above(x, weights), weights, initial, options, wanted)[2]))
     if not wanted:
-        return [(y, last) for y, last, _ in found]
-    results = []
-    for result, problem, (weights, initial) in zip(found, problems, filled):
-        x, *last = Computed.apply((backend, result), problem, x, *weights, *initial)[: problem.outputs]
-        results.append((x, tuple(last)))
-    return results
+        return [(y, last) for y, last, _ in dispatch.stack(backend, problem, x, filled)]
+    outputs = Stack.apply(backend, problem, len(filled), x, *(tensor for w, state in filled for tensor in (*w, *state)))
+    return [(y, tuple(last)) for y, *last in parts(outputs, len(filled))]
+
+
+def above(x: Tensor, weights: Weights) -> Tensor:
+    """Of the shape of what a layer above the first sees, without memory for it."""
+    return x.new_empty(1).expand(*x.shape[:2], weights.w_hh.shape[1])
 
 
 def unreal(x: Tensor) -> bool:
@@ -188,20 +186,6 @@ class Sequence(Direct):
             return members(V, partial(Sequence.apply, backend, problem), dims, given)
         outputs = Sequence.apply(backend, problem, *folded(V, dims, given))[: problem.outputs]
         return unfolded(V, outputs)  # without the tape, which is the backend's own and can't be unfolded
-
-
-class Computed(Sequence):
-    """A `Sequence` whose results are there already: they come with the backend."""
-
-    @staticmethod
-    def forward(computed: Any, problem: Problem, *given: Any) -> tuple:
-        _, (y, last, tape) = computed
-        return y, *last, *tape
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        (backend, _), *rest = inputs
-        Sequence.setup_context(ctx, (backend, *rest), output)
 
 
 class Gradient(Direct):
@@ -292,6 +276,85 @@ class Together(Direct):
             None,
             *(each for gradients, wanted in zip(found, needs) for each in spread(gradients, wanted)),
         )
+
+
+class Stack(Direct):
+    """The layers of a stack: x, then weights and states of each in turn -> y, states after, of each in turn.
+
+    What is differentiated again goes through each one's `Gradient`, from the top down. Every y is an output, that of a
+    lower layer for this alone: there it is what the layer above depends on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: dispatch.Backend, problem: Problem, n: int, x: Tensor, *given: Any) -> tuple:
+        found = dispatch.stack(backend, problem, x, layers_of(given, n))
+        ctx.backend, ctx.problem, ctx.n = backend, problem, n
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *given, *[tensor for y, _, tape in found for tensor in recorded(y, tape)])
+        return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
+        backend, problem, n = ctx.backend, ctx.problem, ctx.n
+        x, *tensors = ctx.saved_tensors
+        N = n * (len(Weights._fields) + problem.cell.S)
+        given, kept, doutputs = tensors[:N], parts(tensors[N:], n), parts(arriving, n)
+        _, _, _, need_x, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled() or transformed():
+            found = layer_after_layer(backend, problem, n, x, given, kept, doutputs, stack_needs(need_x, needs, n))
+        else:
+            found = stack_pulled(backend, problem, n, x, given, kept, doutputs, stack_needs(need_x, needs, n))
+        (dx, *first), *others = found
+        return None, None, None, dx, *first, *[each for _, *gradients in others for each in gradients]
+
+
+def layers_of(given: List, n: int) -> list[tuple[Weights, tuple]]:
+    """As backends take them."""
+    N = len(Weights._fields)
+    return [(Weights(*each[:N]), tuple(each[N:])) for each in parts(given, n)]
+
+
+def stack_needs(need_x: bool, needs: List[bool], n: int) -> list[tuple[bool, ...]]:
+    """Of each layer, in the order of `given`: its input is needed where something below is."""
+    found, below = [], need_x
+    for each in parts(needs, n):
+        found.append((below, *each))
+        below = below or any(each)
+    return found
+
+
+def stack_pulled(
+    backend: dispatch.Backend, problem: Problem, n: int, x: Tensor, given: List, kept: List[List],
+    doutputs: List[List[Tensor | None]], needs: List[tuple[bool, ...]],
+) -> list[list[Tensor | None]]:  # fmt: skip
+    """The gradients of each layer's `given`, by `dispatch.stack_back`."""
+    layers, arriving = layers_of(given, n), []
+    for (_, state), (dy, *dlast) in zip(layers, doutputs):
+        arriving.append((dy, tuple(torch.zeros_like(h) if d is None else d for h, d in zip(state, dlast))))
+    tapes, names = [(y, tuple(tape)) for y, *tape in kept], [*map(names_of, needs)]
+    found = dispatch.stack_back(backend, problem, x, layers, tapes, arriving, names)
+    below = [need and k == 0 for k, (need, *_) in enumerate(needs)]  # of the others x stays within the stack
+    needs = [(need, *each) for need, (_, *each) in zip(below, needs)]
+    return [[*spread(needed(gradients, each), each)] for gradients, each in zip(found, needs)]
+
+
+def layer_after_layer(
+    backend: dispatch.Backend, problem: Problem, n: int, x: Tensor, given: List, kept: List[List],
+    doutputs: List[List[Tensor | None]], needs: List[tuple[bool, ...]],
+) -> list[list[Tensor | None]]:  # fmt: skip
+    """The same, differentiable."""
+    found: list[list[Tensor | None]] = [[None] * len(each) for each in needs]
+    from_above = None
+    for k in reversed(range(n)):
+        if not any(needs[k]):
+            break
+        seen, each, (dy, *dlast) = kept[k - 1][0] if k else x, parts(given, n)[k], doutputs[k]
+        if from_above is not None:
+            dy = from_above if dy is None else dy + from_above
+        filled = zero_filled(seen, each[len(Weights._fields) :], [dy, *dlast])
+        gradients = Gradient.apply(backend, problem.layer(k), needs[k], seen, *each, *filled, *kept[k])
+        from_above, *_ = found[k] = [*spread(gradients, needs[k])]
+    return found
 
 
 def pulled(
@@ -466,23 +529,47 @@ for looked_up in (page, arrays.library_of.__wrapped__):  # what a capture needn'
 
 def captured(name: str, directions: List[Direction], options: Options) -> list[tuple[Tensor, tuple]]:
     """As `sequences`, as one node of a graph."""
-    given: list[Tensor] = []
-    for x, weights, state, _ in directions:
-        B, P = x.shape[1], weights.w_hh.shape[1]
-        H = P if weights.w_hr is None else weights.w_hr.shape[1]
-        filled = [x.new_zeros(B, H if k else P) if initial is None else initial for k, initial in enumerate(state)]
-        given += [x, *[weight for weight in weights if weight is not None], *filled]
-    wanted = required(*given) and not torch.compiler.is_exporting()  # what is exported seldom trains
-    precision, save = options.precision, wanted and not options.recompute
-    if precision is None and wanted and x.is_cuda and x.dtype == torch.float32:
-        precision = precision_now()
-    names = " ".join([field for field, weight in zip(Weights._fields, weights) if weight is not None])
-    reverse = [direction.reverse for direction in directions]
+    given = [tensor for x, weights, state, _ in directions for tensor in (x, *there(x, weights, state))]
+    precision, save = asked_now(given, options)
+    names, reverse = names_in(directions[0].weights), [direction.reverse for direction in directions]
     found = torch.ops.gpu_rnn.forward(
         name, given, names, reverse, options.backend or "auto", precision, options.bitwise, options.history, save
     )
-    n = 1 + len(state) + (len(state) - 1) * options.history
+    S = len(directions[0].state)
+    n = 1 + S + (S - 1) * options.history
     return [(outputs[0], tuple(outputs[1:n])) for outputs in parts(found, len(directions))]
+
+
+def captured_stack(
+    name: str, x: Tensor, layers: List[tuple[Weights, List[Tensor | None]]], options: Options
+) -> list[tuple[Tensor, tuple]]:  # fmt: skip
+    """As `stacked`, as one node of a graph."""
+    (weights, state), n = layers[0], len(layers)
+    given = [x, *[tensor for layer in layers for tensor in there(x, *layer)]]
+    precision, save = asked_now(given, options)
+    found = torch.ops.gpu_rnn.stack(name, given, names_in(weights), n, options.backend or "auto", precision, save)
+    return [(outputs[0], tuple(outputs[1 : 1 + len(state)])) for outputs in parts(found, n)]
+
+
+def there(x: Tensor, weights: Weights, state: List[Tensor | None]) -> list[Tensor]:
+    """The weights there are, and the states, with zeros for None."""
+    B, P = x.shape[1], weights.w_hh.shape[1]
+    H = P if weights.w_hr is None else weights.w_hr.shape[1]
+    filled = [x.new_zeros(B, H if k else P) if initial is None else initial for k, initial in enumerate(state)]
+    return [*[weight for weight in weights if weight is not None], *filled]
+
+
+def names_in(weights: Weights) -> str:
+    return " ".join([field for field, weight in zip(Weights._fields, weights) if weight is not None])
+
+
+def asked_now(given: List[Tensor], options: Options) -> tuple[str | None, bool]:
+    """The precision that a capture decides on, and whether a tape is kept."""
+    wanted = required(*given) and not torch.compiler.is_exporting()  # what is exported seldom trains
+    precision, (x, *_) = options.precision, given
+    if precision is None and wanted and x.is_cuda and x.dtype == torch.float32:
+        precision = precision_now()
+    return precision, wanted and not options.recompute
 
 
 @torch.compiler.assume_constant_result
@@ -570,9 +657,8 @@ def asked(
     for x, weights, state, reverse in directions:
         given = tuple(map(arrays.described, (x, *weights, *state)))
         precision = options.precision or arrays.precision(x)
-        problem = judge(
-            cell, given, reverse, precision, save, options.history, len(directions), bitwise=options.bitwise
-        )
+        more = options.history, len(directions), options.layers, options.bitwise
+        problem = judge(cell, given, reverse, precision, save, *more)
     if problem.device == "meta":
         problem = replace(problem, device="cpu")  # which one it will be doesn't matter to shapes
     return dispatch.choose(problem, options.backend), problem
@@ -613,3 +699,105 @@ def pull(ctx: Any, arriving: list[Tensor | None]) -> tuple:
 
 
 forward.register_autograd(pull, setup_context=keep)
+
+
+# The same of a stack: `given` is x, then of each layer in turn the weights there are, `names`, and the states. Which
+# layers go at once is decided at run time, too.
+
+
+@torch.library.custom_op("gpu_rnn::stack", mutates_args=())
+def stack(
+    cell: str, given: List[Tensor], names: str, layers: int, backend: str, precision: str | None, save: bool
+) -> list[Tensor]:
+    """-> y, states after and, if it is to be saved, the tape, of each layer."""
+    x, whole = all_of(given, names, layers)
+    chosen, problem = asked_of_stack(known, cell, x, whole, backend, precision, save)
+    with uncast(x):
+        found = dispatch.stack(chosen, problem, x, whole)
+    return [tensor for y, last, tape in found for tensor in (y, *last, *tape)]
+
+
+@stack.register_fake
+def _(cell, given, names, layers, backend, precision, save):
+    x, whole = all_of(given, names, layers)
+    chosen, problem = asked_of_stack(fitted, cell, x, whole, backend, precision, save)
+    found = []
+    for _, state in whole:
+        found += [x.new_empty(problem.T, problem.B, problem.H), *[x.new_empty(initial.shape) for initial in state]]
+        found += tape_like(chosen, problem, x) if save else ()
+    return found
+
+
+@torch.library.custom_op("gpu_rnn::stack_backward", mutates_args=())
+def stack_backward(
+    cell: str, given: List[Tensor], names: str, doutputs: List[Tensor | None], recorded: List[Tensor], layers: int,
+    backend: str, precision: str | None, needs: List[bool],
+) -> list[Tensor]:  # fmt: skip
+    """-> the gradients of what is given, those in `needs`. `recorded`: y and the tape of each layer."""
+    x, whole = all_of(given, names, layers)
+    chosen, problem = asked_of_stack(known, cell, x, whole, backend, precision, True)
+    fields, S = [*map(Weights._fields.index, names.split())], problem.cell.S
+    all_needs: list[bool] = []
+    for wanted in parts(needs[1:], layers):
+        need = dict(zip(fields, wanted))
+        all_needs += [*(need.get(k, False) for k in range(len(Weights._fields))), *wanted[-S:]]
+    tensors = [tensor for weights, state in whole for tensor in (*weights, *state)]
+    wanted = stack_needs(needs[0], all_needs, layers)
+    with uncast(x):
+        found = stack_pulled(
+            chosen, problem, layers, x, tensors, parts(recorded, layers), parts(doutputs, layers), wanted
+        )
+    (dx, *first), *others = found
+    gradients = [dx, *first, *[each for _, *rest in others for each in rest]]
+    return [gradient.contiguous() for gradient in gradients if gradient is not None]
+
+
+@stack_backward.register_fake
+def _(cell, given, names, doutputs, recorded, layers, backend, precision, needs):
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(given, needs) if needed]
+
+
+def all_of(given: List[Tensor], names: str, layers: int) -> tuple[Tensor, list[tuple[Weights, tuple]]]:
+    """x, and weights and states of each layer."""
+    x, *rest = given
+    fields, whole = names.split(), []
+    for each in parts(rest, layers):
+        found = dict(zip(fields, each))
+        whole.append((Weights(*map(found.get, Weights._fields)), tuple(each[len(fields) :])))
+    return x, whole
+
+
+def asked_of_stack(
+    judge: Callable[..., Problem], cell: str, x: Tensor, layers: List[tuple[Weights, tuple]], backend: str,
+    precision: str | None, save: bool,
+) -> tuple[dispatch.Backend, Problem]:  # fmt: skip
+    """As `asked`."""
+    options, first = Options(False, backend, precision, layers=len(layers)), None
+    for weights, state in layers:
+        seen = above(x, weights) if first else x
+        found = asked(judge, cell, [Direction(seen, weights, state, False)], options, save)
+        first = first or found
+    assert first is not None
+    return first
+
+
+def keep_stack(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.cell, given, ctx.names, ctx.layers, *ctx.options, _ = inputs
+    ctx.outputs = 1 + cells.get(ctx.cell).S
+    ctx.set_materialize_grads(False)
+    found = parts(output, ctx.layers)
+    ctx.given = len(given)
+    ctx.save_for_backward(*given, *[tensor for y, *rest in found for tensor in recorded(y, rest[ctx.outputs - 1 :])])
+
+
+def pull_stack(ctx: Any, arriving: list[Tensor | None]) -> tuple:
+    given, kept = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+    doutputs = [gradient for each in parts(arriving, ctx.layers) for gradient in each[: ctx.outputs]]
+    _, needs, *others = ctx.needs_input_grad
+    found = torch.ops.gpu_rnn.stack_backward(
+        ctx.cell, given, ctx.names, doutputs, kept, ctx.layers, *ctx.options, needs
+    )
+    return None, [*spread(found, needs)], *[None] * len(others)
+
+
+stack.register_autograd(pull_stack, setup_context=keep_stack)

@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from . import cudnn
+from . import arrays, cudnn
 from .backends.phased import Phased
 from .problem import Direction, Problem, Weights
 
@@ -82,17 +82,23 @@ def forwards(
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
 
 
-def stacks(backend: Backend, problem: Problem) -> bool:
+def stacks(backend: Backend, problem: Problem, *, backward: bool) -> bool:
     """Whether the backend would run the layers of a stack at once, by the problem of any of them."""
-    return hasattr(backend, "stacks") and backend.stacks(problem)
+    return isinstance(backend, ModuleType) and hasattr(backend, "stacks") and backend.stacks(problem, backward)
 
 
-def stack(
-    backend: Backend, problem: Problem, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]]
-) -> list[tuple[Any, tuple, tuple]]:
-    """`forward` of every layer, at once."""
-    assert isinstance(backend, ModuleType)  # it `stacks`
-    return backend.stack(problem.cell, x, layers, tf32=problem.tf32, save=problem.training)
+Layers = Sequence[tuple[Weights, Sequence[Any]]]  # of a stack, weights and states of each
+
+
+def stack(backend: Backend, problem: Problem, x: Any, layers: Layers) -> list[tuple[Any, tuple, tuple]]:
+    """`forward` of every layer, of a problem that is the first one's: at once where the backend would, else in turn."""
+    if stacks(backend, problem, backward=False):
+        assert isinstance(backend, ModuleType)
+        return backend.stack(problem.cell, x, layers, tf32=problem.tf32, save=problem.training)
+    found: list[tuple[Any, tuple, tuple]] = []
+    for k, (weights, state) in enumerate(layers):
+        found.append(forward(backend, problem.layer(k), found[-1][0] if k else x, weights, state))
+    return found
 
 
 def results(
@@ -133,6 +139,32 @@ def backwards(
         recorded = [(y, tape) for y, _, tape in again]
     whole = [(*kept, dy, dlast[:S], dlast[S:]) for kept, (dy, dlast) in zip(recorded, arriving)]
     return backend.backwards(problem.cell, directions, whole, tf32=problem.tf32, needs=needs)
+
+
+def stack_back(
+    backend: Backend, problem: Problem, x: Any, layers: Layers, recorded: Sequence[tuple[Any, tuple]],
+    arriving: Sequence[tuple[Any, tuple]], needs: Sequence[Collection[str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`backward` of every layer: at once where the backend would, else in turn.
+
+    arriving: as of `backwards`, dy None for zero. needs: of all but the first layer "x" means that those below need
+    something; who isn't needed has no gradients.
+    """
+    if stacks(backend, problem, backward=True):
+        assert isinstance(backend, ModuleType)
+        whole = [(*kept, dy, dlast, ()) for kept, (dy, dlast) in zip(recorded, arriving)]
+        return backend.stack_back(problem.cell, x, layers, whole, tf32=problem.tf32, needs=needs)
+    found: list[dict[str, Any]] = [{"state": ()} for _ in layers]
+    from_above = None
+    for k in reversed(range(len(layers))):
+        (y, tape), (dy, dlast), below = recorded[k], arriving[k], recorded[k - 1][0] if k else x
+        there = [each for each in (dy, from_above) if each is not None]
+        dy = sum(there[1:], there[0]) if there else arrays.zeros(tuple(y.shape), like=y)
+        found[k] = backward(backend, problem.layer(k), below, *layers[k], y, tape, dy, dlast, needs[k])
+        if "x" not in needs[k]:
+            break
+        from_above = found[k].get("x")
+    return found
 
 
 def listed(reasons: dict[str, list[str]]) -> list[str]:

@@ -543,7 +543,7 @@ class RecurrentLayer(Recurrent):
             return y, *([state.unsqueeze(0) for state in group] for group in groups)
         D, suffixes = self._directions, self._suffixes
         first = [len(suffixes) * [None] if state is None else state.unbind(0) for state in initial]
-        if self._options(call).layers > 1 and not capturing():
+        if self._options(call).layers > 1:
             at_once = self._stacked(x, first, call)
             if at_once is not None:
                 return at_once

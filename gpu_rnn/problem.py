@@ -1,7 +1,7 @@
 """What a call asks for, without its data: the thing backends judge and plans are made for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell
@@ -88,6 +88,10 @@ class Problem:
     def outputs(self) -> int:
         """y, the states after, and with a history the other states after every instant."""
         return 1 + self.cell.S + (self.cell.S - 1) * self.history
+
+    def layer(self, k: int) -> "Problem":
+        """That of a layer of the stack of which this is the first."""
+        return replace(self, layers=1) if k == 0 else replace(self, layers=1, I=self.H)
 
     def __str__(self) -> str:
         sizes = {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "P": self.P}

@@ -188,7 +188,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     tape_before = [a.copy() for a in (y, others, saved)]
     back = [encode(dy, dtype), dh_ours, dothers_ours, packed(backward=True), y, encode(h0, dtype), others, saved]
     dunits = np.zeros((cell.learned, B, H), np.float32)
-    run([*back, dxg, dhg, None, dunits, units, None, None], backward=True)
+    run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
 
     gradients = oracle.backward(

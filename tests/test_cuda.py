@@ -289,8 +289,9 @@ def test_several_at_once_from_cupy_to_kernel(cupy):
     cell, options = cases[0].cell, {"dtype": "bfloat16", "device": "cuda", "library": "torch", "training": True}
     both, stack = (Problem(cell, T, B, H, H, **options, **n) for n in ({"directions": 2}, {"layers": 4}))
     assert "both directions in one launch" in cuda.plan(both)
-    assert "4 layers as a wavefront" in cuda.plan(stack)
-    assert cuda.stacks(stack)
+    assert cuda.plan(stack).count("4 layers as a wavefront") == 2
+    assert cuda.stacks(stack, backward=False)
+    assert cuda.stacks(stack, backward=True)
     for problem in (both, stack):
         cuda.warmup(problem)
     compiled = len(cupy.modules)
@@ -303,8 +304,15 @@ def test_several_at_once_from_cupy_to_kernel(cupy):
         states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
         sequences.check(case, {"y": y} | states | sequences.named(case, each))
     layers = [(case.weights, case.state) for case in cases]
-    (y, *_), *_ = cuda.stack(cell, cases[0].x, layers, tf32=False, save=False)
-    assert torch.allclose(y, found[0][0], atol=1e-6), "the first layer computes as it does alone"
+    ran = cuda.stack(cell, cases[0].x, layers, tf32=False, save=True)
+    assert torch.allclose(ran[0][0], found[0][0], atol=1e-6), "the first layer computes as it does alone"
+    dys = [None, None, None, cases[3].dy]
+    kept = [(y, tape, dy, case.dlast, ()) for dy, case, (y, _, tape) in zip(dys, cases, ran)]
+    *_, last = cuda.stack_back(cell, cases[0].x, layers, kept, tf32=False, needs=[case.needs for case in cases])
+    case, (y, tape, *_) = cases[3], kept[3]
+    needs, given = case.needs - {"x"}, (cell, ran[2][0], case.weights, case.state, y, tape, case.dy, case.dlast)
+    alone = cuda.backward(*given, reverse=False, needs=needs)
+    assert all(torch.allclose(last[what], alone[what], atol=0.02) for what in needs), "and so does the last, back"
     assert len(cupy.modules) == compiled, "warmup has compiled what was needed"
     assert cupy.entered == []
 

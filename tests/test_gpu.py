@@ -1,5 +1,6 @@
 """The CUDA backend on a GPU: every result, and what only a GPU can show. test_cuda runs the same kernels on a CPU."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -125,10 +126,10 @@ def test_a_bidirectional_layer_trains_as_one_graph():
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layers_as_a_wavefront(name, dtype):
-    """As good as one after the other, forward and, through its tape, back."""
+    """As good as one after the other, forward and, over its tape, back."""
     for L, T, B, H in ((2, 300, 3, 700), (4, 300, 9, 512), (3, 500, 5, 330)):
         problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
-        if not cuda.stacks(problem):
+        if not cuda.stacks(problem, backward=False):
             assert "layer after layer" in cuda.plan(problem)
             continue
         cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
@@ -157,10 +158,53 @@ def test_layers_as_a_wavefront(name, dtype):
             x = y
 
 
+@EVERY
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_as_a_wavefront_back(name, dtype):
+    """As good as one after the other over the same tape, and repeatable; only the last layer's y is asked for."""
+    for L, T, B, H in ((2, 200, 3, 700), (4, 100, 9, 512), (3, 150, 5, 330)):
+        problem = replace(Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch"), layers=L)
+        if not cuda.stacks(problem, backward=True):
+            assert "layer after layer" in cuda.plan(replace(problem, training=True)).split("back:")[1]
+            continue
+        cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
+        cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
+        layers = [(case.weights, case.state) for case in cases]
+        seen, exact_seen = [cases[0].x], [sequences.wide(cases[0].x)]
+        tapes, exact_tapes = [], []
+        for case in cases:
+            y, _, tape = cuda.forward(problem.cell, seen[-1], case.weights, case.state, reverse=False, save=True)
+            wide = case.mapped(sequences.wide)
+            exact = oracle.forward(problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True)
+            tapes.append((y, tape))
+            exact_tapes.append((exact[0], exact[2]))
+            seen.append(y)
+            exact_seen.append(exact[0])
+        dys = [*[None] * (L - 1), cases[-1].dy]
+        recorded = [(*kept, dy, case.dlast, ()) for kept, dy, case in zip(tapes, dys, cases)]
+        needs = [case.needs for case in cases]
+        ours, again = (
+            cuda.stack_back(problem.cell, cases[0].x, layers, recorded, tf32=False, needs=needs) for _ in range(2)
+        )
+        dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
+        for k in reversed(range(L)):
+            case, wide = cases[k], cases[k].mapped(sequences.wide)
+            given = problem.cell, seen[k], case.weights, case.state, *tapes[k], dy, case.dlast
+            alone = cuda.backward(*given, reverse=False, needs=case.needs)
+            given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_tapes[k], exact_dy, wide.dlast
+            truth = oracle.backward(*given, reverse=False, needs=case.needs)
+            for what in case.needs - ({"x"} if k else set()):
+                assert torch.equal(ours[k][what], again[k][what]), what
+                found = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
+                assert_close(*found, dtype, f"{name} d{what}{k} T={T} H={H} L={L}")
+            dy, exact_dy = alone["x"], truth["x"]
+
+
 def test_a_stack_trains_as_one_graph():
     """Nothing waits, and a CUDA graph captures the wavefront."""
     layer = gpu_rnn.LSTM(64, 512, num_layers=4, device="cuda", dtype=torch.bfloat16)
-    assert "as a wavefront" in str(gpu_rnn.explain(layer, (256, 8, 64)))
+    for way in str(gpu_rnn.explain(layer, (256, 8, 64), training=True)).split("back:")[:2]:
+        assert "as a wavefront" in way
     gpu_rnn.warmup(layer, T=256, B=8, training=True)
     x, parameters = torch.randn(256, 8, 64, device="cuda", dtype=torch.bfloat16), tuple(layer.parameters())
     expected = torch.autograd.grad(layer(x)[0].square().sum(), parameters)
@@ -174,8 +218,10 @@ def test_a_stack_trains_as_one_graph():
         captured = torch.autograd.grad(layer(x)[0].square().sum(), parameters)
     for _ in range(3):  # the stamps of the last replay must not let anybody pass
         graph.replay()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    through = torch.autograd.grad(compiled(x)[0].square().sum(), parameters)
     torch.cuda.synchronize()
-    for gradients in (again, captured):
+    for gradients in (again, captured, through):
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
 
 

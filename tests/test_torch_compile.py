@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one operator per layer, and nothing lost on the way."""
+"""torch.compile and torch.export: one operator per layer, and nothing lost on the way. Plain stacks: test_stack.py."""
 
 import subprocess
 import sys

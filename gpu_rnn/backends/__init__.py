@@ -15,8 +15,10 @@ backwards(cell, directions, recorded, *, tf32, needs) -> gradients of each; reco
 
 One that can run the layers of a stack at once:
 
-stacks(problem) -> whether it would, for the problem of any of its layers
+stacks(problem, backward) -> whether it would, one way through time, for the problem of any of its layers
 stack(cell, x, layers, *, tf32, save) -> what forward gives, for each layer's (weights, state)
+stack_back(cell, x, layers, recorded, *, tf32, needs) -> gradients of each; recorded as above, dy None where only the
+    layer above asks for y; x is that of the first alone
 
 x      [T, B, I], or [T, B, G*H] without w_ih; never written to
 weights  problem.Weights

@@ -44,8 +44,8 @@ def plan(problem: Problem) -> str:
         if resident and why:
             each = f"{resident}; the other direction after it: {'; '.join(why)}"
         each = each if why else str(resident)
-        if problem.layers > 1 and not backward:
-            wavefront, against = stack_of(problem, device())
+        if problem.layers > 1:
+            wavefront, against = stack_of(problem, device(), backward)
             each = str(wavefront) if wavefront else f"{each}; layer after layer: {'; '.join(against)}"
         ways.append(each)
     return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
@@ -93,8 +93,8 @@ def backwards(
         return sequence.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
 
 
-def stacks(problem: Problem) -> bool:
-    return stack_of(problem, device(), held)[0] is not None
+def stacks(problem: Problem, backward: bool) -> bool:
+    return stack_of(problem, device(), backward, held)[0] is not None
 
 
 def stack(
@@ -105,12 +105,21 @@ def stack(
         return sequence.stack(step, cell, x, layers, tf32=tf32, save=save)
 
 
+def stack_back(
+    cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], recorded: Sequence[sequence.Recorded],
+    *, tf32: bool, needs: Sequence[Collection[str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    with stream_of(x), arrays.products(x, tf32):
+        step = partial(walk_stack_back, ready, device(), held=held)
+        return sequence.stack_back(step, cell, x, layers, recorded, tf32=tf32, needs=needs)
+
+
 def warmup(problem: Problem) -> tuple[str, ...]:
     """Compile what a problem needs, for the current device, and run nothing. -> the kernels."""
     compiled = []
     found = [residence_of(problem, device(), backward, held)[0] for backward in ways_of(problem)]
-    if problem.layers > 1 and stacks(problem):
-        found[0] = stack_of(problem, device(), held)[0]
+    if problem.layers > 1:
+        found = [stack_of(problem, device(), way, held)[0] or plan for way, plan in zip(ways_of(problem), found)]
     for resident in filter(None, found):
         unit = residence.compiled(resident, problem.cell, problem.dtype)
         for kernel in ("resident_pack", residence.name(resident)):
@@ -158,19 +167,19 @@ def residence_of(
 
 @lru_cache(maxsize=1024)  # asked at every call
 def stack_of(
-    problem: Problem, on: residence.Device, held: Held | None = None
+    problem: Problem, on: residence.Device, backward: bool, held: Held | None = None
 ) -> tuple[residence.Residence | None, Sequence[str]]:
-    """The plan by which the layers of a stack go forward at once, or why they don't."""
+    """The plan by which the layers of a stack go one way through time at once, or why they don't."""
     cell, dtype, tf32 = problem.cell, problem.dtype, problem.tf32
     if problem.P is not None or problem.T < LEAST_INSTANTS:
-        return None, residence_of(problem, on, False)[1]
+        return None, residence_of(problem, on, backward)[1]
     if cell.meets:
         return None, ("its page takes means over all units, and those of a stack don't meet",)
     if cell.E:
         return None, ("something is woven into its page, and layers hand on h as it is",)
     sizes = problem.H, problem.T, problem.B, problem.layers
-    element = residence.element(cell, backward=False)
-    plan, why = residence.stack(cell.G, element, dtype, *sizes, on, ieee=not tf32)
+    element, apart = residence.element(cell, backward=backward), sum(cell.separate)
+    plan, why = residence.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=not tf32)
     if plan is not None and held is not None:
         _, fewer = residence.holds(plan, on, partial(held, cell, dtype))
         if fewer is not None:
@@ -230,13 +239,29 @@ def walk_stack(
     run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None
 ) -> None:
     """The layers forward at once, for a problem that `stack_of` has a plan for."""
-    one = given[0]
-    T, B, _, H = one.xg.shape
-    dtype, library = arrays.dtype(one.xg), arrays.library(one.xg)
-    problem = Problem(cell, T, B, 0, H, None, dtype, "cuda", library, tf32=one.tf32, layers=len(given))
-    plan, why = stack_of(problem, on, held)
+    plan = stack_plan(on, cell, given[0].xg, given, False, held)
+    resident(run, plan, cell, given, forward_arrays, given[0].xg.shape, given[0].saved is not None)
+
+
+def walk_stack_back(
+    run: Runner, on: residence.Device, cell: Cell, *given: sequence.Backward, held: Held | None = None
+) -> None:
+    """And back."""
+    plan = stack_plan(on, cell, given[0].dxg, given, True, held)
+    resident(run, plan, cell, given, backward_arrays, given[0].dxg.shape, True)
+
+
+def stack_plan(
+    on: residence.Device, cell: Cell, gates: Any, layers: Sequence[sequence.Forward | sequence.Backward],
+    backward: bool, held: Held | None,
+) -> residence.Residence:  # fmt: skip
+    """As `planned`, of a stack."""
+    T, B, _, H = gates.shape
+    dtype, library = arrays.dtype(gates), arrays.library(gates)
+    problem = Problem(cell, T, B, 0, H, None, dtype, "cuda", library, tf32=layers[0].tf32, layers=len(layers))
+    plan, why = stack_of(problem, on, backward, held)
     assert plan is not None, why
-    resident(run, plan, cell, given, forward_arrays, one.xg.shape, one.saved is not None)
+    return plan
 
 
 def walk_back(
@@ -267,7 +292,8 @@ def backward_arrays(given: sequence.Backward, packed: Any) -> tuple:
     """Those of `resident_backward`, in its order."""
     tape = given.y, given.h0, given.others, given.saved
     written = given.dxg, given.dhg, given.dhistory, given.dunits
-    return given.dy, given.dh, given.dothers, packed[0], *tape, *written, *given.extra
+    below = None if given.w_ih is None else packed[1]
+    return given.dy, given.dh, given.dothers, packed[0], *tape, *written, *given.extra, below
 
 
 def resident(
@@ -280,9 +306,10 @@ def resident(
     packed = arrays.empty((len(given), plan.matrices, plan.fragments, 4), like=like, dtype="int32")
     members = []
     for one, each in zip(given, packed, strict=True):
-        for matrix, fragments in zip((one.w_hh, one.w_ih) if plan.layers > 1 else (one.w_hh,), each):
+        for k, matrix in enumerate((one.w_hh, one.w_ih)[: plan.matrices]):
             if matrix is not None:  # the first layer's input weights are not multiplied here
-                run(residence.pack(plan, cell, dtype, arrays.pointer(matrix), arrays.pointer(fragments), H))()
+                at = arrays.pointer(matrix), arrays.pointer(each[k])
+                run(residence.pack(plan, cell, dtype, *at, H, of_input=k == 1))()
         members.append(residence.Member(tuple(map(arrays.pointer, ordered(one, each))), one.reverse))
     exchange = arrays.zeros((plan.launches * plan.exchange_bytes(T),), like=like, dtype="uint8")
     for launch in residence.sequence(

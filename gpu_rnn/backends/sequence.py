@@ -6,7 +6,7 @@ it is, it fills the same arrays, so that one may go forward and another back:
     walk(cell, Forward(...))        walk_back(cell, Backward(...))
 
 What is given several times is to be walked at once: several directions by `forwards` and `backwards`, layers by
-`stack`.
+`stack` and `stack_back`.
 
 Every array is contiguous and on one device. Three dtypes meet: `storage`, the caller's; `real`, what is computed in,
 float64 for float64, else float32; and, within a walk, that of its products. Boundary t lies between the instants t-1
@@ -46,7 +46,8 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """What a walk back reads and writes."""
 
-    dy: Any  # [T, B, P] storage; with a projection overwritten with all that is asked of y, by later instants, too
+    dy: Any  # [T, B, P] storage; with a projection overwritten with all that is asked of y, by later instants, too; of
+    # a layer under another what is asked beside that, or None
     dh: Any  # [B, P] real; gradient of the last h, overwritten with that of the first
     dothers: Any  # [S-1, B, H] real; the same for the other states
     w_hh: Any  # [G*H, P] storage
@@ -63,6 +64,10 @@ class Backward(NamedTuple):
     extra: Extra
     reverse: bool
     tf32: bool  # as in Forward
+    w_ih: Any = None  # [G*H, H] storage, of a layer that takes its input from the one below
+
+
+Recorded = tuple[Any, tuple, Any, tuple, tuple]  # y, the tape, the gradients of y, the last states and the history
 
 
 def forward(
@@ -102,6 +107,23 @@ def stack(
     return [*map(done, given)]
 
 
+def stack_back(
+    walk_back: Callable[..., None], cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]],
+    recorded: Sequence[Recorded], *, tf32: bool, needs: Sequence[Collection[str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`backward` of each layer, as of `stack`; dy is None where nothing but the layer above asks for y."""
+    directions: list[Direction] = []
+    given: list[Backward] = []
+    for (weights, state), each in zip(layers, recorded, strict=True):
+        below = recorded[len(given) - 1][0] if given else x
+        directions.append(plain(Direction(below, weights, state, reverse=False)))
+        back = begun_back(cell, *directions[-1], *each, tf32)
+        given.append(back._replace(w_ih=directions[-1].weights.w_ih) if len(given) else back)
+    walk_back(cell, *given)
+    own = [needs[0], *({*names} - {"x"} for names in needs[1:])]  # what is asked of x stays on the way down
+    return [gradients(cell, back, d.x, d.weights, n) for back, d, n in zip(given, directions, own, strict=True)]
+
+
 def plain(direction: Direction) -> Direction:
     x, weights, state, reverse = direction
     return Direction(arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state)), reverse)
@@ -136,9 +158,6 @@ def done(given: Forward) -> tuple[Any, tuple, tuple]:
     final = (y[0 if given.reverse else -1], *others[-1 if save and not given.reverse else 0])
     tape = (given.saved, others, *([] if given.shown is y else [given.shown])) if save else ()
     return y, tuple(stored(array, like=y) for array in final), tape
-
-
-Recorded = tuple[Any, tuple, Any, tuple, tuple]  # y, the tape, the gradients of y, the last states and the history
 
 
 def backward(

@@ -14,6 +14,7 @@ def page(cell: Cell) -> str:
 
     struct Cell {
         enum { G = 4, S = 2, K = 4, PER_UNIT = 0, LEARNED = 0, FLAGS = 0, UNIFORMS = 0, OPERAND = 0 };
+        enum { SEPARATE = 0, COUNT_SEPARATE = 0 };
         enum { STEP_LEVELS = 0, STEP_MEANS = 0, GRAD_LEVELS = 0, GRAD_MEANS = 0 };
         DEVICE static void step(const real* x, const real* h, real* state, real* saved,
                                 const real* extra = nullptr, const real* means = nullptr) {
@@ -21,14 +22,18 @@ def page(cell: Cell) -> str:
     """
     sizes = {"G": cell.G, "S": cell.S, "K": cell.K, "PER_UNIT": len(cell.units), "LEARNED": cell.learned}
     sizes |= {"FLAGS": len(cell.flags), "UNIFORMS": cell.uniforms, "OPERAND": int(cell.operand is not None)}
+    apart = {"SEPARATE": sum(1 << gate for gate, own in enumerate(cell.separate) if own)}  # a bit for each gate
+    apart["COUNT_SEPARATE"] = sum(cell.separate)
     step, grad = step_cut(cell), grad_cut(cell)
     meeting = {"STEP_LEVELS": len(step.levels), "STEP_MEANS": step.before[-1]}
     meeting |= {"GRAD_LEVELS": len(grad.levels), "GRAD_MEANS": grad.before[-1]}
     operand, operand_grad = body(operand_graph(cell), "h"), body(operand_grad_graph(cell), "dnew", "dunits")
     lines = [
         "struct Cell {",
-        f"    enum {{ {', '.join(f'{name} = {size}' for name, size in sizes.items())} }};",
-        f"    enum {{ {', '.join(f'{name} = {size}' for name, size in meeting.items())} }};",
+        *(
+            f"    enum {{ {', '.join(f'{name} = {size}' for name, size in numbers.items())} }};"
+            for numbers in (sizes, apart, meeting)
+        ),
         "    DEVICE static void step(const real* x, const real* h, real* state, real* saved,",
         "                            const real* extra = nullptr, const real* means = nullptr) {",
         *body(step.page, "state", "saved"),

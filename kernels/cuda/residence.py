@@ -6,7 +6,7 @@ a problem without one it says why, and the stepwise kernels take over. Times are
 from the constants below; they only rank plans. `settled` asks the driver once more, about the compiled kernels.
 
 Both directions of a bidirectional layer go side by side in one launch where two of the plan for one fit: `together`.
-The layers of a stack go forward as a wavefront where all fit the grid and it is predicted to pay: `stack`.
+The layers of a stack go as a wavefront, either way, where all fit the grid and it is predicted to pay: `stack`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +36,7 @@ WORK_REGISTERS = {"block": 84, "cluster": 80, "grid": 96}
 LOADING_REGISTERS = {False: 16, True: 20}
 MOST_PUBLISHED = 256 << 20  # bytes that a stack's launches may take for what its layers hand on, all instants of it
 STACK_REGISTERS = 24  # for the second matrix of a stack's layers, beside its weights
+BEHIND = {False: 1, True: 2}  # instants that a layer of a stack is behind the one it takes from, forward and backward
 MOST_ELEMENTS = 4  # of a thread: what it keeps for each is hard to foresee
 MOST_WARPS = 16
 BATCH_TILES = (1, 2, 3, 4)  # more sums than these leave no registers for weights
@@ -113,6 +114,7 @@ class Residence:
     directions: int = 1  # side by side, with groups of their own
     layers: int = 1  # of a stack, likewise; then each block holds rows of the input weights, too
     meetings: tuple[int, ...] = ()  # at an instant, one after the other: how many means over the units each gives
+    apart: int = 0  # gates that are exchanged twice, as their input part has a gradient of its own: of a stack's
 
     @property
     def units(self) -> int:
@@ -148,7 +150,7 @@ class Residence:
     @property
     def values(self) -> int:
         """Exchanged, of a hidden unit."""
-        return self.gates if self.backward else 1
+        return self.gates + self.apart if self.backward else 1
 
     @property
     def k_tiles(self) -> int:
@@ -161,9 +163,11 @@ class Residence:
         operand = self.rows * (self.k_splits * -(-self.k_tiles // self.pieces) * 32 + 16)
         staged = -(-self.rows // 3) * 3 * self.values * self.units * self.size if self.scope == "grid" else 0
         parts = self.k_splits * self.row_sets * self.rows * (self.units + 4) * 4
-        weights = self.unit_tiles * self.k_splits * self.gates * self.k_shared * 512
+        weights = self.unit_tiles * self.k_splits * self.row_sets * self.values * self.k_shared * 512
         whole = (2 if self.scope == "cluster" else 1) * operand + staged + parts + weights + 16 + self.meeting_bytes
-        return self.matrices * whole
+        if self.layers == 1:
+            return whole
+        return whole + (parts + weights if self.backward else whole)
 
     @property
     def meeting_bytes(self) -> int:
@@ -185,11 +189,20 @@ class Residence:
         """Bytes of a publication of a group in the grid: a stamp and 4 bytes of three batch rows each."""
         return -(-self.rows // 3) * self.blocks * self.values * self.units * self.size // 4 * 16
 
+    @property
+    def handed(self) -> int:
+        """Bytes that a block of a stack gives to the layer below at an instant, backward: a stamp for each element."""
+        return 8 * self.units * self.rows if self.backward and self.layers > 1 else 0
+
     def exchange_bytes(self, T: int) -> int:
-        """Zeros that one launch of a grid plan wants for itself: two publications, in a stack all; and two meetings."""
-        kept = T + 1 if self.layers > 1 else 2
+        """Zeros that one launch of a grid plan wants for itself: two publications, or all that another layer reads; two
+        meetings; and what is handed down."""
+        if self.scope != "grid":
+            return 0
+        kept = T + 1 if self.layers > 1 and not self.backward else 2
         met = 16 * self.blocks * -(-max(self.meetings, default=0) * self.rows // 3)  # bytes of a meeting of a group
-        return self.members * self.groups * (kept * self.exchanged + 2 * met) if self.scope == "grid" else 0
+        handed = (self.layers - 1) * self.groups * T * self.blocks * self.handed
+        return self.members * self.groups * (kept * self.exchanged + 2 * met) + handed
 
     @property
     def microseconds(self) -> float:
@@ -204,14 +217,16 @@ class Residence:
             latency = self.k_tiles * MMA_LATENCY_CYCLES / max(1, 4 // (self.row_sets * self.batch_tiles))
             operand = warps * self.k_tiles * self.rows * 32 / SHARED_BYTES_PER_CYCLE
         arithmetic = -(-warps // 4) * self.row_sets * self.k_tiles * fragment
-        from_shared = operand + warps * self.gates * self.k_shared * 512 / SHARED_BYTES_PER_CYCLE
+        from_shared = operand + warps * self.row_sets * self.values * self.k_shared * 512 / SHARED_BYTES_PER_CYCLE
         received = (self.blocks - 1) * self.values * self.units * self.rows * self.size
         if self.scope == "grid":
             received = self.exchanged
-        exchange = EXCHANGE[self.scope] + self.matrices * received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
+        if self.layers > 1:
+            received += self.handed if self.backward else received  # from the other layer
+        exchange = EXCHANGE[self.scope] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
         exchange += len(self.meetings) * MEETING[self.scope]
         product = max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND
-        # a stack's product with the input is made while h is under way
+        # a stack's product with the input weights is made while the exchange is under way
         beside = max(0.0, product - EXCHANGE[self.scope]) if self.layers > 1 else 0.0
         return product + beside + exchange + POINTWISE
 
@@ -255,10 +270,12 @@ def compiled(plan: Residence, cell: Cell, dtype: str, only: str | None = None) -
     return unit(KERNELS, cell, {"SCALAR": C_TYPES[dtype], **plan.defines(), **({"ONLY": only.upper()} if only else {})})
 
 
-def pack(plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int) -> Launch:
+def pack(
+    plan: Residence, cell: Cell, dtype: str, R: int, packed: int, H: int, *, of_input: bool = False
+) -> Launch:  # fmt: skip
     """The weights at address R, [G*H, H], into `plan.fragments` times 16 bytes at `packed`."""
-    blocks = -(-plan.fragments // 128)
-    return Launch(compiled(plan, cell, dtype), "resident_pack", (blocks, 1, 1), (128, 1, 1), (R, packed, np.int32(H)))
+    blocks, arguments = -(-plan.fragments // 128), (R, packed, np.int32(H), np.int32(of_input))
+    return Launch(compiled(plan, cell, dtype), "resident_pack", (blocks, 1, 1), (128, 1, 1), arguments)
 
 
 class Member(NamedTuple):
@@ -390,15 +407,19 @@ def together(
 
 
 def stack(
-    gates: int, element: int, dtype: str, H: int, T: int, B: int, layers: int, device: Device, *, ieee: bool = False
-) -> tuple[Residence | None, tuple[str, ...]]:
-    """The plan by which the layers of a stack go forward as a wavefront, or None and why one goes after the other."""
-    alone, why = plan(gates, element, dtype, H, B, device, backward=False, ieee=ieee)
+    gates: int, element: int, dtype: str, H: int, T: int, B: int, layers: int, device: Device,
+    *, backward: bool = False, apart: int = 0, ieee: bool = False,
+) -> tuple[Residence | None, tuple[str, ...]]:  # fmt: skip
+    """The plan by which the layers of a stack go as a wavefront, or None and why one goes after the other.
+
+    apart: of `gates`, how many have a gradient of their own for each of their two parts.
+    """
+    alone, why = plan(gates, element, dtype, H, B, device, backward=backward, ieee=ieee)
     if dtype not in SIZES or device.capability < (8, 0):
         return None, why
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
     page = (gates, element, size, ieee, ())
-    found = [*candidates("grid", False, page, H, B, device, layers)] if device.cooperative else []
+    found = [*candidates("grid", backward, page, H, B, device, layers, apart)] if device.cooperative else []
     if not found:
         mebibytes = layers * 2 * gates * H * H * size / 2**20
         what = f"[W | R] of {layers} layers, {mebibytes:.1f} MiB, on {device.multiprocessors} multiprocessors at once"
@@ -407,12 +428,13 @@ def stack(
     step = alone.waves * alone.microseconds if alone else stepwise(gates, size, H, B, ieee)
     published = best.launches * best.exchange_bytes(T)
     if published > MOST_PUBLISHED:
-        what = f"the publications of {T} instants take {published / 2**20:.0f} MiB, over {MOST_PUBLISHED >> 20}"
+        what = f"what layers hand on in {T} instants takes {published / 2**20:.0f} MiB, over {MOST_PUBLISHED >> 20}"
         return None, (f"grid: {what}",)
     rate = IEEE_OPERATIONS_PER_MICROSECOND if ieee else OPERATIONS_PER_MICROSECOND
     inputs = (layers - 1) * (LAUNCHES / 2 + 2 * T * B * gates * H * H / rate)
     in_turn = layers * T * step + inputs
-    at_once = best.waves * (T + layers - 1) * best.microseconds + published / ZERO_BYTES_PER_MICROSECOND
+    instants = T + BEHIND[backward] * (layers - 1)
+    at_once = best.waves * instants * best.microseconds + published / ZERO_BYTES_PER_MICROSECOND
     if at_once > in_turn:
         return None, (f"{at_once:.0f} us predicted as a wavefront, {in_turn:.0f} us layer after layer",)
     return best, ()
@@ -445,9 +467,9 @@ Page = tuple[int, int, int, bool, tuple[int, ...]]  # gates, element, size, ieee
 
 
 def candidates(
-    scope: str, backward: bool, page: Page, H: int, B: int, device: Device, layers: int = 1
+    scope: str, backward: bool, page: Page, H: int, B: int, device: Device, layers: int = 1, apart: int = 0
 ) -> Iterator[Residence]:
-    """Every plan of a scope that fits."""
+    """Every plan of a scope that fits. apart: see `stack`."""
     ieee = page[3]
     rows, all_tiles = (IEEE_ROWS, IEEE_BATCH_TILES) if ieee else (ROWS, BATCH_TILES)
     enough = next((tiles for tiles in all_tiles if tiles * rows >= B), all_tiles[-1])
@@ -459,7 +481,7 @@ def candidates(
             for k_splits in (1, 2, 4, 8, 16):
                 if unit_tiles * k_splits <= MOST_WARPS:
                     shape = (scope, blocks, unit_tiles, k_splits, batch_tiles)
-                    made = fitted(backward, shape, page, B, device, layers)
+                    made = fitted(backward, shape, page, B, device, layers, apart if backward else 0)
                     if made is not None:
                         yield made
 
@@ -476,7 +498,7 @@ def group_blocks(scope: str, needed: int, device: Device) -> int | None:
 
 
 def fitted(
-    backward: bool, shape: tuple[str, int, int, int, int], page: Page, B: int, device: Device, layers: int
+    backward: bool, shape: tuple[str, int, int, int, int], page: Page, B: int, device: Device, layers: int, apart: int
 ) -> Residence | None:
     """A plan with as many k tiles in registers as there is room for and the rest in shared memory, or None."""
     gates, element, size, ieee, met = page
@@ -488,12 +510,12 @@ def fitted(
     row_sets = 1 if backward else gates
     sums = max(row_sets, 2) * rows if ieee else 4 * max(row_sets * batch_tiles, 4) + 4 * (batch_tiles - 1)
     room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS[scope] - sums - own * element
-    matrices = 1
-    if layers > 1:
-        matrices, room = 2, room - STACK_REGISTERS - own * gates  # and the bias of the input
-    k_registers = min(k_tiles, room // (4 * gates * matrices))
+    fragments = 4 * (gates + apart)  # registers of a k tile
+    if layers > 1:  # two matrices; the bias of the input, or a word from above
+        fragments, room = 2 * fragments, room - STACK_REGISTERS - own * (2 if backward else gates)
+    k_registers = min(k_tiles, room // fragments)
     if k_registers < k_tiles:
-        k_registers = (room - LOADING_REGISTERS[ieee]) // (4 * gates * matrices)
+        k_registers = (room - LOADING_REGISTERS[ieee]) // fragments
     if k_registers < 0 or own > MOST_ELEMENTS:
         return None
     tiles = -(-B // rows)
@@ -503,10 +525,10 @@ def fitted(
     groups = min(tiles, at_once) if scope == "grid" else tiles  # a cooperative launch refuses what can't be resident
     launches, waves = -(-tiles // max(groups, 1)), -(-tiles // at_once)
     held = (k_registers, k_tiles - k_registers)
-    for pieces in PIECES if scope == "grid" else (1,):
+    for pieces in PIECES if scope == "grid" and not (backward and layers > 1) else (1,):
         made = Residence(
             backward, scope, blocks, unit_tiles, k_splits, *held, batch_tiles, pieces, gates, size, ieee,
-            groups, launches, waves, layers=layers, meetings=met,
+            groups, launches, waves, layers=layers, meetings=met, apart=apart,
         )  # fmt: skip
         none_empty = (pieces - 1) * -(-made.k_tiles // pieces) < made.k_tiles
         if none_empty and made.shared_bytes <= device.shared_bytes:

@@ -37,12 +37,21 @@
 // cluster together. In the grid the cooperative launch starts all blocks or, until there is room, none. And no two
 // launches share what they wait on: mbarriers are the block's own, the exchange is the caller's, for one launch only.
 //
-// LAYERS of a stack go side by side, too, as a wavefront (SCOPE 2, forward): layer l is at instant t while the one
-// below is at t + 1 or later. Only the first has its input part made beforehand. The others hold the rows of their input
-// weights as well, in a second Residence, `below`, that receives what the layer below publishes, words, stamps and all,
-// and multiplies it while the layer's own h is under way. Nobody is held up by who reads him, and so nothing can
-// deadlock: a publication has a place of its own for every instant, and a block waits for earlier instants of its own
-// layer and for the layer below, never for one above; the first waits for itself alone. All layers are resident, or none.
+// LAYERS of a stack go side by side, too, as a wavefront (SCOPE 2). All but the first hold the rows of their input
+// weights as well, and use them while what they wait for is under way.
+//
+//     forward     layer l is at instant t while the one below is at t + 1 or later. Only the first has its input part
+//                 made beforehand. The others have a second Residence, `below`, that receives what the layer below
+//                 publishes, words, stamps and all, and multiplies it.
+//     backward    layer l is at instant t while the one above is at t - 2 or earlier, and multiplies the gates'
+//                 gradients that it has received from its own blocks a second time, for the gradient of its inputs.
+//                 That isn't everyone's affair: a block hands it to the block with the same units in the layer below, a
+//                 word of 8 bytes for each element, and there the thread that has this element takes it. Only the
+//                 inputs of the first layer have theirs from a product after the launch.
+//
+// Nobody is held up by who reads him, and so nothing can deadlock: what goes to another layer has a place of its own
+// for every instant, and a block waits for what came before in its own layer and for the one layer that it takes from,
+// which never waits for it. All layers are resident, or none.
 //
 // Not the obvious: one launch and one product per step (stepwise.cu) reads R from L2 at every step and pays for two
 // launches. Limits: H <= U * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, then multiplied as TF32 or IEEE's.
@@ -70,6 +79,7 @@ constexpr int OWN = (U * NB + THREADS - 1) / THREADS;  // elements of a thread
 constexpr int PITCH = U + 4;                           // of a row of partial sums: few lanes hit the same bank
 constexpr int MEMBERS = DIRECTIONS * LAYERS;           // of a launch; one of the two is 1
 constexpr bool STACK = LAYERS > 1;
+constexpr bool STACK_BACK = STACK && BACKWARD;
 constexpr int K_STEP = 32 / sizeof(SCALAR);            // k tile: 16 halves or 8 floats, 32 bytes either way
 
 #if SCOPE == CLUSTER && !GPU_RNN_ON_HOST
@@ -377,61 +387,114 @@ struct Meeting {
 
 // ---- What a block holds, and how it exchanges ----------------------------------------------------------------------
 
-struct Residence {  // for one direction of time
-    static constexpr int ROWS = BACKWARD ? 1 : Cell::G;                  // row sets
-    static constexpr int VALUES = BACKWARD ? Cell::G : 1;                // exchanged values a unit
-    static constexpr int IN_REGISTERS = VALUES * K_REGISTERS;            // k tiles of a warp
-    static constexpr int IN_SHARED = VALUES * K_SHARED;
+// The values of a unit that a group exchanges. Backward they are the gradients of the gates' recurrent parts. In a
+// stack both matrices multiply them: where an input part has a gradient of its own, that follows behind the others.
+struct Values {
+    static constexpr int COUNT_APART = STACK_BACK ? Cell::COUNT_SEPARATE : 0;
+    static constexpr int COUNT = BACKWARD ? Cell::G + COUNT_APART : 1;
+
+    // The gate whose rows of the recurrent or the input weights meet a value; -1: none of theirs.
+    DEVICE static int gate(int value, bool of_input) {
+        if (value < Cell::G) return of_input && (Cell::SEPARATE >> value & 1) != 0 ? -1 : value;
+        return of_input ? apart(value - Cell::G) : -1;
+    }
+    DEVICE static constexpr int apart(int n) {  // the n-th gate with two gradients
+        for (int gate = 0; gate < Cell::G; ++gate)
+            if ((Cell::SEPARATE >> gate & 1) != 0 && n-- == 0) return gate;
+        return -1;
+    }
+};
+
+// What a warp has of a matrix: k tiles in registers first, in shared memory then.
+struct Rows {
+    static constexpr int SETS = BACKWARD ? 1 : Cell::G;
+    static constexpr int IN_REGISTERS = Values::COUNT * K_REGISTERS;
+    static constexpr int IN_SHARED = Values::COUNT * K_SHARED;
     static constexpr int TILES = IN_REGISTERS + IN_SHARED;
+    static constexpr int BYTES = WARPS * SETS * IN_SHARED * 512;  // of the block, in shared memory
+
+    uint4* shared;  // [WARPS][SETS][IN_SHARED][32]
+    unsigned held[SETS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
+
+    // This warp's fragments, as resident_pack laid them out.
+    DEVICE void load(const uint4* packed, int rank, int warp, int lane) {
+        packed += (static_cast<long long>(rank) * WARPS + warp) * SETS * TILES * 32 + lane;
+        shared += warp * SETS * IN_SHARED * 32 + lane;  // read back by this very lane
+#pragma unroll
+        for (int r = 0; r < SETS; ++r) {
+#pragma unroll
+            for (int j = 0; j < IN_REGISTERS; ++j) {
+                const uint4 a = packed[(r * TILES + j) * 32];
+                held[r][j][0] = a.x, held[r][j][1] = a.y, held[r][j][2] = a.z, held[r][j][3] = a.w;
+            }
+            for (int j = 0; j < IN_SHARED; ++j)
+                shared[(r * IN_SHARED + j) * 32] = packed[(r * TILES + IN_REGISTERS + j) * 32];
+        }
+    }
+
+    DEVICE void take(unsigned a[4], int r, int j) const {
+        if (j < IN_REGISTERS) {
+            for (int i = 0; i < 4; ++i) a[i] = held[r][j < IN_REGISTERS ? j : 0][i];
+        } else {
+            const uint4 w = shared[(r * IN_SHARED + j - IN_REGISTERS) * 32];
+            a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+        }
+    }
+};
+
+struct Residence {  // for one direction of time
+    static constexpr int ROWS = Rows::SETS, VALUES = Values::COUNT, TILES = Rows::TILES;
     static constexpr int PIECE = (TILES + PIECES - 1) / PIECES;          // k tiles of a warp in one piece
     static constexpr int SLICE = VALUES * U * sizeof(SCALAR);            // bytes a block publishes per batch row
     static constexpr int ROW = K_SPLITS * PIECE * 32 + 16;               // operand's pitch: ldmatrix without conflicts
     static constexpr int OPERAND = NB * ROW;
     static constexpr int PARTS = K_SPLITS * ROWS * NB * PITCH * 4;
-    static constexpr int WEIGHTS = WARPS * ROWS * IN_SHARED * 512;
     static constexpr int OPERANDS = SCOPE == CLUSTER ? 2 : 1;            // peers of a cluster store ahead of the reader
     static constexpr int TRIPLES = (NB + 2) / 3;                         // a stamped word has 4 bytes of 3 batch rows
     static constexpr long long PUBLICATION = TRIPLES * BLOCKS * (SLICE / 4);  // words
     static constexpr int STAGED = SCOPE == GRID ? TRIPLES * 3 * SLICE : 0;
-    static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + WEIGHTS + 16 + Meeting::BYTES;
-    static_assert((STACK ? 2 : 1) * BYTES == SHARED_BYTES, "the launch plan asks for this much shared memory");
+    static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + Rows::BYTES + 16 + Meeting::BYTES;
+    static constexpr int BESIDE = !STACK ? 0 : BACKWARD ? PARTS + Rows::BYTES : BYTES;  // for the input weights
+    static_assert(BYTES + BESIDE == SHARED_BYTES, "the launch plan asks for this much shared memory");
     static_assert(!STACK || Levels::COUNT == 0, "units of a stack don't meet");
     static_assert(BLOCKS * SLICE <= K_SPLITS * TILES * 32, "the warps' k tiles cover what all blocks publish");
     static_assert((PIECES - 1) * PIECE < TILES, "no piece is empty");
     static_assert(SCOPE == GRID || PIECES == 1, "what peers store at any time is there as a whole");
+    static_assert(!STACK_BACK || PIECES == 1, "what is multiplied twice is there as a whole");
 
     unsigned char* operand;  // [OPERANDS][NB][ROW]: the one multiplied, and in a cluster the one being received
     unsigned char* staged;   // GRID: [TRIPLES * 3][SLICE], the block's own values, to be published
     float* parts;            // [K_SPLITS][ROWS][NB][PITCH]
-    uint4* weights;          // [WARPS][ROWS][IN_SHARED][32]
-    unsigned held[ROWS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
+    Rows weights;
     int warp, lane, rank;
     int rows;                // of the batch that this group has: the others aren't exchanged
     Meeting meeting;
 #if SCOPE == CLUSTER
     Mbarrier* received;      // [2], one for each operand
 #elif SCOPE == GRID
-    uint4* exchange;         // of a group: two of [TRIPLES][BLOCKS * SLICE / 4], in a stack one for each publication
+    uint4* exchange;         // of a group: two of [TRIPLES][BLOCKS * SLICE / 4], or one for each publication
 #endif
 
-    DEVICE static long long group_words(long long T) { return (STACK ? T + 1 : 2) * PUBLICATION + Meeting::EXCHANGED; }
+    static constexpr bool KEEPS = STACK && !BACKWARD;  // its publications, for another layer
+
+    DEVICE static long long group_words(long long T) { return (KEEPS ? T + 1 : 2) * PUBLICATION + Meeting::EXCHANGED; }
 
     // `from`: the group whose publications are received; its own, or that of the layer below.
     DEVICE Residence(unsigned char* arena, uint4* exchanges, int from, long long T, int rows_left)
         : operand(arena),
           staged(operand + OPERANDS * OPERAND),
           parts(reinterpret_cast<float*>(staged + STAGED)),
-          weights(reinterpret_cast<uint4*>(staged + STAGED + PARTS)),
+          weights{reinterpret_cast<uint4*>(staged + STAGED + PARTS), {}},
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
           rank(blockIdx.x % BLOCKS),
           rows(max(0, min(NB, rows_left - tile() * NB))),
-          meeting(staged + STAGED + PARTS + WEIGHTS + 16,
+          meeting(staged + STAGED + PARTS + Rows::BYTES + 16,
                   exchanges + from * group_words(T) + group_words(T) - Meeting::EXCHANGED) {
         for (int i = threadIdx.x; i < (OPERANDS * OPERAND + STAGED) / 16; i += THREADS)
             reinterpret_cast<uint4*>(operand)[i] = make_uint4(0, 0, 0, 0);  // what nobody publishes stays zero
 #if SCOPE == CLUSTER
-        received = reinterpret_cast<Mbarrier*>(staged + STAGED + PARTS + WEIGHTS);
+        received = reinterpret_cast<Mbarrier*>(staged + STAGED + PARTS + Rows::BYTES);
         if (threadIdx.x == 0) {
             mbarrier_init(&received[0], 1);
             mbarrier_init(&received[1], 1);
@@ -446,54 +509,48 @@ struct Residence {  // for one direction of time
 #endif
     }
 
-    // Take this warp's fragments, as resident_pack laid them out.
-    DEVICE void load(const uint4* packed) {
-        packed += (static_cast<long long>(rank) * WARPS + warp) * ROWS * TILES * 32 + lane;
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int j = 0; j < IN_REGISTERS; ++j) {
-                const uint4 a = packed[(r * TILES + j) * 32];
-                held[r][j][0] = a.x, held[r][j][1] = a.y, held[r][j][2] = a.z, held[r][j][3] = a.w;
-            }
-            for (int j = 0; j < IN_SHARED; ++j)  // read back by this very lane
-                weights[((warp * ROWS + r) * IN_SHARED + j) * 32 + lane] = packed[(r * TILES + IN_REGISTERS + j) * 32];
-        }
-    }
-
-    DEVICE void take(unsigned a[4], int r, int j) const {
-        if (j < IN_REGISTERS) {
-            for (int i = 0; i < 4; ++i) a[i] = held[r][j < IN_REGISTERS ? j : 0][i];
-        } else {
-            const uint4 w = weights[((warp * ROWS + r) * IN_SHARED + j - IN_REGISTERS) * 32 + lane];
-            a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
-        }
-    }
+    DEVICE void load(const uint4* packed) { weights.load(packed, rank, warp, lane); }
 
     // In the following n is the number of a publication, from 0.
 
     // Multiply with what has been published. The sums are then in `parts`, one for each K split, for `sum` to add.
     DEVICE void multiply_all(long long n) {
         Sums<ROWS> sums;
-        const unsigned char* tile = operand + n % OPERANDS * OPERAND + warp % K_SPLITS * PIECE * 32;
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) {
             const int first = piece * PIECE, last = min(first + PIECE, TILES);
             if (piece > 0) team_sync();  // the one before it has been multiplied
             await(n, first, last);
-            if (ONLY == EXCHANGE) continue;
-            sums.template add<ROW>(tile, first, last, lane, [&](unsigned a[4], int r, int j) { take(a, r, j); });
+            multiply(n, first, last, weights, sums);
         }
-        sums.finish(lane, [&](int r, int row, int column, float sum) {
-            parts[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;
-        });
-        __syncthreads();  // all parts are there
+        lay_out(sums, parts);
     }
 
-    DEVICE float sum(int r, int row, int unit) const {
+    // Once more, by another matrix, what `multiply_all` has multiplied. The sums are then in `others`, likewise.
+    DEVICE void multiply_again(long long n, const Rows& matrix, float* others) const {
+        Sums<ROWS> sums;
+        multiply(n, 0, TILES, matrix, sums);
+        lay_out(sums, others);
+    }
+
+    DEVICE void multiply(long long n, int first, int last, const Rows& matrix, Sums<ROWS>& sums) const {
+        if (ONLY == EXCHANGE) return;
+        const unsigned char* tile = operand + n % OPERANDS * OPERAND + warp % K_SPLITS * PIECE * 32;
+        sums.template add<ROW>(tile, first, last, lane, [&](unsigned a[4], int r, int j) { matrix.take(a, r, j); });
+    }
+
+    DEVICE void lay_out(const Sums<ROWS>& sums, float* to) const {
+        sums.finish(lane, [&](int r, int row, int column, float sum) {
+            to[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;
+        });
+        __syncthreads();  // all parts are there, and the operand has been multiplied
+    }
+
+    DEVICE float sum(int r, int row, int unit) const { return sum_of(parts, r, row, unit); }
+    DEVICE static float sum_of(const float* from, int r, int row, int unit) {
         float total = 0;
 #pragma unroll
-        for (int split = 0; split < K_SPLITS; ++split) total += parts[((split * ROWS + r) * NB + row) * PITCH + unit];
+        for (int split = 0; split < K_SPLITS; ++split) total += from[((split * ROWS + r) * NB + row) * PITCH + unit];
         return total;
     }
 
@@ -535,8 +592,8 @@ struct Residence {  // for one direction of time
         mbarrier_wait_cluster(&received[n % 2], n / 2 % 2);
 #elif SCOPE == GRID
         // The warps that multiply the same columns receive them: nobody waits for what he doesn't multiply. A word is
-        // overwritten two publications later, in a stack never. No fence is needed for that: its owner stores it after it has seen all of
-        // the publication between, which every block stores after it has seen all of this one.
+        // overwritten two publications later, if at all. No fence is needed for that: its owner stores it after it has
+        // seen all of the publication between, which every block stores after it has seen all of this one.
         constexpr int IN_FLIGHT = 8, TEAM = 32 * UNIT_TILES;
         const int split = warp % K_SPLITS, count = (last - first) * 8, words = (rows + 2) / 3 * count;
         const uint4* source = exchange + place(n) * PUBLICATION;
@@ -566,7 +623,7 @@ struct Residence {  // for one direction of time
 #endif
     }
 
-    DEVICE static long long place(long long n) { return STACK ? n : n % 2; }
+    DEVICE static long long place(long long n) { return KEEPS ? n : n % 2; }
     DEVICE static unsigned stamp(long long n) { return static_cast<unsigned>(n + 1); }
 
     // The warps that multiply the same columns wait for each other.
@@ -618,9 +675,9 @@ struct Instants {
 // One lane's part of a fragment after the other. A launch of its own: the weights are read once, all loads of the
 // resident kernels are 16 bytes and coalesced.
 extern "C" __global__ void __launch_bounds__(128) resident_pack(
-    const SCALAR* R,  // [G, H, H]
+    const SCALAR* R,  // [G, H, H] recurrent weights, or input weights of a layer above the first
     uint4* packed,    // [BLOCKS, WARPS, row sets, k tiles, 32] written
-    int H) {
+    int H, int of_input) {
     constexpr int ROWS = Residence::ROWS, VALUES = Residence::VALUES, TILES = Residence::TILES;
     const int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= BLOCKS * WARPS * ROWS * TILES * 32) return;
@@ -630,10 +687,10 @@ extern "C" __global__ void __launch_bounds__(128) resident_pack(
     auto element = [&](int row, int k) {  // operand columns run over blocks, values, units of the block
         const int column = column0 + k, within = column % (VALUES * U);
         const int unit = unit0 + row, other = column / (VALUES * U) * U + within % U;
-        if (unit >= H || other >= H) return 0.0f;
-        const long long at = BACKWARD ? (static_cast<long long>(within / U) * H + other) * H + unit
-                                      : (static_cast<long long>(r) * H + unit) * H + other;
-        return to_float(R[at]);
+        const int gate = BACKWARD ? Values::gate(within / U, of_input != 0) : r;
+        if (unit >= H || other >= H || gate < 0) return 0.0f;
+        const long long from = BACKWARD ? other : unit, to = BACKWARD ? unit : other;
+        return to_float(R[(gate * static_cast<long long>(H) + from) * H + to]);
     };
     unsigned a[4];
 #if IEEE
@@ -816,8 +873,8 @@ EXPORT(resident_forward)
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-struct Given {               // of one direction
-    const SCALAR* dy;        // [T, B, H]
+struct Given {               // of one direction or layer
+    const SCALAR* dy;        // [T, B, H]; null for zero
     float* dh;               // [B, H] gradient of the last h, overwritten with that of the first
     float* dothers;          // [S-1, B, H] the same for the other states
     const uint4* weights;    // from resident_pack
@@ -832,17 +889,53 @@ struct Given {               // of one direction
     const float* units;      // see Extra
     const unsigned char* flags;
     const unsigned long long* seed;
+    const uint4* weights_below;  // of the input, from resident_pack; of layers above the first
     long long reverse;
 };
 struct Members {
     Given of[MEMBERS];
 };
 
+// The gradients of a layer's inputs on their way to the layer below. Each element is one thread's own in either layer.
+struct Handed {
+    uint2* words;  // [T][BLOCKS][NB][U] of the group that takes them: the number and its stamp
+
+    DEVICE Handed(uint4* exchange, long long T, int taker) {
+        const long long groups = gridDim.x / BLOCKS, before = (LAYERS - 1) * tile() + taker;  // the last takes nothing
+        words = reinterpret_cast<uint2*>(exchange + groups * Residence::group_words(T)) + before * T * BLOCKS * NB * U;
+    }
+    DEVICE uint2* of(long long turn, const Element& e) const {
+        return words + ((turn * BLOCKS + blockIdx.x % BLOCKS) * NB + e.row) * U + e.unit;
+    }
+    DEVICE static unsigned stamp(long long turn) { return static_cast<unsigned>(turn + 1); }
+};
+
+// HANDS: a layer that gives the gradient of its inputs to the one below.
+template <bool HANDS>
 DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
     DYNAMIC_SHARED(unsigned char, arena);
     Residence home(arena, exchange, group(), T, B - first_row);
     home.load(given.weights);
+#if LAYERS > 1
+    float* parts_below = reinterpret_cast<float*>(arena + Residence::BYTES);
+    Rows below{reinterpret_cast<uint4*>(arena + Residence::BYTES + Residence::PARTS), {}};
+    if (HANDS) below.load(given.weights_below, home.rank, home.warp, home.lane);
+    const bool takes = ONLY != PRODUCT && member() + 1 < LAYERS;
+    const Handed from_above(exchange, T, member()), to_below(exchange, T, member() - 1);
+    uint2 handed[OWN];
+    auto hand_down = [&](long long turn) {
+        if (!HANDS) return;
+        home.multiply_again(turn, below, parts_below);
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {
+            const Element e(k, first_row, B, H);
+            if (!e.real || ONLY == PRODUCT) continue;
+            const float dx = Residence::sum_of(parts_below, 0, e.row, e.unit);
+            st_relaxed_gpu(to_below.of(turn, e), make_uint2(__float_as_uint(dx), Handed::stamp(turn)));
+        }
+    };
+#endif
 
     const Instants at{T, B, H, S, given.reverse != 0};
     float asked[OWN][S];  // gradient of the states after the instant; of h without what y and the weights ask
@@ -856,7 +949,10 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
-            shown[k] = e.real ? given.dy[at.h(t, e)] : zero;
+            shown[k] = e.real && given.dy != nullptr ? given.dy[at.h(t, e)] : zero;
+#if LAYERS > 1
+            if (e.real && takes) handed[k] = ld_relaxed_gpu(from_above.of(T - 1 - n, e));
+#endif
             earlier[k] = !e.real ? zero : n > 0 ? given.y[at.h(at.nth(n - 1), e)] : given.h0[at.initial(e)];
 #pragma unroll
             for (int j = 0; j < K; ++j) kept[k][j] = e.real ? given.saved[at.row(t, e, K, j)] : zero;
@@ -889,6 +985,9 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
     for (long long turn = 0; turn <= T; ++turn) {  // the last one only finishes the gradient of h0
         const long long n = T - 1 - turn;
         if (n >= 0) fetch(n);
+#if LAYERS > 1
+        if (turn > 1) hand_down(turn - 2);  // while the gradients before are under way
+#endif
         if (turn > 0) home.multiply_all(turn - 1);
         float dx[OWN][G], da[OWN][G], means[OWN][Levels::MEANS_OR_1];
         auto arrive = [&](const Element& e, int k) {
@@ -904,6 +1003,12 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             if (n < 0) return;
             extra.flags_of(more[k], bits[k]);
             if (e.real) extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
+#if LAYERS > 1
+            if (e.real && takes) {
+                while (handed[k].y != Handed::stamp(turn)) handed[k] = ld_relaxed_gpu(from_above.of(turn, e));
+                asked[k][0] += __uint_as_float(handed[k].x);
+            }
+#endif
             asked[k][0] += to_float(shown[k]);
             before[k][0] = to_float(earlier[k]);
         };
@@ -949,6 +1054,9 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             }
 #pragma unroll
             for (int g = 0; g < G; ++g) home.put(turn, g, e.row, e.unit, e.real ? da[k][g] : 0.0f);
+#pragma unroll
+            for (int n = 0; n < Values::COUNT_APART; ++n)
+                home.put(turn, G + n, e.row, e.unit, e.real ? dx[k][Values::apart(n)] : 0.0f);
         }
         if (n < 0) break;
         home.publish(turn);
@@ -963,6 +1071,9 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             }
         }
     }
+#if LAYERS > 1
+    hand_down(T - 1);
+#endif
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
         const Element e(k, first_row, B, H);
@@ -976,13 +1087,13 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 
 extern "C" __global__ void RESIDENT_KERNEL resident_backward(
     const __grid_constant__ Members members,
-    uint4* exchange,  // GRID: [groups, two publications and two meetings], zero; else null
+    uint4* exchange,  // GRID: [groups, two publications and two meetings], then what layers hand down, zero; else null
     long long T, int B, int H, int rows,
     int first_row) {  // batch row of the first group
     if (member() == 0)
-        backward(members.of[0], exchange, T, B, H, rows, first_row);
+        backward<false>(members.of[0], exchange, T, B, H, rows, first_row);
     else
-        backward(members.of[MEMBERS - 1], exchange, T, B, H, rows, first_row);
+        backward<STACK>(members.of[STACK ? member() : MEMBERS - 1], exchange, T, B, H, rows, first_row);
 }
 EXPORT(resident_backward)
 
