@@ -155,6 +155,30 @@ class InTurn(Layer):
         return super().plan(replace(case, L=1))
 
 
+class BackInTurn(Layer):
+    """That with its wavefront forward alone: what the one back is held against."""
+
+    def absent(self, case: Case) -> str | None:
+        return None if case.training else "it differs in training"
+
+    def prepare(self, case: Case, data: Data) -> Run:
+        run = module_run(gpu_rnn, case, data)
+
+        def forward_alone(k: int) -> Any:
+            asked = dispatch.stacks
+            dispatch.stacks = lambda *of, backward: not backward and asked(*of, backward=False)
+            try:
+                return run(k)
+            finally:
+                dispatch.stacks = asked
+
+        return forward_alone
+
+    def plan(self, case: Case) -> str:
+        there, back = super().plan(case).partition(", ")[0], super().plan(replace(case, L=1)).rpartition("back ")[2]
+        return there if there == back else f"{there}, back {back}"
+
+
 class TorchKernel(Contender):
     """The function that torch.nn's layer calls, with its arguments made beforehand."""
 
@@ -339,6 +363,7 @@ def contender(name: str) -> Contender:
         problems.PRODUCTS: Products,
         problems.LAYER: Layer,
         problems.IN_TURN: InTurn,
+        problems.BACK_IN_TURN: BackInTurn,
         problems.STREAM: Streamed,
         problems.NN_KERNEL: TorchKernel,
         problems.KERNEL: Kernel,

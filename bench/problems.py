@@ -18,12 +18,14 @@ NUMPY, LAYER, CUDA, TRITON = "ours (numpy)", "ours (layer)", "ours (cuda)", "our
 NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers call, without their Python
 KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
 IN_TURN = "ours (layers in turn)"  # that layer without its wavefront
+BACK_IN_TURN = "ours (layers back in turn)"  # with that forward alone
 STREAM = "ours (stream)"
 PRODUCTS = "NumPy's products"  # of matrices, that the case has, and nothing else
 ONNX, EAGER, COMPILED = "onnxruntime", "torch loop", "torch.compile loop"
 FLASHRNN, HASTE, TORCHRL, XLSTM = "FlashRNN", "Haste", "TorchRL", "xlstm"
 PEERS = (ONNX, EAGER, COMPILED, FLASHRNN, HASTE, TORCHRL, XLSTM)  # beside torch.nn
-LAYERED = (NN, LAYER)  # who computes several layers
+LAYERED = (NN, LAYER)  # who computes several layers ...
+STACKED = (*LAYERED, IN_TURN, BACK_IN_TURN)  # ... and how else
 
 # What can be around a cell, by the keywords of our functions; ... stands for an array that around.py draws.
 PLAIN = "ours, plain"
@@ -58,7 +60,8 @@ KERNELS = {
 }
 
 EVERYBODY = (
-    NN, NN_KERNEL, CUDA, TRITON, NUMPY, PRODUCTS, LAYER, IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES, *KERNELS,
+    NN, NN_KERNEL, CUDA, TRITON, NUMPY, PRODUCTS, LAYER, IN_TURN, BACK_IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES,
+    *KERNELS,
 )  # fmt: skip
 TOGETHER = {"features": tuple(FEATURES), "kernels": tuple(KERNELS)}  # names for several of them
 
@@ -245,7 +248,7 @@ def gpu() -> list[Group]:
         Group("kernels", parts, (NN, CUDA, *KERNELS)),
         Group("gates and states", large, (NN, *(name for name in KERNELS if name.endswith("step")))),
         Group("features", bf16(both, (256,), (16,), (512,)), (NN, *FEATURES)),
-        Group("wavefront", stacks, (NN, LAYER, IN_TURN)),
+        Group("wavefront", stacks, STACKED),
         *groups[2:],
         *far,
         Group("one step", bf16(both, (1,), (1, 64), (128, 512, 1024), modes=("step",)), (*ours, STREAM)),

@@ -23,7 +23,7 @@ from . import problems
 from .contenders import Run, contender
 from .data import Data, named
 from .oracle import Judge, exact
-from .problems import KERNEL_OF, KERNELS, LAYERED, NN, WIDTH, Case
+from .problems import KERNEL_OF, KERNELS, NN, STACKED, WIDTH, Case
 
 ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
 SLOW_S = 1  # a call that needs no warm-up, so that the one that was checked counts
@@ -101,7 +101,7 @@ def prepared(name: str, case: Case, data: Data, judge_of_all: Judge) -> Checked 
     """The contender, or the status and the note of the row that says why not."""
     try:
         somebody = contender(name)
-        reason = "it computes one layer" if case.L > 1 and name not in LAYERED else somebody.absent(case)
+        reason = "it computes one layer" if case.L > 1 and name not in STACKED else somebody.absent(case)
         if reason:
             return {"status": "absent", "note": reason}
         run = somebody.prepare(case, data)

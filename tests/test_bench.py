@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import around, floor, kernels, plots, problems, results, supervise, timing
+from bench import around, contenders, floor, kernels, plots, problems, results, supervise, timing
 from bench.contenders import Products, Torch, plan_of
 from bench.data import Data
 from bench.problems import NN, NUMPY, Case
 from bench.worker import Worker
-from gpu_rnn import functional
+from gpu_rnn import dispatch, functional
+from gpu_rnn.backends import cuda
 from gpu_rnn.compat import no_gpu
 from gpu_rnn.kernels.cuda import residence
 
@@ -195,10 +196,31 @@ def test_an_exact_answer_is_computed_once_for_all_numbers_of_threads(tmp_path, m
 
 def test_several_layers():
     case = replace(TRAINING, L=3, cell="gru")
-    rows = measured(case, NUMPY, problems.LAYER)
-    assert {name: row["status"] for name, row in rows.items()} == {NN: "ok", NUMPY: "absent", problems.LAYER: "ok"}
+    rows = measured(case, NUMPY, *problems.STACKED)
+    assert {name: row["status"] for name, row in rows.items()} == {NUMPY: "absent"} | dict.fromkeys(
+        problems.STACKED, "ok"
+    )
     assert len(Data(case).weights) == 12
     assert case.flops > 2 * replace(case, L=1).flops
+
+
+def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
+    """Either way for itself, of the very call that is timed."""
+    asked = []
+    monkeypatch.setattr(dispatch, "stacks", lambda backend, problem, *, backward: asked.append(backward))
+    for name in (problems.LAYER, problems.IN_TURN, problems.BACK_IN_TURN):
+        run = contenders.contender(name).prepare(replace(TRAINING, L=2), Data(replace(TRAINING, L=2)))
+        asked.clear()
+        with torch.enable_grad():
+            run(0)
+        assert asked == {problems.LAYER: [False, True], problems.IN_TURN: [], problems.BACK_IN_TURN: [False]}[name]
+    monkeypatch.setattr(cuda, "device", lambda: residence.DEVICES["h200"])
+    monkeypatch.setattr(dispatch, "choose", lambda problem: cuda)
+    (case, *_) = [
+        case for group in problems.gpu() if group.name == "wavefront" for case in group.cases if case.training
+    ]
+    plans = [contenders.contender(name).plan(case) for name in problems.STACKED[1:]]
+    assert plans == ["wavefront", "cluster", "wavefront, back cluster"]
 
 
 def test_memory_is_what_is_kept_for_the_gradient():
