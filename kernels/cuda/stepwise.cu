@@ -28,8 +28,11 @@ using product = PRODUCT;
 constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
 constexpr int K_OR_1 = K > 0 ? K : 1;  // an array has an element
 constexpr int LEARNED = Cell::LEARNED, LEARNED_OR_1 = LEARNED > 0 ? LEARNED : 1;
+constexpr int STEP_MEANS = Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1;
+constexpr int GRAD_MEANS = Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1;
 constexpr bool MEETS = Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0;
 constexpr int THREADS = MEETS ? 256 : 128;  // of a block, at most
+constexpr int BLOCKS = MEETS ? 1 : 0;  // of a multiprocessor, at least; told of none ptxas aims for more, and spills
 
 // ---- A thread's units ----------------------------------------------------------------------------------------------
 
@@ -87,8 +90,7 @@ DEVICE void each_unit(long long H, Body body) {
 // Make means [first, last) of the sums of each thread's own units, over the H units of each of the block's rows; all
 // threads take part. Calls alternate between two places: one is read before the one after the next is written.
 DEVICE void average(real* means, int first, int last, long long H, bool odd) {
-    constexpr int STEP = Cell::STEP_MEANS, GRAD = Cell::GRAD_MEANS, N = STEP > GRAD ? STEP : GRAD;
-    using Parts = real[2][N > 0 ? N : 1][THREADS / 32];
+    using Parts = real[2][STEP_MEANS > GRAD_MEANS ? STEP_MEANS : GRAD_MEANS][THREADS / 32];
     SHARED(Parts, parts);
     const int across = min(32u, blockDim.x), warps = blockDim.x / 32, thread = threadIdx.y * blockDim.x + threadIdx.x;
     for (int n = first; n < last; ++n)
@@ -105,12 +107,31 @@ DEVICE void average(real* means, int first, int last, long long H, bool odd) {
     for (int n = first; n < last; ++n) means[n] /= H;
 }
 
+// Make all means over the units of this block's row, level after level. units: H, or 0 where there is no row.
+// values_of(level, unit, values) gives those of the level, of a thread's units from `unit` on.
+template <int LEVELS, int MEANS, class Values>
+DEVICE void meet(real (&means)[MEANS], long long units, long long H, bool& odd, int before(int), Values values_of) {
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) {
+        const int first = before(level), last = before(level + 1);
+        for (int n = first; n < last; ++n) means[n] = 0;
+        each_unit(units, [&](long long unit) {
+            real values[UNITS][MEANS];
+            values_of(level, unit, values);
+            for (int u = 0; u < UNITS; ++u)
+                for (int n = first; n < last; ++n) means[n] += values[u][n - first];
+        });
+        average(means, first, last, H, odd);
+        odd = !odd;
+    }
+}
+
 // Whether there is a batch row left for this thread, or, where rows are a block's, for the block.
 DEVICE bool left(long long b, long long B) { return (MEETS ? b - threadIdx.y : b) < B; }
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_forward(
     const scalar* xg,    // [T, B, G, H] input part, b_ih included
     const product* hg,   // [B, G, H] recurrent part of this instant
     const scalar* b_hh,  // [G, H] or null
@@ -145,29 +166,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
     if (!MEETS && first_unit() >= H) return;
 #pragma unroll 1  // rarely more than one turn
     for (long long b = first_row(); left(b, B); b += rows_apart()) {
-        real means[Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1];
+        real means[STEP_MEANS];
+        const auto of_level = [&](int level, long long unit, real (&values)[UNITS][STEP_MEANS]) {
+            Given its;
+            take(its, b, unit);
 #pragma unroll
-        for (int level = 0; level < Cell::STEP_LEVELS; ++level) {
-            const int first = Cell::step_before(level), last = Cell::step_before(level + 1);
-            for (int n = first; n < last; ++n) means[n] = 0;
-            each_unit(b < B ? H : 0, [&](long long unit) {
-                Given its;
-                take(its, b, unit);
-                for (int u = 0; u < UNITS; ++u) {
-                    real more[EXTRA_OR_1], values[Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1];
-                    take_more(more, b, unit + u);
-                    Cell::step_level(level, its.x[u], its.r[u], its.state[u], more, means, values);
-                    for (int n = first; n < last; ++n) means[n] += values[n - first];
-                }
-            });
-            average(means, first, last, H, odd);
-            odd = !odd;
-        }
+            for (int u = 0; u < UNITS; ++u) {
+                real more[EXTRA_OR_1];
+                take_more(more, b, unit + u);
+                Cell::step_level(level, its.x[u], its.r[u], its.state[u], more, means, values[u]);
+            }
+        };
+        meet<Cell::STEP_LEVELS>(means, b < B ? H : 0, H, odd, Cell::step_before, of_level);
         each_unit(b < B ? H : 0, [&](long long unit) {
             const long long row = t * B + b;
             Given its;
             real kept[UNITS][K_OR_1];
             take(its, b, unit);
+#pragma unroll
             for (int u = 0; u < UNITS; ++u) {
                 real more[EXTRA_OR_1];
                 take_more(more, b, unit + u);
@@ -181,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_forward(
                 for (int k = 0; k < K; ++k) store(saved + (row * K + k) * H + unit, kept, k);
             if constexpr (Cell::OPERAND != 0) {
                 if (operand == nullptr || following < 0) return;
+#pragma unroll
                 for (int u = 0; u < UNITS; ++u) {
                     real again[EXTRA_OR_1];  // kept from above, these would take too many registers
                     extra.of_unit(again, b, unit + u);
@@ -196,7 +213,7 @@ EXPORT(stepwise_forward)
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_backward(
     const scalar* dy,      // [T, B, H] or null
     const product* back,   // [B, H] what came back to this h through the recurrent weights
     real* dh,              // [B, H] and past them, overwritten
@@ -225,6 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
         for (int n = 0; n < LEARNED; ++n) load(its.sums, n, dunits + (n * B + b) * H + unit);
         load(its.dnew, 0, back + b * H + unit);
         if (Cell::OPERAND && following >= 0) {
+#pragma unroll
             for (int u = 0; u < UNITS; ++u) {
                 real parts[LEARNED_OR_1];
                 extra.flags_of(its.more[u], extra.bits(following, b));
@@ -252,30 +270,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) stepwise_backward(
     if (!MEETS && first_unit() >= H) return;
 #pragma unroll 1  // rarely more than one turn
     for (long long b = first_row(); left(b, B); b += rows_apart()) {
-        real means[Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1];
+        real means[GRAD_MEANS];
+        const auto of_level = [&](int level, long long unit, real (&values)[UNITS][GRAD_MEANS]) {
+            Given its;
+            take(its, b, unit);
 #pragma unroll
-        for (int level = 0; level < Cell::GRAD_LEVELS; ++level) {
-            const int first = Cell::grad_before(level), last = Cell::grad_before(level + 1);
-            for (int n = first; n < last; ++n) means[n] = 0;
-            each_unit(b < B ? H : 0, [&](long long unit) {
-                Given its;
-                take(its, b, unit);
-                for (int u = 0; u < UNITS; ++u) {
-                    real values[Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1];
-                    take_more(its.more[u], b, unit + u);
-                    Cell::grad_level(
-                        level, its.dnew[u], its.next[u], its.last[u], its.kept[u], its.more[u], means, values);
-                    for (int n = first; n < last; ++n) means[n] += values[n - first];
-                }
-            });
-            average(means, first, last, H, odd);
-            odd = !odd;
-        }
+            for (int u = 0; u < UNITS; ++u) {
+                take_more(its.more[u], b, unit + u);
+                Cell::grad_level(
+                    level, its.dnew[u], its.next[u], its.last[u], its.kept[u], its.more[u], means, values[u]);
+            }
+        };
+        meet<Cell::GRAD_LEVELS>(means, b < B ? H : 0, H, odd, Cell::grad_before, of_level);
         each_unit(b < B ? H : 0, [&](long long unit) {
             const long long row = t * B + b;
             Given its;
             take(its, b, unit);
             real dx[UNITS][G], dr[UNITS][G], dlast[UNITS][S];
+#pragma unroll
             for (int u = 0; u < UNITS; ++u) {
                 real parts[LEARNED_OR_1];
                 take_more(its.more[u], b, unit + u);
