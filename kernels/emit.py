@@ -1,20 +1,16 @@
 """A page as straight-line code: one assignment for every operation, in a form that Python and C++ read alike."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable
 
 from .trace import Graph, Symbol
 
 INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
-def assignments(
-    graph: Graph, constant: Callable[[float], str], beside: Mapping[str, Sequence[str]] = MappingProxyType({})
-) -> tuple[list[str], list[list[str]]]:
+def assignments(graph: Graph, constant: Callable[[float], str]) -> tuple[list[str], list[list[str]]]:
     """Of what the outputs need: ["t0 = x[0] + h[0]", ...], and the outputs' names by group.
 
-    `beside`: what a function is given after its operands, by operation. Inputs are read before anything is assigned to
-    the outputs, so that these may stand in the same place.
+    Inputs are read before anything is assigned to the outputs, so that these may stand in the same place.
     """
     names: dict[Symbol, str] = {}
     lines = []
@@ -28,7 +24,7 @@ def assignments(
             array, k = value.operands
             text, names[value] = f"{array}[{k}]", f"{array}_{k}"
         else:
-            text = expression(value.op, [*(name(operand) for operand in value.operands), *beside.get(value.op, ())])
+            text = expression(value.op, [name(operand) for operand in value.operands])
             names[value] = f"t{len(names)}"
         lines.append(f"{names[value]} = {text}")
         return names[value]

@@ -6,6 +6,7 @@ where that is cheaper a compiler keeps it.
 """
 
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from .cells import Cell, grad_graph, step_graph
@@ -19,12 +20,14 @@ class Cut(NamedTuple):
     page: Graph  # with means for an argument
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """How many means there are of each level."""
+        return tuple(len(level.outputs[0]) for level in self.levels)
+
+    @property
     def before(self) -> tuple[int, ...]:
         """How many means there are before each level, and before the page."""
-        counts = [0]
-        for level in self.levels:
-            counts.append(counts[-1] + len(level.outputs[0]))
-        return tuple(counts)
+        return 0, *accumulate(self.counts)
 
 
 @cache

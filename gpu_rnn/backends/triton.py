@@ -163,15 +163,17 @@ def stepping(cell: Cell) -> tuple:
     """What a kernel that goes forward is specialized on: functions and sizes of the page."""
     from gpu_rnn.kernels.triton.page import page
 
-    return page(cell).step, page(cell).operand, *sizes(cell)
+    of = page(cell)
+    return of.step, of.step_level, of.step_means, of.operand, *sizes(cell)
 
 
 def differentiating(cell: Cell) -> tuple:
     """The same of one that goes back."""
     from gpu_rnn.kernels.triton.page import page
 
-    operand_grad = None if cell.operand is None else page(cell).operand_grad
-    return page(cell).grad, operand_grad, *sizes(cell), cell.learned
+    of = page(cell)
+    operand_grad = None if cell.operand is None else of.operand_grad
+    return of.grad, of.grad_level, of.grad_means, operand_grad, *sizes(cell), cell.learned
 
 
 def sizes(cell: Cell) -> tuple[int, ...]:
@@ -223,8 +225,8 @@ def bind(cell: Cell, given: stepwise.Step | stepwise.Grad) -> Callable[..., None
         kernel, page, gates, real = grad_kernel, differentiating(cell), given.dxg, given.dh
     _, B, _, H = gates.shape
     R = 1 if given.units is None else given.units.shape[1]
-    block_b, block_h, num_warps = plans.instant(H, whole=cell.meets)
-    grid = (-(-B // block_b), -(-H // block_h), 1)
+    block_b, block_h, num_warps, maxnreg = plans.instant(H, arrays.dtype(real), whole=cell.meets)
+    grid = (-(-B // block_b), 1 if cell.meets else -(-H // block_h), 1)
     constants = (*page, getattr(tl, arrays.dtype(real)), block_b, block_h)
     binary = None
 
@@ -232,7 +234,7 @@ def bind(cell: Cell, given: stepwise.Step | stepwise.Grad) -> Callable[..., None
         nonlocal binary
         arguments = (*given, *instant, B, H, R, *constants)
         if binary is None:
-            binary = kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+            binary = kernel[grid](*arguments, num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=True)
         else:
             binary[grid](*arguments)
 

@@ -59,7 +59,7 @@ def rsqrt(a):
 
 @triton.jit
 def mean(a, inside, H):
-    """Of a row's H units, which are the columns `inside`: [rows, 1]."""
+    """The part of a mean over H units that the columns `inside` have: [rows, 1]."""
     return tl.sum(tl.where(inside, a, 0.0), 1, keep_dims=True) / H
 
 

@@ -9,43 +9,73 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..cells import Cell, grad_graph, operand_grad_graph, operand_graph, step_graph
+from ..cells import Cell, operand_grad_graph, operand_graph
 from ..emit import assignments
+from ..levels import Cut, grad_cut, step_cut
 from ..trace import ARITY, Graph
 from . import mathematics
 
 NUMBERS = count()
-BESIDE = ("inside", "H")  # a mean's arguments beside its tile
+STEP, GRAD = ("x", "h", "state", "extra", "means"), ("dnew", "new", "state", "saved", "extra", "means")
 
 
 class Page(NamedTuple):
     """Functions of tuples of tiles, and to such; a zero is a plain 0.0, and what is the same for all units one column.
 
-    `inside` [1, columns] says which columns are units of the layer, all H of which a tile then has: for means.
+    Where units meet, the page is cut (`gpu_rnn.kernels.levels`). A level gives the parts of its means that a tile's
+    columns have: those of them that are `inside` [1, columns], units of the layer, which are H in all. The parts are
+    added up by the caller, and are `means` [rows, 1] for the next level, at last for the page.
     """
 
-    step: Callable  # x [G], h [G], state [S], extra, inside, H -> new states [S], saved [K]
-    grad: Callable  # dnew [S], new [S], state [S], saved [K], extra, inside, H
+    step: Callable  # x [G], h [G], state [S], extra, means -> new states [S], saved [K]
+    grad: Callable  # dnew [S], new [S], state [S], saved [K], extra, means
     #                 -> dx [G], dh [G], dstate [S], dunits [learned]
+    step_level: Callable | None  # level, x, h, state, extra, means, inside, H -> parts
+    grad_level: Callable | None  # level, dnew, new, state, saved, extra, means, inside, H -> parts
+    step_means: tuple[int, ...]  # how many there are at each level
+    grad_means: tuple[int, ...]
     operand: Callable  # h [1], extra -> [1]
     operand_grad: Callable  # dnew [1], extra -> dh [1], dunits [learned]
 
 
 @cache
 def page(cell: Cell) -> Page:
+    step, grad = step_cut(cell), grad_cut(cell)
     return Page(
-        function("step", step_graph(cell), "x", "h", "state", "extra", *BESIDE),
-        function("grad", grad_graph(cell), "dnew", "new", "state", "saved", "extra", *BESIDE),
-        function("operand", operand_graph(cell), "h", "extra"),
-        function("operand_grad", operand_grad_graph(cell), "dnew", "extra"),
+        function("step", STEP, body(step.page)),
+        function("grad", GRAD, body(grad.page)),
+        meeting("step_level", STEP, step),
+        meeting("grad_level", GRAD, grad),
+        step.counts,
+        grad.counts,
+        function("operand", ("h", "extra"), body(operand_graph(cell))),
+        function("operand_grad", ("dnew", "extra"), body(operand_grad_graph(cell))),
     )
 
 
-def function(name: str, graph: Graph, *arguments: str) -> Callable:
-    lines, groups = assignments(graph, repr, {"mean": BESIDE})
-    results = "".join("({}), ".format("".join(f"{value}, " for value in group)) for group in groups)
-    body = [f"    {line}\n" for line in [*lines, f"return {results}"]]
-    text = f"def {name}({', '.join(arguments)}):\n{''.join(body)}"
+def body(graph: Graph) -> list[str]:
+    lines, groups = assignments(graph, repr)
+    return [*lines, f"return {''.join(f'{together(group)}, ' for group in groups)}"]
+
+
+def meeting(name: str, arguments: tuple[str, ...], cut: Cut) -> Callable | None:
+    if not cut.levels:
+        return None
+    text = []
+    for level, graph in enumerate(cut.levels):
+        lines, (values,) = assignments(graph, repr)
+        lines.append(f"parts = {together([f'mean({value}, inside, H)' for value in values])}")
+        text += [f"if level == {level}:", *(f"    {line}" for line in lines)]
+    return function(name, ("level", *arguments, "inside", "H"), [*text, "return parts"])
+
+
+def together(values: list[str]) -> str:
+    """As a tuple."""
+    return "({})".format("".join(f"{value}, " for value in values))
+
+
+def function(name: str, arguments: tuple[str, ...], lines: list[str]) -> Callable:
+    text = "".join([f"def {name}({', '.join(arguments)}):\n", *(f"    {line}\n" for line in lines)])
     known: dict[str, Any] = {op: getattr(mathematics, op) for op in ARITY if hasattr(mathematics, op)}
     known |= {"__name__": __name__, "tl": tl}  # Triton looks for its language among a function's globals
     file = f"<{__name__} {next(NUMBERS)}>"

@@ -17,17 +17,23 @@ class Instant(NamedTuple):
     block_b: int
     block_h: int
     num_warps: int
+    maxnreg: int | None  # registers per thread, where ptxas would rather spill some, or its own choice
 
 
-def instant(H: int, *, whole: bool = False) -> Instant:
-    """512 elements for 128 threads: 4 each, side by side, are one access of 16 bytes in float32.
+def instant(H: int, dtype: str, *, whole: bool = False) -> Instant:
+    """16 bytes of what is computed in for each of 128 threads, side by side: one access.
 
     Fewer would leave the memory waiting, more would leave multiprocessors empty: 64 rows of 512 units are 64 programs.
-    At most 128 units of a row, a whole access for a warp, so that a ragged H wastes little; or, for a page that takes
-    means, whole rows, with as many elements for a thread up to 2048 units.
+    At most a warp's units of a row, so that a ragged H wastes little.
+
+    A page that takes means has more values at hand, and gets half of that for each thread; of a row up to the units of
+    8 warps, as the threads of more have too few registers. Through a longer row a program goes tile by tile.
     """
-    block_h = power_of_two(H) if whole else min(power_of_two(H), 128)
-    return Instant(max(1, 512 // block_h), block_h, num_warps=max(4, min(block_h // 128, 16)))
+    each = (8 if whole else 16) // (8 if dtype == "float64" else REAL_BYTES)
+    warp = 32 * each
+    block_h = min(power_of_two(H), 8 * warp if whole else warp)
+    maxnreg = 255 if whole else None
+    return Instant(max(1, 4 * warp // block_h), block_h, max(4, block_h // warp), maxnreg)
 
 
 class Sequence(NamedTuple):

@@ -42,7 +42,8 @@ def forward_kernel(
     y,  # [T, B, H] storage, written; every h
     units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see extra.py
     T, B, R, reverse,
-    STEP: tl.constexpr, OPERAND: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    STEP: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     UNITS: tl.constexpr, FLAGS: tl.constexpr, UNIFORMS: tl.constexpr, H: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +77,10 @@ def forward_kernel(
         for g in tl.static_range(G):
             h_part = h_part + (tl.dot(h, weights[g], bias[g], input_precision=PRECISION),)
         extra = extra + uniform_tiles(key, t, top, row, column, tl.float32, UNIFORMS)
-        state, kept = STEP(x_part, h_part, state, extra, column < H, H)
+        means = ()
+        for level in tl.static_range(len(MEANS)):
+            means = means + LEVEL(level, x_part, h_part, state, extra, means, column < H, H)
+        state, kept = STEP(x_part, h_part, state, extra, means)
         store_tiles(y + here * H, 0, at, mask, state, 0, 1)
         if saved is not None:
             after = t + 1 - reverse
@@ -104,7 +108,8 @@ def backward_kernel(
     dunits,  # [learned, B, H] float32, added to
     units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see extra.py
     T, B, R, reverse,
-    GRAD: tl.constexpr, OPERAND_GRAD: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    GRAD: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND_GRAD: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     UNITS: tl.constexpr, FLAGS: tl.constexpr, UNIFORMS: tl.constexpr, LEARNED: tl.constexpr, H: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +150,10 @@ def backward_kernel(
 
         extra = per_unit + flag_tiles(flags, t, B, top, row, tl.float32, FLAGS)
         drawn = uniform_tiles(key, t, top, row, column, tl.float32, UNIFORMS)
-        dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra + drawn, column < H, H)
+        means = ()
+        for level in tl.static_range(len(MEANS)):
+            means = means + LEVEL(level, dnew, new, state, kept, extra + drawn, means, column < H, H)
+        dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra + drawn, means)
         if LEARNED > 0:
             sums = add_tiles(sums, parts, LEARNED)
 

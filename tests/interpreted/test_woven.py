@@ -39,3 +39,12 @@ def test_every_dtype_in_reverse(dtype, H, rows):
 def test_layer_normalization(name, options):
     made = woven.drawn(name, options, "float32" if "reset" in options else "bfloat16", 3, 3, 4, 5)
     woven.check(made, made.case.run(triton.forward, triton.backward))
+
+
+def test_layer_normalization_of_rows_of_several_tiles(how):
+    """Where a program goes through a row more than once."""
+    if how == "sequence":
+        pytest.skip("a row is one tile there")
+    made = woven.drawn("lstm", woven.NORMED["norm"], "float32", 2, 2, 2, 515)
+    assert plan.instant(515, "float32", whole=True).block_h < 515
+    woven.check(made, made.case.run(triton.forward, triton.backward))
