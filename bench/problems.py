@@ -189,8 +189,9 @@ def cpu() -> list[Group]:
     layers = grid(names, (1,), (1,), (64,), modes=("step",))
     peers = tuple(grid(("lstm", "gru"), (32,), (8,), (128,)))
     far = scaling(
-        Case("lstm", 64, 8, 128, 128),
-        T=(64, 1, 16, 256, 1024, 4096, 16384), B=(1, 64, 256, 1024), H=(32, 64, 256, 512, 1024), L=(2, 4, 8),
+        Case("lstm", 16, 8, 128, 128),
+        T=(16, 1, 64, 256, 1024, 4096, 16384), B=(1, 64, 256, 1024), H=(32, 64, 256, 512, 1024, 2048, 4096),
+        L=(2, 4, 8),
     )  # fmt: skip
     return [
         Group("one step", tuple(steps), (NN, NUMPY)),
