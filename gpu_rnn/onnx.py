@@ -30,6 +30,7 @@ OPSET, IR = 17, 8
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 GATES = {"RNN": "a", "LSTM": "iofg", "GRU": "zrn"}  # our letters; ONNX calls g and n by c and h
 PEEPHOLES = "iof"
+DIRECTIONS = {name.encode(): name for name in ("forward", "reverse", "bidirectional")}
 CELLS = {  # operator and activations, the operator's default first
     ("RNN", "Tanh"): "rnn_tanh",
     ("RNN", "Relu"): "rnn_relu",
@@ -57,7 +58,8 @@ def load(model: Any, node: str | Iterable[str] | None = None) -> Any:
     Raises:
         NotImplementedError: other activations, clip, and the reverse direction alone, which `weights` has. ShapeError:
             shapes that don't fit.
-        ValueError: no such node, several that aren't a stack, weights that aren't constants. TypeError: bfloat16.
+        ValueError: no such node, several that aren't a stack, weights that aren't constants; what is no ONNX model.
+        TypeError: bfloat16.
     """
     return weights(model, node).module()
 
@@ -74,11 +76,28 @@ def weights(model: Any, node: str | Iterable[str] | None = None) -> Stack:
     return Stack(cell, tuple(units for _, units in read.values()), direction == "reverse", layout == 1)
 
 
+def read_file(path: str) -> Any:
+    try:
+        return onnx.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's and onnx's errors have no other base in common
+        raise ValueError(f"{path} can't be read as an ONNX model: {error}") from error
+
+
+def values(tensor: Any) -> np.ndarray:
+    try:
+        return onnx.numpy_helper.to_array(tensor)
+    except (ValueError, KeyError) as error:
+        what = f"tensor {tensor.name!r} of data type {tensor.data_type} and shape {list(tensor.dims)}"
+        raise ValueError(f"{what} can't be read: {error}") from error
+
+
 class Graph:
     """A model's recurrent nodes, its constants, and which node makes what."""
 
     def __init__(self, model: Any) -> None:
-        graph = (onnx.load(fspath(model)) if isinstance(model, (str, PathLike)) else model).graph
+        graph = (read_file(fspath(model)) if isinstance(model, (str, PathLike)) else model).graph
         self.makers = {output: node for node in graph.node for output in node.output}
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.recurrent = {
@@ -87,15 +106,15 @@ class Graph:
 
     @staticmethod
     def name(node: Any) -> str:
-        return node.name or next(filter(None, node.output))
+        return node.name or next(filter(None, node.output), node.op_type)
 
     def constant(self, name: str) -> np.ndarray | None:
         maker = self.makers.get(name)
         if name in self.constants:
-            return onnx.numpy_helper.to_array(self.constants[name])
-        if maker is not None and maker.op_type == "Constant":
+            return values(self.constants[name])
+        if maker is not None and maker.op_type == "Constant" and maker.attribute:
             value = onnx.helper.get_attribute_value(maker.attribute[0])
-            return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+            return values(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
         return None
 
     def read(self, node: Any) -> tuple[tuple[str, str, int], tuple[Weights, ...]]:
@@ -103,7 +122,9 @@ class Graph:
         op, what = node.op_type, f"{node.op_type} {self.name(node)!r}"
         attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         inputs = {slot: name for slot, name in zip(INPUTS, node.input) if name}
-        direction = attributes.get("direction", b"forward").decode()
+        direction = DIRECTIONS.get(attributes.get("direction", b"forward"))
+        if direction is None:
+            raise ValueError(f"{what}: direction is {attributes['direction']!r}, not one of {[*DIRECTIONS.values()]}")
         D, G = 2 if direction == "bidirectional" else 1, len(GATES[op])
         arrays: dict[str, np.ndarray] = {}
         for slot in ("W", "R", *(slot for slot in "BP" if slot in inputs)):
@@ -120,8 +141,9 @@ class Graph:
         if cell is None or reasons:
             reasons = [f"activations {given}, of which there are {known}"] * (cell is None) + reasons
             raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
-        H = attributes.get("hidden_size", shapes["R"][-1])
-        expected = {"W": [D, G * H, shapes["W"][-1]], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
+        I, H = ([0, *shapes[slot]][-1] for slot in "WR")  # a scalar has no size
+        H = attributes.get("hidden_size", H)
+        expected = {"W": [D, G * H, I], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
         if any(shapes[slot] != expected[slot] for slot in shapes):
             raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
         page = weave(

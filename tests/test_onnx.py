@@ -262,6 +262,38 @@ def test_what_does_not_fit_is_said_with_its_shapes(rng):
         gpu_rnn.onnx.load(stacked, ["gru_l1", "gru_l0"])
 
 
+@pytest.mark.parametrize("content", [b"no model", "cut", "elsewhere"])
+def test_a_file_that_is_no_model_is_said_to_be_none(content, rng, tmp_path):
+    path, (model, _) = tmp_path / "broken.onnx", node_model("gru", rng)
+    if content == "elsewhere":
+        onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=0)
+        (tmp_path / "weights").unlink()
+    else:
+        path.write_bytes(model.SerializeToString()[:-9] if content == "cut" else content)
+    with pytest.raises(ValueError, match=r"broken\.onnx can't be read as an ONNX model: "):
+        gpu_rnn.onnx.load(path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        gpu_rnn.onnx.load(tmp_path / "absent.onnx")
+
+
+def test_what_is_malformed_within_a_model_is_said(rng):
+    model, _ = node_model("gru", rng)
+    weights = model.graph.initializer[0]
+    for field, value in (("raw_data", b"123"), ("data_type", 99)):
+        before = getattr(weights, field)
+        setattr(weights, field, value)
+        with pytest.raises(ValueError, match=r"tensor 'W' of data type .* and shape \[1, 18, 4\] can't be read"):
+            gpu_rnn.onnx.load(model)
+        setattr(weights, field, before)
+    del weights.dims[:]
+    weights.raw_data = weights.raw_data[:4]
+    with pytest.raises(ShapeError, match=r"'W': \[\].*expected"):
+        gpu_rnn.onnx.load(model)
+    model, _ = node_model("gru", rng, "sideways")
+    with pytest.raises(ValueError, match="GRU 'cell': direction is b'sideways', not one of"):
+        gpu_rnn.onnx.load(model)
+
+
 def test_what_onnx_has_no_form_for_is_refused():
     with pytest.raises(NotImplementedError, match=r"weights \[2, 6\] beside W, R and b"):
         gpu_rnn.onnx.model(gpu_rnn.LSTM(I, H, proj_size=2))
