@@ -15,11 +15,13 @@ Everywhere here `given` is (x, *weights, *state), in the order of `Weights`, wit
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import linear
@@ -129,6 +131,29 @@ def transformed() -> bool:
 # ---- eager ----------------------------------------------------------------------------------------------------------
 
 
+def member_by_member(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A `backward` for torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True), too.
+
+    These map over gradients by torch's old vmap, for which an autograd.Function can't have a rule of its own.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *arriving: Tensor | None) -> tuple:
+        mapped = [d is not None and is_legacy_batchedtensor(d) for d in arriving]
+        if not any(mapped):
+            return backward(ctx, *arriving)
+        some = next(d for d, m in zip(arriving, mapped) if m)
+        level = next(n for n in count(1) if not is_legacy_batchedtensor(torch._remove_batch_dim(some, n, 1, 0)))
+        rows = [torch._remove_batch_dim(d, level, 1, 0) if m else d for d, m in zip(arriving, mapped)]
+        V = next(len(d) for d, m in zip(rows, mapped) if m)
+        found = [backward(ctx, *(d[v] if m else d for d, m in zip(rows, mapped))) for v in range(V)]
+        return tuple(
+            None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level) for each in zip(*found)
+        )
+
+    return run
+
+
 class Direct(Function):
     """An autograd.Function for torch.func, without what that costs a call for autograd alone.
 
@@ -165,6 +190,7 @@ class Sequence(Direct):
             ctx.save_for_forward(*given)
 
     @staticmethod
+    @member_by_member
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
         saved = ctx.saved_tensors
         n = FIRST_STATE + ctx.problem.cell.S
@@ -213,6 +239,7 @@ class Gradient(Direct):
             ctx.save_for_forward(*rest[:n])
 
     @staticmethod
+    @member_by_member
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
         inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[3 : 3 + len(inputs)]
@@ -258,6 +285,7 @@ class Together(Direct):
         return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
 
     @staticmethod
+    @member_by_member
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
         problem, n = ctx.problem, len(ctx.reverse)
         tensors, N = ctx.saved_tensors, n * (FIRST_STATE + ctx.problem.cell.S)
@@ -294,6 +322,7 @@ class Stack(Direct):
         return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
 
     @staticmethod
+    @member_by_member
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
         backend, problem, n = ctx.backend, ctx.problem, ctx.n
         x, *tensors = ctx.saved_tensors

@@ -268,3 +268,33 @@ def test_forward_mode_through_the_operators_is_refused():
         jvp(run, (x,), (x,))
     with pytest.raises(Exception, match="eager mode only"):
         torch.compile(lambda a: jvp(lambda b: layer(b)[0], (a,), (a,))[1], backend="eager", fullgraph=True)(x)
+
+
+# ---- torch's old vmap, over gradients -------------------------------------------------------------------------------
+
+
+@every_layer
+def test_batched_gradients_are_each_ones(kind):
+    """As torch.nn's on the CPU are; of directions that go together, too."""
+    _, layer = twins(kind, input_size=3, hidden_size=4, num_layers=2, bidirectional=True)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = layer(x)
+    given = [x, *layer.parameters()]
+    dy = torch.randn(3, *y.shape, dtype=y.dtype)
+    batched = torch.autograd.grad(y, given, dy, is_grads_batched=True, retain_graph=True)
+    for v, d in enumerate(dy):
+        for ours, alone in zip(batched, torch.autograd.grad(y, given, d, retain_graph=True), strict=True):
+            torch.testing.assert_close(ours[v], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_vectorized_jacobians_and_hessians(rng):
+    run, given = as_function(rng, "lstm", T=2, B=1, I=2, H=2)
+    for which in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+
+        def function(*tensors, which=which):
+            y, *_ = run(*tensors)
+            return y if "jacobian" in which.__name__ else (y * y).sum()
+
+        found = [which(function, tuple(given), vectorize=v) for v in (True, False)]
+        for ours, plain in zip(*map(torch.utils._pytree.tree_leaves, found), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
