@@ -162,22 +162,24 @@ VARIANTS = [  # cell, dtype, T, B, H, layers: of one batch tile and several, rag
 DEVICE = residence.Device((9, 0), 60, 232448)
 
 
-def forced(name, dtype, H, B, layers, device=DEVICE):
-    """The best plans, forward and backward, whether or not they pay."""
+def forced(name, dtype, H, B, layers, device=DEVICE, alone=False):
+    """The best plans, forward and backward, whether or not they pay; alone: of those with a block for each layer."""
     page, best = cells.get(name), []
     for backward in (False, True):
         size, element = residence.SIZES[stored(dtype)], residence.element(page, backward=backward)
         sizes = (page.G, element, size, dtype == "ieee", ()), H, B, device, layers, sum(page.separate)
         made = residence.candidates("grid", backward, *sizes)
+        made = [plan for plan in made if (plan.blocks == 1) == alone]
         best.append(min(made, key=lambda plan: plan.waves * plan.microseconds))
     return best
 
 
 @ON_HOST
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_equals_the_oracle(variant):
+@pytest.mark.parametrize("alone", [False, True])
+def test_equals_the_oracle(variant, alone):
     name, dtype, T, B, H, layers = variant
-    plans = forced(name, dtype, H, B, layers)
+    plans = forced(name, dtype, H, B, layers, alone=alone)
     run = Run(*variant, plans, libraries(name, dtype, plans))
     for seed, save in ((0, True), (2, False), (3, True)):
         found = run.forward(save=save, seed=seed)
@@ -256,9 +258,9 @@ MUTATIONS = {
 }  # fmt: skip
 BACKWARD_MUTATIONS = {
     "what is handed down is taken as it comes": ("while (handed[k].y != Handed::stamp(turn))", "if (false)"),
-    "the last is not handed down": ("    hand_down(T - 1);\n", ""),
+    "the last is not handed down": ("if (!Residence::ALONE) hand_down(T - 1);", ""),
     "all instants share a place": ("words + ((turn * BLOCKS", "words + ((turn % 2 * BLOCKS"),
-    "the operand is already the next": ("if (turn > 1) hand_down(turn - 2);", "if (turn > 1) hand_down(turn - 1);"),
+    "the operand is already the next": ("turn > 1) hand_down(turn - 2);", "turn > 1) hand_down(turn - 1);"),
     "what is multiplied twice is overwritten": (
         "        lay_out(sums, others);\n",
         "        float* to = others;\n        sums.finish(lane, [&](int r, int row, int column, float sum) {\n"
@@ -267,15 +269,23 @@ BACKWARD_MUTATIONS = {
     "it takes from its own layer": ("from_above(exchange, T, member())", "from_above(exchange, T, member() - 1)"),
     "both parts have one gradient": ("-1 : value;", "value : value;"),
 }  # fmt: skip
+ALONE_MUTATIONS = {  # where a block alone has a layer
+    "it is handed down too late": ("if (Residence::ALONE && turn > 0) hand_down(turn - 1);",
+                                  "if (Residence::ALONE && turn > 1) hand_down(turn - 2);"),
+    "it waits for nobody": ("waits(!ALONE || from != group())", "waits(!ALONE)"),
+    "it sends nothing": ("SCOPE == GRID && (!ALONE || KEEPS)", "SCOPE == GRID && !ALONE"),
+    "its own is not where it multiplies": ("if (SCOPE == GRID && !ALONE) return;", "if (SENDS) return;"),
+}  # fmt: skip
 
 
 @ON_HOST
-@pytest.mark.parametrize("what", [*MUTATIONS, *BACKWARD_MUTATIONS])
+@pytest.mark.parametrize("what", [*MUTATIONS, *BACKWARD_MUTATIONS, *ALONE_MUTATIONS])
 def test_what_makes_it_right_is_needed(what):
-    right, broken = (MUTATIONS | BACKWARD_MUTATIONS)[what]
+    right, broken = (MUTATIONS | BACKWARD_MUTATIONS | ALONE_MUTATIONS)[what]
     assert SOURCE.count(right) == 1
-    name, backward = ("gru" if what in BACKWARD_MUTATIONS else "lstm"), what in BACKWARD_MUTATIONS
-    plans = forced(name, "bfloat16", 40, 3, 3)
+    backward = what in BACKWARD_MUTATIONS or what == "it is handed down too late"
+    name = "gru" if backward else "lstm"
+    plans = forced(name, "bfloat16", 40, 3, 3, alone=what in ALONE_MUTATIONS)
     kernel = runtime.Source("resident.cu", SOURCE.replace(right, broken))
     kernels = libraries(name, "bfloat16", plans[backward:], kernel=kernel)
     run = Run(name, "bfloat16", 6, 3, 40, 3, plans, [*libraries(name, "bfloat16", plans[:backward]), *kernels])
@@ -481,7 +491,9 @@ def test_gradients_end_where_nobody_needs_them(both_ways, monkeypatch):
         return torch.autograd.grad(layer(x, first)[1][0].square().sum(), first)
 
     ours = [*gradients(), *of_states()]
-    assert [noted[-1][0] for noted in both_ways if noted[1] == "back"] == [[], ["x"]]
+    (_, _, of_weights), (_, _, of_states_alone) = [noted for noted in both_ways if noted[1] == "back"]
+    assert of_weights == [[], ["w_ih"], ["b_hh", "b_ih", "w_hh", "w_ih", "x"]]
+    assert of_states_alone == [[], ["w_ih", "x"], of_weights[2]], "the engine says what could be needed"
     monkeypatch.undo()
     for one, other in zip(ours, [*gradients(), *of_states()], strict=True):
         assert torch.equal(one, other)
@@ -604,7 +616,7 @@ def test_every_plan_fits_and_covers(name, dtype, H, B, layers, device, backward)
     assert k >= columns, "all rows of both matrices"
     assert plan.threads * 8 * plan.row_sets * plan.values * plan.k_registers <= residence.REGISTER_FILE
     assert plan.shared_bytes <= device.shared_bytes
-    assert plan.pieces == 1 or not backward, "what is multiplied twice is there as a whole"
+    assert plan.pieces == 1 or (not backward and plan.blocks > 1), "what is multiplied twice, or made here, is whole"
     handed = (layers - 1) * plan.groups * 7 * plan.blocks * plan.units * plan.rows * 8
     kept = layers * plan.groups * plan.exchanged
     assert plan.exchange_bytes(7) == (kept * 2 + handed if backward else kept * 8)
@@ -617,7 +629,9 @@ def test_it_is_taken_where_it_is_predicted_to_pay():
     plan, (reason,) = planned("lstm", "bfloat16", 1024, 1000, 8, 2, device)
     assert plan is None
     assert "no place for [W | R] of 2 layers, 32.0 MiB, on 132 multiprocessors" in reason
-    plan, (reason,) = planned("lstm", "bfloat16", 64, 100, 8, 2, device)
+    for backward in (False, True):
+        assert planned("lstm", "bfloat16", 64, 100, 8, 4, device, backward)[0].blocks == 1, "a block for each layer"
+    plan, (reason,) = planned("lstm", "ieee", 64, 100, 8, 2, device, backward=True)
     assert plan is None
     assert "layer after layer" in reason
     plan, (reason,) = planned("lstm", "bfloat16", 512, 16384, 8, 4, device)
@@ -632,6 +646,7 @@ def test_it_is_taken_where_it_is_predicted_to_pay():
 COMPILED = [
     ("lstm", "bfloat16", 512, 8, 4), ("lstm", "bfloat16", 512, 32, 2), ("gru", "bfloat16", 512, 8, 3),
     ("lstm", "float32", 256, 8, 3), ("lstm", "ieee", 256, 8, 2), ("rnn_tanh", "float16", 512, 64, 4),
+    ("lstm", "bfloat16", 64, 8, 4), ("gru", "float32", 64, 8, 2), ("rnn_tanh", "float16", 128, 8, 3),  # a block alone
 ]  # fmt: skip
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
 COMPILATIONS = [  # each problem either way on two architectures, each architecture with half the problems either way
@@ -649,7 +664,7 @@ COMPILATIONS = [  # each problem either way on two architectures, each architect
 def test_compiles_without_spills(problem, arch, backward):
     name, dtype, H, B, layers = problem
     try:
-        plan = forced(name, dtype, H, B, layers, DEVICES[ARCHITECTURES[arch]])[backward]
+        plan = forced(name, dtype, H, B, layers, DEVICES[ARCHITECTURES[arch]], alone=H <= 128)[backward]
     except ValueError:
         pytest.skip("it doesn't fit this device")
     unit = residence.compiled(plan, cells.get(name), stored(dtype))
@@ -662,9 +677,11 @@ def test_compiles_without_spills(problem, arch, backward):
 
 def main():
     """What ThreadSanitizer watches."""
-    plans = forced("gru", "bfloat16", 40, 3, 3)
-    run = Run("gru", "bfloat16", 4, 3, 40, 3, plans, libraries("gru", "bfloat16", plans, sanitizer="thread"))
-    raise SystemExit(any(bool(wrong(way(seed=1))) for way in (run.forward, run.backward)))
+    for alone in (False, True):
+        plans = forced("gru", "bfloat16", 40, 3, 3, alone=alone)
+        run = Run("gru", "bfloat16", 4, 3, 40, 3, plans, libraries("gru", "bfloat16", plans, sanitizer="thread"))
+        for way in (run.forward, run.backward):
+            assert not wrong(way(seed=1)), (alone, way)
 
 
 if __name__ == "__main__":

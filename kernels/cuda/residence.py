@@ -218,16 +218,17 @@ class Residence:
             operand = warps * self.k_tiles * self.rows * 32 / SHARED_BYTES_PER_CYCLE
         arithmetic = -(-warps // 4) * self.row_sets * self.k_tiles * fragment
         from_shared = operand + warps * self.row_sets * self.values * self.k_shared * 512 / SHARED_BYTES_PER_CYCLE
+        latency_of = "block" if self.blocks == 1 else self.scope
         received = (self.blocks - 1) * self.values * self.units * self.rows * self.size
         if self.scope == "grid":
-            received = self.exchanged
+            received = self.exchanged if self.blocks > 1 else 0
         if self.layers > 1:
-            received += self.handed if self.backward else received  # from the other layer
-        exchange = EXCHANGE[self.scope] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
+            received += self.handed if self.backward else self.exchanged  # from the other layer
+        exchange = EXCHANGE[latency_of] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
         exchange += len(self.meetings) * MEETING[self.scope]
         product = max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND
         # a stack's product with the input weights is made while the exchange is under way
-        beside = max(0.0, product - EXCHANGE[self.scope]) if self.layers > 1 else 0.0
+        beside = max(0.0, product - EXCHANGE[latency_of]) if self.layers > 1 else 0.0
         return product + beside + exchange + POINTWISE
 
     def defines(self) -> dict[str, int]:
@@ -474,7 +475,7 @@ def candidates(
     rows, all_tiles = (IEEE_ROWS, IEEE_BATCH_TILES) if ieee else (ROWS, BATCH_TILES)
     enough = next((tiles for tiles in all_tiles if tiles * rows >= B), all_tiles[-1])
     for unit_tiles in (1, 2, 4, 8):
-        blocks = group_blocks(scope, -(-H // (UNIT * unit_tiles)), device)
+        blocks = group_blocks(scope, -(-H // (UNIT * unit_tiles)), device, layers)
         if blocks is None:
             continue
         for batch_tiles in all_tiles[: all_tiles.index(enough) + 1]:
@@ -486,14 +487,15 @@ def candidates(
                         yield made
 
 
-def group_blocks(scope: str, needed: int, device: Device) -> int | None:
-    """How many blocks a group has that needs at least so many, or None."""
+def group_blocks(scope: str, needed: int, device: Device, layers: int) -> int | None:
+    """How many blocks a group has that needs at least so many, or None. One alone is the grid's only in a stack."""
     if scope == "block":
         return 1 if needed == 1 else None
     if scope == "cluster":
         sizes = sorted(blocks for blocks, _ in device.clusters if blocks >= needed > 1)
         return sizes[0] if sizes else None
-    fits = 1 < needed <= min(device.multiprocessors, MOST_GRID_BLOCKS) and device.cooperative
+    least, most = 2 if layers == 1 else 1, min(device.multiprocessors, MOST_GRID_BLOCKS)
+    fits = least <= needed <= most and device.cooperative
     return needed if fits else None
 
 
@@ -525,7 +527,7 @@ def fitted(
     groups = min(tiles, at_once) if scope == "grid" else tiles  # a cooperative launch refuses what can't be resident
     launches, waves = -(-tiles // max(groups, 1)), -(-tiles // at_once)
     held = (k_registers, k_tiles - k_registers)
-    for pieces in PIECES if scope == "grid" and not (backward and layers > 1) else (1,):
+    for pieces in PIECES if scope == "grid" and blocks > 1 and not (backward and layers > 1) else (1,):
         made = Residence(
             backward, scope, blocks, unit_tiles, k_splits, *held, batch_tiles, pieces, gates, size, ieee,
             groups, launches, waves, layers=layers, meetings=met, apart=apart,
