@@ -45,7 +45,10 @@ def passed(kind: str, value):
     """An argument as the host runtime takes it: a plain int is an address, or 64 bits; an array is a struct's bytes."""
     if isinstance(value, int):
         return ctypes.c_void_p(value) if kind == "p" else np.int64(value)
-    return (ctypes.c_char * value.nbytes).from_buffer_copy(value) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    assert value.size == 1, "CuPy passes no other array by value"
+    return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +88,19 @@ def test_every_plan_fits_and_covers(problem):
 def launches(plan, cell, dtype, B, H):
     directions = [residence.Member((), reverse=False)] * plan.directions
     return residence.sequence(plan, cells.get(cell), dtype, directions, 0, 1, B, H, 1, save=True)
+
+
+def test_cupy_takes_the_arguments():
+    """It refuses arrays of several elements before it asks for a driver, or, with one, for the kernel."""
+    function = pytest.importorskip("cupy.cuda.function").Function
+    plan = residence.plan(4, 16, "bfloat16", 64, 8, DEVICES["h200"], backward=False)[0]
+    member = residence.Member((1 << 40, *range(16)), True)
+    kernel = function.__new__(function)
+    for members in ([member], [member, member]):
+        (launch,) = residence.sequence(plan, cells.get("lstm"), "bfloat16", members, 0, 1, 8, 64, 1, save=True)
+        with pytest.raises(RuntimeError, match="cuda|CUDA"):  # as there is none
+            kernel(launch.grid, launch.block, launch.arguments, stream=SimpleNamespace(ptr=0))
+        assert launch.arguments[0].tobytes() == np.array([(*m.addresses, 1) for m in members], np.uint64).tobytes()
 
 
 def test_small_layers_need_one_block_and_large_ones_the_grid():

@@ -255,7 +255,7 @@ def two_layers(seed: int, *, share_exchange: bool = False) -> None:
     layers = []
     for launch, _ in inputs:
         directions, *rest = launch.arguments
-        layers.append(Layer(tuple(map(int, directions[0])), *map(int, rest)))
+        layers.append(Layer(tuple(map(int, directions.view(np.uint64))), *map(int, rest)))
     if share_exchange:
         for layer in layers:
             layer.exchange = exchange.ctypes.data

@@ -295,7 +295,8 @@ def sequence(
     exchange: of `plan.exchange_bytes(T)` of zeros for each launch of a grid plan. R: batch rows of the values per unit,
     B or 1. save: of a forward plan. only: see `compiled`; the results are then wrong.
     """
-    given = np.array([(*addresses, reverse) for addresses, reverse in members], np.uint64)  # struct Members
+    words = np.array([(*addresses, reverse) for addresses, reverse in members], np.uint64)
+    given = words.ravel().view(f"V{words.nbytes}")  # struct Members
     keep = () if plan.backward else (np.int32(save),)
     for part in range(plan.launches):
         first_row = part * plan.groups * plan.rows
