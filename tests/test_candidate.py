@@ -25,7 +25,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def check(made, forward, backward):
-    backend = SimpleNamespace(forward=forward, backward=backward)
+    backend = SimpleNamespace(forward=forward, backward=backward, factors=sequence.factors)
     backend = Phased(backend) if made.case.cell.phases else backend
     woven.check(made, made.case.run(backend.forward, backend.backward))
 

@@ -68,7 +68,7 @@ def test_the_plan_tells_the_program_that_runs():
 
 def test_backends_have_one_signature():
     modules = [dispatch.backend(name) for name in dispatch.ORDER]
-    for name in ("reasons", "plan", "warmup", "forward", "backward"):
+    for name in ("reasons", "plan", "warmup", "forward", "backward", "history", "factors"):
         signatures = [inspect.signature(getattr(module, name)).parameters.values() for module in modules]
         first, *others = [[(p.name, p.kind) for p in parameters] for parameters in signatures]
         assert all(other == first for other in others), name

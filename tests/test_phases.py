@@ -25,7 +25,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 def check(made, forward, backward):
     """A case by a backend, against the equations in a loop."""
-    backend = Phased(SimpleNamespace(forward=forward, backward=backward))
+    backend = Phased(SimpleNamespace(forward=forward, backward=backward, factors=sequence.factors))
     woven.check(made, made.case.run(backend.forward, backend.backward))
 
 

@@ -1,4 +1,4 @@
-"""One module per way to run a sequence. Each has the same six names, and a test keeps their signatures equal:
+"""One module per way to run a sequence. Each has the same names, and a test keeps their signatures equal:
 
 NAME
 reasons(problem) -> why it can't serve that problem; empty when it can
@@ -6,7 +6,8 @@ plan(problem)    -> what it would do, in a sentence
 warmup(problem)  -> the names of its kernels, compiled now for the current device; none where nothing is compiled
 forward(cell, x, weights, state, *, reverse, tf32, save, bitwise) -> y, last, tape
 backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, tf32, needs) -> gradients
-
+history(cell, tape, *, reverse, like) -> the other states after every instant
+factors(x, weights) -> both as the library has them by which it multiplies
 
 One that can run several directions of a layer at once has, too:
 

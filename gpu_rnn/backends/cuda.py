@@ -20,6 +20,7 @@ from gpu_rnn.kernels.cuda.launch import OPTIONS, Launch, Runner, Unit
 from .. import arrays, compat
 from ..problem import Direction, Problem, Weights
 from . import sequence, stepwise
+from .sequence import factors as factors
 from .sequence import history as history
 
 NAME = "cuda"

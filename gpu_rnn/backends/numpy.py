@@ -94,6 +94,11 @@ def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
     return tuple(from_numpy(after[:, cell.K + k].swapaxes(1, 2).copy(), like=like) for k in range(cell.S - 1))
 
 
+def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:
+    """NumPy's, whose arrays they may be: so its products don't depend on that."""
+    return to_numpy(x), numpied(weights, ())[0]
+
+
 def warmup(problem: Problem) -> tuple[str, ...]:
     return ()  # there is nothing to compile
 

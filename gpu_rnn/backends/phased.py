@@ -38,16 +38,8 @@ class Phased:
         return self.backend.warmup(run(problem))
 
     def forward(
-        self,
-        cell: Cell,
-        x: Any,
-        weights: Weights,
-        state: Sequence[Any],
-        *,
-        reverse: bool,
-        tf32: bool = False,
-        save: bool,
-        bitwise: bool = False,
+        self, cell: Cell, x: Any, weights: Weights, state: Sequence[Any], *, reverse: bool, tf32: bool = False,
+        save: bool, bitwise: bool = False,
     ) -> tuple[Any, tuple, tuple]:  # fmt: skip
         direction = Direction(x, weights, state, reverse)
         (result,) = self.forwards(cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
@@ -61,18 +53,13 @@ class Phased:
         (gradients,) = self.backwards(cell, [direction], [recorded], tf32=tf32, needs=[needs])
         return gradients
 
-    def lent(self, x: Any, weights: Weights) -> tuple[Any, Weights]:
-        """For products by the library that the backend computes with: NumPy's don't depend on whose arrays they are."""
-        if not hasattr(self.backend, "numpied"):
-            return x, weights
-        return arrays.to_numpy(x), self.backend.numpied(weights, ())[0]
-
     def forwards(
         self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
     ) -> list[tuple[Any, tuple, tuple]]:
         entering = [*map(sequence.plain, directions)]
         with arrays.products(entering[0].x, tf32):
-            parts = [sequence.input_part(*self.lent(each.x, each.weights), bitwise) for each in entering]
+            factors = [self.backend.factors(each.x, each.weights) for each in entering]
+            parts = [sequence.input_part(x, weights, bitwise) for x, weights in factors]
         run = [laid_out(cell, d, twice(returned(part, like=d.x))) for d, part in zip(entering, parts)]
         how: dict[str, Any] = {"tf32": tf32, "save": save, "bitwise": bitwise}
         if hasattr(self.backend, "forwards"):
@@ -104,9 +91,9 @@ class Phased:
             gradients["state"] = gradients["state"][: cell.S]
             if (each := gradients.pop("x", None)) is not None:
                 with arrays.products(direction.x, tf32):
-                    lent = self.lent(direction.x, direction.weights)
-                    dpart, _ = self.lent(each[::2] + each[1::2], Weights(None, None))
-                    of_input = sequence.of_input(dpart, *lent, need)
+                    x, weights = self.backend.factors(direction.x, direction.weights)
+                    dpart, _ = self.backend.factors(each[::2] + each[1::2], Weights(None, None))
+                    of_input = sequence.of_input(dpart, x, weights, need)
                 gradients |= {name: returned(array, like=direction.x) for name, array in of_input.items()}
         return found
 

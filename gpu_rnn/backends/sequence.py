@@ -271,6 +271,11 @@ def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
     return tuple(stored(after[:, s], like) for s in range(after.shape[1]))
 
 
+def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:
+    """As the library has them by which a backend multiplies: here the caller's."""
+    return x, weights
+
+
 def seen_by_weights(cell: Cell, y: Any, h0: Any, extra: Extra, reverse: bool) -> tuple[Any, Any]:
     """What the recurrent weights saw: at the first instant [B, P], at the later ones [T-1, B, P], in order of t."""
     first, later, before = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))

@@ -17,6 +17,7 @@ from gpu_rnn.kernels.triton import plan as plans
 from .. import arrays, compat
 from ..problem import Problem, Weights
 from . import sequence, stepwise
+from .sequence import factors as factors
 from .sequence import history as history
 
 NAME = "triton"
