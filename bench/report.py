@@ -220,8 +220,8 @@ def kernels(rows: list[Row]) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
-    "sources": sources, "cpu": cpu, "products": products, "peers": peers, "calls": calls, "gpu": gpu, "features": features,
-    "kernels": kernels,
+    "sources": sources, "cpu": cpu, "products": products, "peers": peers, "calls": calls, "gpu": gpu,
+    "features": features, "kernels": kernels,
 }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def member_by_member(backward: Callable[..., tuple]) -> Callable[..., tuple]:
             return backward(ctx, *arriving)
         some = next(d for d, m in zip(arriving, mapped) if m)
         level = next(n for n in count(1) if not is_legacy_batchedtensor(torch._remove_batch_dim(some, n, 1, 0)))
-        rows = [torch._remove_batch_dim(d, level, 1, 0) if m else d for d, m in zip(arriving, mapped)]
+        rows: list[Any] = [torch._remove_batch_dim(d, level, 1, 0) if m else d for d, m in zip(arriving, mapped)]
         V = next(len(d) for d, m in zip(rows, mapped) if m)
         found = [backward(ctx, *(d[v] if m else d for d, m in zip(rows, mapped))) for v in range(V)]
         return tuple(

@@ -98,7 +98,7 @@ def test_cupy_takes_the_arguments():
     kernel = function.__new__(function)
     for members in ([member], [member, member]):
         (launch,) = residence.sequence(plan, cells.get("lstm"), "bfloat16", members, 0, 1, 8, 64, 1, save=True)
-        with pytest.raises(RuntimeError, match="cuda|CUDA"):  # as there is none
+        with pytest.raises(RuntimeError, match=r"cuda|CUDA"):  # as there is none
             kernel(launch.grid, launch.block, launch.arguments, stream=SimpleNamespace(ptr=0))
         assert launch.arguments[0].tobytes() == np.array([(*m.addresses, 1) for m in members], np.uint64).tobytes()
 

@@ -43,7 +43,7 @@ class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
-    arguments: tuple[Any, ...]  # an int: an address or 64 bits; else NumPy's: scalars and, for structs, arrays of 1 element
+    arguments: tuple[Any, ...]  # an int: an address or 64 bits; else NumPy's: scalars or, of a struct, an array of 1
     shared: int = 0  # bytes of dynamic shared memory
     cluster: tuple[int, int, int] = (1, 1, 1)  # as the kernel declares it
     cooperative: bool = False  # all blocks are resident at once
