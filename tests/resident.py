@@ -22,6 +22,7 @@ from . import on_host
 from .host import runtime
 
 CUDA = Path(residence.__file__).parent
+SOURCE = "".join(file.read_text() for file in (*residence.HEADERS, residence.KERNELS))
 EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8, "ieee": 2.0**-22}  # of an operand
 
 
@@ -124,7 +125,8 @@ def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
 
 def sources(cell: str, kernel: runtime.Source | None = None) -> list:
     page = runtime.Source(f"cell {cell}", pages.page(cells.get(cell)))
-    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, CUDA / "extra.cuh", kernel or CUDA / "resident.cu"]
+    kernels = [kernel] if kernel else [*residence.HEADERS, residence.KERNELS]
+    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, CUDA / "extra.cuh", *kernels]
 
 
 def libraries(case: Case, plans: Plans, sanitizer=None, kernel=None) -> list[runtime.Library]:
@@ -222,7 +224,7 @@ def wrong(found: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitizer", choices=("thread", "address"))
-    parser.add_argument("--source", help="another resident.cu")
+    parser.add_argument("--source", help="another resident.cu, with its headers")
     parser.add_argument("cell")
     parser.add_argument("dtype")
     parser.add_argument("scope")

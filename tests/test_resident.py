@@ -10,10 +10,9 @@ from gpu_rnn.kernels.cuda import residence
 
 from . import on_host
 from .host import mutate, runtime, sanitize
-from .resident import CUDA, Case, errors, forced, libraries, planned, sources, variants, wrong, zeros
+from .resident import SOURCE, Case, errors, forced, libraries, planned, sources, variants, wrong, zeros
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
-SOURCE = (CUDA / "resident.cu").read_text()
 EVERY_CELL = pytest.mark.parametrize("cell", cells.NAMES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [*residence.SIZES, "ieee"])
 EVERY_SCOPE = pytest.mark.parametrize("scope", residence.SCOPES)

@@ -21,11 +21,10 @@ from gpu_rnn.problem import Problem, Weights
 
 from . import on_host, sequences
 from .host import nvrtc, runtime, sanitize
-from .resident import CUDA, EPSILON, decode, encode, poison, sources, zeros
+from .resident import EPSILON, SOURCE, decode, encode, poison, sources, zeros
 from .tolerance import assert_close
 
 ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
-SOURCE = (CUDA / "resident.cu").read_text()
 DEVICES = residence.DEVICES
 DTYPES = (*sorted(residence.SIZES), "ieee")  # which is float32 not as TF32
 

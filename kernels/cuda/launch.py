@@ -21,6 +21,7 @@ class Unit(NamedTuple):
     kernels: Path  # the .cu file
     cell: Cell
     defines: tuple[tuple[str, str], ...]  # macros and their values
+    headers: tuple[Path, ...] = ()  # that the kernels have for themselves
 
     @property
     def source(self) -> str:
@@ -28,12 +29,12 @@ class Unit(NamedTuple):
         device, mathematics = HERE / "device.cuh", HERE / "mathematics.cuh"
         parts = {file.name: file.read_text() for file in (device, mathematics)}
         parts[f"cell {self.cell.name}"] = page(self.cell)
-        parts |= {file.name: file.read_text() for file in (HERE / "extra.cuh", self.kernels)}
+        parts |= {file.name: file.read_text() for file in (HERE / "extra.cuh", *self.headers, self.kernels)}
         return "".join(f'#line 1 "{name}"\n{text}' for name, text in parts.items())
 
 
-def unit(kernels: Path, cell: Cell, defines: Mapping[str, Any]) -> Unit:
-    return Unit(kernels, cell, tuple((name, str(value)) for name, value in sorted(defines.items())))
+def unit(kernels: Path, cell: Cell, defines: Mapping[str, Any], headers: tuple[Path, ...] = ()) -> Unit:
+    return Unit(kernels, cell, tuple((name, str(value)) for name, value in sorted(defines.items())), headers)
 
 
 class Launch(NamedTuple):

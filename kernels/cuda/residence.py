@@ -12,16 +12,16 @@ The layers of a stack go as a wavefront, either way, where all fit the grid and 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..cells import Cell
 from ..levels import grad_cut, step_cut
-from .launch import C_TYPES, Launch, Unit, unit
+from .launch import C_TYPES, HERE, Launch, Unit, unit
 
-KERNELS = Path(__file__).with_name("resident.cu")
+KERNELS = HERE / "resident.cu"
+HEADERS = tuple(HERE / name for name in ("shape.cuh", "product.cuh", "meeting.cuh", "residence.cuh"))
 SCOPES = ("block", "cluster", "grid")  # SCOPE 0, 1, 2 of resident.cu
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -159,7 +159,7 @@ class Residence:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory; resident.cu asserts that it computes the same."""
+        """Dynamic shared memory; residence.cuh asserts that it computes the same."""
         operand = self.rows * (self.k_splits * -(-self.k_tiles // self.pieces) * 32 + 16)
         staged = -(-self.rows // 3) * 3 * self.values * self.units * self.size if self.scope == "grid" else 0
         parts = self.k_splits * self.row_sets * self.rows * (self.units + 4) * 4
@@ -268,7 +268,8 @@ class Residence:
 
 def compiled(plan: Residence, cell: Cell, dtype: str, only: str | None = None) -> Unit:
     """The kernels of a plan; only "exchange" or "product": what a step spends on it, for benchmarks."""
-    return unit(KERNELS, cell, {"SCALAR": C_TYPES[dtype], **plan.defines(), **({"ONLY": only.upper()} if only else {})})
+    defines = {"SCALAR": C_TYPES[dtype], **plan.defines(), **({"ONLY": only.upper()} if only else {})}
+    return unit(KERNELS, cell, defines, HEADERS)
 
 
 def pack(

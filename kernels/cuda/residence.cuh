@@ -1,0 +1,258 @@
+// residence.cuh: what a block of resident.cu holds, and how its group exchanges what it multiplies.
+#pragma once
+
+// The values of a unit that a group exchanges. Backward they are the gradients of the gates' recurrent parts. In a
+// stack both matrices multiply them: where an input part has a gradient of its own, that follows behind the others.
+struct Values {
+    static constexpr int COUNT_APART = STACK_BACK ? Cell::COUNT_SEPARATE : 0;
+    static constexpr int COUNT = BACKWARD ? Cell::G + COUNT_APART : 1;
+
+    // The gate whose rows of the recurrent or the input weights meet a value; -1: none of theirs.
+    DEVICE static int gate(int value, bool of_input) {
+        if (value < Cell::G) return of_input && (Cell::SEPARATE >> value & 1) != 0 ? -1 : value;
+        return of_input ? apart(value - Cell::G) : -1;
+    }
+    DEVICE static constexpr int apart(int n) {  // the n-th gate with two gradients
+        for (int gate = 0; gate < Cell::G; ++gate)
+            if ((Cell::SEPARATE >> gate & 1) != 0 && n-- == 0) return gate;
+        return -1;
+    }
+};
+
+// What a warp has of a matrix: k tiles in registers first, in shared memory then.
+struct Rows {
+    static constexpr int SETS = BACKWARD ? 1 : Cell::G;
+    static constexpr int IN_REGISTERS = Values::COUNT * K_REGISTERS;
+    static constexpr int IN_SHARED = Values::COUNT * K_SHARED;
+    static constexpr int TILES = IN_REGISTERS + IN_SHARED;
+    static constexpr int BYTES = WARPS * SETS * IN_SHARED * 512;  // of the block, in shared memory
+
+    uint4* shared;  // [WARPS][SETS][IN_SHARED][32]
+    unsigned held[SETS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
+
+    // This warp's fragments, as resident_pack laid them out.
+    DEVICE void load(const uint4* packed, int rank, int warp, int lane) {
+        packed += (static_cast<long long>(rank) * WARPS + warp) * SETS * TILES * 32 + lane;
+        shared += warp * SETS * IN_SHARED * 32 + lane;  // read back by this very lane
+#pragma unroll
+        for (int r = 0; r < SETS; ++r) {
+#pragma unroll
+            for (int j = 0; j < IN_REGISTERS; ++j) {
+                const uint4 a = packed[(r * TILES + j) * 32];
+                held[r][j][0] = a.x, held[r][j][1] = a.y, held[r][j][2] = a.z, held[r][j][3] = a.w;
+            }
+            for (int j = 0; j < IN_SHARED; ++j)
+                shared[(r * IN_SHARED + j) * 32] = packed[(r * TILES + IN_REGISTERS + j) * 32];
+        }
+    }
+
+    DEVICE void take(unsigned a[4], int r, int j) const {
+        if (j < IN_REGISTERS) {
+            for (int i = 0; i < 4; ++i) a[i] = held[r][j < IN_REGISTERS ? j : 0][i];
+        } else {
+            const uint4 w = shared[(r * IN_SHARED + j - IN_REGISTERS) * 32];
+            a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+        }
+    }
+};
+
+struct Residence {  // for one direction of time
+    static constexpr int ROWS = Rows::SETS, VALUES = Values::COUNT, TILES = Rows::TILES;
+    static constexpr int PIECE = (TILES + PIECES - 1) / PIECES;          // k tiles of a warp in one piece
+    static constexpr int SLICE = VALUES * U * sizeof(SCALAR);            // bytes a block publishes per batch row
+    static constexpr int ROW = K_SPLITS * PIECE * 32 + 16;               // operand's pitch: ldmatrix without conflicts
+    static constexpr int OPERAND = NB * ROW;
+    static constexpr int PARTS = K_SPLITS * ROWS * NB * PITCH * 4;
+    static constexpr int OPERANDS = SCOPE == CLUSTER ? 2 : 1;            // peers of a cluster store ahead of the reader
+    static constexpr int TRIPLES = (NB + 2) / 3;                         // a stamped word has 4 bytes of 3 batch rows
+    static constexpr long long PUBLICATION = TRIPLES * BLOCKS * (SLICE / 4);  // words
+    static constexpr int STAGED = SCOPE == GRID ? TRIPLES * 3 * SLICE : 0;
+    static constexpr int BYTES = OPERANDS * OPERAND + STAGED + PARTS + Rows::BYTES + 16 + Meeting::BYTES;
+    static constexpr int BESIDE = !STACK ? 0 : BACKWARD ? PARTS + Rows::BYTES : BYTES;  // for the input weights
+    static_assert(BYTES + BESIDE == SHARED_BYTES, "the launch plan asks for this much shared memory");
+    static_assert(!STACK || Levels::COUNT == 0, "units of a stack don't meet");
+    static_assert(BLOCKS * SLICE <= K_SPLITS * TILES * 32, "the warps' k tiles cover what all blocks publish");
+    static_assert((PIECES - 1) * PIECE < TILES, "no piece is empty");
+    static_assert(SCOPE == GRID || PIECES == 1, "what peers store at any time is there as a whole");
+    static_assert(!(STACK_BACK || BLOCKS == 1) || PIECES == 1, "what is multiplied twice, or made here, is whole");
+
+    unsigned char* operand;  // [OPERANDS][NB][ROW]: the one multiplied, and in a cluster the one being received
+    unsigned char* staged;   // GRID: [TRIPLES * 3][SLICE], the block's own values, to be published
+    float* parts;            // [K_SPLITS][ROWS][NB][PITCH]
+    Rows weights;
+    int warp, lane, rank;
+    int rows;                // of the batch that this group has: the others aren't exchanged
+    Meeting meeting;
+#if SCOPE == CLUSTER
+    Mbarrier* received;      // [2], one for each operand
+#elif SCOPE == GRID
+    uint4* exchange;         // of a group: two of [TRIPLES][BLOCKS * SLICE / 4], or one for each publication
+#endif
+
+    static constexpr bool KEEPS = STACK && !BACKWARD;  // its publications, for another layer
+    static constexpr bool ALONE = BLOCKS == 1;         // what the block makes itself goes straight into its operand
+    static constexpr bool SENDS = SCOPE == GRID && (!ALONE || KEEPS);
+
+    bool waits;  // for what others publish
+
+    DEVICE static long long group_words(long long T) { return (KEEPS ? T + 1 : 2) * PUBLICATION + Meeting::EXCHANGED; }
+
+    // `from`: the group whose publications are received; its own, or that of the layer below.
+    DEVICE Residence(unsigned char* arena, uint4* exchanges, int from, long long T, int rows_left)
+        : operand(arena),
+          staged(operand + OPERANDS * OPERAND),
+          parts(reinterpret_cast<float*>(staged + STAGED)),
+          weights{reinterpret_cast<uint4*>(staged + STAGED + PARTS), {}},
+          warp(threadIdx.x / 32),
+          lane(threadIdx.x % 32),
+          rank(blockIdx.x % BLOCKS),
+          rows(max(0, min(NB, rows_left - tile() * NB))),
+          waits(!ALONE || from != group()),
+          meeting(staged + STAGED + PARTS + Rows::BYTES + 16,
+                  exchanges + from * group_words(T) + group_words(T) - Meeting::EXCHANGED) {
+        for (int i = threadIdx.x; i < (OPERANDS * OPERAND + STAGED) / 16; i += THREADS)
+            reinterpret_cast<uint4*>(operand)[i] = make_uint4(0, 0, 0, 0);  // what nobody publishes stays zero
+#if SCOPE == CLUSTER
+        received = reinterpret_cast<Mbarrier*>(staged + STAGED + PARTS + Rows::BYTES);
+        if (threadIdx.x == 0) {
+            mbarrier_init(&received[0], 1);
+            mbarrier_init(&received[1], 1);
+            fence_mbarrier_init();
+        }
+        cluster_sync();  // barriers are ready and operands zero before a peer stores
+#else
+        __syncthreads();  // operands are zero before anyone fills them
+#endif
+#if SCOPE == GRID
+        exchange = exchanges + from * group_words(T);
+#endif
+    }
+
+    DEVICE void load(const uint4* packed) { weights.load(packed, rank, warp, lane); }
+
+    // In the following n is the number of a publication, from 0.
+
+    // Multiply with what has been published. The sums are then in `parts`, one for each K split, for `sum` to add.
+    DEVICE void multiply_all(long long n) {
+        Sums<ROWS> sums;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+            const int first = piece * PIECE, last = min(first + PIECE, TILES);
+            if (piece > 0) team_sync();  // the one before it has been multiplied
+            await(n, first, last);
+            multiply(n, first, last, weights, sums);
+        }
+        lay_out(sums, parts);
+    }
+
+    // Once more, by another matrix, what `multiply_all` has multiplied. The sums are then in `others`, likewise.
+    DEVICE void multiply_again(long long n, const Rows& matrix, float* others) const {
+        Sums<ROWS> sums;
+        multiply(n, 0, TILES, matrix, sums);
+        lay_out(sums, others);
+    }
+
+    DEVICE void multiply(long long n, int first, int last, const Rows& matrix, Sums<ROWS>& sums) const {
+        if (ONLY == EXCHANGE) return;
+        const unsigned char* tile = operand + n % OPERANDS * OPERAND + warp % K_SPLITS * PIECE * 32;
+        sums.template add<ROW>(tile, first, last, lane, [&](unsigned a[4], int r, int j) { matrix.take(a, r, j); });
+    }
+
+    DEVICE void lay_out(const Sums<ROWS>& sums, float* to) const {
+        sums.finish(lane, [&](int r, int row, int column, float sum) {
+            to[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;
+        });
+        __syncthreads();  // all parts are there, and the operand has been multiplied
+    }
+
+    DEVICE float sum(int r, int row, int unit) const { return sum_of(parts, r, row, unit); }
+    DEVICE static float sum_of(const float* from, int r, int row, int unit) {
+        float total = 0;
+#pragma unroll
+        for (int split = 0; split < K_SPLITS; ++split) total += from[((split * ROWS + r) * NB + row) * PITCH + unit];
+        return total;
+    }
+
+    // This thread's value for everyone, to be published.
+    DEVICE void put(long long n, int value, int row, int unit, float x) {
+        const SCALAR stored = encoded(x, SCALAR());
+        if (SENDS) reinterpret_cast<SCALAR*>(staged + row * SLICE)[value * U + unit] = stored;
+        if (SCOPE == GRID && !ALONE) return;
+        unsigned char* slice = operand + n % OPERANDS * OPERAND + row * ROW + rank * SLICE;
+        reinterpret_cast<SCALAR*>(slice)[value * U + unit] = stored;
+    }
+
+    // All threads have put: give the block's slice to the others.
+    DEVICE void publish(long long n) {
+        __syncthreads();  // the slice is complete, and the parts have been read
+        if (ONLY == PRODUCT) return;
+#if SCOPE == CLUSTER
+        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[n % 2], (BLOCKS - 1) * rows * SLICE);
+        unsigned char* slice = operand + n % OPERANDS * OPERAND + rank * SLICE;
+        for (int peer = warp; peer < BLOCKS - 1; peer += WARPS) {
+            for (int i = lane; i < rows * (SLICE / 16); i += 32) {
+                uint4* mine = reinterpret_cast<uint4*>(slice + i / (SLICE / 16) * ROW) + i % (SLICE / 16);
+                st_async(mine, *mine, &received[n % 2], (rank + 1 + peer) % BLOCKS);  // not all at one peer at a time
+            }
+        }
+#elif SCOPE == GRID
+        if (!SENDS) return;
+        constexpr int WORDS = SLICE / 4;
+        uint4* to = exchange + place(n) * PUBLICATION + rank * WORDS;
+        for (int i = threadIdx.x; i < (rows + 2) / 3 * WORDS; i += THREADS) {
+            const unsigned* three = reinterpret_cast<const unsigned*>(staged) + i / WORDS * 3 * WORDS + i % WORDS;
+            st_relaxed_gpu(to + i / WORDS * BLOCKS * WORDS + i % WORDS,
+                           make_uint4(three[0], three[WORDS], three[2 * WORDS], stamp(n)));
+        }
+#endif
+    }
+
+    // Wait until the k tiles `first` to `last` are there.
+    DEVICE void await(long long n, int first, int last) {
+        if (ONLY == PRODUCT || !waits) return;
+#if SCOPE == CLUSTER
+        mbarrier_wait_cluster(&received[n % 2], n / 2 % 2);
+#elif SCOPE == GRID
+        // The warps that multiply the same columns receive them: nobody waits for what he doesn't multiply. A word is
+        // overwritten two publications later, if at all. No fence is needed for that: its owner stores it after it has
+        // seen all of the publication between, which every block stores after it has seen all of this one.
+        constexpr int IN_FLIGHT = 8, TEAM = 32 * UNIT_TILES;
+        const int split = warp % K_SPLITS, count = (last - first) * 8, words = (rows + 2) / 3 * count;
+        const uint4* source = exchange + place(n) * PUBLICATION;
+        auto column = [&](int i) { return (split * TILES + first) * 8 + i % count; };  // 4 bytes of a batch row
+        auto word = [&](int i) { return source + i / count * BLOCKS * (SLICE / 4) + column(i); };
+        for (int begin = warp / K_SPLITS * 32 + lane; begin < words; begin += IN_FLIGHT * TEAM) {
+            uint4 got[IN_FLIGHT];
+#pragma unroll
+            for (int f = 0; f < IN_FLIGHT; ++f) {
+                const int i = begin + f * TEAM;
+                got[f] = make_uint4(0, 0, 0, stamp(n));  // of columns that nobody publishes
+                if (i < words && column(i) < BLOCKS * (SLICE / 4)) got[f] = ld_relaxed_gpu(word(i));
+            }
+#pragma unroll
+            for (int f = 0; f < IN_FLIGHT; ++f) {
+                const int i = begin + f * TEAM;
+                if (i >= words) break;
+                while (got[f].w != stamp(n)) got[f] = ld_relaxed_gpu(word(i));
+                unsigned char* to = operand + i / count * 3 * ROW + split * PIECE * 32 + i % count * 4;
+                const unsigned data[3] = {got[f].x, got[f].y, got[f].z};
+#pragma unroll
+                for (int row = 0; row < 3; ++row)
+                    if (i / count * 3 + row < NB) *reinterpret_cast<unsigned*>(to + row * ROW) = data[row];
+            }
+        }
+        team_sync();  // every thread's words are there
+#endif
+    }
+
+    DEVICE static long long place(long long n) { return KEEPS ? n : n % 2; }
+    DEVICE static unsigned stamp(long long n) { return static_cast<unsigned>(n + 1); }
+
+    // The warps that multiply the same columns wait for each other.
+    DEVICE void team_sync() {
+        if (UNIT_TILES == 1)
+            __syncwarp();
+        else
+            named_barrier_sync(1 + warp % K_SPLITS, 32 * UNIT_TILES);
+    }
+};
