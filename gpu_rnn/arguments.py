@@ -32,9 +32,9 @@ def checked(
     """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
     described = arrays.described
     given = tuple([None if array is None else described(array) for array in (x, *weights, *state)])
-    precision = options.precision or arrays.precision(x)
-    asked = options.history, options.directions, options.layers, options.bitwise
-    problem = known(name, given, options.reverse, precision, training, *asked)
+    reverse, _, precision, history, _, directions, layers, bitwise = options
+    precision = precision or arrays.precision(x)
+    problem = known(name, given, reverse, precision, training, history, directions, layers, bitwise)
     if None in given[-len(state) :]:
         sizes = (problem.P or problem.H, *[problem.H] * (len(state) - 1))
         state = [arrays.zeros((problem.B, n), like=x) if s is None else s for s, n in zip(state, sizes)]

@@ -234,7 +234,7 @@ def pointer(array: Any) -> int:
 
 def to_numpy(array: Any) -> np.ndarray:
     """A CPU array as NumPy's, without a copy where its dtype allows; torch's halves become float32."""
-    if library(array) == "numpy":
+    if isinstance(array, np.ndarray):
         return array
     array = array.detach()
     return (array.float() if array.dtype.itemsize == 2 else array).numpy()
@@ -242,7 +242,7 @@ def to_numpy(array: Any) -> np.ndarray:
 
 def from_numpy(array: np.ndarray, like: Any, keep_dtype: bool = False) -> Any:
     """A NumPy array as one of the library of `like`, and of its dtype unless `keep_dtype`."""
-    if library(like) == "numpy":
+    if isinstance(like, np.ndarray):
         return array
     tensor = module("torch").from_numpy(array)
     return tensor if keep_dtype or tensor.dtype == like.dtype else tensor.to(like.dtype)

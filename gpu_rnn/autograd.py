@@ -1,7 +1,7 @@
 """The functions as torch's autograd, its transforms (torch.func) and its compiler see them.
 
-Eager     `sequence`: two autograd.Functions, `Sequence` and its gradient `Gradient`, around the chosen backend; and
-          `Together`, for several directions at once, and `Stack`, for the layers of a stack.
+Eager     `sequences`: two autograd.Functions, `Recorded` and its gradient `Gradient`, around the chosen backend;
+          `Sequence`, in the place of `Recorded` where a transform looks on; and `Stack`, for the layers of a stack.
 Captured  `captured`: two operators, gpu_rnn::forward and gpu_rnn::backward, for torch.compile and torch.export. They
           choose their backend when they run, and time stays inside of them. A program that torch.export saved needs
           this module imported before it is loaded. gpu_rnn::stack and gpu_rnn::stack_backward are for torch.compile.
@@ -45,40 +45,37 @@ def sequence(
     name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple]:
     """As `functional.sequence`, for tensors."""
-    if capturing() or unreal(x):
-        (result,) = captured(name, [Direction(x, weights, state, options.reverse)], options)
-        return result
-    return eager(name, x, weights, state, options)
-
-
-def eager(name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options) -> tuple[Tensor, tuple]:
-    wanted = tracked(x, *weights, *state)
-    backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
-    if wanted:
-        y, *last = Sequence.apply(backend, problem, x, *weights, *filled)[: problem.outputs]
-        return y, tuple(last)
-    y, last, _ = dispatch.forward(backend, problem, x, weights, filled)
-    return y, last
+    (result,) = sequences(name, [Direction(x, weights, state, options.reverse)], options)
+    return result
 
 
 def sequences(name: str, directions: List[Direction], options: Options) -> list[tuple[Tensor, tuple]]:
     """`sequence` for each direction of a layer: at once where the backend can and no transform looks on."""
     if capturing() or unreal(directions[0].x):
         return captured(name, directions, options)
-    if len(directions) == 1 or transformed():
-        return [eager(name, *d[:3], options._replace(reverse=True) if d.reverse else options) for d in directions]
-    options = options._replace(directions=len(directions))
-    wanted = any(tracked(d.x, *d.weights, *d.state) for d in directions)
+    if transformed():
+        return [watched(name, *direction, options) for direction in directions]
+    if len(directions) > 1:
+        options = options._replace(directions=len(directions))
+    wanted = any(required(d.x, *d.weights, *d.state) for d in directions)
     filled = []
     for x, weights, state, reverse in directions:
-        options = options._replace(reverse=reverse)
+        if reverse != options.reverse:
+            options = options._replace(reverse=reverse)
         backend, problem, state = prepared(name, x, weights, state, options, wanted and not options.recompute)
         filled.append(Direction(x, weights, state, reverse))
-    if not wanted:
-        return [(y, last) for y, last, _ in dispatch.forwards(backend, problem, filled)]
-    given = [tensor for x, weights, state, _ in filled for tensor in (x, *weights, *state)]
-    outputs = Together.apply(backend, problem, tuple(d.reverse for d in filled), *given)
-    return [(y, tuple(last)) for y, *last in parts(outputs, len(filled))]
+    found = dispatch.forwards(backend, problem, filled)
+    return recorded(backend, problem, filled, found) if wanted else [(y, last) for y, last, _ in found]
+
+
+def watched(
+    name: str, x: Tensor, weights: Weights, state: List[Tensor | None], reverse: bool, options: Options
+) -> tuple[Tensor, tuple]:
+    """One direction, where a transform looks on."""
+    options = options._replace(reverse=reverse)
+    backend, problem, filled = prepared(name, x, weights, state, options, not options.recompute)
+    y, *last = Sequence.apply(backend, problem, x, *weights, *filled)[: problem.outputs]
+    return y, tuple(last)
 
 
 def stacked(
@@ -114,13 +111,18 @@ def unreal(x: Tensor) -> bool:
     return x.is_meta or isinstance(x, FakeTensor)
 
 
+def required(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def tracked(*tensors: Tensor | None) -> bool:
     """Whether a derivative may be asked for."""
     return transformed() or required(*tensors)
-
-
-def required(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def transformed() -> bool:
@@ -185,7 +187,7 @@ class Sequence(Direct):
         ctx.tape = len(tape)
         ctx.mark_non_differentiable(*tape)
         ctx.set_materialize_grads(False)  # or the tape would be sent zeros of its size
-        ctx.save_for_backward(*given, *recorded(output[0], tape))
+        ctx.save_for_backward(*given, *taped(output[0], tape))
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*given)
 
@@ -269,41 +271,66 @@ class Gradient(Direct):
         return unfolded(V, gradients, sequences=needs[0])
 
 
-class Together(Direct):
-    """Several directions of a layer: given of each in turn -> y, states after, of each in turn.
+class Recorded(Function):
+    """What was found for directions of a layer, with its gradient: given of each in turn -> y, states after, of each in
+    turn. A state may have an axis of layers before, [1, B, .], where the backend takes that.
 
-    What is differentiated again goes through each one's `Gradient`.
+    Not where a transform looks on. What is differentiated again goes through each direction's `Gradient`.
     """
 
     @staticmethod
-    def forward(ctx: Any, backend: dispatch.Backend, problem: Problem, reverse: tuple[bool, ...], *given: Any) -> tuple:
-        directions = [Direction(*named(each), r) for each, r in zip(parts(given, len(reverse)), reverse)]
-        found = dispatch.forwards(backend, problem, directions)
-        ctx.backend, ctx.problem, ctx.reverse = backend, problem, reverse
+    def forward(ctx: Any, call: tuple[dispatch.Backend, Problem, List[bool]], found: List, *given: Any) -> tuple:
+        outputs: list[Tensor] = []
+        kept = [*given]
+        for y, last, tape in found:
+            outputs += y, *last
+            kept += taped(y, tape)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, *[tensor for y, _, tape in found for tensor in recorded(y, tape)])
-        return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
+        ctx.save_for_backward(*kept)
+        return tuple(outputs)
 
     @staticmethod
     @member_by_member
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple:
-        problem, n = ctx.problem, len(ctx.reverse)
-        tensors, N = ctx.saved_tensors, n * (FIRST_STATE + ctx.problem.cell.S)
-        given, kept, needs = (parts(each, n) for each in (tensors[:N], tensors[N:], ctx.needs_input_grad[3:]))
+        backend, problem, reverse = ctx.call
+        n, N = len(reverse), len(reverse) * (FIRST_STATE + problem.cell.S)
+        tensors = ctx.saved_tensors
+        given, kept, needs = (parts(each, n) for each in (tensors[:N], tensors[N:], ctx.needs_input_grad[2:]))
         doutputs = [zero_filled(g[0], g[FIRST_STATE:], d) for g, d in zip(given, parts(arriving, n))]
         if torch.is_grad_enabled() or transformed():
-            found = []
-            for r, wanted, g, d, k in zip(ctx.reverse, needs, given, doutputs, kept):
-                alone = replace(problem, reverse=r, directions=1)
-                found.append(Gradient.apply(ctx.backend, alone, wanted, *g, *d, *k))
+            found: list[Any] = []
+            for r, wanted, *each in zip(reverse, needs, given, doutputs, kept):
+                found.append(differentiable(backend, replace(problem, reverse=r, directions=1), wanted, *each))
         else:
-            found = pulled(ctx.backend, problem, ctx.reverse, needs, given, doutputs, kept)
-        return (
-            None,
-            None,
-            None,
-            *(each for gradients, wanted in zip(found, needs) for each in spread(gradients, wanted)),
-        )
+            found = pulled(backend, problem, reverse, needs, given, doutputs, kept)
+        gradients = [each for gradients, wanted in zip(found, needs) for each in spread(gradients, wanted)]
+        return None, None, *gradients
+
+
+record = super(Function, Recorded).apply  # torch's own looks for transforms and binds defaults, which takes its time
+
+
+def recorded(
+    backend: dispatch.Backend, problem: Problem, directions: List[Direction], found: List[tuple[Tensor, tuple, tuple]]
+) -> list[tuple[Tensor, tuple]]:
+    """y and the states after, of each direction, with their gradients. `found`: these, and the tapes."""
+    reverse = [direction.reverse for direction in directions]
+    given = [tensor for x, weights, state, _ in directions for tensor in (x, *weights, *state)]
+    outputs = record((backend, problem, reverse), found, *given)
+    return [(each[0], tuple(each[1:])) for each in parts(outputs, len(directions))]
+
+
+def differentiable(
+    backend: dispatch.Backend, problem: Problem, needs: List[bool], given: List, doutputs: List, kept: List
+) -> list[Tensor]:
+    """`Gradient` of one direction, whose states may have an axis of layers."""
+    first, S = FIRST_STATE, problem.cell.S
+    state, dlast = ([each.flatten(0, -2) for each in many] for many in (given[first:], doutputs[1 : 1 + S]))
+    arriving = doutputs[0], *dlast, *doutputs[1 + S :]
+    gradients = Gradient.apply(backend, problem, needs, *given[:first], *state, *arriving, *kept)
+    wanted = [tensor for tensor, need in zip(given, needs) if need]
+    return [d if d.shape == tensor.shape else d.reshape(tensor.shape) for d, tensor in zip(gradients, wanted)]
 
 
 class Stack(Direct):
@@ -318,7 +345,7 @@ class Stack(Direct):
         found = dispatch.stack(backend, problem, x, layers_of(given, n))
         ctx.backend, ctx.problem, ctx.n = backend, problem, n
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *given, *[tensor for y, _, tape in found for tensor in recorded(y, tape)])
+        ctx.save_for_backward(x, *given, *[tensor for y, _, tape in found for tensor in taped(y, tape)])
         return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
 
     @staticmethod
@@ -414,7 +441,7 @@ def needed(gradients: dict[str, Any], needs: List[bool]) -> tuple[Tensor, ...]:
     return tuple(gradient for gradient, need in zip(found, needs) if need)
 
 
-def recorded(y: Tensor, tape: List[Tensor]) -> tuple[Tensor, ...]:
+def taped(y: Tensor, tape: List[Tensor]) -> tuple[Tensor, ...]:
     """What is kept for `Gradient` beside `given`: y is of no use without the tape."""
     return (y, *tape) if tape else ()
 
@@ -422,8 +449,8 @@ def recorded(y: Tensor, tape: List[Tensor]) -> tuple[Tensor, ...]:
 def zero_filled(x: Tensor, state: List[Tensor], arriving: List[Tensor | None]) -> list[Tensor]:
     """The gradients of y, of the states after, and of other states' histories, with zeros for None."""
     T, B, _ = x.shape
-    shapes = [(T, B, state[0].shape[1]), *(initial.shape for initial in state)]
-    shapes += [(T, B, state[-1].shape[1])] * (len(arriving) - len(shapes))
+    shapes = [(T, B, state[0].shape[-1]), *(initial.shape for initial in state)]
+    shapes += [(T, B, state[-1].shape[-1])] * (len(arriving) - len(shapes))
     return [x.new_zeros(shape) if d is None else d for shape, d in zip(shapes, arriving)]
 
 
@@ -712,7 +739,7 @@ def keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.outputs = 1 + S + (S - 1) * history
     ctx.set_materialize_grads(False)
     found = parts(output, len(ctx.reverse))
-    ctx.save_for_backward(*given, *[tensor for y, *rest in found for tensor in recorded(y, rest[ctx.outputs - 1 :])])
+    ctx.save_for_backward(*given, *[tensor for y, *rest in found for tensor in taped(y, rest[ctx.outputs - 1 :])])
 
 
 def pull(ctx: Any, arriving: list[Tensor | None]) -> tuple:
@@ -816,7 +843,7 @@ def keep_stack(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     found = parts(output, ctx.layers)
     ctx.given = len(given)
-    ctx.save_for_backward(*given, *[tensor for y, *rest in found for tensor in recorded(y, rest[ctx.outputs - 1 :])])
+    ctx.save_for_backward(*given, *[tensor for y, *rest in found for tensor in taped(y, rest[ctx.outputs - 1 :])])
 
 
 def pull_stack(ctx: Any, arriving: list[Tensor | None]) -> tuple:

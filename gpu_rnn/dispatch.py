@@ -28,9 +28,19 @@ def backend(name: str) -> ModuleType:
     return import_module(f".backends.{name}", __package__)
 
 
+# os.environ raises and catches two errors to say that a name isn't there, which takes as long as a small product.
+RAW: Any = getattr(os.environ, "_data", os.environ)
+KEY: Any = VARIABLE if RAW is os.environ else os.environ.encodekey(VARIABLE)
+
+
+def variable() -> str | None:
+    """What $GPU_RNN_BACKEND says."""
+    return os.environ[VARIABLE] if KEY in RAW else None
+
+
 def forced(name: str | None = None) -> str | None:
     """The backend that the caller or the environment insists on, if any."""
-    name = name or os.environ.get(VARIABLE)
+    name = name or variable()
     return None if not name or name == "auto" else backend(name).NAME
 
 
@@ -75,11 +85,15 @@ def forwards(
     backend: Backend, problem: Problem, directions: Sequence[Direction]
 ) -> list[tuple[Any, tuple, tuple]]:  # fmt: skip
     """`forward` of directions, of a problem but for its `reverse`: at once where the backend can, else in turn."""
-    if not hasattr(backend, "forwards"):
-        return [forward(backend, replace(problem, reverse=d.reverse), d.x, d.weights, d.state) for d in directions]
+    if len(directions) == 1 or not hasattr(backend, "forwards"):
+        return [forward(backend, turned(problem, d.reverse), d.x, d.weights, d.state) for d in directions]
     save = problem.training or problem.history
     found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, bitwise=problem.bitwise)
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
+
+
+def turned(problem: Problem, reverse: bool) -> Problem:
+    return problem if problem.reverse == reverse else replace(problem, reverse=reverse)
 
 
 def stacks(backend: Backend, problem: Problem, *, backward: bool) -> bool:
@@ -129,9 +143,9 @@ def backwards(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`backward` of directions. recorded: y and the tape of each; arriving: dy and dlast."""
     S = problem.cell.S
-    if not hasattr(backend, "backwards"):
+    if len(directions) == 1 or not hasattr(backend, "backwards"):
         return [
-            backward(backend, replace(problem, reverse=d.reverse), d.x, d.weights, d.state, *kept, *gradients, wanted)
+            backward(backend, turned(problem, d.reverse), d.x, d.weights, d.state, *kept, *gradients, wanted)
             for d, kept, gradients, wanted in zip(directions, recorded, arriving, needs)
         ]
     if not recorded[0][1]:

@@ -414,7 +414,10 @@ def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
             results.append(result)
         return results
 
-    layer.__dict__ |= {"_sequences": noting, "_stacked": lambda *given: None, "training": False}
+    def no(*given: Any) -> None:
+        return None
+
+    layer.__dict__ |= {"_sequences": noting, "_stacked": no, "_again": no, "training": False}
     layer(x, hx)
     return dict(zip(getattr(layer, "_suffixes", [""]), notes, strict=True))
 

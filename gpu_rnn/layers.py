@@ -14,6 +14,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
@@ -26,12 +27,12 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from gpu_rnn.kernels import cells
 
-from . import functional
-from .arguments import PRECISIONS
-from .autograd import capturing, sequences, stacked
-from .dispatch import ORDER
+from . import arrays, dispatch, functional
+from .arguments import PRECISIONS, prepared
+from .autograd import capturing, recorded, required, sequences, stacked, transformed, unreal
+from .dispatch import ORDER, Backend, variable
 from .functional import NORMALIZED_BITWISE, ShapeError
-from .problem import Around, Direction, Options, Weights
+from .problem import Around, Direction, Options, Problem, Weights
 from .woven import Applied, apply, checked_place, dropout_mask, positive, probability
 
 OURS = ("rnn_tanh", "rnn_relu", "lstm", "gru", functional.PROJECTED)
@@ -39,6 +40,7 @@ PAGES = {name: cells.get(name) for name in OURS}  # looked up as torch.compile c
 PEEPHOLE = "weight_ch"
 NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last two the LSTM's alone
 NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
+FIRST = [name + "_l0" for name in NAMES[:5]]
 
 
 class Keywords(TypedDict, total=False):
@@ -119,6 +121,26 @@ class Call(NamedTuple):
 PLAIN = Call()
 
 
+class Plan(NamedTuple):
+    """How a plain call goes, of one layer in one direction, and with it all that look like it."""
+
+    backend: Backend
+    problem: Problem
+    wanted: bool  # whether a gradient may be asked for
+    squeezed: bool  # whether states lose the axis of layers on their way
+    zeros: list[tuple[int, ...]]  # shapes of the states, where none are given
+
+
+# All that decides on a plan is in its key, and no array or layer is kept, so that none can be out of date.
+PLANS: dict[tuple, Plan | None] = {}  # None: such calls go the long way
+MOST_PLANS, UNSEEN = 1024, Plan(*[None] * 5)  # type: ignore[arg-type]
+LOOK = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
+SETTINGS = attrgetter(
+    "page", "input_size", "hidden_size", "proj_size", "bias", "backend", "precision", "recompute", "bitwise",
+    *PROBABILITIES, "peephole", "coupled", "layer_norm", "reset_after", "cell_clip",
+)  # fmt: skip
+
+
 class Recurrent(nn.Module):
     """What layers and cells share. Not an nn.RNNBase, because Dynamo refuses those."""
 
@@ -137,6 +159,7 @@ class Recurrent(nn.Module):
     recurrent_dropout_on = "h"
     cell_clip: float | None = None
     forget_bias: float | None = None
+    _layered = False  # whether states have an axis of layers
     keywords: ClassVar[type] = Keywords
 
     @property
@@ -214,13 +237,23 @@ class Recurrent(nn.Module):
         return [name for name in NORM if "c" in PAGES[self.page].states or name in NORM[:2]][: None if self.bias else 3]
 
     def _weights(self, suffix: str) -> Weights:
-        there, plain = (True, True, self.bias, self.bias, self.proj_size), self._parameters
+        return self._named([name + suffix for name in NAMES[:5]])
+
+    def _named(self, names: Sequence[str]) -> Weights:
+        """The weights of one layer and direction."""
+        w_ih, w_hh, b_ih, b_hh, w_hr = map(self._parameters.get, names)
         # getattr finds any, but takes its time; parametrized, pruned or sharded, a weight isn't among _parameters
-        found = []
-        for name, has in zip(NAMES, there):
-            full = name + suffix
-            found.append(None if not has else plain[full] if full in plain else getattr(self, full))
-        return Weights(*found)
+        if w_ih is None or w_hh is None:
+            w_ih, w_hh = getattr(self, names[0]), getattr(self, names[1])
+        if not self.bias:
+            b_ih = b_hh = None
+        elif b_ih is None or b_hh is None:
+            b_ih, b_hh = getattr(self, names[2]), getattr(self, names[3])
+        if not self.proj_size:
+            w_hr = None
+        elif w_hr is None:
+            w_hr = getattr(self, names[4])
+        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
     def _batch(self, input: Tensor, *layouts: str) -> tuple[int, ...]:
         """The sizes that a state has before H: (B,), or () for an input without a batch. An error if it doesn't fit.
@@ -291,6 +324,62 @@ class Recurrent(nn.Module):
         return [
             made.results(y, after, len(state), options.history) for (made, state), (y, after) in zip(applied, found)
         ]
+
+    def _again(self, names: Sequence[str], input: Tensor, hx: Any, *layout: Any) -> tuple[Tensor, tuple] | None:
+        """A plain call of one layer in one direction, by its plan -> y [T, B, P], the states after; None without one.
+
+        `names`: of its weights. `layout`: what decides, beside SETTINGS, how the input lies.
+        """
+        if capturing() or transformed() or torch._C._is_any_autocast_enabled():
+            return None
+        weights = self._named(names)
+        state: Sequence[Tensor] = hx if type(hx) is tuple else () if hx is None else (hx,)
+        try:
+            looks = [LOOK(tensor) for tensor in (input, *state, *weights) if tensor is not None]
+            key = (
+                SETTINGS(self), layout, type(hx), torch.is_grad_enabled(), variable(),
+                arrays.precision(input) if input.is_cuda else None, *looks,
+            )  # fmt: skip
+            plan = PLANS.get(key, UNSEEN)
+        except (AttributeError, TypeError):  # no tensor, or nothing to look up: the long way has the words for it
+            return None
+        if plan is UNSEEN:
+            if len(PLANS) >= MOST_PLANS:
+                PLANS.clear()
+            plan = PLANS[key] = self._plan(input, hx, weights)
+        if plan is None:
+            return None
+        if hx is None:
+            state = [input.new_zeros(shape) for shape in plan.zeros]
+        if plan.squeezed:
+            state = [each.squeeze(0) for each in state]
+        x = self._in_time(input)
+        found = y, last, _ = dispatch.forward(plan.backend, plan.problem, x, weights, state)
+        if plan.wanted:
+            direction = Direction(x, weights, state, False)
+            ((y, last),) = recorded(plan.backend, plan.problem, [direction], [found])
+        return y, tuple([each.unsqueeze(0) for each in last]) if plan.squeezed else last
+
+    def _plan(self, input: Tensor, hx: Any, weights: Weights) -> Plan | None:
+        """Everything fits, or an error. None where there is more to do than the call of one backend."""
+        batch, initial = self._taken(input, hx)
+        if not batch or unreal(input) or self._around():
+            return None
+        x, flat = self._in_time(input), [None if s is None else s.reshape(s.shape[-2:]) for s in initial]
+        wanted = required(input, *initial, *weights)
+        training = wanted and not self.recompute
+        backend, problem, filled = prepared(self.page, x, weights, flat, self._options(PLAIN), training)
+        squeezed = self._layered and not hasattr(backend, "LAYERED")
+        zeros = [(1, *state.shape) if self._layered else tuple(state.shape) for state in filled]
+        return Plan(backend, problem, wanted, squeezed, zeros)
+
+    def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+        """-> the sizes that a state has before H; and the first states. An error where they don't fit."""
+        raise NotImplementedError
+
+    def _in_time(self, input: Tensor) -> Tensor:
+        """Input with a batch, as [T, B, I]."""
+        raise NotImplementedError
 
     def _applied(
         self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int
@@ -363,6 +452,7 @@ class RecurrentLayer(Recurrent):
         "dropout": 0,
         "bidirectional": False,
     }
+    _layered = True
     mode: str
     num_layers: int
     batch_first: bool
@@ -417,9 +507,11 @@ class RecurrentLayer(Recurrent):
 
     def _options(self, call: Call) -> Options:
         """With how many layers may go at once: all, where each is a plain one on the outputs of the one below."""
-        plain = call is PLAIN and not (self._around() or self.bidirectional or self.proj_size or self.bitwise)
-        layers = self.num_layers if plain and not (self.dropout and self.training) else 1
-        return super()._options(call)._replace(layers=layers)
+        options = super()._options(call)
+        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.bitwise or call is not PLAIN:
+            return options
+        apart = self._around() or (self.dropout and self.training)
+        return options if apart else options._replace(layers=self.num_layers)
 
     def _stacked(self, x: Tensor, first: Sequence[Sequence[Tensor | None]], call: Call) -> tuple[Any, ...] | None:
         """As `_stack`, all layers at once where the backend would; `first`: by state, of each layer."""
@@ -451,12 +543,16 @@ class RecurrentLayer(Recurrent):
                     "return_states give padded input"
                 )
             return self._forward_packed(input, hx, generator)
-        batch = self._batch(input, "BTI" if self.batch_first else "TBI", "TI")
-        sizes = (self.num_layers * self._directions, *batch)
-        initial = self._initial(hx, sizes, "L*D B" if batch else "L*D", input)
+        plain = reset is reset_state is lengths is starts is generator is None and not return_states
+        if plain and self.num_layers == 1 and not self.bidirectional:
+            found = self._again(FIRST, input, hx, self.batch_first)
+            if found is not None:
+                y, last = found
+                return y.transpose(0, 1) if self.batch_first else y, as_hx(last)
+        batch, initial = self._taken(input, hx)
         transposed = self.batch_first and bool(batch)
         call = PLAIN
-        if not (reset is reset_state is lengths is starts is generator is None) or return_states:
+        if not plain:
             marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
             for name, (given, expected) in marks.items():
                 if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
@@ -479,6 +575,14 @@ class RecurrentLayer(Recurrent):
         if transposed:
             y, groups[1:] = y.transpose(0, 1), [[s.transpose(1, 2) for s in states] for states in groups[1:]]
         return y, *map(as_hx, groups)
+
+    def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+        batch = self._batch(input, "BTI" if self.batch_first else "TBI", "TI")
+        sizes = (self.num_layers * self._directions, *batch)
+        return batch, self._initial(hx, sizes, "L*D B" if batch else "L*D", input)
+
+    def _in_time(self, input: Tensor) -> Tensor:
+        return input.transpose(0, 1) if self.batch_first else input
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Any, ...]:
         """One instant, for layers with one direction: input [B, I] or [I], hx as ever -> y [B, P] or [P], the new hx.
@@ -685,13 +789,23 @@ class RecurrentCell(Recurrent):
 
     def forward(self, input: Tensor, hx: Any = None, *, generator: torch.Generator | None = None) -> Any:
         """Run one instant. Shapes and errors: see the class."""
-        batch = self._batch(input, "BI", "I")
-        initial = self._initial(hx, batch, "B" if batch else "", input)
+        if generator is None:
+            found = self._again(NAMES[:5], input, hx)
+            if found is not None:
+                return as_hx(found[1])
+        batch, initial = self._taken(input, hx)
         if not batch:
             input, initial = input.unsqueeze(0), [state if state is None else state.unsqueeze(0) for state in initial]
         call = PLAIN if generator is None else Call(generator=generator)
         ((_, last, *_),) = self._run(input.unsqueeze(0), [""], [initial], call, 0)
         return as_hx(last if batch else [state.squeeze(0) for state in last])
+
+    def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+        batch = self._batch(input, "BI", "I")
+        return batch, self._initial(hx, batch, "B" if batch else "", input)
+
+    def _in_time(self, input: Tensor) -> Tensor:
+        return input.unsqueeze(0)
 
 
 class RNNCell(RecurrentCell):
@@ -776,6 +890,8 @@ Cast = tuple[Tensor, Weights, Sequence[Tensor | None]]
 
 def cast(x: Tensor, weights: Weights, state: Sequence[Tensor | None]) -> Cast:
     """The arguments, of autocast's dtype where that is on; like torch it leaves float64 alone."""
+    if not capturing() and not torch._C._is_any_autocast_enabled():
+        return x, weights, state
     device = x.device.type
     known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     if not known or not torch.is_autocast_enabled(device):

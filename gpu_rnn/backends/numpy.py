@@ -28,6 +28,7 @@ from ..extra import Extra
 from ..problem import Problem, Weights
 
 NAME = "numpy"
+LAYERED = True  # states may come as those of one layer, [1, B, .], and then leave so
 SIZES, KEPT_BYTES = 16, 1 << 23  # of problems whose arrays are kept for the next call, and of each one's arrays
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
@@ -68,23 +69,21 @@ def forward(
     if isinstance(x, np.ndarray):
         return run_forward(cell, x, weights, state, **how)
     y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), **how)
-    tape = tuple(from_numpy(array, like=x, keep_dtype=True) for array in tape)
-    return from_numpy(y, like=x), tuple(from_numpy(array, like=x) for array in last), tape
+    after = tuple([from_numpy(array.reshape(before.shape), like=x) for array, before in zip(last, state)])
+    return from_numpy(y, like=x), after, tuple([from_numpy(array, like=x, keep_dtype=True) for array in tape])
 
 
 def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    y, dy, (tape, dlast, dhistory) = (
-        to_numpy(y),
-        to_numpy(dy),
-        (tuple(map(to_numpy, a)) for a in (tape, dlast, dhistory)),
-    )
+    y, dy, (tape, dhistory) = to_numpy(y), to_numpy(dy), (tuple(map(to_numpy, a)) for a in (tape, dhistory))
+    dlast = tuple(map(by_row, dlast))
     gradients = run_backward(
         cell, to_numpy(x), *numpied(weights, state), y, tape, dy, dlast, dhistory, reverse=reverse, needs=needs
     )
-    dstate = tuple(from_numpy(array, like=x) for array in gradients.pop("state"))
+    found = zip(gradients.pop("state"), state, strict=True)
+    dstate = tuple(from_numpy(array.reshape(given.shape), like=x) for array, given in found)
     return {name: from_numpy(array, like=x) for name, array in gradients.items()} | {"state": dstate}
 
 
@@ -105,7 +104,13 @@ def warmup(problem: Problem) -> tuple[str, ...]:
 
 def numpied(weights: Weights, state: tuple) -> tuple[Weights, tuple]:
     borrowed = lent if distributed() else to_numpy
-    return Weights(*(None if w is None else borrowed(w) for w in weights)), tuple(map(to_numpy, state))
+    return Weights(*[None if w is None else borrowed(w) for w in weights]), tuple([by_row(each) for each in state])
+
+
+def by_row(state: Any) -> np.ndarray:
+    """[B, .] or [1, B, .] -> [B, .]"""
+    array = to_numpy(state)
+    return array if array.ndim == 2 else array.reshape(array.shape[1:])
 
 
 def distributed() -> bool:
