@@ -238,7 +238,25 @@ def test_a_list_of_probabilities_is_no_key():
     assert_seen(lambda: layer.eval()(x, hx))
 
 
+@every
+@pytest.mark.parametrize("name", ["recompute", "bitwise"])
+def test_what_does_not_show_in_the_numbers(kind, name):
+    layer, x, hx = made(kind)
+    setattr(layer, name, True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x, hx)
+    last = plans()[-1].problem
+    assert last.bitwise == (name == "bitwise")
+    assert last.training != (name == "recompute")
+    assert len(kept) == len(flat((x, hx))) + 4 + 2 * last.training  # what is given; y and the tape
+
+
 def test_batch_first_and_the_nonlinearity():
+    layer, x = gpu_rnn.RNN(4, 4), torch.randn(2, 5, 4)
+    layer(x)
+    layer.batch_first = True
+    assert assert_seen(lambda: layer(x))[1][1] == (1, 2, 4)
     layer, _, _ = made("RNN")
     x, hx = torch.randn(3, 3, 4), torch.randn(1, 3, 4)
     before = flat(layer(x, hx))
@@ -262,6 +280,15 @@ def test_the_environment_is_asked_every_time(kind, monkeypatch):
     layer(x, hx)
     monkeypatch.delenv("GPU_RNN_BACKEND")
     layer(x, hx)
+
+
+@every
+def test_gradients_are_switched_on(kind):
+    layer, x, hx = made(kind)
+    layers.PLANS.clear()
+    with torch.no_grad():
+        layer(x, hx)
+    assert all(requires for _, _, requires, _ in assert_seen(lambda: layer(x, hx)))
 
 
 @every
