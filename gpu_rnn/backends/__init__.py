@@ -9,6 +9,10 @@ backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, tf32, needs) -
 history(cell, tape, *, reverse, like) -> the other states after every instant
 factors(x, weights) -> both as the library has them by which it multiplies
 
+One that takes states as a layer of one has them, [1, B, .], and then gives them and their gradients so, has, too:
+
+LAYERED
+
 One that can run several directions of a layer at once has, too:
 
 forwards(cell, directions, *, tf32, save, bitwise) -> what forward gives, for each problem.Direction
