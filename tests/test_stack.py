@@ -305,7 +305,7 @@ def caught(way, seed):
 
 @ON_HOST
 @pytest.mark.parametrize(("name", "dtype"), [("lstm", "bfloat16"), ("gru", "float32")])
-def test_the_backend_hands_it_layers_there_and_back(name, dtype):
+def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
     """As good as one after the other, also over a tape of the other kind."""
     L, device, launched, cell = 3, DEVICES["a100"], [], cells.get(name)
 
@@ -314,6 +314,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype):
         return on_host.ready(launch)
 
     cases = drawn(name, dtype, L)
+    stack = Problem(cell, 6, 3, 140, 140, dtype=dtype, device="cuda", layers=L)
     walks = cuda.walk, cuda.walk_back, cuda.walk_stack, cuda.walk_stack_back
     walk, walk_back, walk_stack, walk_stack_back = (partial(w, ready, device) for w in walks)
 
@@ -360,7 +361,23 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype):
     for what in ours:
         assert_close(ours[what], truth[what], peer[what], dtype, what)
         assert_close(over_the_other[what], truth[what], peer[what], dtype, what)
+
+    def at_most(instants, backward):
+        plan, _ = cuda.stack_of(stack, device, backward)
+        monkeypatch.setattr(residence, "MOST_PUBLISHED", plan.launches * plan.exchange_bytes(instants))
+
+    launched.clear()
+    at_most(4, backward=True)
+    in_parts = back(found)
+    assert launched.count(("resident_backward", "3")) == 2, "cut over time"
+    assert all(np.array_equal(in_parts[what], ours[what]) for what in ours), "back it makes no difference"
+    at_most(2, backward=False)
+    again = sequence.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=True)
+    assert launched.count(("resident_forward", "3")) == 3
+    for what, array in named({}, again).items():
+        assert_close(array, truth[what], peer[what], dtype, what)
     unsaved = sequence.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=False)
+    ours |= named({}, again)
     for k, (y, _, tape) in enumerate(unsaved):
         assert tape == ()
         assert np.array_equal(sequences.wide(y), ours[f"y{k}"]), "inference and training agree bit for bit"
@@ -379,9 +396,11 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
         return cuda.plan(Problem(cells.get(name), **sizes | options | more))
 
     assert plan(512).count("4 layers as a wavefront in one launch") == 2, "forward and back"
-    long = plan(512, T=4000)
-    assert "4 layers as a wavefront" in long.split("back:")[0]
-    assert "layer after layer: grid: what layers hand on in 4000 instants takes 37" in long.split("back:")[1]
+    assert "the driver" not in plan(512)
+    monkeypatch.setattr(residence, "MOST_PUBLISHED", 1 << 20)
+    cuda.stack_of.cache_clear()
+    assert "layer after layer: grid: what layers hand on takes 0.1 MiB an instant, of 1 that it may" in plan(512)
+    cuda.stack_of.cache_clear()
     assert "layer after layer: grid: there is no place for [W | R] of 4 layers" in plan(1024)
     assert "layer after layer: something is woven into its page" in plan(512, "lstm+hold")
     assert "wavefront" not in plan(512, layers=1)
@@ -633,9 +652,15 @@ def test_it_is_taken_where_it_is_predicted_to_pay():
     plan, (reason,) = planned("lstm", "ieee", 64, 100, 8, 2, device, backward=True)
     assert plan is None
     assert "layer after layer" in reason
-    plan, (reason,) = planned("lstm", "bfloat16", 512, 16384, 8, 4, device)
-    assert plan is None
-    assert "what layers hand on in 16384 instants takes 768 MiB, over 256" in reason
+    for backward, parts in ((False, 4), (True, 7)):
+        plan, _ = planned("lstm", "bfloat16", 512, 16384, 8, 4, device, backward)
+        found = residence.cuts(plan, 16384)
+        assert len(found) == parts
+        assert sorted(t for cut in found for t in range(*cut)) == list(range(16384)), "every instant once"
+        assert found == sorted(found, reverse=backward)
+        assert plan.launches * max(plan.exchange_bytes(end - begin) for begin, end in found) <= 256 << 20
+        assert residence.cuts(plan, 1000) == [(0, 1000)]
+    assert residence.cuts(residence.plan(4, 20, "bfloat16", 512, 8, device, backward=False)[0], 10**6) == [(0, 10**6)]
     assert planned("lstm", "bfloat16", 512, 1000, 8, 4, device, backward=True)[0].layers == 4
     assert "no place for [W | R]" in planned("lstm", "bfloat16", 1024, 1000, 8, 2, device, backward=True)[1][0]
     assert planned("lstm", "float64", 64, 100, 8, 2, device)[0] is None

@@ -305,18 +305,26 @@ def resident(
     (T, B, _, H), like = shape, given[0].w_hh
     dtype, rows = arrays.dtype(like), given[0].extra.rows
     packed = arrays.empty((len(given), plan.matrices, plan.fragments, 4), like=like, dtype="int32")
-    members = []
     for one, each in zip(given, packed, strict=True):
         for k, matrix in enumerate((one.w_hh, one.w_ih)[: plan.matrices]):
             if matrix is not None:  # the first layer's input weights are not multiplied here
                 at = arrays.pointer(matrix), arrays.pointer(each[k])
                 run(residence.pack(plan, cell, dtype, *at, H, of_input=k == 1))()
-        members.append(residence.Member(tuple(map(arrays.pointer, ordered(one, each))), one.reverse))
-    exchange = arrays.zeros((plan.launches * plan.exchange_bytes(T),), like=like, dtype="uint8")
-    for launch in residence.sequence(
-        plan, cell, dtype, members, arrays.pointer(exchange), T, B, H, rows, save=save
-    ):  # fmt: skip
-        run(launch)()
+    cuts = residence.cuts(plan, T)
+    span = max(end - begin for begin, end in cuts)
+    exchange = arrays.zeros((plan.launches * plan.exchange_bytes(span),), like=like, dtype="uint8")
+    for n, (begin, end) in enumerate(cuts):
+        if n > 0:
+            exchange[...] = 0  # or the stamps of the part before would let everybody pass
+        parts = given if len(cuts) == 1 else [one.between(begin, end) for one in given]
+        members = [
+            residence.Member(tuple(map(arrays.pointer, ordered(part, each))), part.reverse)
+            for part, each in zip(parts, packed)
+        ]
+        for launch in residence.sequence(
+            plan, cell, dtype, members, arrays.pointer(exchange), end - begin, B, H, rows, save=save
+        ):
+            run(launch)()
 
 
 KERNELS = {stepwise.Step: "stepwise_forward", stepwise.Grad: "stepwise_backward"}

@@ -42,6 +42,13 @@ class Forward(NamedTuple):
     w_ih: Any = None  # [G*H, H] storage, and
     b_ih: Any = None  # [G*H] storage, or None: of a layer that takes its input from the one below; then xg is None
 
+    def between(self, begin: int, end: int) -> "Forward":
+        """The instants `begin` to `end` of a layer of a stack, after those before have been walked."""
+        xg, saved, y = (None if array is None else array[begin:end] for array in (self.xg, self.saved, self.y))
+        others = self.others if saved is None else self.others[begin : end + 1]
+        h0 = self.h0 if begin == 0 else self.y[begin - 1]
+        return self._replace(xg=xg, saved=saved, y=y, shown=y, others=others, h0=h0)
+
 
 class Backward(NamedTuple):
     """What a walk back reads and writes."""
@@ -65,6 +72,14 @@ class Backward(NamedTuple):
     reverse: bool
     tf32: bool  # as in Forward
     w_ih: Any = None  # [G*H, H] storage, of a layer that takes its input from the one below
+
+    def between(self, begin: int, end: int) -> "Backward":
+        """The instants `begin` to `end` of a layer of a stack, after those behind have been walked."""
+        dy, saved, y, dxg, dhg = (
+            None if array is None else array[begin:end] for array in (self.dy, self.saved, self.y, self.dxg, self.dhg)
+        )
+        others, h0 = self.others[begin : end + 1], self.h0 if begin == 0 else self.y[begin - 1]
+        return self._replace(dy=dy, saved=saved, y=y, shown=y, dxg=dxg, dhg=dhg, others=others, h0=h0)
 
 
 Recorded = tuple[Any, tuple, Any, tuple, tuple]  # y, the tape, the gradients of y, the last states and the history

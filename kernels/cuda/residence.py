@@ -34,7 +34,8 @@ MOST_REGISTERS = 255  # of a thread
 # of it is held against ptxas by compile-only tests.
 WORK_REGISTERS = {"block": 84, "cluster": 80, "grid": 96}
 LOADING_REGISTERS = {False: 16, True: 20}
-MOST_PUBLISHED = 256 << 20  # bytes that a stack's launches may take for what its layers hand on, all instants of it
+MOST_PUBLISHED = 256 << 20  # bytes for what layers of a stack hand on; longer sequences are cut over time
+LEAST_SPAN = 64  # instants of such a part: in fewer the wavefront hardly unfolds
 STACK_REGISTERS = 24  # for the second matrix of a stack's layers, beside its weights
 BEHIND = {False: 1, True: 2}  # instants that a layer of a stack is behind the one it takes from, forward and backward
 MOST_ELEMENTS = 4  # of a thread: what it keeps for each is hard to foresee
@@ -316,6 +317,17 @@ def sequence(
         )
 
 
+def cuts(plan: Residence, T: int) -> list[tuple[int, int]]:
+    """The instants, from and to, that a launch has, in the order of the walk: all, unless a stack hands on too much."""
+    if plan.layers == 1:
+        return [(0, T)]
+    fixed, room = plan.exchange_bytes(0), MOST_PUBLISHED // plan.launches
+    most = max(1, (room - fixed) // (plan.exchange_bytes(1) - fixed))
+    span = -(-T // -(-T // most))
+    found = [(begin, min(begin + span, T)) for begin in range(0, T, span)]
+    return found[::-1] if plan.backward else found
+
+
 def name(plan: Residence) -> str:
     """Of the kernel."""
     return "resident_backward" if plan.backward else "resident_forward"
@@ -429,15 +441,16 @@ def stack(
         return None, (f"grid: there is no place for {what}",)
     best = min(found, key=lambda made: made.waves * made.microseconds)
     step = alone.waves * alone.microseconds if alone else stepwise(gates, size, H, B, ieee)
-    published = best.launches * best.exchange_bytes(T)
-    if published > MOST_PUBLISHED:
-        what = f"what layers hand on in {T} instants takes {published / 2**20:.0f} MiB, over {MOST_PUBLISHED >> 20}"
-        return None, (f"grid: {what}",)
+    spans = [end - begin for begin, end in cuts(best, T)]
+    if max(spans) < min(T, LEAST_SPAN):
+        what = f"what layers hand on takes {best.launches * best.exchange_bytes(1) / 2**20:.1f} MiB an instant"
+        return None, (f"grid: {what}, of {MOST_PUBLISHED >> 20} that it may",)
     rate = IEEE_OPERATIONS_PER_MICROSECOND if ieee else OPERATIONS_PER_MICROSECOND
     inputs = (layers - 1) * (LAUNCHES / 2 + 2 * T * B * gates * H * H / rate)
     in_turn = layers * T * step + inputs
-    instants = T + BEHIND[backward] * (layers - 1)
-    at_once = best.waves * instants * best.microseconds + published / ZERO_BYTES_PER_MICROSECOND
+    instants = T + len(spans) * BEHIND[backward] * (layers - 1)
+    zeros = best.launches * sum(map(best.exchange_bytes, spans)) / ZERO_BYTES_PER_MICROSECOND
+    at_once = best.waves * instants * best.microseconds + zeros + (len(spans) - 1) * LAUNCHES
     if at_once > in_turn:
         return None, (f"{at_once:.0f} us predicted as a wavefront, {in_turn:.0f} us layer after layer",)
     return best, ()

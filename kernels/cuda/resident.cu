@@ -54,7 +54,9 @@
 //
 // Nobody is held up by who reads him, and so nothing can deadlock: what goes to another layer has a place of its own
 // for every instant, and a block waits for what came before in its own layer and for the one layer that it takes from,
-// which never waits for it. All layers are resident, or none.
+// which never waits for it. All layers are resident, or none. A sequence that is too long for so many places takes
+// several launches, one after the other in time; what goes on from one to the next is what goes from call to call, so
+// that forward h is rounded to SCALAR there.
 //
 // Not the obvious: one launch and one product per step (stepwise.cu) reads R from L2 at every step and pays for two
 // launches. Limits: H <= U * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, then multiplied as TF32 or IEEE's.
