@@ -17,7 +17,8 @@ from gpu_rnn.kernels import cells, check
 from . import functional
 from .arguments import first_states
 from .functional import AroundKeywords, structured, wanted
-from .layers import NAMES, PAGES, Keywords, RecurrentLayer
+from .layers import RecurrentLayer
+from .recurrent import NAMES, PAGES, Keywords
 from .problem import Options, Weights
 
 TAKEN = [name.removeprefix("weight_") for name in NAMES if name is not None]

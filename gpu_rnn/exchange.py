@@ -75,7 +75,8 @@ class Stack:
         if isinstance(layer, cls):
             return layer
         torch = require("torch", "saving a layer")
-        from .layers import Recurrent, RecurrentLayer
+        from .layers import RecurrentLayer
+        from .recurrent import Recurrent
 
         if not isinstance(layer, RecurrentLayer):
             raise TypeError(
@@ -107,7 +108,7 @@ class Stack:
     def module(self) -> Any:
         """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched."""
         torch = require("torch", "making a layer")
-        from . import layers
+        from . import layers, recurrent
 
         if self.reverse:
             raise NotImplementedError(
@@ -128,11 +129,11 @@ class Stack:
         state = {
             name + suffix: torch.tensor(none if array is None else array)
             for suffix, w in zip(layer._suffixes, units, strict=True)
-            for name, array in zip(layers.NAMES[: 4 if bias else 2], w)
+            for name, array in zip(recurrent.NAMES[: 4 if bias else 2], w)
         }
         if self.peephole:
             state |= {
-                layers.PEEPHOLE + suffix: torch.tensor(w.units.ravel()) for suffix, w in zip(layer._suffixes, units)
+                recurrent.PEEPHOLE + suffix: torch.tensor(w.units.ravel()) for suffix, w in zip(layer._suffixes, units)
             }
         layer.load_state_dict(state, strict=True, assign=True)
         return layer

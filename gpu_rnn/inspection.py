@@ -172,7 +172,7 @@ def warmup(
 def problems_of(layer: Any, x: Any, training: bool | None) -> list[Problem]:
     """What a layer's own forward asks for, for each direction of each of its layers: for packed input, the largest."""
     packed = hasattr(x, "batch_sizes")
-    from .autograd import tracked
+    from .derivatives import tracked
 
     def run(name: str, x: Any, weights: Weights, initial: Sequence, options: Options) -> tuple:
         wanted = tracked(x, *weights, *initial) if training is None else training
@@ -391,7 +391,8 @@ def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
 def as_ours(layer: Any) -> Any:
     """A copy of a layer, on the same parameters, as gpu_rnn's layer even if it is torch.nn's. TypeError for others."""
     torch = require("torch", "looking at a layer")
-    from .layers import Recurrent, replace_, twin
+    from .layers import replace_, twin
+    from .recurrent import Recurrent
 
     if not isinstance(layer, Recurrent) and not (isinstance(layer, torch.nn.Module) and twin(layer)):
         raise TypeError(f"expected a recurrent layer or a function of gpu_rnn, or a layer of torch.nn; got {layer!r}")

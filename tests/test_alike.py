@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 
 import gpu_rnn
-from gpu_rnn import BackendError, ShapeError, layers
+from gpu_rnn import BackendError, ShapeError, recurrent
 from gpu_rnn.backends import numpy
 
 from .test_layers import CELLS, LAYERS, flat
@@ -29,7 +29,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(21)
-    monkeypatch.setattr(layers, "PLANS", {})
+    monkeypatch.setattr(recurrent, "PLANS", {})
 
 
 def made(kind, dtype=torch.float32, **options):
@@ -45,7 +45,7 @@ def made(kind, dtype=torch.float32, **options):
 
 def the_long_way(call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.Recurrent, "_again", lambda *given: None)
+        patch.setattr(recurrent.Recurrent, "_again", lambda *given: None)
         return call()
 
 
@@ -70,7 +70,7 @@ def assert_seen(call):
 
 
 def plans():
-    return [plan for plan in layers.PLANS.values() if plan is not None]
+    return [plan for plan in recurrent.PLANS.values() if plan is not None]
 
 
 @every
@@ -80,7 +80,7 @@ def test_a_second_call_asks_nobody_again(kind, given, grad, monkeypatch):
     layer, x, hx = made(kind)
     with torch.set_grad_enabled(grad):
         expected = flat(layer(x, hx if given else None))
-        monkeypatch.setattr(layers, "prepared", lambda *_: pytest.fail("it was asked again"))
+        monkeypatch.setattr(recurrent, "prepared", lambda *_: pytest.fail("it was asked again"))
         found = flat(layer(x, hx if given else None))
     assert all(map(torch.equal, found, expected))
     assert all(y.requires_grad == grad for y in found)
@@ -183,7 +183,7 @@ def test_another_size_of_the_projection(kind):
 def test_a_frozen_layer_thaws(kind):
     layer, x, hx = made(kind)
     layer.requires_grad_(False)
-    layers.PLANS.clear()
+    recurrent.PLANS.clear()
     assert not any(y.requires_grad for y in flat(layer(x, hx)))
     parameter(layer)[1].requires_grad_()
     assert_seen(lambda: layer(x, hx))
@@ -285,7 +285,7 @@ def test_the_environment_is_asked_every_time(kind, monkeypatch):
 @every
 def test_gradients_are_switched_on(kind):
     layer, x, hx = made(kind)
-    layers.PLANS.clear()
+    recurrent.PLANS.clear()
     with torch.no_grad():
         layer(x, hx)
     assert all(requires for _, _, requires, _ in assert_seen(lambda: layer(x, hx)))
@@ -384,7 +384,7 @@ def test_first_and_second_derivatives(kind, recompute):
 def test_states_lose_their_axis_for_a_backend_that_wants_none(kind, monkeypatch):
     layer, x, hx = made(kind)
     expected = flat(layer(x, hx))
-    layers.PLANS.clear()
+    recurrent.PLANS.clear()
     monkeypatch.delattr(numpy, "LAYERED")
     monkeypatch.setattr(numpy, "by_row", numpy.to_numpy)
     for first in (hx, None):
@@ -423,11 +423,11 @@ def test_layers_weights_and_inputs_are_let_go(kind):
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch):
     layer, _, _ = made("GRU")
-    monkeypatch.setattr(layers, "MOST_PLANS", 5)
+    monkeypatch.setattr(recurrent, "MOST_PLANS", 5)
     for B in range(1, 20):
         x = torch.randn(1, B, 4)
         assert_seen(lambda x=x: layer(x))
-        assert len(layers.PLANS) <= 5
+        assert len(recurrent.PLANS) <= 5
 
 
 def test_a_refused_call_is_refused_again():
@@ -435,7 +435,7 @@ def test_a_refused_call_is_refused_again():
     for _ in range(2):
         with pytest.raises(ShapeError, match="input"):
             layer(x[..., :3])
-    assert all(plan is not None for plan in layers.PLANS.values())
+    assert all(plan is not None for plan in recurrent.PLANS.values())
 
 
 def test_threads_share_plans_and_nothing_else():
@@ -470,6 +470,6 @@ def test_swapped_modules_and_hooks(kind):
 def test_a_step_is_such_a_call(monkeypatch):
     layer, x, hx = made("LSTM")
     expected = flat(layer(x, hx))
-    monkeypatch.setattr(layers, "prepared", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr(recurrent, "prepared", lambda *_: pytest.fail("it was asked again"))
     y, after = layer.step(x[0], hx)
     assert all(map(torch.equal, [y[None], *after], expected))

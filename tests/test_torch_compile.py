@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
-from gpu_rnn import autograd
+from gpu_rnn import nodes
+from gpu_rnn.kernels import cells
 from gpu_rnn.woven import page
 
 LAYERS = [
@@ -175,7 +176,7 @@ OPERANDS = [  # cell, T, B, P, dtype, reverse of each direction: every way the t
 
 
 def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
-    known = autograd.cells.get(cell)
+    known = cells.get(cell)
 
     def draw(*shape):
         return torch.randn(*shape, device=device).to(dtype).requires_grad_()
@@ -198,7 +199,7 @@ def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
 
 def check(*case, **where):
     cell, given, names, reverse, backend = operands(*case, **where)
-    S = len(autograd.cells.get(cell).states)
+    S = len(cells.get(cell).states)
     forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
     for save, history in product((True, False), {False, S > 1}):
         options = reverse, backend, None, False, history
@@ -206,7 +207,7 @@ def check(*case, **where):
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
         with torch.no_grad():
-            found = autograd.parts(forward(*arguments), len(reverse))
+            found = nodes.parts(forward(*arguments), len(reverse))
         outputs = 1 + S + (S - 1) * history
         recorded = [tensor for y, *rest in found for tensor in (y, *rest[outputs - 1 :])]
         douts = [torch.randn_like(tensor) for each in found for tensor in each[:outputs]]
