@@ -18,8 +18,8 @@ from . import functional
 from .arguments import first_states
 from .functional import AroundKeywords, structured, wanted
 from .layers import RecurrentLayer
-from .recurrent import NAMES, PAGES, Keywords
 from .problem import Options, Weights
+from .recurrent import NAMES, PAGES, Keywords
 
 TAKEN = [name.removeprefix("weight_") for name in NAMES if name is not None]
 

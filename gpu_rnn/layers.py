@@ -26,10 +26,19 @@ from .autograd import stacked
 from .functional import ShapeError
 from .problem import Options
 from .recurrent import (
-    FIRST, NAMES, PAGES, PLAIN, Call, GRUKeywords, Keywords, LSTMKeywords, Recurrent, cast, check_sizes, described,
+    FIRST,
+    NAMES,
+    PAGES,
+    PLAIN,
+    Call,
+    GRUKeywords,
+    Keywords,
+    LSTMKeywords,
+    Recurrent,
+    cast,
+    check_sizes,
+    described,
 )  # fmt: skip
-
-# ---- layers ---------------------------------------------------------------------------------------------------------
 
 WAYS = ("", "_reverse")  # how the parameters' names end that read forward, and in reverse
 
