@@ -38,7 +38,7 @@ from .recurrent import (
     cast,
     check_sizes,
     described,
-)  # fmt: skip
+)
 
 WAYS = ("", "_reverse")  # how the parameters' names end that read forward, and in reverse
 
