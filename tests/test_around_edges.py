@@ -293,14 +293,14 @@ def test_a_mask_holds_for_the_whole_sequence(keyword):
 def test_masks_of_layers_and_rows_and_regularizers_differ():
     made = layer("rnn", "stacked", recurrent_dropout=0.5, input_dropout=0.5, weight_dropout=0.5)
     seen = []
-    original = gpu_rnn.layers.dropout_mask
+    original = gpu_rnn.recurrent.dropout_mask
 
     def noted(*given, **keywords):
         seen.append(original(*given, **keywords))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_rnn.layers, "dropout_mask", noted)
+        patch.setattr(gpu_rnn.recurrent, "dropout_mask", noted)
         x, hx, _ = inputs(made)
         made(x, hx, generator=torch.Generator().manual_seed(1))
     flat = [mask.flatten()[:6].tolist() for mask in seen]
