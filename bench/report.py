@@ -118,7 +118,7 @@ def products(rows: list[Row]) -> list[str]:
     both = [found for found in groups if found.keys() >= {problems.NUMPY, problems.PRODUCTS}]
     found = by(both, lambda each: tuple(each[problems.NUMPY][name] for name in ("cell", "mode", "threads")))
     body = []
-    for (cell, mode, threads), group in found.items():
+    for (cell, mode, threads), group in sorted(found.items()):
         ours, least = (ratio(each[name] for each in group) for name in (problems.NUMPY, problems.PRODUCTS))
         body.append([f"{cell} {mode}, threads {threads}", str(ours), str(least), str(len(group))])
     return table(["", "ours", "NumPy's products alone", "cases"], body)
