@@ -33,7 +33,7 @@ SIZES, KEPT_BYTES = 16, 1 << 23  # of problems whose arrays are kept for the nex
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # instants forward whose views are made once, for all chunks; their input part
 CHUNK_BACK, CHUNK_ROWS = 64, 512  # the same backward, and times batch rows: a product needs them to run at full speed
 LONG = 128  # instants that repay a transposed copy of the recurrent weights
-WIDE, NARROW, SMALL = 32, 8, 1 << 16  # batch rows that make a product of one instant run at full speed; of weights
+WIDE, NARROW, SMALL = 32, 8, 1 << 16  # batch rows from which a product per instant pays: of any weights, of so few
 EXP = 1 << 10  # values of a row for which it repays more calls to take sigmoids by exp; float64 has no fast exp
 TOGETHER = 1 << 13  # values of a row backward that are computed at once
 PRODUCT = 10**6  # multiply-adds up to which OpenBLAS, given AVX-512, reads its operands where they lie: twice as fast
@@ -553,22 +553,18 @@ class More:
 
 def product(M: np.ndarray, B: int) -> Callable[[np.ndarray, np.ndarray], Any]:
     """M [N, K] -> a function of z [K, B] and out [N, B] that computes M z into out, by blocks of rows."""
-    N, K = M.shape
-    count = blocks(N, K, B)
-    if count == 1:
-        return M.dot
-    pieces = M.reshape(count, N // count, K)
-    return lambda z, out: np.matmul(pieces, z, out.reshape(count, N // count, B))
+    return M.dot if blocks(*M.shape, B) == 1 else products(M, B)
 
 
 def products(M: np.ndarray, B: int) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """The same for z [m, K, B] and out [m, N, B], of m instants at once."""
+    """The same for z [..., K, B] and out [..., N, B], of many instants at once."""
     N, K = M.shape
     count = blocks(N, K, B)
     if count == 1:
         return partial(np.matmul, M)
     pieces = M.reshape(count, N // count, K)
-    return lambda z, out: np.matmul(pieces, z[:, None], out.reshape(len(out), count, N // count, B))
+    cut = count, N // count, B
+    return lambda z, out: np.matmul(pieces, z[..., None, :, :], out.reshape(*out.shape[:-2], *cut))
 
 
 @cache
