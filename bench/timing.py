@@ -2,8 +2,9 @@
 
 On the CPU, and for single steps, by torch.utils.benchmark, which warms up in every round; calls of over 10 ms without
 that, by timeit. Sequences on a GPU by CUDA events around each call, with inputs that rotate through more than the L2
-cache. Every call starts on an idle device: it is the time that a caller
-waits. Each round times everybody once, so that the ratio to torch.nn is a median of ratios within a round.
+cache. Every call starts on an idle device, and on a CPU when the threads of whoever was before have gone to sleep: it
+is the time that a caller waits. Each round times everybody once, so that the ratio to torch.nn is a median of ratios
+within a round.
 """
 
 import ctypes
@@ -29,6 +30,7 @@ ROUNDS = (3, 25)  # at least, for a spread; at most, since more tell nothing new
 SLOW_S = 1  # a call that needs no warm-up, so that the one that was checked counts
 LARGE_FLOPS = 1e10
 BLOCK_S = 0.01  # a timed block on the CPU is at least as long
+GLANCE_S, PATIENCE_S = 0.005, 0.5  # how often to look whether threads still spin; when to go on all the same
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -142,15 +144,16 @@ def alternated(case: Case, ready: dict[str, Checked], seconds: float, emit: Emit
     calls = {name: max(1, math.ceil(BLOCK_S / t)) if counts_calls(case) else 1 for name, t in first.items()}
     round_s = sum(first[name] * calls[name] for name in ready)
     least, most = ROUNDS[0] - (round_s > problems.LONG_S), ROUNDS[1]
-    rounds = int(min(max(seconds / max(round_s, 1e-9), least), most))
+    rounds, end = 0, time.perf_counter() + seconds - round_s
     if round_s > seconds:  # they are slow: that was the first round
-        rounds -= 1
+        rounds = 1
         for name, checked in ready.items():
             checked.times.append(first[name])
-    for k in range(1, rounds + 1):
+    while rounds < least or (rounds < most and time.perf_counter() < end):
+        rounds += 1
         for name, checked in ready.items():
             emit({"doing": name})
-            checked.times.append(clocks[name](k, calls[name]))
+            checked.times.append(clocks[name](rounds, calls[name]))
 
 
 def counts_calls(case: Case) -> bool:
@@ -166,6 +169,7 @@ def clock(case: Case, run: Run) -> Callable[[int, int], float]:
 
         def counted(k: int, calls: int) -> float:
             scope["k"] = k
+            settle(case)
             return timer.timeit(calls).median if calls > 1 else without_warming.timeit(1)
 
         return counted
@@ -181,6 +185,18 @@ def clock(case: Case, run: Run) -> Callable[[int, int], float]:
         return begin.elapsed_time(end) * 1e-3
 
     return evented
+
+
+def settle(case: Case) -> None:
+    """Wait until no thread spins that somebody left behind: OpenBLAS's do for a tenth of a second after a product, and
+    would take the cores from whoever comes next."""
+    if case.device != "cpu" or torch.get_num_threads() == 1:
+        return
+    end, spent, busy = time.perf_counter() + PATIENCE_S, time.process_time(), True
+    while busy and time.perf_counter() < end:
+        time.sleep(GLANCE_S)
+        before, spent = spent, time.process_time()
+        busy = spent - before > GLANCE_S / 5
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -267,6 +267,16 @@ def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
 
 # ---- kernels alone --------------------------------------------------------------------------------------------------
 
+
+def test_nobody_is_timed_while_threads_spin(monkeypatch):
+    """As OpenBLAS's do for a while after a product of several threads."""
+    spent = iter((0.0, 0.005, 0.010, 0.015, 0.0151))  # seconds of all threads, at every glance
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(spent))
+    timing.clock(CASE, lambda k: None)(0, 1)
+    assert next(spent, "all seen") == "all seen"
+
+
 HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 
 
