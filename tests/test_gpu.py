@@ -26,6 +26,15 @@ ARRAYS = pytest.mark.parametrize(
 SIZES = [  # T, B, I, H: aligned, ragged and degenerate
     (1, 1, 1, 1), (5, 2, 7, 31), (3, 70, 4, 100), (20, 16, 64, 256),
 ]  # fmt: skip
+# Those where the weights stay on the chip, on a Hopper GPU, both ways; where both directions of a layer go at once; and
+# where the batch takes several launches, at least forward. test_residence sees to it that plans are so.
+RESIDENT = [(4, 3, 5, 20), (20, 17, 9, 128), (6, 40, 7, 300), (5, 9, 33, 512), (7, 5, 8, 700)]
+BOTH_AT_ONCE = [(4, 3, 5, 20), (20, 17, 9, 256), (7, 4, 8, 700)]
+SEVERAL_LAUNCHES = [
+    ("gru", "float32", (4, 100, 8, 700)),
+    ("lstm", "bfloat16", (4, 150, 8, 600)),
+    ("rnn_tanh", "float16", (4, 130, 8, 1100)),
+]
 
 
 def moved(library, case):
@@ -36,27 +45,41 @@ def moved(library, case):
     return case.mapped(lambda tensor: cupy.asarray(tensor.numpy()))
 
 
+def problem_of(name, dtype, size, **options):
+    """float32 is multiplied as TF32 in one direction, and as IEEE's in two."""
+    tf32 = dtype == "float32" and options.get("directions", 1) == 1
+    given = {"dtype": dtype, "device": "cuda", "library": "torch", "training": True, "tf32": tf32}
+    return Problem(cells.get(name), *size, **given, **options)
+
+
+def plans(problem, on):
+    """Forward and back: the resident ones, or None."""
+    return [cuda.residence_of(problem, on, backward)[0] for backward in (False, True)]
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_resident_kernels(name, dtype, reverse):
-    """Weights on the chip: one block, a cluster, the grid; one batch tile, several, several launches."""
-    tf32 = dtype == "float32"
-    for T, B, I, H in (
-        (4, 3, 5, 20),
-        (20, 17, 9, 128),
-        (6, 40, 7, 300),
-        (5, 9, 33, 512),
-        (7, 5, 8, 700),
-        (4, 150, 8, 700),
-    ):
-        problem = Problem(
-            cells.get(name), T, B, I, H, dtype=dtype, device="cuda", library="torch", training=True, tf32=tf32
-        )
-        assert "resident" in cuda.plan(problem), cuda.plan(problem)
-        case = sequences.draw(name, dtype, T, B, I, H, reverse=reverse)
-        results = moved("torch", case).run(partial(cuda.forward, tf32=tf32), partial(cuda.backward, tf32=tf32))
-        sequences.check(case, results, tf32=tf32)
+    """Weights on the chip: one block, a cluster, the grid; one batch tile and several."""
+    for size in RESIDENT:
+        problem = problem_of(name, dtype, size)
+        assert None not in plans(problem, cuda.device()), cuda.plan(problem)
+        check_as_planned(problem, reverse)
+
+
+@pytest.mark.parametrize(("name", "dtype", "size"), SEVERAL_LAUNCHES)
+def test_a_batch_of_several_launches(name, dtype, size):
+    problem = problem_of(name, dtype, size)
+    assert plans(problem, cuda.device())[0].launches > 1, cuda.plan(problem)
+    check_as_planned(problem, reverse=False)
+
+
+def check_as_planned(problem, reverse):
+    size = problem.T, problem.B, problem.I, problem.H
+    case = sequences.draw(problem.cell.name, problem.dtype, *size, reverse=reverse)
+    ways = (partial(way, tf32=problem.tf32) for way in (cuda.forward, cuda.backward))
+    sequences.check(case, moved("torch", case).run(*ways), tf32=problem.tf32)
 
 
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
@@ -84,11 +107,11 @@ def test_layer_normalization(backend, option, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_both_directions_in_one_launch(name, dtype):
     """In a block, a cluster and the grid: the numbers of a launch for each, bit for bit."""
-    for T, B, I, H in ((4, 3, 5, 20), (20, 17, 9, 256), (7, 5, 8, 700)):
-        problem = Problem(cells.get(name), T, B, I, H, dtype=dtype, device="cuda", library="torch", directions=2)
-        assert "both directions in one launch" in cuda.plan(problem), cuda.plan(problem)
+    for size in BOTH_AT_ONCE:
+        problem = problem_of(name, dtype, size, directions=2)
+        assert [plan.directions for plan in plans(problem, cuda.device())] == [2, 2], cuda.plan(problem)
         pair = [
-            moved("torch", sequences.draw(name, dtype, T, B, I, H, reverse=reverse, seed=reverse))
+            moved("torch", sequences.draw(name, dtype, *size, reverse=reverse, seed=reverse))
             for reverse in (False, True)
         ]
         alone = [case.run(cuda.forward, cuda.backward) for case in pair]
@@ -350,7 +373,7 @@ def test_autograd_over_a_retained_graph():
     case = moved("torch", sequences.draw("lstm", "float32", 6, 3, 5, 16))
     x, *weights = (array.clone().requires_grad_() for array in (case.x, *case.weights[:4]))
     h0, c0 = case.state
-    y, (hT, cT) = gpu_rnn.lstm(x, *weights, h0=h0, c0=c0, backend="cuda")
+    y, (hT, cT) = gpu_rnn.lstm(x, *weights, h0=h0, c0=c0, backend="cuda", precision="ieee")
     expected = case.run(cuda.forward, cuda.backward)
     for _ in range(2):
         gradients = torch.autograd.grad((y, hT, cT), (x, *weights), (case.dy, *case.dlast), retain_graph=True)

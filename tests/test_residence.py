@@ -1,6 +1,7 @@
 """The planner of the resident kernels, for thousands of problems and without a GPU: every plan fits, and covers all."""
 
 import dataclasses
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
+from . import test_gpu
 from .host import nvrtc
 
 DEVICES = residence.DEVICES
@@ -149,6 +151,20 @@ def test_large_layers_train_on_the_chip(H):
     assert plan.scope == "grid"
     assert plan.k_shared > 0
     assert planned("lstm", "bfloat16", 2048, 8, DEVICES["h200"])[0].pieces > 1
+
+
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_the_gpu_tests_meet_what_they_are_for(device):
+    """They run where nobody watches, so what they expect of plans is held against these beforehand."""
+    for name, dtype in product(cells.NAMES, residence.SIZES):
+        for size in test_gpu.RESIDENT:
+            problem = test_gpu.problem_of(name, dtype, size)
+            assert None not in test_gpu.plans(problem, DEVICES[device]), problem
+        for size in test_gpu.BOTH_AT_ONCE:
+            problem = test_gpu.problem_of(name, dtype, size, directions=2)
+            assert [plan.directions for plan in test_gpu.plans(problem, DEVICES[device])] == [2, 2], problem
+    for case in test_gpu.SEVERAL_LAUNCHES:
+        assert test_gpu.plans(test_gpu.problem_of(*case), DEVICES[device])[0].launches > 1, case
 
 
 def test_an_older_or_shared_device_falls_to_the_next_scale():
