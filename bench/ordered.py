@@ -1,10 +1,12 @@
 """A pytest plugin (`-p bench.ordered`): fastest first, each outcome in a journal, those that have one left out.
 
-$BENCH_JOURNAL is the journal; $BENCH_EARLIER, older ones, separated by colons, from which it knows what is fast.
+$BENCH_JOURNAL is the journal; $BENCH_EARLIER, older ones, separated by colons, from which it knows what is fast. Of
+tests that it doesn't know every function's first case comes before anyone's second: the time may end before the list.
 """
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,19 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for path in filter(None, os.environ.get("BENCH_EARLIER", "").split(":")):
         known |= {name: line["seconds"] for name, line in Journal(Path(path)).outcomes().items()}
     done = JOURNAL.outcomes()
+    met: Counter[str] = Counter()
+    turns = {}
+    for item in items:
+        function, _, _ = item.nodeid.partition("[")
+        turns[item.nodeid] = met[function]
+        met[function] += 1
     items[:] = [item for item in items if item.nodeid not in done]
-    items.sort(key=lambda item: known.get(item.nodeid, 0))  # a new test is tried first; stable otherwise
+    items.sort(key=lambda item: (known.get(item.nodeid, 0), turns[item.nodeid]))  # new ones first; stable otherwise
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:
+        JOURNAL.write(name=report.nodeid, outcome="failed", seconds=0, note=shortened(report))
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -38,11 +51,15 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     if report.when != "teardown":
         return
     outcome = "failed" if item.bad else "skipped" if item.skipped else "passed"
-    note = " ".join(str(item.bad.longrepr)[-600:].split()) if item.bad else ""
+    note = shortened(item.bad) if item.bad else ""
     seconds = round(time.monotonic() - began[item.nodeid], 3)
     JOURNAL.write(name=item.nodeid, outcome=outcome, seconds=seconds, note=note)
     if item.bad:
         leave_when_poisoned()
+
+
+def shortened(report: Any) -> str:
+    return " ".join(str(report.longrepr)[-600:].split())
 
 
 def leave_when_poisoned() -> None:

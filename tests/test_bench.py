@@ -1,7 +1,9 @@
 """The benchmarks: what can't be measured costs a row and not the run, and results are never lost or rewritten."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import around, contenders, floor, kernels, plots, problems, results, supervise, timing
+from bench import around, contenders, floor, kernels, machine, plots, problems, results, supervise, timing
 from bench.contenders import Products, Torch, plan_of
 from bench.data import Data
 from bench.problems import NN, NUMPY, Case
@@ -452,6 +454,34 @@ def test_checks_go_on_after_one_that_hangs_or_crashes(tmp_path):
     assert found == {"a": ("passed", ""), "c": ("crashed", "SIGABRT"), "d": ("passed", "")}
     hanging = [sys.executable, "-c", "import time; time.sleep(60)"]
     assert supervise.supervise(hanging, journal, 60, until=time.monotonic() + 0.3) == "out of time"
+
+
+SEVERAL = """
+import pytest
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_many(n): pass
+
+def test_one(): pass
+
+def test_known(): pass
+"""
+
+
+def test_time_goes_to_every_function_and_a_file_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "test_a.py").write_text(SEVERAL)
+    (tmp_path / "test_b.py").write_text("import a_library_that_is_not_here")
+    journal, earlier = (supervise.Journal(tmp_path / name) for name in ("journal", "earlier"))
+    earlier.write(name="test_a.py::test_known", outcome="passed", seconds=0.1, note="")
+    command = [sys.executable, "-m", "pytest", "-p", "bench.ordered", "-p", "no:cacheprovider", "-q"]
+    command += ["--continue-on-collection-errors", "--rootdir", str(tmp_path), str(tmp_path)]
+    paths = {"BENCH_JOURNAL": str(journal.path), "BENCH_EARLIER": str(earlier.path), "PYTHONPATH": str(machine.ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True)
+    found = journal.outcomes()
+    order = ["test_many[0]", "test_one", "test_many[1]", "test_many[2]", "test_known"]
+    assert list(found) == ["test_b.py", *(f"test_a.py::{name}" for name in order)]
+    assert [line["outcome"] for line in found.values()] == ["failed", *["passed"] * 5]
+    assert "a_library_that_is_not_here" in found["test_b.py"]["note"]
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
