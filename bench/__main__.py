@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     gpu = commands.add_parser("gpu", help="everything on a GPU machine: what it is, checks, tests, benchmarks")
     gpu.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
-    gpu.add_argument("--minutes", type=float, default=9, help="it ends by then, whatever happens (9)")
+    gpu.add_argument("--minutes", type=float, default=6, help="it ends by then, whatever happens (6)")
     gpu.add_argument("--only", choices=("tests", "bench", "sanitize", "profile"))
     gpu.add_argument("--filter", help="only tests and cases whose text has these words")
     gpu.add_argument("--dry", action="store_true", help="walk through the whole plan on the CPU, keep no result")

@@ -199,6 +199,7 @@ class Cupy:
 
     def __init__(self):
         self.entered, self.modules = [], []
+        self.has_context = False
         properties = {
             "major": 9, "minor": 0, "multiProcessorCount": 132, "sharedMemPerBlockOptin": 232448,
             "cooperativeLaunch": 1,
@@ -211,8 +212,16 @@ class Cupy:
 
     def device(self, index=None):
         device = self.current("device")
-        device.id = 0
+        device.id, device.use = 0, self.use
         return device
+
+    def use(self):
+        self.has_context = True
+
+    def asked(self, answer):
+        """What the driver says of a kernel, to who has a context."""
+        assert self.has_context
+        return answer
 
     @contextmanager
     def current(self, what):
@@ -253,7 +262,9 @@ def cupy(monkeypatch):
     monkeypatch.setattr(compat, "require", lambda name, why: stand_in if name == "cupy" else require(name, why))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     driver = SimpleNamespace(
-        blocks=lambda *launch: 1, clusters=lambda *launch: 99, allow_large_clusters=lambda function: None
+        blocks=lambda *launch: stand_in.asked(1),
+        clusters=lambda *launch: stand_in.asked(99),
+        allow_large_clusters=lambda function: stand_in.asked(None),
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
     monkeypatch.setattr(cuda, "clusters", lambda shared: residence.DEVICES["h200"].clusters)

@@ -1,11 +1,14 @@
 """The stepwise kernels as NVRTC compiles them, for GPUs that are not here: no warning, no spill, no narrow access."""
 
 import re
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 
+from gpu_rnn.backends import cuda
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import stepwise
+from gpu_rnn.kernels.cuda import residence, stepwise
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
 from .host import nvrtc
@@ -93,3 +96,33 @@ def test_errors_name_the_file():
     source = launch.unit.source.replace("const real t8 = tanh(", "const real t8 = tanh_of(")
     with pytest.raises(nvrtc.CompileError, match=r'cell gru\(15\).*"tanh_of" is undefined'):
         nvrtc.compile(source, "sm_90", [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)])
+
+
+def test_as_cupy_compiles_it(monkeypatch, tmp_path):
+    """All of CuPy's way from the source to the driver, but that it can't ask a GPU for its architecture.
+
+    It adds options and finds the headers by itself. It drops the last byte of what comes out, and the driver finds the
+    zero in its place that Python has behind all bytes.
+    """
+    cupy = pytest.importorskip("cupy")
+    compiler, core = cupy.cuda.compiler, cupy._core.core
+    compiled = []
+    takes = SimpleNamespace(load=compiled.append, _set_mapping=lambda names: None)
+    monkeypatch.setattr(compiler, "_get_arch", lambda: "90")
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
+    monkeypatch.setattr(compiler, "function", SimpleNamespace(Module=lambda: takes))
+    monkeypatch.setattr(compiler, "_kernel_cache_backend", compiler._DiskKernelCacheBackend(str(tmp_path)))
+    cell, on = cells.get("lstm").run, residence.DEVICES["h100"]
+    units = [
+        stepwise.launch("", cell, B=4, H=64, R=1, storage="bfloat16", product="float32", addresses=()).unit,
+        *(residence.compiled(residence.plan(4, 16, "bfloat16", H, 8, on, backward=True)[0], cell, "bfloat16")
+          for H in (64, 512, 1024)),
+    ]  # fmt: skip
+    for raw in (*map(cuda.module.__wrapped__, units), cuda.of_clusters()):
+        log = StringIO()
+        options = core.assemble_cupy_compiler_options(raw.options)
+        compiler._compile_module_with_cache(raw.code, options, log_stream=log)
+        assert log.getvalue() == ""
+        ours = nvrtc.compile(raw.code, "sm_90", raw.options)
+        assert (len(compiled[-1]), ours[-1]) == (len(ours) - 1, 0)
+        assert nvrtc.resources(compiled[-1] + b"\0") == nvrtc.resources(ours)

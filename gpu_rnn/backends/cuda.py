@@ -390,6 +390,7 @@ PORTABLE_CLUSTER = 8  # blocks; more must be asked for, too
 
 def held(cell: Cell, dtype: str, plan: residence.Residence) -> int:
     """`Held`, of the current device."""
+    compat.require("cupy", "the cuda backend").cuda.Device().use()  # gives a thread that is new to it its context
     in_cluster = plan.blocks if plan.scope == "cluster" else 1
     kernel = prepared(residence.compiled(plan, cell, dtype), residence.name(plan), plan.shared_bytes, in_cluster).kernel
     if plan.scope == "cluster":
@@ -415,17 +416,23 @@ def device_of(index: int) -> residence.Device:
 
 def clusters(shared: int) -> tuple[tuple[int, int], ...]:
     """By size, how many clusters are resident at once whose blocks have a multiprocessor each."""
-    sizes = (2, 4, 8, 16)
-    code = "".join(f'extern "C" __global__ void __cluster_dims__({n}) cluster_of_{n}() {{}}\n' for n in sizes)
-    module = compat.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
-    found = []
-    for n in sizes:
+    found, module = [], of_clusters()
+    for n in CLUSTERS:
         raw = module.get_function(f"cluster_of_{n}")
         raw.max_dynamic_shared_size_bytes = shared
         if n > PORTABLE_CLUSTER:
             driver().allow_large_clusters(raw.kernel.ptr)
         found.append((n, driver().clusters(raw.kernel.ptr, n, 32, shared)))
     return tuple((n, count) for n, count in found if count)
+
+
+CLUSTERS = (2, 4, 8, 16)  # blocks
+
+
+def of_clusters() -> Any:
+    """A cupy.RawModule of a kernel for each size, to ask about."""
+    code = "".join(f'extern "C" __global__ void __cluster_dims__({n}) cluster_of_{n}() {{}}\n' for n in CLUSTERS)
+    return compat.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
 
 
 class Driver:
