@@ -1,7 +1,9 @@
 """The planner of the resident kernels, for thousands of problems and without a GPU: every plan fits, and covers all."""
 
 import dataclasses
+from functools import partial
 from itertools import product
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,17 +94,31 @@ def launches(plan, cell, dtype, B, H):
     return residence.sequence(plan, cells.get(cell), dtype, directions, 0, 1, B, H, 1, save=True)
 
 
-def test_cupy_takes_the_arguments():
-    """It refuses arrays of several elements before it asks for a driver, or, with one, for the kernel."""
+def test_cupy_takes_the_arguments(monkeypatch):
+    """It refuses arrays of several elements, and words it doesn't know, before it asks for a driver or the kernel."""
     function = pytest.importorskip("cupy.cuda.function").Function
     plan = residence.plan(4, 16, "bfloat16", 64, 8, DEVICES["h200"], backward=False)[0]
     member = residence.Member((1 << 40, *range(16)), True)
-    kernel = function.__new__(function)
+    kernel = partial(function.__new__(function), stream=SimpleNamespace(ptr=0))
+    monkeypatch.setattr(cuda, "prepared", lambda *launch: SimpleNamespace(kernel=kernel))
     for members in ([member], [member, member]):
         (launch,) = residence.sequence(plan, cells.get("lstm"), "bfloat16", members, 0, 1, 8, 64, 1, save=True)
-        with pytest.raises(RuntimeError, match=r"cuda|CUDA"):  # as there is none
-            kernel(launch.grid, launch.block, launch.arguments, stream=SimpleNamespace(ptr=0))
+        for how in (launch, launch._replace(cooperative=True)):
+            with pytest.raises(RuntimeError, match=r"cuda|CUDA"):  # as there is none
+                cuda.ready(how)(-1, 1 << 40)
         assert launch.arguments[0].tobytes() == np.array([(*m.addresses, 1) for m in members], np.uint64).tobytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RawModule.get_function", "RawKernel.kernel", "RawKernel.max_dynamic_shared_size_bytes",
+        "cuda.function.Function.ptr", "cuda.Device.id", "cuda.Device.use", "cuda.runtime.getDeviceProperties",
+    ],
+)  # fmt: skip
+def test_cupy_has_what_is_asked_of_it(name):
+    """What tests without a GPU put a stand-in for."""
+    assert attrgetter(name)(pytest.importorskip("cupy")) is not None
 
 
 def test_small_layers_need_one_block_and_large_ones_the_grid():
