@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_rnn import compat
-from gpu_rnn.backends import cuda
+from gpu_rnn import arrays, compat
+from gpu_rnn.backends import cuda, sequence
+from gpu_rnn.backends.stepwise import Extra
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.kernels.cuda.launch import OPTIONS
@@ -367,6 +368,32 @@ def test_compiles_without_spills(problem, arch, backward):
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 @pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+@pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("members", ["one direction", "both", "layers"])
+def test_arguments_are_as_large_as_the_parameters(members, backward):
+    """A launch copies as many bytes from where an argument lies as the parameter has, whatever it was given."""
+    cell, on = cells.get("lstm"), DEVICES["h200"]
+    element, T, B, H = residence.element(cell, backward=backward), 256, 8, 512
+    plan, _ = residence.plan(cell.G, element, "bfloat16", H, B, on, backward=backward)
+    if members == "both":
+        plan, _ = residence.together(plan, B, on)
+    elif members == "layers":
+        plan, _ = residence.stack(cell.G, element, "bfloat16", H, T, B, 3, on, backward=backward)
+    kind, ordered = (
+        (sequence.Backward, cuda.backward_arrays) if backward else (sequence.Forward, cuda.forward_arrays)
+    )
+    blank = kind(*[None] * len(kind._fields))._replace(extra=Extra(*[None] * len(Extra._fields)))
+    member = residence.Member(tuple(map(arrays.pointer, ordered(blank, [None]))), reverse=False)
+    (launch,) = residence.sequence(plan, cell, "bfloat16", [member] * plan.members, 0, T, B, H, 1, save=True)
+    pack = residence.pack(plan, cell, "bfloat16", 0, 0, H)
+    options = [*OPTIONS, *(f"-D{name}={value}" for name, value in launch.unit.defines)]
+    found = nvrtc.parameters(nvrtc.compile(launch.unit.source, "sm_90", options))
+    for each in (launch, pack):
+        assert found[each.kernel] == [8 if isinstance(a, int) else a.nbytes for a in each.arguments], each.kernel
+
+
 def test_benchmarks_compile_the_exchange_alone_and_the_product_alone():
     plan, _ = planned("lstm", "bfloat16", 1024, 8, DEVICES["h200"])
     found = {}

@@ -100,6 +100,21 @@ def resources(cubin: bytes) -> dict[str, Resources]:
     return found
 
 
+def parameters(cubin: bytes) -> dict[str, list[int]]:
+    """The bytes of each kernel's parameters, in their order."""
+    parts = re.split(r"^\.(\S+)$", _cuobjdump(cubin, "--dump-elf"), flags=re.MULTILINE)
+    found = {}
+    for section, text in zip(parts[1::2], parts[2::2], strict=True):
+        if section.startswith("nv.info."):
+            sizes = re.findall(r"Ordinal\s*:\s*(\w+)\s.*Size\s*:\s*(\w+)", text)
+            found[section.removeprefix("nv.info.")] = [int(size, 16) for _, size in sorted(sizes, key=_ordinal)]
+    return found
+
+
+def _ordinal(parameter: tuple[str, str]) -> int:
+    return int(parameter[0], 16)
+
+
 def sass(cubin: bytes) -> dict[str, str]:
     """The machine code of each kernel, as text."""
     return dict(_functions(_cuobjdump(cubin, "--dump-sass")))
