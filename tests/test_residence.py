@@ -381,9 +381,7 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
         plan, _ = residence.together(plan, B, on)
     elif members == "layers":
         plan, _ = residence.stack(cell.G, element, "bfloat16", H, T, B, 3, on, backward=backward)
-    kind, ordered = (
-        (sequence.Backward, cuda.backward_arrays) if backward else (sequence.Forward, cuda.forward_arrays)
-    )
+    kind, ordered = (sequence.Backward, cuda.backward_arrays) if backward else (sequence.Forward, cuda.forward_arrays)
     blank = kind(*[None] * len(kind._fields))._replace(extra=Extra(*[None] * len(Extra._fields)))
     member = residence.Member(tuple(map(arrays.pointer, ordered(blank, [None]))), reverse=False)
     (launch,) = residence.sequence(plan, cell, "bfloat16", [member] * plan.members, 0, T, B, H, 1, save=True)
