@@ -109,10 +109,10 @@ def counted(n: int, like: Any) -> Any:
 
 
 def integer(value: int, like: Any) -> Any:
-    """[1] int64, where `like` is."""
+    """[1] int64, written where `like` is: a copy from the host waits for the GPU, and no CUDA graph captures it."""
     if library(like) == "torch":
-        return module("torch").tensor([value], device=like.device)
-    return module(library(like)).array([value], "int64")
+        return module("torch").full((1,), value, dtype=module("torch").int64, device=like.device)
+    return module(library(like)).full((1,), value, "int64")
 
 
 def operations(array: Any) -> Mapping[str, Callable]:

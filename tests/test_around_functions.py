@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_rnn
 from gpu_rnn import ShapeError
+from gpu_rnn.arrays import integer
 
 from .conftest import sequence_arrays
 
@@ -290,3 +292,24 @@ def test_vjp_names_a_gradient_that_does_not_fit():
         pullback((y, last))
     with pytest.raises(ShapeError, match=re.escape("there are 2 states (h, c), but 1 gradients were given")):
         pullback((y, last, h))
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_a_seed_does_not_come_from_the_host():
+    """A copy from there waits for the GPU, and no CUDA graph captures it."""
+    for value in (5, -(2**63), 2**63 - 1):
+        with Recorder() as recorder:
+            seed = integer(value, like=torch.zeros(2))
+        assert recorder.names == ["aten.full.default"]
+        assert (seed.tolist(), seed.dtype) == ([value], torch.int64)
+        of_numpy = integer(value, like=np.zeros(2))
+        assert (of_numpy.tolist(), of_numpy.dtype) == ([value], np.int64)
