@@ -306,9 +306,10 @@ class Recorder(TorchDispatchMode):
 
 def test_a_seed_does_not_come_from_the_host():
     """A copy from there waits for the GPU, and no CUDA graph captures it."""
+    like = torch.zeros(2)
     for value in (5, -(2**63), 2**63 - 1):
         with Recorder() as recorder:
-            seed = integer(value, like=torch.zeros(2))
+            seed = integer(value, like=like)
         assert recorder.names == ["aten.full.default"]
         assert (seed.tolist(), seed.dtype) == ([value], torch.int64)
         of_numpy = integer(value, like=np.zeros(2))
