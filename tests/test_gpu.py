@@ -35,6 +35,7 @@ SEVERAL_LAUNCHES = [
     ("lstm", "bfloat16", (4, 150, 8, 600)),
     ("rnn_tanh", "float16", (4, 130, 8, 1100)),
 ]
+MOST_OF_THE_GRID = "lstm", "bfloat16", (200, 24, 8, 1100)  # of two such launches one has to wait
 
 
 def moved(library, case):
@@ -323,6 +324,25 @@ def test_runs_on_the_callers_stream():
     stream.synchronize()
     assert torch.equal(y, expected["y"])
     assert torch.equal(gradients["x"], expected["dx"])
+
+
+def test_grids_on_two_streams_do_not_hold_each_other_up():
+    """Each starts as a whole or not at all: half of one and half of another would wait for ever."""
+    problem = problem_of(*MOST_OF_THE_GRID)
+    assert 2 * plans(problem, cuda.device())[0].grid > cuda.device().multiprocessors
+    name, dtype, size = MOST_OF_THE_GRID
+    case = moved("torch", sequences.draw(name, dtype, *size))
+    given = case.cell, case.x, case.weights, case.state
+    expected, _, _ = cuda.forward(*given, reverse=False, save=False)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(cuda.forward(*given, reverse=False, save=False)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in found)
 
 
 def test_waits_for_nothing_and_takes_no_foreign_memory():

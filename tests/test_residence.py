@@ -182,6 +182,8 @@ def test_the_gpu_tests_meet_what_they_are_for(device):
             assert [plan.directions for plan in test_gpu.plans(problem, DEVICES[device])] == [2, 2], problem
     for case in test_gpu.SEVERAL_LAUNCHES:
         assert test_gpu.plans(test_gpu.problem_of(*case), DEVICES[device])[0].launches > 1, case
+    grid = test_gpu.plans(test_gpu.problem_of(*test_gpu.MOST_OF_THE_GRID), DEVICES[device])[0].grid
+    assert 2 * grid > DEVICES[device].multiprocessors
 
 
 def test_an_older_or_shared_device_falls_to_the_next_scale():
