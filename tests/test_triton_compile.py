@@ -1,6 +1,7 @@
 """Triton's kernels compiled for GPUs that aren't here: they fit, don't spill, and use tensor cores."""
 
 import os
+import re
 from itertools import product
 
 import pytest
@@ -114,6 +115,23 @@ MOST = "lstm+clip(1.0)+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)"
 def test_an_instant_of_a_woven_cell(monkeypatch, name, dtype, capability, H, backward):
     binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
     gpuless.check(binary, capability, products=False)
+
+
+@BACKWARD
+@pytest.mark.parametrize(("name", "dtype", "H"), [("lstm", "bfloat16", 512), ("rnn_tanh", "float32", 33)])
+def test_an_instant_has_read_what_it_overwrites(monkeypatch, name, dtype, H, backward):
+    """By whichever thread; the interpreter has but one."""
+    code = compiled_instant(monkeypatch, 90, name, dtype, H, backward).asm["ttgir"]
+    reading, writing = re.split(r"\b(?:ttg|gpu)\.barrier\b", code)
+    assert ("tt.load" in reading, "tt.store" in reading) == (True, False)
+    assert ("tt.load" in writing, "tt.store" in writing) == (False, True)
+    assert H % 16 or "convert_layout" not in code, "threads exchange nothing"
+
+
+def test_a_flag_is_found_beyond_int32(monkeypatch):
+    """T B may be more than int32 counts."""
+    code = compiled_instant(monkeypatch, 90, "rnn_tanh+reset", "float32", 64, False).asm["ttir"]
+    assert not re.search(r"arith\.muli %\w+, %B : i32", code)
 
 
 def test_nan_survives_a_maximum(monkeypatch):

@@ -20,7 +20,7 @@ def unit_tiles(units, R, top, row, column, mask, H, N: tl.constexpr):
 def flag_tiles(flags, t, B, top, row, REAL: tl.constexpr, N: tl.constexpr):
     tiles = ()
     if N > 0:
-        bits = tl.load(flags + t * B + top + row, mask=row < B - top, other=0).to(tl.int32)
+        bits = tl.load(flags + t * B.to(tl.int64) + top + row, mask=row < B - top, other=0).to(tl.int32)
         for n in tl.static_range(N):
             tiles = tiles + (((bits >> n) & 1).to(REAL),)
     return tiles

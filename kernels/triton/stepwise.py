@@ -3,7 +3,8 @@
 The recurrent product of this instant, R h_{t-1}, has been made by a library; the kernel adds the input part, runs the
 cell's page and writes states, outputs and what the gradient needs; the mirror of it backwards. It reads and writes
 every element once, so its time is that of the memory, or of the launch. A program owns a tile of rows and hidden
-units; nothing is shared between programs.
+units; nothing is shared between programs. Within one, the thread that writes an element in place needn't be the one
+that read it, as a load and a store may be spread over the threads differently; so all wait in between.
 
 Where a page takes means, a program owns whole rows, and goes through their tiles once for each level of means and once
 more for the page. What an instant needs is then read again, from the nearest cache: in registers it would limit H.
@@ -68,7 +69,8 @@ def step_arguments(
     x_part = load_tiles(xg + here * G * H, H, gate, mask, REAL, G)
     h_part = load_tiles(hg + top * G * H, H, gate, mask, REAL, G)
     if b_hh is not None:
-        h_part = add_tiles(h_part, load_tiles(b_hh, H, column, column < H, REAL, G), G)
+        bias = load_tiles(b_hh, H, column + 0 * row, mask, REAL, G)  # each by the thread that wants it
+        h_part = add_tiles(h_part, bias, G)
     state = load_tiles(h + top * H, size, at, mask, REAL, 1)
     state = state + load_tiles(others + before * size * (S - 1) + top * H, size, at, mask, REAL, S - 1)
     extra = unit_tiles(units, R, top, row, column, mask, H, UNITS) + flag_tiles(flags, t, B, top, row, REAL, FLAGS)
@@ -118,6 +120,7 @@ def step_kernel(
         )  # fmt: skip
         new, kept = STEP(x_part, h_part, state, extra, means)
 
+        tl.debug_barrier()
         at = row * H + column
         store_tiles(h + top * H, size, at, mask, new, 0, 1)
         store_tiles(y + here * H, size, at, mask, new, 0, 1)
@@ -222,6 +225,7 @@ def grad_kernel(
         )  # fmt: skip
         dx_part, dh_part, past, parts = GRAD(dnew, new, state, kept, extra, means)
 
+        tl.debug_barrier()
         at = row * H + column
         gate = row * G * H + column
         store_tiles(dxg + here * G * H, H, gate, mask, dx_part, 0, G)
