@@ -37,6 +37,7 @@ WIDE, NARROW, SMALL = 32, 8, 1 << 16  # batch rows from which a product per inst
 EXP = 1 << 10  # values of a row for which it repays more calls to take sigmoids by exp; float64 has no fast exp
 TOGETHER = 1 << 13  # values of a row backward that are computed at once
 PRODUCT = 10**6  # multiply-adds up to which OpenBLAS, given AVX-512, reads its operands where they lie: twice as fast
+AS_EVER = nullcontext()
 LEAST_ROWS = 16  # of the blocks that a product is cut into: of smaller ones it takes too many
 
 
@@ -65,10 +66,9 @@ def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
     bitwise: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
-    how: dict[str, Any] = {"reverse": reverse, "save": save, "bitwise": bitwise}
     if isinstance(x, np.ndarray):
-        return run_forward(cell, x, weights, state, **how)
-    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), **how)
+        return run_forward(cell, x, weights, state, reverse, save, bitwise)
+    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse, save, bitwise)
     after = tuple([from_numpy(array.reshape(before.shape), like=x) for array, before in zip(last, state)])
     return from_numpy(y, like=x), after, tuple([from_numpy(array, like=x, keep_dtype=True) for array in tape])
 
@@ -125,20 +125,18 @@ def lent(weight: Any) -> np.ndarray:
 
 
 def run_forward(
-    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, *, reverse: bool, save: bool, bitwise: bool
+    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, reverse: bool, save: bool, bitwise: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
     """The tape is the record of `Instants` for all instants, in the order of computation; with a projection also h
     before it, [T, H, B]."""
-    T, B, _ = x.shape
-    (H, P), I = sizes(cell, weights), 0 if weights.w_ih is None else weights.w_ih.shape[1]
-    n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * x.itemsize, 1))
-    order = arranged(cell, T, B, H, I + P, x.dtype, bitwise)
-    instants, idle = borrowed(Instants, cell, order, n, B, I, H, P, x.dtype)
+    T, B, I = x.shape
+    H, P = sizes(cell, weights)
+    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, H, P, x.dtype, bitwise)
+    instants = shelf.lend()
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
-    projected, masked = weights.w_hr is not None, cell.operand is not None
-    more: Any = More(cell, weights, T, reverse) if cell.E or projected else None
-    wide = B >= WIDE or (B >= NARROW and cell.G * H * I <= SMALL)
+    n, projected, masked = len(instants.views), weights.w_hr is not None, cell.operand is not None
+    more: Any = More(cell, weights, T, reverse) if projected or cell.E else None
 
     y = np.empty((T, B, P), x.dtype)
     tape = [np.empty((T + 1, *record.shape[1:]), x.dtype), *[np.empty((T, H, B), x.dtype)] * projected] if save else []
@@ -148,11 +146,11 @@ def run_forward(
             h[0], record[0, cell.K :] = h[n], record[n, cell.K :]
         m = min(n, T - first)
         now = slice(first, first + m)
-        instants.project(W, x[now], bitwise or wide)
-        if cell.E:
+        instants.project(W, x[now])
+        if more:
             more.fetch(first, instants.m[:m])
         with quiet(instants.order):
-            for k, (seen, rows) in enumerate(instants.views[:m] if m < n else instants.views):
+            for k, (seen, rows) in enumerate(instants.views[:m]):
                 if masked:
                     seen = more.operand(instants.m[k], seen)
                 recur(seen, hg)
@@ -160,13 +158,13 @@ def run_forward(
                 if projected:
                     np.dot(weights.w_hr, shown[k], h[k + 1])
                     more.hold(instants.m[k], h[k], h[k + 1])
-        out[now] = h[1 : m + 1].swapaxes(1, 2)
+        out[now] = instants.y[:m]
         for kept_for_gradient, array in zip(tape, (record, shown)):
             kept_for_gradient[now] = array[:m]
     if save:
         tape[0][T] = record[m]
-    last = (out[-1].copy(), *[array.T.copy() for array in instants.others[m]])
-    give_back(instants, idle)
+    last = (out[-1].copy(), *[after.copy() for after in instants.others[m]])
+    shelf.take_back(instants)
     return y, last, tuple(tape)
 
 
@@ -178,7 +176,8 @@ def run_backward(
     G, order, found = cell.G, layout(cell), gradient(cell)
     separate, projected = len(order.separate), weights.w_hr is not None
     n = min(T, CHUNK_BACK, max(CHUNK_ROWS // max(B, 1), 1))
-    back, idle = borrowed(InstantsBack, cell, n, B, H, P, x.dtype)
+    shelf = shelf_of(InstantsBack, cell, n, B, H, P, x.dtype)
+    back = shelf.lend()
     W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, -1)
     R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
     spread = product(R.T if T < LONG else np.ascontiguousarray(R.T), B)
@@ -244,7 +243,7 @@ def run_backward(
             sums["b_hh"] += recurrent.sum(1)
         if projected and "w_hr" in needs:
             sums["w_hr"] += np.dot(dhs.reshape(P, m * B), shown[0][now].swapaxes(1, 2).reshape(m * B, H))
-    give_back(back, idle)
+    shelf.take_back(back)
     if "x" in needs:
         sums["x"] = dx[::-1].copy() if reverse else dx
     gates = {"w_ih": order.inputs, "b_ih": order.inputs, "w_hh": order.recurrent, "b_hh": order.recurrent}
@@ -273,7 +272,7 @@ def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype
 
 def quiet(order: Layout) -> AbstractContextManager:
     """A sigmoid is right where exp overflows."""
-    return np.errstate(over="ignore", under="ignore") if order.sigmoid == "exp" else nullcontext()
+    return np.errstate(over="ignore", under="ignore") if order.sigmoid == "exp" else AS_EVER
 
 
 def by_gate(w: np.ndarray, gates: Sequence[int]) -> np.ndarray:
@@ -312,7 +311,7 @@ def in_order(reverse: bool, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 class Kept:
-    """Arrays and their views, which it takes longer to make than a small step: they are kept for the next call."""
+    """Arrays and views that take longer to make than a small step: a `Shelf` keeps them for the next call."""
 
     bytes = 0
 
@@ -321,82 +320,96 @@ class Kept:
         return np.zeros(shape, dtype)
 
 
+class Shelf:
+    """Arrays of a kind and size that nobody uses now: a call takes some and puts them back, in whichever thread."""
+
+    def __init__(self, kind: Callable[..., Any], *size: Any):
+        self.new = partial(kind, *size)
+        self.idle: list[Any] = []
+
+    def lend(self) -> Any:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self.new()
+
+    def take_back(self, arrays: Kept) -> None:
+        if arrays.bytes <= KEPT_BYTES:
+            self.idle.append(arrays)
+
+
+shelf_of = lru_cache(SIZES)(Shelf)
+
+
 @lru_cache(SIZES)
-def kept(*size: Any) -> list[Any]:
-    """Those that nobody uses now: a call takes one out and puts it back, in whichever thread."""
-    return []
-
-
-def borrowed(kind: Callable, *size: Any) -> tuple[Any, list]:
-    idle = kept(kind, *size)
-    try:
-        return idle.pop(), idle
-    except IndexError:
-        return kind(*size), idle
-
-
-def give_back(arrays: Kept, idle: list) -> None:
-    if arrays.bytes <= KEPT_BYTES:
-        idle.append(arrays)
+def shelf_forward(cell: Cell, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype, bitwise: bool) -> Shelf:
+    """Of the `Instants` on which a sequence goes forward. I is 0 where x is the input part already."""
+    n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * dtype.itemsize, 1))
+    wide = bitwise or B >= WIDE or (B >= NARROW and cell.G * H * I <= SMALL)
+    return shelf_of(Instants, cell, arranged(cell, T, B, H, I + P, dtype, bitwise), n, wide, B, I, H, P, dtype)
 
 
 class Instants(Kept):
-    """The arrays of n instants going forward."""
+    """The arrays of n instants going forward. wide: the input part is made by a product for each."""
 
-    def __init__(self, cell: Cell, order: Layout, n: int, B: int, I: int, H: int, P: int, dtype: np.dtype):
+    def __init__(
+        self, cell: Cell, order: Layout, n: int, wide: bool, B: int, I: int, H: int, P: int, dtype: np.dtype
+    ):  # fmt: skip
         G, rows = cell.G, partial(self.rows, dtype=dtype)
-        self.order, self.scaled = order, replace(order, sigmoid="tanh") != natural(cell)
+        self.order, self.scaled, self.wide = order, replace(order, sigmoid="tanh") != natural(cell), wide
         self.zero = np.zeros(G * H, dtype)
         self.xg = rows(n, G * H, B)  # the input part of all gates
         self.h, self.hg = rows(n + 1, P, B), rows(G * H, B)
         self.m = rows(n, cell.E, H, B)
         self.b_x, self.b_h = rows(G * H, B), rows(len(order.separate), H, B)
+        self.separate = [(b, slice(g * H, (g + 1) * H)) for b, g in zip(self.b_h, order.separate)]
         self.record = rows(n + 1, cell.K + cell.S - 1, H, B)  # what is saved, and the other states before
-        self.others = [list(states) for states in self.record[:, cell.K :]]
-        self.first = [self.h[0], *self.others[0]]
+        self.others = [[state.T for state in states] for states in self.record[:, cell.K :]]  # as they come and go ...
+        self.first, self.y = [self.h[0].T, *self.others[0]], self.h[1:].swapaxes(1, 2)  # ... and these do
         self.shown = self.h[1:] if P == H else rows(n, H, B)  # h before its projection
         own = self.h if P == H else rows(n + 1, H, B)  # a cell with a projection can't look at its own h
         look, self.run = step_program(cell, order).bind((H, B), dtype, h=self.hg.reshape(G, H, B), b=self.b_h)
         changing = [self.xg.reshape(n, G, H, B), *([self.m] if cell.E else []), own, self.shown]
         self.views = list(zip(self.h, map(look, *changing, self.record, self.record[1:])))
+        self.one = self.xg[0]
 
     def take(self, weights: Weights, state: tuple) -> tuple[Any, Callable[[np.ndarray, np.ndarray], Any]]:
         """-> the input weights for `project`, or None, and a function that computes the recurrent part of all gates
         from h."""
         for place, initial in zip(self.first, state):
-            place[...] = initial.T
-        w_ih, w_hh = weights.w_ih, np.ascontiguousarray(weights.w_hh)
-        b_ih, b_hh = (self.zero if b is None else b for b in (weights.b_ih, weights.b_hh))
-        bias, H = b_ih + b_hh, self.b_h.shape[1]
-        for row, g in enumerate(self.order.separate):
-            gate = slice(g * H, (g + 1) * H)
-            self.b_h[row], bias[gate] = b_hh[gate, None], b_ih[gate]
+            np.copyto(place, initial)
+        w_ih, w_hh, b_ih, b_hh = weights[:4]
+        bias = (self.zero if b_ih is None else b_ih) + (self.zero if b_hh is None else b_hh)
+        for b, gate in self.separate:
+            b[...], bias[gate] = 0 if b_hh is None else b_hh[gate, None], 0 if b_ih is None else b_ih[gate]
         if self.scaled:
             bias = scaled(bias, self.order.inputs, self.order.scale)
             w_ih = None if w_ih is None else scaled(w_ih, self.order.inputs, self.order.scale)
             w_hh = scaled(w_hh, self.order.recurrent, self.order.scale)
-        self.b_x[...] = bias[:, None]
-        return None if w_ih is None else np.ascontiguousarray(w_ih), product(w_hh, self.hg.shape[1])
+        np.copyto(self.b_x, bias[:, None])
+        recur = product(np.ascontiguousarray(w_hh), self.hg.shape[1])
+        return None if w_ih is None else np.ascontiguousarray(w_ih), recur
 
-    def project(self, W: np.ndarray | None, x: np.ndarray, wide: bool) -> None:
-        """The input part of all gates for the m instants x [m, B, I], or of x [m, B, G*H] where there is no W. wide:
-        by a product for each."""
+    def project(self, W: np.ndarray | None, x: np.ndarray) -> None:
+        """The input part of all gates for the m instants x [m, B, I], or of x [m, B, G*H] where there is no W."""
         (m, B, I), xg = x.shape, self.xg[: len(x)]
         if W is None:
             H, inputs = self.b_h.shape[1], self.order.inputs
             gates, rows = x.reshape(m, B, len(inputs), H), xg.reshape(m, len(inputs), H, B)
             for row, g in enumerate(inputs):
                 np.multiply(gates[:, :, g].swapaxes(1, 2), self.order.scale[g], rows[:, row])
-            np.add(xg, self.b_x, xg)
-        elif B == 1 and not wide:
+        elif m == 1:
+            xg = self.one
+            product(W, B)(np.ascontiguousarray(x[0]).T, xg)
+        elif self.wide:
+            products(W, B)(np.ascontiguousarray(x).swapaxes(1, 2), xg)
+        elif B == 1:
             np.dot(x.reshape(m, I), W.T, xg.reshape(m, len(W)))
-            np.add(xg, self.b_x, xg)
-        elif not wide:
+        else:
             together = np.dot(W, x.reshape(m * B, I).T).reshape(len(W), m, B)
             np.add(together.swapaxes(0, 1), self.b_x, xg)
-        else:
-            products(W, B)(np.ascontiguousarray(x).swapaxes(1, 2), xg)
-            np.add(xg, self.b_x, xg)
+            return
+        np.add(xg, self.b_x, xg)
 
 
 def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray, list, Callable[[], None]]:
@@ -409,14 +422,14 @@ def steps(cell: Cell, weights: Weights, B: int) -> tuple[np.ndarray, np.ndarray,
     I, (H, P), w_hr = weights.w_ih.shape[1], sizes(cell, weights), weights.w_hr
     S, cell, n = cell.S, cell.run, 1 if cell.phases is None else 2
     dtype = weights.w_ih.dtype
-    instants = Instants(cell, arranged(cell, math.inf, B, H, I + P, dtype), n, B, I, H, P, dtype)
+    instants = Instants(cell, arranged(cell, math.inf, B, H, I + P, dtype), n, True, B, I, H, P, dtype)
     phases = None if n == 1 else np.repeat(np.arange(n, dtype=np.uint8)[:, None], B, 1)  # its one flag
     more = More(cell, weights._replace(flags=phases), n, False)
     more.fetch(0, instants.m)
     W, recur = instants.take(weights, tuple(np.zeros((B, P if k == 0 else H)) for k in range(cell.S)))
     x, xg, hg, y, shown = np.zeros((1, B, I), dtype), instants.xg[:1], instants.hg, instants.h[n], instants.shown[-1]
     enter, columns, run, bias = products(W, B), x.swapaxes(1, 2), instants.run, instants.b_x
-    moves = [(instants.h[0], y), *zip(instants.others[0], instants.others[n])][:S]
+    moves = [(instants.h[0], y), *zip(*([state.T for state in instants.others[k]] for k in (0, n)))][:S]
 
     def step() -> None:
         enter(columns, xg)
