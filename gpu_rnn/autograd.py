@@ -8,23 +8,33 @@ First derivatives are the backend's; second and higher ones, and forward mode, t
 """
 
 from collections.abc import Sequence as List
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import dispatch
+from . import arrays, dispatch
 from .arguments import prepared
 from .derivatives import required, transformed
 from .nodes import Sequence, Stack, above, parts, recorded
 from .operators import captured, captured_stack, capturing
+from .plans import Plan, planned
 from .problem import Direction, Options, Weights
+
+LOOK = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
 
 
 def sequence(
     name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple]:
     """As `functional.sequence`, for tensors."""
+    if not (capturing() or transformed()):
+        plan = planned(
+            (name, options, *switches(x)), LOOK, (x, *weights, *state), made, name, x, weights, state, options
+        )
+        if plan is not None:
+            return followed(plan, x, weights, plan.filled(x, state))
     (result,) = sequences(name, [Direction(x, weights, state, options.reverse)], options)
     return result
 
@@ -79,6 +89,25 @@ def stacked(
         return [(y, last) for y, last, _ in dispatch.stack(backend, problem, x, filled)]
     outputs = Stack.apply(backend, problem, len(filled), x, *(tensor for w, state in filled for tensor in (*w, *state)))
     return [(y, tuple(last)) for y, *last in parts(outputs, len(filled))]
+
+
+def made(name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options) -> Plan | None:
+    """The plan of a call of a function."""
+    return None if unreal(x) else Plan.of(name, x, weights, state, options, required(x, *weights, *state))
+
+
+def switches(x: Tensor) -> tuple[bool, str | None]:
+    """What torch's own say that decides on a plan."""
+    return torch.is_grad_enabled(), arrays.precision(x) if x.is_cuda else None
+
+
+def followed(plan: Plan, x: Tensor, weights: Weights, state: List[Tensor]) -> tuple[Tensor, tuple]:
+    """What a plan gives."""
+    backend, problem, _, wanted, _ = plan
+    found = y, last, _ = dispatch.forward(backend, problem, x, weights, state)
+    if wanted:
+        ((y, last),) = recorded(backend, problem, [Direction(x, weights, state, problem.reverse)], [found])
+    return y, last
 
 
 def unreal(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ One layer, one direction, time-major. Here arguments are checked; what computes 
 
 import inspect
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -16,9 +17,11 @@ from gpu_rnn.kernels import cells
 from . import arrays, dispatch
 from .arguments import ShapeError, first_states, prepared, shape
 from .compat import require
+from .plans import Plan, planned
 from .problem import Around, Options, Weights
 from .woven import PLAIN, apply
 
+LOOK = attrgetter("__class__", "shape", "dtype")
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
 NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_norm makes it for all at once"
@@ -205,7 +208,7 @@ def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Aroun
 def structured(results: tuple, S: int) -> tuple[Any, ...]:
     """y, and everything that there is one of per state as one or as a tuple."""
     y, *groups = results
-    return y, *(tuple(group) if S > 1 else group[0] for group in groups)
+    return y, *[tuple(group) if S > 1 else group[0] for group in groups]
 
 
 def named(function: Callable, given: Mapping[str, Any]) -> str:
@@ -305,6 +308,10 @@ def sequence(
 
     -> y, the states after; with a history also the states after every instant
     """
+    if around is PLAIN and type(x) is np.ndarray:
+        plan = planned((name, options), LOOK, (x, *weights, *state), Plan.of, name, x, weights, state, options)
+        if plan is not None:
+            return dispatch.forward(plan.backend, plan.problem, x, weights, plan.filled(x, state))[:2]
     if foreign(x):
         given = (lent(x), Weights(*map(lent, weights)), tuple(map(lent, state)))
         return returned(sequence(name, *given, options, Around(*map(lent, around))), like=x)

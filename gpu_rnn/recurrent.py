@@ -13,15 +13,15 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from gpu_rnn.kernels import cells
 
-from . import arrays, dispatch, functional
-from .arguments import PRECISIONS, prepared
-from .autograd import sequences, unreal
+from . import functional
+from .arguments import PRECISIONS
+from .autograd import LOOK, followed, sequences, switches, unreal
 from .derivatives import required, transformed
-from .dispatch import ORDER, Backend, variable
+from .dispatch import ORDER
 from .functional import NORMALIZED_BITWISE, ShapeError
-from .nodes import recorded
 from .operators import capturing
-from .problem import Around, Direction, Options, Problem, Weights
+from .plans import Plan, planned
+from .problem import Around, Direction, Options, Weights
 from .woven import Applied, apply, checked_place, dropout_mask, positive, probability
 
 OURS = ("rnn_tanh", "rnn_relu", "lstm", "gru", functional.PROJECTED)
@@ -110,20 +110,6 @@ class Call(NamedTuple):
 PLAIN = Call()
 
 
-class Plan(NamedTuple):
-    """How a plain call goes, of one layer in one direction, and with it all that look like it."""
-
-    backend: Backend
-    problem: Problem
-    wanted: bool  # whether a gradient may be asked for
-    squeezed: bool  # whether states lose the axis of layers on their way
-    zeros: list[tuple[int, ...]]  # shapes of the states, where none are given
-
-
-# All that decides on a plan is in its key, and no array or layer is kept, so that none can be out of date.
-PLANS: dict[tuple, Plan | None] = {}  # None: such calls go the long way
-MOST_PLANS, UNSEEN = 1024, Plan(*[None] * 5)  # type: ignore[arg-type]
-LOOK = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
 SETTINGS = attrgetter(
     "page", "input_size", "hidden_size", "proj_size", "bias", "backend", "precision", "recompute", "bitwise",
     *PROBABILITIES, "peephole", "coupled", "layer_norm", "reset_after", "cell_clip",
@@ -319,34 +305,19 @@ class Recurrent(nn.Module):
 
         `names`: of its weights. `layout`: what decides, beside SETTINGS, how the input lies.
         """
-        if capturing() or transformed() or torch._C._is_any_autocast_enabled():
+        if capturing() or transformed() or torch._C._is_any_autocast_enabled() or not isinstance(input, Tensor):
             return None
         weights = self._named(names)
         state: Sequence[Tensor] = hx if type(hx) is tuple else () if hx is None else (hx,)
-        try:
-            looks = [LOOK(tensor) for tensor in (input, *state, *weights) if tensor is not None]
-            key = (
-                SETTINGS(self), layout, type(hx), torch.is_grad_enabled(), variable(),
-                arrays.precision(input) if input.is_cuda else None, *looks,
-            )  # fmt: skip
-            plan = PLANS.get(key, UNSEEN)
-        except (AttributeError, TypeError):  # no tensor, or nothing to look up: the long way has the words for it
-            return None
-        if plan is UNSEEN:
-            if len(PLANS) >= MOST_PLANS:
-                PLANS.clear()
-            plan = PLANS[key] = self._plan(input, hx, weights)
+        settings = SETTINGS(self), layout, type(hx), *switches(input)
+        plan = planned(settings, LOOK, (input, *state, *weights), self._plan, input, hx, weights)
         if plan is None:
             return None
-        if hx is None:
-            state = [input.new_zeros(shape) for shape in plan.zeros]
+        if plan.zeros:
+            state = [input.new_zeros(shape) for shape in plan.zeros if shape]
         if plan.squeezed:
             state = [each.squeeze(0) for each in state]
-        x = self._in_time(input)
-        found = y, last, _ = dispatch.forward(plan.backend, plan.problem, x, weights, state)
-        if plan.wanted:
-            direction = Direction(x, weights, state, False)
-            ((y, last),) = recorded(plan.backend, plan.problem, [direction], [found])
+        y, last = followed(plan, self._in_time(input), weights, state)
         return y, tuple([each.unsqueeze(0) for each in last]) if plan.squeezed else last
 
     def _plan(self, input: Tensor, hx: Any, weights: Weights) -> Plan | None:
@@ -355,12 +326,11 @@ class Recurrent(nn.Module):
         if not batch or unreal(input) or self._around():
             return None
         x, flat = self._in_time(input), [None if s is None else s.reshape(s.shape[-2:]) for s in initial]
-        wanted = required(input, *initial, *weights)
-        training = wanted and not self.recompute
-        backend, problem, filled = prepared(self.page, x, weights, flat, self._options(PLAIN), training)
-        squeezed = self._layered and not hasattr(backend, "LAYERED")
-        zeros = [(1, *state.shape) if self._layered else tuple(state.shape) for state in filled]
-        return Plan(backend, problem, wanted, squeezed, zeros)
+        plan = Plan.of(self.page, x, weights, flat, self._options(PLAIN), required(input, *initial, *weights))
+        if not self._layered:
+            return plan
+        zeros = [(1, *shape) for shape in plan.zeros if shape]
+        return plan._replace(zeros=zeros, squeezed=not hasattr(plan.backend, "LAYERED"))
 
     def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         """-> the sizes that a state has before H; and the first states. An error where they don't fit."""

@@ -9,6 +9,7 @@ import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 
 import gpu_rnn
-from gpu_rnn import BackendError, ShapeError, recurrent
+from gpu_rnn import BackendError, ShapeError, autograd, functional, plans, recurrent
 from gpu_rnn.backends import numpy
 
 from .test_layers import CELLS, LAYERS, flat
@@ -29,7 +30,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(21)
-    monkeypatch.setattr(recurrent, "PLANS", {})
+    monkeypatch.setattr(plans, "PLANS", {})
 
 
 def made(kind, dtype=torch.float32, **options):
@@ -45,14 +46,21 @@ def made(kind, dtype=torch.float32, **options):
 
 def the_long_way(call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recurrent.Recurrent, "_again", lambda *given: None)
+        for module in (recurrent, autograd, functional):
+            patch.setattr(module, "planned", lambda *given: None)
         return call()
+
+
+def each(outputs):
+    """The arrays in the nested outputs of a function or a layer."""
+    return [y for part in outputs for y in each(part)] if isinstance(outputs, tuple) else [outputs]
 
 
 def gone(call):
     """What comes out, or the error."""
     try:
-        return [(y.dtype, y.shape, y.requires_grad, y.detach()) for y in flat(call())]
+        outputs = [torch.from_numpy(y) if isinstance(y, np.ndarray) else y for y in each(call())]
+        return [(y.dtype, y.shape, y.requires_grad, y.detach()) for y in outputs]
     except Exception as error:
         return type(error), str(error)
 
@@ -69,8 +77,8 @@ def assert_seen(call):
     return found
 
 
-def plans():
-    return [plan for plan in recurrent.PLANS.values() if plan is not None]
+def made_plans():
+    return [plan for plan in plans.PLANS.values() if plan is not None]
 
 
 @every
@@ -80,7 +88,7 @@ def test_a_second_call_asks_nobody_again(kind, given, grad, monkeypatch):
     layer, x, hx = made(kind)
     with torch.set_grad_enabled(grad):
         expected = flat(layer(x, hx if given else None))
-        monkeypatch.setattr(recurrent, "prepared", lambda *_: pytest.fail("it was asked again"))
+        monkeypatch.setattr(plans, "prepared", lambda *_: pytest.fail("it was asked again"))
         found = flat(layer(x, hx if given else None))
     assert all(map(torch.equal, found, expected))
     assert all(y.requires_grad == grad for y in found)
@@ -183,7 +191,7 @@ def test_another_size_of_the_projection(kind):
 def test_a_frozen_layer_thaws(kind):
     layer, x, hx = made(kind)
     layer.requires_grad_(False)
-    recurrent.PLANS.clear()
+    plans.PLANS.clear()
     assert not any(y.requires_grad for y in flat(layer(x, hx)))
     parameter(layer)[1].requires_grad_()
     assert_seen(lambda: layer(x, hx))
@@ -246,7 +254,7 @@ def test_what_does_not_show_in_the_numbers(kind, name):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(x, hx)
-    last = plans()[-1].problem
+    last = made_plans()[-1].problem
     assert last.bitwise == (name == "bitwise")
     assert last.training != (name == "recompute")
     assert len(kept) == len(flat((x, hx))) + 4 + 2 * last.training  # what is given; y and the tape
@@ -285,7 +293,7 @@ def test_the_environment_is_asked_every_time(kind, monkeypatch):
 @every
 def test_gradients_are_switched_on(kind):
     layer, x, hx = made(kind)
-    recurrent.PLANS.clear()
+    plans.PLANS.clear()
     with torch.no_grad():
         layer(x, hx)
     assert all(requires for _, _, requires, _ in assert_seen(lambda: layer(x, hx)))
@@ -384,13 +392,13 @@ def test_first_and_second_derivatives(kind, recompute):
 def test_states_lose_their_axis_for_a_backend_that_wants_none(kind, monkeypatch):
     layer, x, hx = made(kind)
     expected = flat(layer(x, hx))
-    recurrent.PLANS.clear()
+    plans.PLANS.clear()
     monkeypatch.delattr(numpy, "LAYERED")
     monkeypatch.setattr(numpy, "by_row", numpy.to_numpy)
     for first in (hx, None):
         assert_seen(lambda first=first: layer(x, first))
     assert all(map(torch.equal, flat(layer(x, hx)), expected))
-    assert all(plan.squeezed for plan in plans())
+    assert all(plan.squeezed for plan in made_plans())
     sum(y.sum() for y in flat(layer(x, hx))).backward()
 
 
@@ -415,7 +423,7 @@ def test_layers_weights_and_inputs_are_let_go(kind):
     layer, x, hx = made(kind)
     layer(x.requires_grad_(), hx)
     watched = [weakref.ref(thing) for thing in (layer, x, *flat(hx), *layer.parameters())]
-    assert plans()
+    assert made_plans()
     del layer, x, hx
     gc.collect()
     assert not any(ref() is not None for ref in watched)
@@ -423,11 +431,11 @@ def test_layers_weights_and_inputs_are_let_go(kind):
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch):
     layer, _, _ = made("GRU")
-    monkeypatch.setattr(recurrent, "MOST_PLANS", 5)
+    monkeypatch.setattr(plans, "MOST_PLANS", 5)
     for B in range(1, 20):
         x = torch.randn(1, B, 4)
         assert_seen(lambda x=x: layer(x))
-        assert len(recurrent.PLANS) <= 5
+        assert len(plans.PLANS) <= 5
 
 
 def test_a_refused_call_is_refused_again():
@@ -435,7 +443,7 @@ def test_a_refused_call_is_refused_again():
     for _ in range(2):
         with pytest.raises(ShapeError, match="input"):
             layer(x[..., :3])
-    assert all(plan is not None for plan in recurrent.PLANS.values())
+    assert all(plan is not None for plan in plans.PLANS.values())
 
 
 def test_threads_share_plans_and_nothing_else():
@@ -470,6 +478,177 @@ def test_swapped_modules_and_hooks(kind):
 def test_a_step_is_such_a_call(monkeypatch):
     layer, x, hx = made("LSTM")
     expected = flat(layer(x, hx))
-    monkeypatch.setattr(recurrent, "prepared", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr(plans, "prepared", lambda *_: pytest.fail("it was asked again"))
     y, after = layer.step(x[0], hx)
     assert all(map(torch.equal, [y[None], *after], expected))
+
+
+# ---- functions ------------------------------------------------------------------------------------------------------
+
+function = pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+library = pytest.mark.parametrize("library", ["numpy", "torch"])
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+def given(kind, library, dtype="float32"):
+    """The function, and its arguments by name, once called."""
+    G, (T, B, I, H) = GATES[kind], (2, 3, 4, 4)
+    shapes = {"x": (T, B, I), "w_ih": (G * H, I), "w_hh": (G * H, H), "b_ih": (G * H,), "b_hh": (G * H,), "h0": (B, H)}
+    shapes |= {"c0": (B, H)} if kind == "lstm" else {}
+    drawn = {name: torch.randn(shape, dtype=getattr(torch, dtype)) for name, shape in shapes.items()}
+    named = {name: array.numpy() if library == "numpy" else array for name, array in drawn.items()}
+    run = getattr(gpu_rnn, kind)
+    run(**named)
+    return run, named
+
+
+@library
+@function
+@pytest.mark.parametrize("without", [(), ("h0",), ("b_ih", "b_hh"), ("c0",)], ids=" ".join)
+def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without, monkeypatch):
+    run, named = given(kind, library)
+    named = {name: array for name, array in named.items() if name not in without}
+    expected = each(run(**named))
+    monkeypatch.setattr(plans, "prepared", lambda *_: pytest.fail("it was asked again"))
+    found = each(run(**named))
+    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+    outputs = [np.asarray(y) for y in [*found, *expected]]
+    assert not any(np.shares_memory(a, b) for k, a in enumerate(outputs) for b in outputs[:k])
+    assert not any(np.shares_memory(a, np.asarray(b)) for a in outputs for b in named.values())
+    assert_seen(lambda: run(**named))
+
+
+@library
+@function
+def test_arrays_that_change(kind, library):
+    run, named = given(kind, library)
+    before = assert_seen(lambda: run(**named))
+    for name, array in named.items():
+        array += 1
+        assert not torch.equal(assert_seen(lambda: run(**named))[0][3], before[0][3]), name
+        before = assert_seen(lambda: run(**named))
+        mirrored = array[::-1].copy()[::-1] if library == "numpy" else array.t() if name == "h0" else array
+        assert_seen(lambda name=name, mirrored=mirrored: run(**named | {name: mirrored}))
+
+
+@library
+@function
+def test_arguments_of_other_kinds(kind, library):
+    run, named = given(kind, library)
+    other = torch.from_numpy if library == "numpy" else torch.Tensor.numpy
+    changes = [
+        lambda a: a[..., :2], lambda a: a[None], lambda a: a[0], lambda a: a.tolist(), lambda a: None, other,
+        lambda a: a.astype("d") if library == "numpy" else a.double(),
+        lambda a: a.view(np.recarray) if library == "numpy" else a.as_subclass(nn.Buffer),
+        lambda a: a.astype(complex) if library == "numpy" else a.to("meta"),
+    ]  # fmt: skip
+    for name in named:
+        for change in changes:
+            changed = named | {name: change(named[name])}
+            found, again = (gone(lambda changed=changed: run(**changed)) for _ in range(2))
+            expected = the_long_way(lambda changed=changed: gone(lambda: run(**changed)))
+            assert str(found) == str(again) == str(expected), name
+    assert_seen(lambda: run(**named))
+
+
+ASKED = [
+    {"backend": "cuda"}, {"backend": "numpy"}, {"backend": "none"}, {"backend": ["numpy"]}, {"precision": "tf32"},
+    {"precision": "half"}, {"precision": []}, {"reverse": True}, {"recompute": True}, {"bitwise": True},
+    {"return_states": True}, {"zoneout": 0.5, "training": False}, {"zoneout": 1.0, "seed": 3},
+    {"recurrent_dropout": 0.5}, {"lengths": None}, {"unheard_of": 1},
+]  # fmt: skip
+
+
+@library
+@function
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_what_a_function_is_asked(kind, library, asked):
+    run, named = given(kind, library, "float64")
+    found, again = (gone(lambda: run(**named, **asked)) for _ in range(2))
+    expected = the_long_way(lambda: gone(lambda: run(**named, **asked)))
+    assert str(found) == str(again) == str(expected)
+    before = gone(lambda: run(**named))
+    if asked.keys() & {"reverse", "return_states", "unheard_of"} or asked in ASKED[:1]:
+        assert str(found) != str(before)
+    assert_seen(lambda: run(**named))
+
+
+@library
+@function
+def test_a_function_asks_the_environment_every_time(kind, library, monkeypatch):
+    run, named = given(kind, library)
+    monkeypatch.setenv("GPU_RNN_BACKEND", "cuda")
+    with pytest.raises(BackendError, match="cuda"):
+        run(**named)
+    run(**named, backend="numpy")
+    monkeypatch.setenv("GPU_RNN_BACKEND", "none")
+    with pytest.raises(ValueError, match="none"):
+        run(**named)
+    monkeypatch.delenv("GPU_RNN_BACKEND")
+    run(**named)
+
+
+def test_an_activation_is_a_cell_of_its_own():
+    run, named = given("rnn", "numpy")
+    before = assert_seen(lambda: run(**named))
+    assert not torch.equal(assert_seen(lambda: run(**named, nonlinearity="relu"))[0][3], before[0][3])
+
+
+@function
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_function_under_autograd(kind, recompute):
+    run, named = given(kind, "torch", "float64")
+    names, tensors = [*named], [tensor.requires_grad_() for tensor in named.values()]
+
+    def call(*tensors):
+        return tuple(each(run(**dict(zip(names, tensors)), recompute=recompute)))
+
+    plans.PLANS.clear()
+    with torch.no_grad():
+        call(*tensors)
+    assert all(requires for _, _, requires, _ in assert_seen(lambda: call(*tensors)))
+    assert [plan.problem.training for plan in made_plans()] == [False, not recompute]
+    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradgradcheck(call, tensors)
+    with torch.no_grad():
+        assert not any(requires for _, _, requires, _ in assert_seen(lambda: call(*tensors)))
+    with torch.inference_mode():
+        assert all(y.is_inference() for y in call(*tensors))
+    tensors[2].requires_grad_(False)
+    sum(y.sum() for y in call(*tensors)).backward()
+    assert [tensor.grad is None for tensor in tensors] == [k == 2 for k in range(len(tensors))]
+
+    def loss(x):
+        return sum(y.square().sum() for y in call(x, *tensors[1:]))
+
+    x = tensors[0]
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    with forward_ad.dual_level():
+        _, slope = forward_ad.unpack_dual(loss(forward_ad.make_dual(x.detach(), x.detach())))
+    torch.testing.assert_close(slope, (expected * x).sum())
+
+
+@library
+@function
+def test_arrays_of_a_call_are_let_go(kind, library):
+    run, named = given(kind, library)
+    watched = [weakref.ref(array) for array in [*named.values(), *each(run(**named))]]
+    assert made_plans()
+    del named
+    gc.collect()
+    assert not any(ref() is not None for ref in watched)
+
+
+@library
+@function
+def test_threads_call_functions_at_once(kind, library):
+    several = [given(kind, library) for _ in range(6)]
+    expected = [each(run(**named)) for run, named in several]
+
+    def call(k):
+        run, named = several[k % 6]
+        return all((a == b).all() for a, b in zip(each(run(**named)), expected[k % 6], strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(300)))

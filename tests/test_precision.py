@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import gpu_rnn
-from gpu_rnn import arrays, dispatch, recurrent
+from gpu_rnn import arrays, dispatch, plans
 
 from .conftest import sequence_arrays
 
@@ -36,7 +36,7 @@ def setting(monkeypatch):
     """A float32 tensor follows this word, as if it were on a GPU."""
     words = ["tf32"]
     monkeypatch.setattr(arrays, "precision", lambda array: words[-1])
-    monkeypatch.setattr(recurrent, "PLANS", {})  # of tensors on the CPU, which knew no such word
+    monkeypatch.setattr(plans, "PLANS", {})  # of tensors on the CPU, which knew no such word
     return words
 
 

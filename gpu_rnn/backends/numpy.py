@@ -129,9 +129,8 @@ def run_forward(
 ) -> tuple[np.ndarray, tuple, tuple]:
     """The tape is the record of `Instants` for all instants, in the order of computation; with a projection also h
     before it, [T, H, B]."""
-    T, B, I = x.shape
-    H, P = sizes(cell, weights)
-    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, H, P, x.dtype, bitwise)
+    (T, B, I), (rows, P) = x.shape, weights.w_hh.shape
+    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, rows, P, x.dtype, bitwise)
     instants = shelf.lend()
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
@@ -139,7 +138,9 @@ def run_forward(
     more: Any = More(cell, weights, T, reverse) if projected or cell.E else None
 
     y = np.empty((T, B, P), x.dtype)
-    tape = [np.empty((T + 1, *record.shape[1:]), x.dtype), *[np.empty((T, H, B), x.dtype)] * projected] if save else []
+    tape = [np.empty((T + 1, *record.shape[1:]), x.dtype)] if save else []
+    if save and projected:
+        tape.append(np.empty((T, *shown.shape[1:]), x.dtype))
     x, out = in_order(reverse, x, y)
     for first in range(0, T, n):
         if first:
@@ -342,10 +343,10 @@ shelf_of = lru_cache(SIZES)(Shelf)
 
 
 @lru_cache(SIZES)
-def shelf_forward(cell: Cell, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype, bitwise: bool) -> Shelf:
-    """Of the `Instants` on which a sequence goes forward. I is 0 where x is the input part already."""
-    n = min(T, CHUNK, 1 + CHUNK_BYTES // max(cell.G * H * B * dtype.itemsize, 1))
-    wide = bitwise or B >= WIDE or (B >= NARROW and cell.G * H * I <= SMALL)
+def shelf_forward(cell: Cell, T: int, B: int, I: int, rows: int, P: int, dtype: np.dtype, bitwise: bool) -> Shelf:
+    """Of the `Instants` on which a sequence goes forward. rows: G*H. I is 0 where x is the input part already."""
+    n = min(T, CHUNK, 1 + CHUNK_BYTES // max(rows * B * dtype.itemsize, 1))
+    wide, H = bitwise or B >= WIDE or (B >= NARROW and rows * I <= SMALL), rows // cell.G
     return shelf_of(Instants, cell, arranged(cell, T, B, H, I + P, dtype, bitwise), n, wide, B, I, H, P, dtype)
 
 
