@@ -105,6 +105,24 @@ def test_without_biases(name):
     compare("numpy", sequences.draw(name, "float32", 3, 2, 5, 8, bias=False))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_an_empty_batch(dtype):
+    """It trains, as in torch.nn: there are no rows, and the weights' gradients are zero."""
+    case, on = sequences.draw("lstm", dtype, 5, 0, 3, 8), residence.DEVICES["h200"]
+    ran = case.run(
+        partial(sequence.forward, partial(cuda.walk, on_host.ready, on)),
+        partial(sequence.backward, partial(cuda.walk_back, on_host.ready, on)),
+    )
+    assert ran["y"].shape == (5, 0, 8)
+    assert ran["dx"].shape == case.x.shape
+    assert not ran["dw_hh"].any()
+    for layers in (1, 3):
+        problem = Problem(case.cell, 5, 0, 8, 8, dtype=dtype, device="cuda", library="torch", layers=layers)
+        plan, why = (cuda.residence_of if layers == 1 else cuda.stack_of)(problem, on, False)
+        assert plan is None
+        assert "the batch is empty" in why
+
+
 def test_a_thread_takes_several_rows_of_a_large_batch(monkeypatch):
     monkeypatch.setattr(plans, "MAX_GRID_Y", 1)
     compare("numpy", sequences.draw("lstm", "float32", 2, 70, 3, 8))

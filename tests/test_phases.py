@@ -36,7 +36,9 @@ def test_numpy(options):
         check(made, oracle.forward, oracle.backward)
 
 
-@pytest.mark.parametrize(("dtype", "T", "B"), [("float64", 1, 3), ("float64", 4, 2), ("float32", 40, 9)])
+@pytest.mark.parametrize(
+    ("dtype", "T", "B"), [("float64", 1, 3), ("float64", 4, 2), ("float32", 40, 9), ("float32", 3, 0)]
+)
 def test_numpy_in_other_sizes(dtype, T, B):
     check(woven.drawn(NAME, woven.OPTIONS["all"], dtype, T, B, 4, 5), oracle.forward, oracle.backward)
 

@@ -156,6 +156,8 @@ def residence_of(
     is compiled, and the driver isn't asked.
     """
     why: list[str] = []
+    if problem.B == 0:
+        why.append("the batch is empty")
     if problem.P is not None:
         why.append("a projection is one more product per step")
     if problem.T < LEAST_INSTANTS and not problem.bitwise:
@@ -172,7 +174,7 @@ def stack_of(
 ) -> tuple[residence.Residence | None, Sequence[str]]:
     """The plan by which the layers of a stack go one way through time at once, or why they don't."""
     cell, dtype, tf32 = problem.cell, problem.dtype, problem.tf32
-    if problem.P is not None or problem.T < LEAST_INSTANTS:
+    if problem.B == 0 or problem.P is not None or problem.T < LEAST_INSTANTS:
         return None, residence_of(problem, on, backward)[1]
     if cell.meets:
         return None, ("its page takes means over all units, and those of a stack don't meet",)

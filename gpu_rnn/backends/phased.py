@@ -120,13 +120,13 @@ def returned(array: Any, like: Any) -> Any:
 
 def twice(array: Any) -> Any:
     """[T, ...] -> [2*T, ...]."""
-    return arrays.stack((array, array), 1).reshape(-1, *array.shape[1:])
+    return arrays.stack((array, array), 1).reshape(2 * len(array), *array.shape[1:])
 
 
 def after(array: Any, reverse: bool) -> Any:
     """[T, ...] -> [2*T, ...], zero at the instants of the first phase."""
     pair = arrays.zeros(tuple(array.shape), like=array), array
-    return arrays.stack(pair[::-1] if reverse else pair, 1).reshape(-1, *array.shape[1:])
+    return arrays.stack(pair[::-1] if reverse else pair, 1).reshape(2 * len(array), *array.shape[1:])
 
 
 def laid_out(cell: Cell, given: Direction, x: Any) -> Direction:

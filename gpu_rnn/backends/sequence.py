@@ -264,9 +264,9 @@ def of_input(dpart: Any, x: Any, weights: Weights, needs: Collection[str]) -> di
     T, B, GH = dpart.shape
     rows, found = dpart.reshape(T * B, GH), {}
     if "x" in needs:
-        found["x"] = dpart if weights.w_ih is None else product(rows, weights.w_ih, like=dpart).reshape(T, B, -1)
+        found["x"] = dpart if weights.w_ih is None else product(rows, weights.w_ih, like=dpart).reshape(*x.shape)
     if "w_ih" in needs:
-        found["w_ih"] = product(rows.T, x.reshape(T * B, -1), like=dpart)
+        found["w_ih"] = product(rows.T, x.reshape(T * B, x.shape[2]), like=dpart)
     if "b_ih" in needs:
         found["b_ih"] = rows.sum(0)
     return found
