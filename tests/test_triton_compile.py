@@ -18,6 +18,7 @@ from triton.runtime.jit import MockTensor
 from gpu_rnn.backends import triton as backend
 from gpu_rnn.backends.stepwise import Step
 from gpu_rnn.kernels.triton import sequence, stepwise
+from gpu_rnn.problem import Weights
 
 from . import gpuless
 
@@ -210,6 +211,44 @@ def test_the_threads_of_an_instant_hold_16_bytes(H, dtype):
         block_b, block_h, num_warps, _ = plans.instant(H, dtype, whole=whole)
         assert block_b * block_h * item == (8 if whole else 16) * 32 * num_warps
         assert block_h < 2 * H
+
+
+def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
+    """Triton builds it, and needs a C compiler and Python's headers."""
+
+    class Broken(gpuless.Driver):
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("gpu_rnn.compat.no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for driver, reasons in (
+        (gpuless.Driver, []),
+        (Broken, ["Triton's driver for the GPU doesn't start: RuntimeError: Failed to find C compiler"]),
+    ):
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver(90))
+        assert backend.unfit.__wrapped__() == reasons
+
+
+@pytest.mark.parametrize("H", [12, 300], ids=["sequence", "instant"])
+def test_no_length_and_no_batch_compiles_anything(monkeypatch, H):
+    """Nor where in a larger tensor the caller's begin, which is a matter of B."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpuless.Driver(90, []))
+    kernels = sequence.forward_kernel, sequence.backward_kernel, stepwise.step_kernel, stepwise.grad_kernel
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    cell = cells.get("rnn_tanh+hold+zoneout(0.1)")
+    w_hh, b_hh = torch.zeros(H, H), torch.zeros(H)
+    for T, B, at in ((1, 1, 0), (16, 16, 0), (3, 5, 0), (2, 3, 1)):
+        whole, flags = torch.zeros(at + T * B * H), torch.zeros(at + T * B, dtype=torch.uint8)
+        x, h0 = whole[at:].view(T, B, H), whole[at : at + B * H].view(B, H)
+        seed = torch.zeros(2, dtype=torch.int64)[at : at + 1]
+        weights = Weights(None, w_hh, None, b_hh, flags=flags[at:].view(T, B), seed=seed)
+        y, last, tape = backend.forward(cell, x, weights, (h0,), reverse=False, save=True)
+        backend.backward(cell, x, weights, (h0,), y, tape, x, last, reverse=False, needs={"w_hh"})
+    compiled = [len(kernel.device_caches[0][0]) for kernel in kernels if kernel.device_caches[0][0]]
+    assert compiled == [1, 1]
 
 
 def test_later_launches_pass_what_the_first_one_passed(monkeypatch):

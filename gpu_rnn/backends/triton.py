@@ -56,6 +56,12 @@ def unfit() -> list[str]:
     capability = torch.cuda.get_device_capability()
     if capability < plans.OLDEST:
         return [f"the GPU has compute capability {capability}; the kernels need {plans.OLDEST}"]
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # its driver is built where it runs, by a C compiler that needn't be there
+        return [f"Triton's driver for the GPU doesn't start: {type(error).__name__}: {error}"]
     return []
 
 
@@ -71,6 +77,7 @@ def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
     bitwise: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
+    x, weights, state = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state))
     with device_of(x), arrays.products(x, tf32):
         return sequence.forward(walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
 
@@ -79,6 +86,7 @@ def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
+    x, weights, state, dy = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state)), aligned(dy)
     with device_of(x), arrays.products(x, tf32):
         return sequence.backward(
             walk_back, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
@@ -113,6 +121,16 @@ def warmup(problem: Problem) -> tuple[str, ...]:
             backward(cell, x, given, state, y, tape, y, last, **how, needs={"x", "w_hh"})
     name = "stepwise" if sequence_plan(problem)[0] is None else "sequence"
     return tuple(f"{name}_{way}" for way in ("forward", "backward")[: 1 + problem.training])
+
+
+def aligned(array: Any) -> Any:
+    """The array, or a copy where it doesn't begin at a multiple of 16 bytes; None stays None.
+
+    For others Triton compiles anew, and where the state of a layer begins among those of all depends on B.
+    """
+    if array is None or array.data_ptr() % 16 == 0:
+        return array
+    return array.clone(memory_format=compat.require("torch", "the triton backend").contiguous_format)
 
 
 def device_of(x: Any) -> Any:
