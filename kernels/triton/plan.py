@@ -7,8 +7,7 @@ from ..cells import Cell
 OLDEST = (8, 0)  # compute capability: bfloat16, asynchronous copies, and what the tests compile for
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}  # what a sequence kernel takes
 REAL_BYTES = 4  # of what it computes in
-FLOAT32_WEIGHTS = 64 << 10  # bytes; see `sequence`
-MEETING = 384  # gates times units, backward, of a page that takes means; see `sequence`
+FLOAT32_WEIGHTS = 64 << 10  # bytes; see `spilling`
 
 
 class Instant(NamedTuple):
@@ -56,11 +55,7 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
                all of h again. IEEE float32 products have no tensor cores; split twice as far, operands don't spill.
     maxnreg    all that there are: one program per multiprocessor is the rule. Left to itself ptxas prefers to spill.
 
-    Shared memory is what limits the halves. In float32 it is the product, all of it unrolled: with 64 KiB of weights it
-    takes 96 registers of 128, with 96 KiB it spills. Above 64 units it is the addresses, one for each small access:
-    such rows must be made of fours. A page that takes means has more values at hand, and there are
-    smaller sizes: layer normalization goes up to 128 units in halves, backward to 64 for four gates, and to 32 in
-    float32. Others up to these H, compiled without spills by Triton 3.6.0 and 3.7.1:
+    Shared memory is what limits the halves, and registers the rest (`spilling`). Plain cells up to these H:
 
                 sm_90, sm_100 (227 KiB)        sm_80 (163 KiB)
                 rnn     gru     lstm           rnn     gru     lstm
@@ -69,19 +64,43 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
     """
     if dtype not in ITEM_BYTES:
         return None, f"{dtype} products take no tensor cores and too many registers"
-    rows, tile = 16, max(16, power_of_two(H))
-    if tile > 64 and H % 4:
-        return None, f"H = {H} is above 64 and no multiple of 4, which takes too many registers"
-    weights = cell.G * tile * tile * ITEM_BYTES[dtype]
-    if dtype == "float32" and weights > FLOAT32_WEIGHTS // (1 + cell.meets):
-        return None, f"{weights >> 10} KiB of float32 weights take too many registers"
-    if cell.meets and backward and cell.G * tile > MEETING:
-        return None, f"means over {tile} units for {cell.G} gates take too many registers"
+    rows, tile = 16, max(32 if cell.meets else 16, power_of_two(H))
+    why = spilling(cell, H, tile, dtype)
+    if why is not None:
+        return None, f"{why} takes too many registers"
     num_warps = min(tile // 4, 16) if dtype == "float32" else min(tile // 8, 8)
     for stages in (3, 2, 1):
         if sequence_bytes(cell, tile, dtype, rows, stages, backward=backward) <= shared_memory:
             return Sequence(rows, tile, stages, num_warps, maxnreg=min(65536 // (32 * num_warps), 255)), ""
-    return None, f"{weights >> 10} KiB of weights don't fit {shared_memory >> 10} KiB of shared memory"
+    weights = cell.G * tile * tile * ITEM_BYTES[dtype] >> 10
+    return None, f"{weights} KiB of weights don't fit {shared_memory >> 10} KiB of shared memory"
+
+
+def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
+    """What takes more registers than there are, or None. Nothing else was seen to spill with Triton 3.6.0 and 3.7.1.
+
+    In float32 it is the product, all of it unrolled: with 64 KiB of weights it takes 96 registers of 128, with 96 KiB
+    it spills; and with more than 32 KiB where a page takes anything beside gates and states. Else it is the addresses,
+    one for each small access: above 64 units rows must be made of fours, and with anything beside, of 16 bytes.
+
+    What an instant has to keep fills registers, too: a state twice, as it was and as it is made, what is learned once,
+    and three values for a flag, a mask or a random number, with which a state is one thing or another. Up to 64 units
+    there may be 21 such values, and half as many for twice the units. In float32, too, there may be half as many, and
+    in a page that takes means, as all gates are at hand until these are known: in a tile of 16 it would spill even so.
+    """
+    more = cell.E > 0 or cell.meets
+    weights = cell.G * tile * tile * ITEM_BYTES[dtype]
+    if dtype == "float32" and weights > FLOAT32_WEIGHTS // (1 + more):
+        return f"a product with {weights >> 10} KiB of float32 weights"
+    if tile > 64 and H % 4:
+        return f"H = {H}, above 64 and no multiple of 4,"
+    if more and H * ITEM_BYTES[dtype] % 16:
+        return f"{cell.name} in rows of {H} {dtype} numbers, no multiple of 16 bytes,"
+    values = 2 * cell.S + cell.learned + 3 * (cell.E - cell.learned)
+    most = 10 if cell.meets or dtype == "float32" else 21
+    if values * max(tile, 64) > most * 64:
+        return f"{cell.name}, with {values} values of an instant to keep{' beside means' * cell.meets}, at H = {H}"
+    return None
 
 
 def sequence_bytes(cell: Cell, tile: int, dtype: str, rows: int, stages: int, *, backward: bool) -> int:

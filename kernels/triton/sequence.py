@@ -12,6 +12,9 @@ multiprocessor, G products of [16, H] by [H, H] and a dozen barriers, instead of
 Limits: tiles are padded to a power of two, TILE >= H, so that the weights take G * TILE^2 elements on the chip; see
 `plan.py` for what fits. float32 and halves; what meets the weights is rounded to the storage dtype, as everywhere.
 T and B are plain arguments: a new length or batch compiles nothing. Offsets to an instant or a row are int64.
+
+What is written in place, `saved` over `xg` and states at the end over those at the beginning, may have been read by
+another thread. The products lie between: none of them begins before all threads have come to it.
 """
 
 import triton
