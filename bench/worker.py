@@ -21,6 +21,7 @@ from . import supervise
 from .problems import NN, Case
 
 STRIKES = 3  # so many crashes or timeouts, and a contender is out for the rest of the run
+SPIN = "24"  # for 2^24 cycles OpenBLAS's threads spin after a product, some ms; for 2^28 else, while a case waits
 Row = dict[str, Any]
 
 
@@ -95,6 +96,7 @@ class Worker:
         if self.threads is not None:
             names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
             environment |= dict.fromkeys(names, str(self.threads))
+            environment["OPENBLAS_THREAD_TIMEOUT"] = SPIN
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self.process = supervise.start(
             self.command,
