@@ -384,7 +384,7 @@ def ready(launch: Launch) -> Callable[..., None]:
 
 
 PLAIN_SHARED_BYTES = 48 << 10  # more must be asked for, kernel by kernel
-PORTABLE_CLUSTER = 8  # blocks; more must be asked for, too
+CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter must be asked for, too
 
 
 # ---- What fits the device at once, as the driver knows it -----------------------------------------------------------
@@ -426,9 +426,6 @@ def clusters(shared: int) -> tuple[tuple[int, int], ...]:
             driver().allow_large_clusters(raw.kernel.ptr)
         found.append((n, driver().clusters(raw.kernel.ptr, n, 32, shared)))
     return tuple((n, count) for n, count in found if count)
-
-
-CLUSTERS = (2, 4, 8, 16)  # blocks
 
 
 def of_clusters() -> Any:

@@ -37,8 +37,8 @@ WIDE, NARROW, SMALL = 32, 8, 1 << 16  # batch rows from which a product per inst
 EXP = 1 << 10  # values of a row for which it repays more calls to take sigmoids by exp; float64 has no fast exp
 TOGETHER = 1 << 13  # values of a row backward that are computed at once
 PRODUCT = 10**6  # multiply-adds up to which OpenBLAS, given AVX-512, reads its operands where they lie: twice as fast
-AS_EVER = nullcontext()
 LEAST_ROWS = 16  # of the blocks that a product is cut into: of smaller ones it takes too many
+AS_EVER = nullcontext()
 
 
 def reasons(problem: Problem) -> list[str]:
