@@ -403,6 +403,35 @@ DEVICE T* map_shared_rank(T* shared, unsigned rank) {
     return mapped;
 }
 
+// ---- The watchdog of spins --------------------------------------------------------------------------------
+
+DEVICE unsigned globaltimer_lo() {  // nanoseconds
+    unsigned now;
+    PTX(asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now)));
+    TWIN(now = 0);  // where time stands still; the scheduler finds those that wait for ever
+    return now;
+}
+DEVICE void trap() {
+    PTX(asm volatile("trap;"));
+    TWIN(host::fail("trap"));
+}
+// Compiled with -DWATCHDOG, a wait of over two seconds ends the kernel with a trap: a hang costs one launch. One Watchdog
+// for each wait; `turn` is called in each turn of its loop, and looks at the clock in few of them.
+struct Watchdog {
+#ifdef WATCHDOG
+    unsigned turns = 0, began = 0;
+
+    DEVICE void turn() {
+        if (++turns % 256 != 0) return;
+        const unsigned now = globaltimer_lo();
+        if (turns == 256) began = now;
+        if (now - began > 2000000000u) trap();
+    }
+#else
+    DEVICE void turn() {}
+#endif
+};
+
 // ---- Barriers in shared memory that count arrivals and bytes ----------------------------------------------
 
 // A phase ends when `count` arrivals have come and all expected bytes have landed. The n-th phase (from 0)
@@ -465,13 +494,11 @@ DEVICE bool mbarrier_try_wait_cluster(Mbarrier* shared, unsigned parity) {
 }
 // Waits for arrivals and copies of this block only ...
 DEVICE void mbarrier_wait(Mbarrier* shared, unsigned parity) {
-    while (!mbarrier_try_wait(shared, parity)) {
-    }
+    for (Watchdog watchdog; !mbarrier_try_wait(shared, parity);) watchdog.turn();
 }
 // ... and for those of other blocks of the cluster as well.
 DEVICE void mbarrier_wait_cluster(Mbarrier* shared, unsigned parity) {
-    while (!mbarrier_try_wait_cluster(shared, parity)) {
-    }
+    for (Watchdog watchdog; !mbarrier_try_wait_cluster(shared, parity);) watchdog.turn();
 }
 
 // ---- Asynchronous stores and bulk copies ------------------------------------------------------------------

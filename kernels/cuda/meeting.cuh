@@ -102,7 +102,8 @@ struct Meeting {
                 for (int f = 0; f < IN_FLIGHT; ++f) {
                     const int block = segment + f * SEGMENTS;
                     if (block >= BLOCKS) break;
-                    while (got[f].w != stamp) got[f] = ld_relaxed_gpu(at + block * WORDS + word);
+                    for (Watchdog watchdog; got[f].w != stamp; watchdog.turn())
+                        got[f] = ld_relaxed_gpu(at + block * WORDS + word);
                     sums[0] += __uint_as_float(got[f].x);
                     sums[1] += __uint_as_float(got[f].y);
                     sums[2] += __uint_as_float(got[f].z);

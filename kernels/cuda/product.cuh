@@ -43,6 +43,10 @@ DEVICE void ieee_fragment(unsigned a[4], Element element, int lane) {
 
 // ---- The product ----------------------------------------------------------------------------------------------------
 
+struct Corner {
+    int row, column;
+};
+
 #if IEEE
 
 template <int ROWS>
@@ -84,7 +88,8 @@ struct Sums {
         return (upper ? second : first) + __shfl_xor_sync(~0u, upper ? first : second, bit);
     }
 
-    // Give what this lane is to write: give(r, row of the fragment, batch row, sum).
+    // Give what this lane is to write: give(r, row of the fragment, batch row, sum), rows from `corner` on.
+    DEVICE static Corner corner(int lane) { return {lane % 16, lane / 16}; }
     template <class Give>
     DEVICE void finish(int lane, Give give) const {
 #pragma unroll
@@ -95,7 +100,7 @@ struct Sums {
 #pragma unroll
                 for (int i = 0; i < LANE_ROWS; ++i) sum[i] = folded(sums[r][i][n], sums[r][i][n + 1], lane, 16);
                 if (LANE_ROWS == 2) sum[0] = folded(sum[0], sum[LANE_ROWS - 1], lane, 8);
-                give(r, lane % 16, n + lane / 16, sum[0]);
+                give(r, 0, n, sum[0]);
             }
         }
     }
@@ -147,7 +152,8 @@ struct Sums {
         }
     }
 
-    // Give what this lane is to write: give(r, row of the fragment, batch row, sum).
+    // Give what this lane is to write: give(r, row of the fragment, batch row, sum), rows from `corner` on.
+    DEVICE static Corner corner(int lane) { return {lane / 4, lane % 4 * 2}; }
     template <class Give>
     DEVICE void finish(int lane, Give give) const {
 #pragma unroll
@@ -158,7 +164,7 @@ struct Sums {
                 for (int i = 0; i < 4; ++i) {
                     float sum = sums[0][r][n][i];
                     for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][r][n][i];
-                    give(r, lane / 4 + i / 2 * 8, n * 8 + lane % 4 * 2 + i % 2, sum);
+                    give(r, i / 2 * 8, n * 8 + i % 2, sum);
                 }
             }
         }

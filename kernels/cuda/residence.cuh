@@ -159,9 +159,9 @@ struct Residence {  // for one direction of time
     }
 
     DEVICE void lay_out(const Sums<ROWS>& sums, float* to) const {
-        sums.finish(lane, [&](int r, int row, int column, float sum) {
-            to[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;
-        });
+        const Corner at = Sums<ROWS>::corner(lane);
+        to += (warp % K_SPLITS * ROWS * NB + at.column) * PITCH + warp / K_SPLITS * 16 + at.row;
+        sums.finish(lane, [&](int r, int row, int column, float sum) { to[(r * NB + column) * PITCH + row] = sum; });
         __syncthreads();  // all parts are there, and the operand has been multiplied
     }
 
@@ -189,17 +189,27 @@ struct Residence {  // for one direction of time
 #if SCOPE == CLUSTER
         if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[n % 2], (BLOCKS - 1) * rows * SLICE);
         unsigned char* slice = operand + n % OPERANDS * OPERAND + rank * SLICE;
-        for (int peer = warp; peer < BLOCKS - 1; peer += WARPS) {
-            for (int i = lane; i < rows * (SLICE / 16); i += 32) {
-                uint4* mine = reinterpret_cast<uint4*>(slice + i / (SLICE / 16) * ROW) + i % (SLICE / 16);
-                st_async(mine, *mine, &received[n % 2], (rank + 1 + peer) % BLOCKS);  // not all at one peer at a time
+        constexpr int EACH = (NB * (SLICE / 16) + 31) / 32;  // pieces of 16 bytes of a lane
+#pragma unroll
+        for (int piece = 0; piece < EACH; ++piece) {
+            const int i = lane + piece * 32;
+            uint4* mine = reinterpret_cast<uint4*>(slice + i / (SLICE / 16) * ROW + i % (SLICE / 16) * 16);
+            if (i >= rows * (SLICE / 16)) break;
+            const uint4 value = *mine;
+#pragma unroll
+            for (int turn = 0; turn < (BLOCKS - 1 + WARPS - 1) / WARPS; ++turn) {
+                const int peer = warp + turn * WARPS;  // not all at one peer at a time
+                if (peer < BLOCKS - 1) st_async(mine, value, &received[n % 2], (rank + 1 + peer) % static_cast<unsigned>(BLOCKS));
             }
         }
 #elif SCOPE == GRID
         if (!SENDS) return;
-        constexpr int WORDS = SLICE / 4;
+        constexpr int WORDS = SLICE / 4, EACH = (TRIPLES * WORDS + THREADS - 1) / THREADS;
         uint4* to = exchange + place(n) * PUBLICATION + rank * WORDS;
-        for (int i = threadIdx.x; i < (rows + 2) / 3 * WORDS; i += THREADS) {
+#pragma unroll
+        for (int turn = 0; turn < EACH; ++turn) {
+            const unsigned i = threadIdx.x + turn * THREADS;
+            if (i >= (rows + 2) / 3 * WORDS) break;
             const unsigned* three = reinterpret_cast<const unsigned*>(staged) + i / WORDS * 3 * WORDS + i % WORDS;
             st_relaxed_gpu(to + i / WORDS * BLOCKS * WORDS + i % WORDS,
                            make_uint4(three[0], three[WORDS], three[2 * WORDS], stamp(n)));
@@ -217,28 +227,41 @@ struct Residence {  // for one direction of time
         // overwritten two publications later, if at all. No fence is needed for that: its owner stores it after it has
         // seen all of the publication between, which every block stores after it has seen all of this one.
         constexpr int IN_FLIGHT = 8, TEAM = 32 * UNIT_TILES;
-        const int split = warp % K_SPLITS, count = (last - first) * 8, words = (rows + 2) / 3 * count;
-        const uint4* source = exchange + place(n) * PUBLICATION;
-        auto column = [&](int i) { return (split * TILES + first) * 8 + i % count; };  // 4 bytes of a batch row
-        auto word = [&](int i) { return source + i / count * BLOCKS * (SLICE / 4) + column(i); };
-        for (int begin = warp / K_SPLITS * 32 + lane; begin < words; begin += IN_FLIGHT * TEAM) {
+        constexpr int PER = (PIECE * 8 + TEAM - 1) / TEAM, EACH = TRIPLES * PER;  // words of a thread: of three rows, of all
+        const int split = warp % K_SPLITS, count = (last - first) * 8, triples = (rows + 2) / 3;
+        const int mine = warp / K_SPLITS * 32 + lane, column0 = (split * TILES + first) * 8 + mine;  // 4 bytes of a batch row
+        const uint4* source = exchange + place(n) * PUBLICATION + column0;
+        unsigned char* to = operand + split * PIECE * 32 + mine * 4;
+#pragma unroll
+        for (int begin = 0; begin < EACH; begin += IN_FLIGHT) {
             uint4 got[IN_FLIGHT];
+            auto wanted = [&](int f) {
+                const int c = (begin + f) % PER * TEAM;
+                return begin + f < EACH && (begin + f) / PER < triples && (PER * TEAM == PIECE * 8 && last - first == PIECE || mine + c < count) &&
+                       (BLOCKS * (SLICE / 4) == K_SPLITS * TILES * 8 || column0 + c < BLOCKS * (SLICE / 4));
+            };
+#pragma unroll
+            for (int f = 0; f < IN_FLIGHT; ++f) got[f] = make_uint4(0, 0, 0, wanted(f) ? stamp(n) - 1 : stamp(n));
+            Watchdog watchdog;
+            bool late;
+            do {  // all at once that aren't there: one trip for those that come late together
+                late = false;
+#pragma unroll
+                for (int f = 0; f < IN_FLIGHT; ++f)
+                    if (begin + f < EACH && got[f].w != stamp(n))
+                        got[f] = ld_relaxed_gpu(source + (begin + f) / PER * BLOCKS * (SLICE / 4) + (begin + f) % PER * TEAM);
+#pragma unroll
+                for (int f = 0; f < IN_FLIGHT; ++f) late = late || got[f].w != stamp(n);
+                watchdog.turn();
+            } while (late);
 #pragma unroll
             for (int f = 0; f < IN_FLIGHT; ++f) {
-                const int i = begin + f * TEAM;
-                got[f] = make_uint4(0, 0, 0, stamp(n));  // of columns that nobody publishes
-                if (i < words && column(i) < BLOCKS * (SLICE / 4)) got[f] = ld_relaxed_gpu(word(i));
-            }
-#pragma unroll
-            for (int f = 0; f < IN_FLIGHT; ++f) {
-                const int i = begin + f * TEAM;
-                if (i >= words) break;
-                while (got[f].w != stamp(n)) got[f] = ld_relaxed_gpu(word(i));
-                unsigned char* to = operand + i / count * 3 * ROW + split * PIECE * 32 + i % count * 4;
+                const int triple = (begin + f) / PER, c = (begin + f) % PER * TEAM;
+                if (begin + f >= EACH || triple >= triples || mine + c >= count) continue;
                 const unsigned data[3] = {got[f].x, got[f].y, got[f].z};
 #pragma unroll
                 for (int row = 0; row < 3; ++row)
-                    if (i / count * 3 + row < NB) *reinterpret_cast<unsigned*>(to + row * ROW) = data[row];
+                    if (triple * 3 + row < NB) *reinterpret_cast<unsigned*>(to + c * 4 + (triple * 3 + row) * ROW) = data[row];
             }
         }
         team_sync();  // every thread's words are there

@@ -73,12 +73,24 @@ struct Element {
     bool real;            // inside H and B; the others compute on zeros, even NaN, store nothing and publish zeros
 
     DEVICE Element(int k, int first_row, int B, int H) {
-        const int at = threadIdx.x + k * THREADS;
-        unit = at % U, row = at / U;
+        unit = threadIdx.x % U, row = threadIdx.x / U + k * ROWS_APART;
         hidden = blockIdx.x % BLOCKS * U + unit;
         b = first_row + static_cast<long long>(tile()) * NB + row;
-        real = row < NB && hidden < H && b < B;
+        real = held() && hidden < H && b < B;
     }
+    DEVICE bool held() const { return WHOLE || row < NB; }
+};
+
+// Where a thread's first element lies in an array over instants, and how far it is to its next ones and to the next
+// instant. Going on is an addition; a multiplication of 64 bits takes five instructions, in every gate.
+template <class T>
+struct Along {
+    T* at;
+    long long step;
+    int pitch;  // to the thread's next element
+
+    DEVICE T* of(int k) const { return at + k * pitch; }
+    DEVICE void go() { at += step; }
 };
 
 // Where the elements of an instant lie in memory. Boundary t lies between the instants t - 1 and t: going forward an
@@ -176,20 +188,28 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
     float state[OWN][S], bias[OWN][G], kept[OWN][K > 0 ? K : 1], more[OWN][EXTRA_OR_1];
     unsigned bits[OWN];  // flags of the instant after the coming one
     SCALAR x[OWN][G];  // of the coming instant, fetched while this one's h is under way
+    const Element mine(0, first_row, B, H);
+    const long long way = given.reverse != 0 ? -1 : 1;
+    const auto cells_apart = static_cast<long long>(B) * H;
+    Along<const SCALAR> xs{given.xg + at.row(at.nth(0), mine, G, 0), way * G * cells_apart, ROWS_APART * G * H};
+    Along<SCALAR> ys{given.y + at.h(at.nth(0), mine), way * cells_apart, ROWS_APART * H};
+    Along<SCALAR> kepts{given.saved + at.row(at.nth(0), mine, K, 0), way * K * cells_apart, ROWS_APART * K * H};
+    Along<float> boundaries{given.others + at.other(at.after(at.nth(0)), 1, mine), way * (S - 1) * cells_apart, ROWS_APART * H};
     auto fetch = [&](long long n) {
+        const bool ahead = mine.unit % 16 == 0 && n + 1 < T;
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                x[k][g] = e.real ? given.xg[at.row(at.nth(n), e, G, g)] : from_float<SCALAR>(0.0f);
-                if (e.real && e.unit % 16 == 0 && n + 1 < T)  // a step may be shorter than the way to memory
-                    prefetch_l2(&given.xg[at.row(at.nth(n + 1), e, G, g)]);
+                x[k][g] = e.real ? xs.of(k)[g * H] : from_float<SCALAR>(0.0f);
+                if (e.real && ahead) prefetch_l2(xs.of(k) + xs.step + g * H);  // a step may be shorter than the way to memory
             }
             if (!e.real) continue;
             if (n + 1 < T) bits[k] = extra.bits(at.nth(n + 1), e.b);
             extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
         }
+        xs.go();
     };
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
@@ -213,7 +233,7 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
         }
         float seen = state[k][0];
         Cell::operand(&seen, more[k]);
-        if (e.row < NB) home.put(0, 0, e.row, e.unit, seen);
+        if (e.held()) home.put(0, 0, e.row, e.unit, seen);
     }
     home.publish(0);
     if (!ABOVE) fetch(0);
@@ -250,32 +270,42 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
             }
             home.meeting.take(n * Levels::COUNT + level, means, first, last, H);
         }
+        float in[OWN][G], recurrent[OWN][G], seen[OWN];  // all are read before anything is written: several at a time
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
-            if (e.row >= NB) continue;
-            float in[G], recurrent[G];
-            take(e, k, in, recurrent);
-            Cell::step(in, recurrent, state[k], kept[k], more[k], means[k]);
+            if (e.held()) take(e, k, in[k], recurrent[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < OWN; ++k) {
+            const Element e(k, first_row, B, H);
+            if (!e.held()) continue;
+            Cell::step(in[k], recurrent[k], state[k], kept[k], more[k], means[k]);
             extra.flags_of(more[k], bits[k]);
-            float seen = state[k][0];
-            Cell::operand(&seen, more[k]);
-            if (STACK || n + 1 < T) home.put(n + 1, 0, e.row, e.unit, e.real ? seen : 0.0f);
+            seen[k] = state[k][0];
+            Cell::operand(&seen[k], more[k]);
+        }
+        if (STACK || n + 1 < T) {
+#pragma unroll
+            for (int k = 0; k < OWN; ++k) {
+                const Element e(k, first_row, B, H);
+                if (e.held()) home.put(n + 1, 0, e.row, e.unit, e.real ? seen[k] : 0.0f);
+            }
         }
         if (STACK || n + 1 < T) home.publish(n + 1);
         if (!ABOVE && n + 1 < T) fetch(n + 1);
-        const long long t = at.nth(n);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
             const Element e(k, first_row, B, H);
             if (!e.real) continue;
-            given.y[at.h(t, e)] = from_float<SCALAR>(state[k][0]);
+            *ys.of(k) = from_float<SCALAR>(state[k][0]);
             if (!save) continue;
 #pragma unroll
-            for (int j = 0; j < K; ++j) given.saved[at.row(t, e, K, j)] = from_float<SCALAR>(kept[k][j]);
+            for (int j = 0; j < K; ++j) kepts.of(k)[j * H] = from_float<SCALAR>(kept[k][j]);
 #pragma unroll
-            for (int s = 1; s < S; ++s) given.others[at.other(at.after(t), s, e)] = state[k][s];
+            for (int s = 1; s < S; ++s) boundaries.of(k)[(s - 1) * cells_apart] = state[k][s];
         }
+        ys.go(), kepts.go(), boundaries.go();
     }
     if (save) return;
 #pragma unroll
@@ -439,7 +469,8 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             if (e.real) extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
 #if LAYERS > 1
             if (e.real && takes) {
-                while (handed[k].y != Handed::stamp(turn)) handed[k] = ld_relaxed_gpu(from_above.of(turn, e));
+                for (Watchdog watchdog; handed[k].y != Handed::stamp(turn); watchdog.turn())
+                    handed[k] = ld_relaxed_gpu(from_above.of(turn, e));
                 asked[k][0] += __uint_as_float(handed[k].x);
             }
 #endif
@@ -454,7 +485,7 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 #pragma unroll
             for (int k = 0; k < OWN; ++k) {
                 const Element e(k, first_row, B, H);
-                if (e.row < NB) arrive(e, k);
+                if (e.held()) arrive(e, k);
             }
         }
 #pragma unroll
@@ -474,7 +505,7 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
-            if (e.row >= NB) continue;
+            if (!e.held()) continue;
             if (Levels::COUNT == 0) arrive(e, k);
             if (n < 0) continue;
             float from_step[K > 0 ? K : 1], dbefore[S], parts[LEARNED > 0 ? LEARNED : 1];

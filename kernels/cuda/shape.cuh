@@ -21,6 +21,9 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int U = 16 * UNIT_TILES;                     // hidden units of a block
 constexpr int NB = (IEEE ? 2 : 8) * BATCH_TILES;       // batch rows of a group
 constexpr int OWN = (U * NB + THREADS - 1) / THREADS;  // elements of a thread
+constexpr bool WHOLE = OWN * THREADS == U * NB;        // every thread has so many
+constexpr int ROWS_APART = THREADS / U;                // batch rows from one of a thread's elements to its next
+static_assert(THREADS % U == 0, "a thread's elements are of one unit");
 constexpr int PITCH = U + 4;                           // of a row of partial sums: few lanes hit the same bank
 constexpr int MEMBERS = DIRECTIONS * LAYERS;           // of a launch; one of the two is 1
 constexpr bool STACK = LAYERS > 1;

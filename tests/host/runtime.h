@@ -99,9 +99,12 @@ struct Fiber : Thread {
     const Meeting* meeting = nullptr;
     const Mbarrier* mbarrier = nullptr;
 
-    // What it saw at its last poll, to notice that nothing moves any more.
-    const void* poll_address = nullptr;
-    uint64_t poll_value = 0;
+    // What it saw at its last polls, to notice that nothing moves any more: a loop may look at several words in turn.
+    struct Poll {
+        const void* address = nullptr;
+        uint64_t value = 0;
+    } polls[32];
+    unsigned last_poll = 0;
     unsigned preempted_since_poll = 0;
 
     bool cluster_arrived = false;

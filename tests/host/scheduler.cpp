@@ -300,9 +300,10 @@ void poll(const void* address, unsigned bytes) {
     me->preempted_since_poll = 0;
     yield();
     const uint64_t value = peek(address, bytes);
-    const bool idle = address == me->poll_address && value == me->poll_value;
-    me->poll_address = address;
-    me->poll_value = value;
+    auto* seen = std::find_if(std::begin(me->polls), std::end(me->polls), [&](auto& poll) { return poll.address == address; });
+    const bool idle = seen != std::end(me->polls) && seen->value == value;
+    if (seen == std::end(me->polls)) seen = &me->polls[++me->last_poll % std::size(me->polls)];
+    *seen = {address, value};
     now.idle_polls = idle ? now.idle_polls + 1 : 0;
 }
 
