@@ -18,7 +18,7 @@ lint: $(VENV)/test  ## the style, the types and the direction of imports; on the
 	cd .build/lint && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
 gpu:  ## tests and benchmarks on this machine's NVIDIA GPU, with this machine's own python3; nothing is installed
-	$(PYTHON) -m bench gpu --out $(or $(OUT),bench/results) --minutes $(or $(MINUTES),6)
+	$(PYTHON) -m bench gpu --out $(or $(OUT),bench/results) --minutes $(or $(MINUTES),6) --stage $(or $(STAGE),rest)
 
 bench: $(VENV)/demo  ## microbenchmarks on this machine, in under 15 minutes; then tables, plots and bench/figures/benchmarks.html
 	$(BIN)/python -m bench run

@@ -8,14 +8,17 @@ Needs torch, NumPy, CuPy or Triton, and pytest.
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,13 @@ from .supervise import Journal
 from .worker import Worker
 
 RESERVE_S = 10  # of the visit, for the summary
-TESTS_SHARE = 0.5  # of the time, when there are benchmarks to come
+PLANS_S = 50  # at most, of the visit
+BENCH_SHARE = 0.6  # of the time that is left, when there are tests to come
+MARK = "mark.gpu"
 CASE_TIMEOUT_S = 60
 TEST_PATIENCE_S, FEATURE_PATIENCE_S, TOOL_TIMEOUT_S = 60, 30, 150
+COMPILE_S = 60  # at most, of the visit; what isn't compiled by then is at its first use
+TEST_PROCESSES = 8
 SUMMARY_LINES = 100
 BAD = ("failed", "hung", "crashed")
 OUTCOMES = ("passed", *BAD, "skipped")
@@ -84,10 +91,16 @@ class Visit:
         stages: dict[str, Callable[[], None]] = {"machine": self.describe}
         if only in (None, "bench"):
             stages["ceilings"] = self.measure_ceilings
-        if only in (None, "tests"):
-            stages |= {"features": self.check_features, "tests": self.run_tests}
+        if only in (None, "bench", "plans"):
+            stages["compiling"] = self.compile_kernels
+        if only is None and self.options.stage == "first":
+            stages["features"] = self.check_features
+        if only in (None, "plans"):
+            stages["plans"] = self.measure_plans
         if only in (None, "bench"):
             stages["benchmarks"] = self.run_benchmarks
+        if only in (None, "tests"):
+            stages["tests"] = self.run_tests
         if only in ("sanitize", "profile"):
             stages[only] = self.sanitize if only == "sanitize" else self.profile
         interrupted = False
@@ -134,19 +147,76 @@ class Visit:
         command = [sys.executable, "-m", "bench.features", str(self.features.path)]
         self.supervised("features", command, self.features, FEATURE_PATIENCE_S, self.until)
 
+    def compile_kernels(self) -> None:
+        """Those of the benchmarks and of the plans, on all cores, into CuPy's cache on the disk."""
+        if self.options.dry:
+            return
+        from gpu_rnn.backends import cuda
+
+        from . import kernels, plans
+
+        units = dict.fromkeys(plans.units() if self.options.stage == "first" else ())
+        for case, contenders in self.plan():
+            units |= dict.fromkeys(kernels.units(case, contenders))
+        texts, until = [cuda.text(unit) for unit in units], time.monotonic() + COMPILE_S
+        pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+        jobs = [pool.submit(kernels.compile_text, text) for text in texts]
+        try:
+            for job in as_completed(jobs, timeout=until - time.monotonic()):
+                job.result()
+        except TimeoutError:
+            self.note("compiling", f"{sum(not job.done() for job in jobs)} of {len(jobs)} modules not compiled in time")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.say(f"{len(jobs)} modules")
+
+    def measure_plans(self) -> None:
+        """In a process of its own, which goes on after the plan that ended it."""
+        if self.options.dry or self.options.stage != "first":
+            return
+        from . import plans
+
+        path = self.out / f"gpu-{self.run.replace(':', '')}-plans.jsonl"
+        until = min(time.monotonic() + PLANS_S, self.until)
+        for _ in range(4):
+            left = until - time.monotonic()
+            process = supervise.start([sys.executable, "-m", "bench.plans", str(path), f"{left:.0f}"], cwd=machine.ROOT)
+            try:
+                code = process.wait(left + 5)
+            except subprocess.TimeoutExpired:
+                code = -1
+            supervise.end(process)
+            if code == 0 or time.monotonic() > until - 5:
+                break
+            self.note("plans", f"the process ended with {code}")
+        for line in plans.table(path):
+            self.say(line)
+
     def run_tests(self) -> None:
-        earlier = {*results.FOLDER.glob("*-tests.jsonl"), *self.out.glob("*-tests.jsonl")} - {self.tests.path}
-        environment = os.environ | {
-            "BENCH_JOURNAL": str(self.tests.path),
-            "BENCH_EARLIER": ":".join(map(str, sorted(earlier))),
-        }
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.ordered", "-q", "--tb=short"]
+        """In several processes, since most of a test's time is its compiler's; their journals become one."""
+        earlier = sorted({*results.FOLDER.glob("*-tests.jsonl"), *self.out.glob("*-tests.jsonl")} - {self.tests.path})
         words = [word for word in (self.options.filter or "").split() if word.isidentifier()]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.ordered", "-q", "--tb=short"]
         command += ["--continue-on-collection-errors", "-k", " and ".join(words)]  # a file may need what isn't here
-        share = 1.0 if self.options.only == "tests" else TESTS_SHARE
-        until = time.monotonic() + share * (self.until - time.monotonic())
-        fine = (0, 1, 5)  # all passed, some failed, none found
-        self.supervised("tests", command, self.tests, TEST_PATIENCE_S, until, fine=fine, env=environment)
+        command += [str(path) for path in sorted(Path("tests").glob("test_*.py")) if MARK in path.read_text()]
+
+        def run(journal: Journal, share: str) -> None:
+            told = {
+                "BENCH_JOURNAL": str(journal.path),
+                "BENCH_SHARD": share,
+                "BENCH_EARLIER": ":".join(map(str, earlier)),
+            }
+            fine = (0, 1, 5)  # all passed, some failed, none found
+            self.supervised("tests", command, journal, TEST_PATIENCE_S, self.until, fine=fine, env=os.environ | told)
+
+        count = 1 if self.options.dry else TEST_PROCESSES
+        with tempfile.TemporaryDirectory() as folder:
+            journals = [Journal(Path(folder) / f"{n}.jsonl") for n in range(count)]
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(run, journals, [f"{n}/{count}" for n in range(count)]))
+            for line in (line for journal in journals for line in journal.lines()):
+                self.tests.write(**line)
+        self.found["tests"] = Counter(line["outcome"] for line in self.tests.outcomes().values())
         if not self.tests.outcomes() and "tests" not in self.found.get("notes", {}) and not self.options.dry:
             self.note("tests", "no test has the mark gpu" + (" and these words" if self.options.filter else ""))
 
@@ -169,14 +239,15 @@ class Visit:
 
     def run_benchmarks(self) -> None:
         plan = self.plan()
-        done = 0
+        done, share = 0, BENCH_SHARE if self.options.only is None else 1.0
+        until = time.monotonic() + share * (self.until - time.monotonic())
         with Progress(len(plan)) as progress:
             for case, contenders in plan:
-                if time.monotonic() > self.until - 5:
+                if time.monotonic() > until - 5:
                     break
                 progress.doing(str(case))
                 told = []
-                for row in self.worker.measure(case, contenders, self.case_s, CASE_TIMEOUT_S, self.until):
+                for row in self.worker.measure(case, contenders, self.case_s, CASE_TIMEOUT_S, until):
                     row = results.complete(row, case, self.run, self.worker.threads, self.ceilings)
                     results.append(self.csv, row)
                     self.rows.append(row)
@@ -190,7 +261,8 @@ class Visit:
 
     def plan(self) -> list[tuple[Case, tuple[str, ...]]]:
         """What to measure; in a dry run one small case of each kind, without the compiled loop, that takes too long."""
-        groups = problems.filtered(problems.gpu(), self.options.filter)
+        groups = problems.gpu_first() if self.options.stage == "first" else problems.gpu()
+        groups = problems.filtered(groups, self.options.filter)
         if not groups:
             raise ValueError(f"no case has the words {self.options.filter!r}")
         if not self.options.dry:

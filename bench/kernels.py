@@ -18,10 +18,10 @@ from gpu_rnn import arrays
 from gpu_rnn.backends import cuda, sequence, stepwise, triton
 from gpu_rnn.compat import missing, no_gpu
 from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.kernels.cuda.launch import Runner
+from gpu_rnn.kernels.cuda.launch import Runner, Unit
 from gpu_rnn.problem import Weights
 
-from . import machine
+from . import machine, problems
 from .contenders import Contender, Run
 from .data import Data
 from .problems import Case
@@ -38,6 +38,26 @@ class Place(NamedTuple):
 
 def here() -> Place:
     return Place(cuda.ready, cuda.device(), cuda.held, cuda.stream_of)
+
+
+def units(case: Case, contenders: tuple[str, ...]) -> set[Unit]:
+    """What the CUDA contenders of a case compile, for the current device; the driver isn't asked."""
+    problem, found = case.problem(machine.tf32(case)), set[Unit]()
+    if {problems.CUDA, problems.LAYER, problems.KERNEL} & {*contenders}:
+        found |= {unit for unit, _ in cuda.kernels_of(problem)}
+    for backend, way, part in (problems.KERNELS[name] for name in contenders if name in problems.KERNELS):
+        plan, _ = cuda.residence_of(problem, cuda.device(), way == "backward")
+        if backend == "cuda" and part != "step" and plan is not None:
+            only = None if part == "sequence" else part
+            found.add(residence.compiled(plan, problem.cell, problem.dtype, only))
+    return found
+
+
+def compile_text(text: tuple[str, tuple[str, ...]]) -> None:
+    """Into CuPy's cache on the disk, where every process finds it."""
+    import cupy
+
+    cupy.RawModule(code=text[0], options=text[1]).compile()
 
 
 class Alone(Contender):

@@ -14,6 +14,7 @@ import pytest
 
 from .supervise import Journal
 
+SHARD, SHARDS = map(int, os.environ.get("BENCH_SHARD", "0/1").split("/"))  # one of several processes for the tests
 JOURNAL = Journal(Path(os.environ.get("BENCH_JOURNAL", os.devnull)))
 began: dict[str, float] = {}
 
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         function, _, _ = item.nodeid.partition("[")
         turns[item.nodeid] = met[function]
         met[function] += 1
-    items[:] = [item for item in items if item.nodeid not in done]
+    items[:] = [item for n, item in enumerate(items) if n % SHARDS == SHARD and item.nodeid not in done]
     items.sort(key=lambda item: (known.get(item.nodeid, 0), turns[item.nodeid]))  # new ones first; stable otherwise
 
 

@@ -221,6 +221,23 @@ def quick() -> list[Group]:
     ]
 
 
+def gpu_first() -> list[Group]:
+    """Two dozen cases that show where torch.nn stands, and the kernels alone."""
+    lstm = grid(("lstm",), (1024,), (16, 1, 64), (512, 128, 1024), ("bfloat16",), device="cuda")
+    others = [
+        case for cell, dtype, H in (("gru", "bfloat16", 512), ("lstm", "float16", 768), ("lstm", "float32", 512))
+        for case in grid((cell,), (1024,), (16,), (H,), (dtype,), device="cuda")
+    ]  # fmt: skip
+    parts = grid(("lstm",), (1024,), (16,), (512, 128, 1024), ("bfloat16",), ("training",), "cuda")
+    return [
+        Group("first", (*lstm, *others), (NN, CUDA)),
+        Group("kernels", tuple(parts), (NN, CUDA, *(name for name in KERNELS if name.startswith("cuda")))),
+        Group(
+            "one step", tuple(grid(("lstm",), (1,), (1,), (512,), ("bfloat16",), ("step",), "cuda")), (NN, CUDA, STREAM)
+        ),
+    ]
+
+
 def gpu() -> list[Group]:
     """In order of importance, because the visit to a GPU machine is short."""
     ours, both = (NN, CUDA, TRITON), ("lstm", "gru")

@@ -12,6 +12,7 @@ from gpu_rnn import arrays
 from gpu_rnn.backends import cuda, triton
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.problem import Direction, Problem, Weights
 
 from . import sequences, twins, woven
@@ -59,14 +60,16 @@ def plans(problem, on):
 
 
 @EVERY
+@pytest.mark.parametrize("size", RESIDENT, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_resident_kernels(name, dtype, reverse):
-    """Weights on the chip: one block, a cluster, the grid; one batch tile and several."""
-    for size in RESIDENT:
-        problem = problem_of(name, dtype, size)
-        assert None not in plans(problem, cuda.device()), cuda.plan(problem)
-        check_as_planned(problem, reverse)
+@pytest.mark.parametrize("scope", residence.SCOPES)
+def test_persistent_kernels(name, dtype, size, scope, monkeypatch):
+    """Weights on the chip, in each scope that can hold them; one batch tile and several."""
+    monkeypatch.setattr(cuda, "SCOPES", (scope,))
+    problem = problem_of(name, dtype, size)
+    if None in plans(problem, cuda.device()):
+        pytest.skip(cuda.plan(problem))
+    check_as_planned(problem, reverse=bool(size[0] % 2))
 
 
 @pytest.mark.parametrize(("name", "dtype", "size"), SEVERAL_LAUNCHES)

@@ -6,6 +6,7 @@ the caller's library alone, and nothing waits for the GPU: after `warmup`, or on
 """
 
 import ctypes
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,25 +118,28 @@ def stack_back(
 
 def warmup(problem: Problem) -> tuple[str, ...]:
     """Compile what a problem needs, for the current device, and run nothing. -> the kernels."""
-    compiled = []
+    kernels = list(kernels_of(problem, held))
+    for unit, kernel in kernels:
+        loaded(unit, kernel)
+    return tuple(kernel for _, kernel in kernels)
+
+
+def kernels_of(problem: Problem, held: "Held | None" = None) -> Iterator[tuple[Unit, str]]:
+    """What a problem needs on the current device. Without `held` the driver isn't asked, and nothing is compiled."""
     found = [residence_of(problem, device(), backward, held)[0] for backward in ways_of(problem)]
     if problem.layers > 1:
         found = [stack_of(problem, device(), way, held)[0] or plan for way, plan in zip(ways_of(problem), found)]
     for resident in filter(None, found):
         unit = residence.compiled(resident, problem.cell, problem.dtype)
-        for kernel in ("resident_pack", residence.name(resident)):
-            loaded(unit, kernel)
-            compiled.append(kernel)
+        yield from ((unit, kernel) for kernel in ("resident_pack", residence.name(resident)))
     if all(found):
-        return tuple(compiled)
+        return
     product = arrays.product_dtype(problem.library, problem.dtype)
     for kernel in KERNELS.values():
         launch = plans.launch(
             kernel, problem.cell, B=problem.B, H=problem.H, R=1, storage=problem.dtype, product=product, addresses=()
         )
-        loaded(launch.unit, launch.kernel)
-        compiled.append(kernel)
-    return tuple(compiled)
+        yield launch.unit, launch.kernel
 
 
 # ---- the walk: resident where a plan fits, else an instant at a time ------------------------------------------------
@@ -348,11 +352,19 @@ def bind(run: Runner, cell: Cell, given: stepwise.Step | stepwise.Grad) -> Calla
 # ---- CuPy -----------------------------------------------------------------------------------------------------------
 
 
+WATCHDOG = ("-DWATCHDOG",) if os.environ.get("GPU_RNN_WATCHDOG") else ()  # a wait of over 2 s ends its kernel
+
+
+def text(unit: Unit) -> tuple[str, tuple[str, ...]]:
+    """What is compiled: the source and the options."""
+    return unit.source, (*OPTIONS, *WATCHDOG, *(f"-D{name}={value}" for name, value in unit.defines))
+
+
 @cache
 def module(unit: Unit) -> Any:
     """A cupy.RawModule, which compiles once per device and keeps the result on disk."""
-    options = (*OPTIONS, *(f"-D{name}={value}" for name, value in unit.defines))
-    return compat.require("cupy", "the cuda backend").RawModule(code=unit.source, options=options)
+    code, options = text(unit)
+    return compat.require("cupy", "the cuda backend").RawModule(code=code, options=options)
 
 
 @cache
@@ -373,6 +385,13 @@ def prepared(unit: Unit, kernel: str, shared: int, cluster: int) -> Any:
 def ready(launch: Launch) -> Callable[..., None]:
     """A `Runner` on the current device and stream. It loads the kernel, and compiles it if nobody has."""
     function = prepared(launch.unit, launch.kernel, launch.shared, launch.cluster[0]).kernel
+    if launch.cooperative:
+        most = coresident(function.ptr, launch.block[0], launch.shared)
+        if launch.grid[0] > most:  # CuPy would launch fewer blocks, and the others would be awaited for ever
+            raise RuntimeError(
+                f"{launch.kernel}: a cooperative launch of {launch.grid[0]} blocks of {launch.block[0]} threads, and "
+                f"the device holds {most} at once"
+            )
 
     def repeat(*more: int) -> None:
         function(
@@ -397,22 +416,32 @@ def held(cell: Cell, dtype: str, plan: residence.Residence) -> int:
     kernel = prepared(residence.compiled(plan, cell, dtype), residence.name(plan), plan.shared_bytes, in_cluster).kernel
     if plan.scope == "cluster":
         return driver().clusters(kernel.ptr, plan.blocks, plan.threads, plan.shared_bytes)
-    return device().multiprocessors * driver().blocks(kernel.ptr, plan.threads, plan.shared_bytes)
+    return coresident(kernel.ptr, plan.threads, plan.shared_bytes)
+
+
+@cache
+def coresident(function: int, threads: int, shared: int) -> int:
+    """How many blocks of a kernel the current device holds at once. function: a CUfunction, which has one device."""
+    return device().multiprocessors * driver().blocks(function, threads, shared)
+
+
+# What plans may use: a scope that failed on a machine can be left out there.
+SCOPES = tuple(filter(None, os.environ.get("GPU_RNN_CUDA_SCOPES", ",".join(residence.SCOPES)).split(",")))
 
 
 def device() -> residence.Device:
     """The current device, as plans see it."""
-    return device_of(compat.require("cupy", "the cuda backend").cuda.Device().id)
+    return device_of(compat.require("cupy", "the cuda backend").cuda.Device().id, SCOPES)
 
 
 @cache
-def device_of(index: int) -> residence.Device:
+def device_of(index: int, scopes: tuple[str, ...]) -> residence.Device:
     """Of a part of a device (MIG, MPS) the driver says how many multiprocessors it has, and how many clusters fit."""
     properties = compat.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
     capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
     return residence.Device(
         capability, properties["multiProcessorCount"], shared, clusters(shared) if capability >= (9, 0) else (),
-        cooperative=bool(properties["cooperativeLaunch"]),
+        cooperative=bool(properties["cooperativeLaunch"]), scopes=scopes,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ LAUNCHES = 6.0  # of a step that takes a product and a fused kernel
 PASS = 1.0  # of that kernel, for a level of means
 WEIGHT_BYTES_PER_MICROSECOND = 4e6  # of that product
 OPERATIONS_PER_MICROSECOND, IEEE_OPERATIONS_PER_MICROSECOND = 4e8, 4e7
-POINTWISE = 0.15  # the cell's mathematics, its barrier, memory
+POINTWISE = 0.3  # the cell's mathematics, its loads and stores: of each element of a thread, one after the other
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Device:
     shared_bytes: int  # a block may ask for
     clusters: tuple[tuple[int, int], ...] = ()  # (blocks of a cluster, how many of them are resident at once)
     cooperative: bool = True  # a cooperative launch is possible
+    scopes: tuple[str, ...] = SCOPES  # that plans may use
 
     @property
     def cluster_blocks(self) -> int:
@@ -130,6 +131,11 @@ class Residence:
     @property
     def threads(self) -> int:
         return 32 * self.unit_tiles * self.k_splits
+
+    @property
+    def elements(self) -> int:
+        """Of a thread: a hidden unit of a batch row each."""
+        return -(-self.units * self.rows // self.threads)
 
     @property
     def grid(self) -> int:
@@ -230,7 +236,7 @@ class Residence:
         product = max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND
         # a stack's product with the input weights is made while the exchange is under way
         beside = max(0.0, product - EXCHANGE[latency_of]) if self.layers > 1 else 0.0
-        return product + beside + exchange + POINTWISE
+        return product + beside + exchange + POINTWISE * self.elements
 
     def defines(self) -> dict[str, int]:
         return {
@@ -351,7 +357,7 @@ def plan(
     if device.capability < (8, 0):
         return None, (f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0",)
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
-    scopes = SCOPES if scope is None else (scope,)
+    scopes = device.scopes if scope is None else (scope,)
     page = (gates, element, size, ieee, meetings)
     found = [made for name in scopes for made in candidates(name, backward, page, H, B, device)]
     if not found:
@@ -434,7 +440,8 @@ def stack(
         return None, why
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
     page = (gates, element, size, ieee, ())
-    found = [*candidates("grid", backward, page, H, B, device, layers, apart)] if device.cooperative else []
+    grid = device.cooperative and "grid" in device.scopes
+    found = [*candidates("grid", backward, page, H, B, device, layers, apart)] if grid else []
     if not found:
         mebibytes = layers * 2 * gates * H * H * size / 2**20
         what = f"[W | R] of {layers} layers, {mebibytes:.1f} MiB, on {device.multiprocessors} multiprocessors at once"
