@@ -45,20 +45,26 @@ IEEE_BATCH_TILES = (1, 2, 4, 8)  # more code than this leaves no room in the ins
 PIECES = (1, 2, 4, 8)  # of the operand in the grid; backward's is G times as large as forward's
 MOST_GRID_BLOCKS = 128  # of one group: each reads from all the others
 
-CYCLES_PER_MICROSECOND = 1750.0
+# Costs, in microseconds where nothing else is said. Measured: by `python -m bench.plans` on an H200 at 1980 MHz, a
+# least squares fit over 96 plans of bf16 and TF32 LSTMs and GRUs, 8 % off in the mean, 22 % at worst. Else assumed.
+CYCLES_PER_MICROSECOND = 1980.0  # measured
 MMA_CYCLES = 8.0  # of one tensor core for m16n8k16, by the rate that mma.sync reaches on sm_90; a k8 TF32 one alike
 MMA_LATENCY_CYCLES = 33.0  # until the sum may be used by the next one
 FMA_CYCLES = 1.0  # of one scheduler, four to a multiprocessor, for a warp's 32 multiply-adds
 SHARED_BYTES_PER_CYCLE = 128.0
-EXCHANGE = {"block": 0.05, "cluster": 0.45, "grid": 0.9}  # latency of a step's exchange, its barriers included
-EXCHANGE_BYTES_PER_MICROSECOND = {"block": 1e9, "cluster": 60e3, "grid": 50e3}  # into one multiprocessor
+FRAGMENT = 0.001  # measured: issuing a fragment's mma
+PARTIAL_SUMS = 2.4  # measured: times the cycles that storing them takes; they are read one by one, too
+WARP = 0.022  # measured: a warp more at the step's barriers
+ELEMENT = {False: 0.18, True: 0.37}  # measured: of a thread, forward and backward: mathematics, loads and stores
+EXCHANGE = {"block": 0.57, "cluster": 0.13, "grid": 0.51}  # measured: the rest of a step
+CLUSTER_KILOBYTE = 0.044  # measured: received by a multiprocessor
+GRID_WORD, GRID_KILOBYTE = 0.055, 0.003  # measured: a 16-byte word that a thread receives; what all threads receive
 ZERO_BYTES_PER_MICROSECOND = 2e6  # that a stack's exchange begins with
 MEETING = {"block": 0.1, "cluster": 0.6, "grid": 1.1}  # of a level of means: their sums beside such a latency
-LAUNCHES = 6.0  # of a step that takes a product and a fused kernel
+LAUNCHES = 20.0  # measured: of a step that takes a product and a fused kernel, launched one by one from Python
 PASS = 1.0  # of that kernel, for a level of means
 WEIGHT_BYTES_PER_MICROSECOND = 4e6  # of that product
 OPERATIONS_PER_MICROSECOND, IEEE_OPERATIONS_PER_MICROSECOND = 4e8, 4e7
-POINTWISE = 0.3  # the cell's mathematics, its loads and stores: of each element of a thread, one after the other
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ class Residence:
 
     @property
     def microseconds(self) -> float:
-        """Predicted for a step: the slowest of arithmetic, latency and shared memory, and the rest."""
+        """Predicted for a step: the slowest of arithmetic, its latency and shared memory, and then all the rest."""
         warps = self.unit_tiles * self.k_splits
         if self.ieee:
             fragment, latency = 4 * self.rows * FMA_CYCLES, 0.0
@@ -225,18 +231,22 @@ class Residence:
             operand = warps * self.k_tiles * self.rows * 32 / SHARED_BYTES_PER_CYCLE
         arithmetic = -(-warps // 4) * self.row_sets * self.k_tiles * fragment
         from_shared = operand + warps * self.row_sets * self.values * self.k_shared * 512 / SHARED_BYTES_PER_CYCLE
-        latency_of = "block" if self.blocks == 1 else self.scope
-        received = (self.blocks - 1) * self.values * self.units * self.rows * self.size
-        if self.scope == "grid":
-            received = self.exchanged if self.blocks > 1 else 0
-        if self.layers > 1:
-            received += self.handed if self.backward else self.exchanged  # from the other layer
-        exchange = EXCHANGE[latency_of] + received / EXCHANGE_BYTES_PER_MICROSECOND[self.scope]
-        exchange += len(self.meetings) * MEETING[self.scope]
-        product = max(arithmetic, latency, from_shared) / CYCLES_PER_MICROSECOND
+        parts = self.k_splits * self.row_sets * self.rows * self.units * 4 / SHARED_BYTES_PER_CYCLE
+        product = (max(arithmetic, latency, from_shared) + PARTIAL_SUMS * parts) / CYCLES_PER_MICROSECOND
+        product += FRAGMENT * self.k_tiles * self.row_sets * self.batch_tiles
+        rest = EXCHANGE[self.scope] + WARP * warps + ELEMENT[self.backward] * self.elements
+        received = 0.0
+        if self.scope == "cluster":
+            bytes_ = (self.blocks - 1) * self.values * self.units * self.rows * self.size
+            received = CLUSTER_KILOBYTE * bytes_ / 1e3
+        elif self.scope == "grid":
+            bytes_ = self.exchanged if self.blocks > 1 else 0
+            if self.layers > 1:
+                bytes_ += self.handed if self.backward else self.exchanged  # from the other layer
+            received = bytes_ * (GRID_WORD / 16 / self.threads + GRID_KILOBYTE / 1e3)
         # a stack's product with the input weights is made while the exchange is under way
-        beside = max(0.0, product - EXCHANGE[latency_of]) if self.layers > 1 else 0.0
-        return product + beside + exchange + POINTWISE * self.elements
+        beside = max(0.0, product - EXCHANGE[self.scope]) if self.layers > 1 else 0.0
+        return product + beside + rest + received + len(self.meetings) * MEETING[self.scope]
 
     def defines(self) -> dict[str, int]:
         return {
