@@ -179,21 +179,16 @@ class Alone(Contender):
     def whole(self, case: Case, given: Any) -> Callable[[], None]:
         run, cell, (plan, _) = self.place().run, case.problem().cell, self.resident(case)
         assert plan is not None  # `absent` asked
-        packed = arrays.empty((plan.fragments, 4), like=given.w_hh, dtype="int32")
-        at = map(arrays.pointer, (given.w_hh, packed))
-        run(residence.pack(plan, cell, case.dtype, *at, case.H))()
         exchange = arrays.zeros((plan.launches * plan.exchange_bytes(case.T),), like=given.w_hh, dtype="uint8")
-        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given, packed[None])
-        direction = residence.Member(tuple(map(arrays.pointer, whole)), reverse=False)
-        parts = residence.sequence(
-            plan, cell, case.dtype, [direction], arrays.pointer(exchange), case.T, case.B, case.H, 1,
-            save=case.training, only=None if self.part == "sequence" else self.part,
-        )  # fmt: skip
-        launches = list(map(run, parts))
+        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given)
+        words = residence.words([residence.Member(arrays.pointers(whole, given.w_hh), reverse=False)])
+        only = None if self.part == "sequence" else self.part
+        sizes = case.T, case.B, case.H, 1
+        launches = list(map(run, residence.sequence(plan, cell, case.dtype, *sizes, save=case.training, only=only)))
 
         def launch(held: Any = (whole, given)) -> None:  # the launches have addresses and keep nothing alive
             exchange.zero_()  # or the last call's stamps would let everybody pass
-            for each in launches:
-                each()
+            for k, each in enumerate(launches):
+                each(words, arrays.pointer(exchange) + k * plan.exchange_bytes(case.T))
 
         return launch

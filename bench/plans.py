@@ -59,25 +59,22 @@ def measure(problem: Problem, plan: residence.Residence) -> float:
     gates, states = draw(T, B, cell.G, H).to(kind), draw(T + 1, max(cell.S - 1, 0), B, H)
     y, saved = draw(T, B, H).to(kind), draw(T, B, max(cell.K, 1), H).to(kind).mul_(0.1)
     R, b_hh, h0 = (H**-0.5 * draw(cell.G, H, H)).to(kind), draw(cell.G, H).to(kind), draw(B, H).to(kind)
-    packed = torch.empty((plan.fragments, 4), dtype=torch.int32, device="cuda")
-    cuda.ready(residence.pack(plan, cell, dtype, R.data_ptr(), packed.data_ptr(), H))()
     exchange = torch.zeros(max(1, plan.launches * plan.exchange_bytes(T)), dtype=torch.uint8, device="cuda")
     if plan.backward:
         dh, dothers = draw(B, H), draw(max(cell.S - 1, 1), B, H)
         dhg = gates.clone() if any(cell.separate) else None
-        given = (y, dh, dothers, packed, y, h0, states, saved, gates, dhg, None, None, None, None, None, None)
+        given = (y, dh, dothers, R, y, h0, states, saved, gates, dhg, None, None, None, None, None, None)
     else:
-        given = (gates, packed, b_hh, h0, states, saved, y, None, None, None, None, None)
-    member = residence.Member(tuple(map(arrays.pointer, given)), reverse=False)
-    parts = residence.sequence(plan, cell, dtype, [member], exchange.data_ptr(), T, B, H, 1, save=True)
-    launches = [cuda.ready(part) for part in parts]
+        given = (gates, R, b_hh, h0, states, saved, y, None, None, None, None, None)
+    words = residence.words([residence.Member(arrays.pointers(given, y), reverse=False)])
+    launches = [cuda.ready(part) for part in residence.sequence(plan, cell, dtype, T, B, H, 1, save=True)]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(LAUNCHES + 1):
         exchange.zero_()
         begin.record()
-        for launch in launches:
-            launch()
+        for k, launch in enumerate(launches):
+            launch(words, exchange.data_ptr() + k * plan.exchange_bytes(T))
         end.record()
         end.synchronize()
         times.append(1e3 * begin.elapsed_time(end) / T)

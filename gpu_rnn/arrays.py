@@ -1,7 +1,7 @@
 """What NumPy, torch and CuPy call differently, so that nothing else needs to know whose array it holds."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import RLock
@@ -230,6 +230,13 @@ def pointer(array: Any) -> int:
     if kind == "torch":
         return array.data_ptr()
     return array.ctypes.data if kind == "numpy" else array.data.ptr
+
+
+def pointers(given: Sequence[Any], like: Any) -> tuple[int, ...]:
+    """`pointer` of each, of the library of `like`."""
+    if library(like) == "torch":
+        return tuple([0 if array is None else array.data_ptr() for array in given])
+    return tuple(map(pointer, given))
 
 
 def to_numpy(array: Any) -> np.ndarray:

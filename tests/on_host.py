@@ -27,14 +27,14 @@ def ready(launch: Launch, sanitizer=None):
     library = compiled(launch.unit, sanitizer)
 
     def repeat(*more):
-        execute(library, launch._replace(arguments=(*launch.arguments, *more)), seed=next(SEEDS))
+        execute(library, launch, *more, seed=next(SEEDS))
 
     return repeat
 
 
-def execute(library: runtime.Library, launch: Launch, **options) -> None:
-    """A launch as the plan has it."""
-    given = zip(library.parameters(launch.kernel), launch.arguments, strict=True)
+def execute(library: runtime.Library, launch: Launch, *more, **options) -> None:
+    """A launch as the plan has it, and the arguments that follow its own."""
+    given = zip(library.parameters(launch.kernel), (*launch.arguments, *more), strict=True)
     arguments = [passed(parameter.kind, value) for parameter, value in given]
     library.launch(
         launch.kernel, launch.grid, launch.block, arguments, shared=launch.shared, cluster=launch.cluster, **options

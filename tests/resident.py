@@ -152,25 +152,17 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         plan = plans[backward]
         exchange = zeros(plan.launches * plan.exchange_bytes(T))
         addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
-        direction = residence.Member(addresses, case.reverse)
-        for launch in residence.sequence(
-            plan, cell, dtype, [direction], exchange.ctypes.data, T, B, H, 1, save=case.save
-        ):
-            on_host.execute(kernels[backward], launch, seed=seed, **options)
+        words = residence.words([residence.Member(addresses, case.reverse)])
+        for k, launch in enumerate(residence.sequence(plan, cell, dtype, T, B, H, 1, save=case.save)):
+            at = exchange.ctypes.data + k * plan.exchange_bytes(T)
+            on_host.execute(kernels[backward], launch, words, at, seed=seed, **options)
 
-    weights_stored = encode(R, dtype)
-
-    def packed(*, backward):
-        fragments = np.full((plans[backward].fragments, 4), 0xFFFFFFFF, np.uint32)
-        pack = residence.pack(plans[backward], cell, dtype, weights_stored.ctypes.data, fragments.ctypes.data, H)
-        on_host.execute(kernels[backward], pack, seed=seed, **options)
-        return fragments
-
+    stored = encode(R, dtype)
     others = np.full((T + 1 if case.save else 1, S - 1, B, H), np.nan, np.float32)
     others[T if case.save and case.reverse else 0] = others0
     y = poison((T, B, H), dtype)
     saved = poison((T, B, K, H), dtype) if case.save else None
-    step = [encode(xg, dtype), packed(backward=False), encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
+    step = [encode(xg, dtype), stored, encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
     step += [units, *[None] * 4]
     run(step, backward=False)
 
@@ -188,7 +180,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     dxg, dhg = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
     tape_before = [a.copy() for a in (y, others, saved)]
-    back = [encode(dy, dtype), dh_ours, dothers_ours, packed(backward=True), y, encode(h0, dtype), others, saved]
+    back = [encode(dy, dtype), dh_ours, dothers_ours, stored, y, encode(h0, dtype), others, saved]
     dunits = np.zeros((cell.learned, B, H), np.float32)
     run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"

@@ -97,7 +97,7 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
         sequences.check(case, given.run(forward, backward), tf32=tf32)
-        assert set(launches) == {"resident_pack", "resident_forward", "resident_backward"}
+        assert set(launches) == {"resident_forward", "resident_backward"}
 
 
 @EVERY
@@ -254,14 +254,14 @@ class Cupy:
         return SimpleNamespace(get_function=partial(self.get_function, library, defines))
 
     def get_function(self, library, defines, name):
-        in_cluster = defines.get("SCOPE") == "1" and name != "resident_pack"
+        in_cluster = defines.get("SCOPE") == "1"
         cluster = (int(defines["BLOCKS"]) if in_cluster else 1, 1, 1)  # as the kernel declares it
         function = SimpleNamespace(max_dynamic_shared_size_bytes=48 << 10)
 
         def kernel(grid, block, arguments, *, shared_mem, enable_cooperative_groups):
             assert self.entered == ["device", STREAM]
             assert shared_mem <= function.max_dynamic_shared_size_bytes
-            assert enable_cooperative_groups == (defines.get("SCOPE") == "2" and name != "resident_pack")
+            assert enable_cooperative_groups == (defines.get("SCOPE") == "2")
             kinds = [parameter.kind for parameter in library.parameters(name)]
             given = list(map(on_host.passed, kinds, arguments))
             library.launch(name, grid, block, given, shared=shared_mem, cluster=cluster)
@@ -286,7 +286,7 @@ def cupy(monkeypatch):
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
     monkeypatch.setattr(cuda, "clusters", lambda shared: residence.DEVICES["h200"].clusters)
-    caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of, cuda.stack_of)
+    caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of, cuda.stack_of, cuda.launches, cuda.runner_of)
     for cached in caches:
         cached.cache_clear()
     yield stand_in

@@ -91,8 +91,7 @@ def test_every_plan_fits_and_covers(problem):
 
 
 def launches(plan, cell, dtype, B, H):
-    directions = [residence.Member((), reverse=False)] * plan.directions
-    return residence.sequence(plan, cells.get(cell), dtype, directions, 0, 1, B, H, 1, save=True)
+    return residence.sequence(plan, cells.get(cell), dtype, 1, B, H, 1, save=True)
 
 
 def test_cupy_takes_the_arguments(monkeypatch):
@@ -102,12 +101,17 @@ def test_cupy_takes_the_arguments(monkeypatch):
     member = residence.Member((1 << 40, *range(16)), True)
     kernel = partial(function.__new__(function), stream=SimpleNamespace(ptr=0))
     monkeypatch.setattr(cuda, "prepared", lambda *launch: SimpleNamespace(kernel=kernel))
+    kernel.ptr, most = 0, iter((0, 132, 132))
+    monkeypatch.setattr(cuda, "coresident", lambda *kernel: next(most))
+    (launch,) = residence.sequence(plan, cells.get("lstm"), "bfloat16", 1, 8, 64, 1, save=True)
+    with pytest.raises(RuntimeError, match=r"cooperative launch of \d+ blocks of \d+ threads, .* holds 0 at once"):
+        cuda.ready(launch._replace(cooperative=True))
     for members in ([member], [member, member]):
-        (launch,) = residence.sequence(plan, cells.get("lstm"), "bfloat16", members, 0, 1, 8, 64, 1, save=True)
+        words = residence.words(members)
         for how in (launch, launch._replace(cooperative=True)):
             with pytest.raises(RuntimeError, match=r"cuda|CUDA"):  # as there is none
-                cuda.ready(how)(-1, 1 << 40)
-        assert launch.arguments[0].tobytes() == np.array([(*m.addresses, 1) for m in members], np.uint64).tobytes()
+                cuda.ready(how)(words, 1 << 40)
+        assert words.tobytes() == np.array([(*m.addresses, 1) for m in members], np.uint64).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -122,9 +126,12 @@ def test_cupy_has_what_is_asked_of_it(name):
     assert attrgetter(name)(pytest.importorskip("cupy")) is not None
 
 
-def test_small_layers_need_one_block_and_large_ones_the_grid():
+def test_small_layers_take_a_cluster_or_a_block_and_large_ones_the_grid():
     scopes = [planned("lstm", "bfloat16", H, 8, DEVICES["h200"], False)[0].scope for H in (32, 64, 128, 512, 1024)]
-    assert scopes == ["block", "block", "block", "cluster", "grid"]
+    assert scopes == ["cluster", "cluster", "cluster", "cluster", "grid"]
+    assert planned("lstm", "bfloat16", 32, 8, DEVICES["a100"], False)[0].scope == "block"
+    many = planned("lstm", "bfloat16", 32, 2048, DEVICES["h200"], False)[0]
+    assert many.scope == "block", "a cluster for each of 256 tiles would wait for its turn"
 
 
 def test_the_plan_does_not_depend_on_time_and_little_on_batch():
@@ -213,10 +220,10 @@ def test_a_driver_that_agrees_is_asked_once():
 
 def test_fewer_clusters_than_thought_change_the_plan():
     """Down to none of a size: then another size, then the grid."""
-    plan, reasons = settled(512, "h200", lambda plan: 0 if plan.scope == "cluster" else 132)
+    plan, reasons = settled(256, "h200", lambda plan: 0 if plan.scope == "cluster" else 132)
     assert plan.scope == "grid"
     assert "cluster: 8 clusters of 16 blocks were to be resident at once, and the driver holds 0" in reasons
-    plan, reasons = settled(512, "h200", lambda plan: 1)  # queues for one place
+    plan, reasons = settled(256, "h200", lambda plan: 1)  # queues for one place
     assert plan.scope == "cluster"
     assert "and the driver holds 1" in reasons[0]
 
@@ -306,7 +313,7 @@ def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
     )
     monkeypatch.setattr(compat, "require", lambda name, why: cupy)
     monkeypatch.setattr(cuda, "driver", Driver)
-    on = cuda.device_of.__wrapped__(0)
+    on = cuda.device_of.__wrapped__(0, residence.SCOPES, False)
     assert on == residence.Device((9, 0), 60, 232448, ((2, 30), (4, 15), (8, 7)))
     assert planned("lstm", "bfloat16", 512, 8, on)[0].blocks <= 60
 
@@ -385,13 +392,12 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
         plan, _ = residence.stack(cell.G, element, "bfloat16", H, T, B, 3, on, backward=backward)
     kind, ordered = (sequence.Backward, cuda.backward_arrays) if backward else (sequence.Forward, cuda.forward_arrays)
     blank = kind(*[None] * len(kind._fields))._replace(extra=Extra(*[None] * len(Extra._fields)))
-    member = residence.Member(tuple(map(arrays.pointer, ordered(blank, [None]))), reverse=False)
-    (launch,) = residence.sequence(plan, cell, "bfloat16", [member] * plan.members, 0, T, B, H, 1, save=True)
-    pack = residence.pack(plan, cell, "bfloat16", 0, 0, H)
+    member = residence.Member(tuple(map(arrays.pointer, ordered(blank))), reverse=False)
+    (launch,) = residence.sequence(plan, cell, "bfloat16", T, B, H, 1, save=True)
+    given = *launch.arguments, residence.words([member] * plan.members), 0
     options = [*OPTIONS, *(f"-D{name}={value}" for name, value in launch.unit.defines)]
     found = nvrtc.parameters(nvrtc.compile(launch.unit.source, "sm_90", options))
-    for each in (launch, pack):
-        assert found[each.kernel] == [8 if isinstance(a, int) else a.nbytes for a in each.arguments], each.kernel
+    assert found[launch.kernel] == [8 if isinstance(a, int) else a.nbytes for a in given]
 
 
 def test_benchmarks_compile_the_exchange_alone_and_the_product_alone():

@@ -185,10 +185,10 @@ def test_swapped_fragments_are_caught():
         "the halves of a row": ("const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;",
                                 "const int row = lane / 4 + i / 2 * 8, k = lane % 4 * 2 + i % 2 * 8;"),
         "the columns of two k tiles": ("&b[n][2 * next]", "&b[n][2 - 2 * next]"),
-        "rows and columns of the sums": ("lane / 4 + i / 2 * 8, n * 8 + lane % 4 * 2 + i % 2",
-                                         "lane / 4 + i % 2 * 8, n * 8 + lane % 4 * 2 + i / 2"),
+        "rows and columns of the sums":
+            ("give(r, i / 2 * 8, n * 8 + i % 2, sum)", "give(r, i % 2 * 8, n * 8 + i / 2, sum)"),
         "the lanes that have the same k": ("k = lane / LANES * (4 / LANE_ROWS)", "k = lane % 2 * (4 / LANE_ROWS)"),
-        "the sums of two rows": ("n + lane / 16, sum[0]", "n + 1 - lane / 16, sum[0]"),
+        "the sums of two rows": ("return {lane % 16, lane / 16};", "return {lane % 16, 1 - lane / 16};"),
     }  # fmt: skip
     cases = [Case("lstm", dtype, "block") for dtype in ("bfloat16", "ieee")]
     for what, (right, swapped) in swaps.items():
@@ -206,22 +206,22 @@ def test_the_exchange_alone_and_the_product_alone_run(scope):
         (plan,) = planned(case)
         unit = residence.compiled(plan, cells.get(case.cell), "float16", only)
         kernels = runtime.compile(sources(case.cell), dict(unit.defines))
-        launch, _ = inference(case, plan, kernels, np.random.default_rng(0), only)
+        launch, given, _ = inference(case, plan, np.random.default_rng(0), only)
         waits = plan.blocks if only == "exchange" or scope == "cluster" else 1
-        on_host.execute(kernels, launch, seed=1, resident_blocks=waits)
+        on_host.execute(kernels, launch, *given, seed=1, resident_blocks=waits)
 
 
 # ---- Two layers on two streams --------------------------------------------------------------------------------------
 
 TOGETHER = """
 struct Layer {
-    Members members; uint4* exchange; long long T; int B, H, rows, first_row, save;
+    long long T; int B, H, rows, first_row, save; Members members; uint4* exchange;
 };
 
 extern "C" __global__ void RESIDENT_KERNEL resident_together(Layer one, Layer other, unsigned blocks) {
     const Layer l = blockIdx.x < blocks ? one : other;
     blockIdx.x %= blocks;
-    resident_forward(l.members, l.exchange, l.T, l.B, l.H, l.rows, l.first_row, l.save);
+    resident_forward(l.T, l.B, l.H, l.rows, l.first_row, l.save, l.members, l.exchange);
 }
 EXPORT(resident_together)
 """
@@ -231,10 +231,10 @@ class Layer(ctypes.Structure):
     """TOGETHER has the same fields."""
 
     _fields_ = (
-        ("members", ctypes.c_ulonglong * 13),
-        ("exchange", ctypes.c_void_p),
         ("T", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("B", "H", "rows", "first_row", "save")),
+        ("members", ctypes.c_ulonglong * 13),
+        ("exchange", ctypes.c_void_p),
     )
 
 
@@ -244,25 +244,24 @@ def two_layers(seed: int, *, share_exchange: bool = False) -> None:
     plans = planned(case)
     (plan,), (kernels,) = plans, libraries(case, plans, kernel=runtime.Source("resident.cu", SOURCE + TOGETHER))
     exchange = zeros(plan.exchange_bytes(case.T))
-    inputs = [inference(case._replace(T=T), plan, kernels, np.random.default_rng(T)) for T in (7, 4)]
+    inputs = [inference(case._replace(T=T), plan, np.random.default_rng(T)) for T in (7, 4)]
     alone = []
-    for launch, arrays in inputs:
-        on_host.execute(kernels, launch)
+    for launch, given, arrays in inputs:
+        on_host.execute(kernels, launch, *given)
         alone.append(arrays["y"].copy())
         arrays["y"][...] = np.nan
         arrays["exchange"][...] = 0
     layers = []
-    for launch, _ in inputs:
-        directions, *rest = launch.arguments
-        layers.append(Layer(tuple(map(int, directions.view(np.uint64))), *map(int, rest)))
+    for launch, (words, at), _ in inputs:
+        layers.append(Layer(*map(int, launch.arguments), tuple(map(int, words.view(np.uint64))), at))
     if share_exchange:
         for layer in layers:
             layer.exchange = exchange.ctypes.data
-    launch, _ = inputs[0]
+    launch, *_ = inputs[0]
     arguments = [*layers, np.uint32(plan.grid)]
     grid = (2 * plan.grid, 1, 1)
     kernels.launch("resident_together", grid, launch.block, arguments, shared=launch.shared, seed=seed)
-    for y, (_, arrays) in zip(alone, inputs):
+    for y, (*_, arrays) in zip(alone, inputs):
         np.testing.assert_array_equal(arrays["y"], y)
 
 
@@ -277,25 +276,22 @@ def test_two_layers_that_shared_their_exchange_would():
             two_layers(seed, share_exchange=True)
 
 
-def inference(case, plan, kernels, rng, only=None):
-    """A forward launch and its arrays, the weights packed already; float16."""
+def inference(case, plan, rng, only=None):
+    """A forward launch, the arguments that follow its own, and its arrays; float16."""
     cell, (T, B, H) = cells.get(case.cell), (case.T, case.B, case.H)
-    R = (rng.standard_normal((cell.G * H, H)) * H**-0.5).astype(np.float16)
     arrays = {
         "xg": rng.standard_normal((T, B, cell.G, H)).astype(np.float16),
-        "weights": np.empty((plan.fragments, 4), np.uint32),
+        "weights": (rng.standard_normal((cell.G * H, H)) * H**-0.5).astype(np.float16),
         "h0": np.zeros((B, H), np.float16),
         "others": np.zeros((1, cell.S - 1, B, H), np.float32),
         "y": np.full((T, B, H), np.nan, np.float16),
         "exchange": zeros(plan.exchange_bytes(T)),
     }
     at = {name: array.ctypes.data for name, array in arrays.items()}
-    on_host.execute(kernels, residence.pack(plan, cell, "float16", R.ctypes.data, at["weights"], H))
     addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0, 0, 0)
-    direction = residence.Member(addresses, reverse=False)
-    options = {"save": False, "only": only}
-    (launch,) = residence.sequence(plan, cell, "float16", [direction], at["exchange"], T, B, H, 1, **options)
-    return launch, arrays
+    words = residence.words([residence.Member(addresses, reverse=False)])
+    (launch,) = residence.sequence(plan, cell, "float16", T, B, H, 1, save=False, only=only)
+    return launch, (words, at["exchange"]), arrays
 
 
 def test_nan_travels():
@@ -303,9 +299,9 @@ def test_nan_travels():
     case = Case("lstm", "float16", "cluster", T=3, B=4, H=40, save=False)
     plans = planned(case)
     (plan,), (kernels,) = plans, libraries(case, plans)
-    launch, arrays = inference(case, plan, kernels, np.random.default_rng(0))
+    launch, given, arrays = inference(case, plan, np.random.default_rng(0))
     arrays["xg"][1, 2, 0, 7] = np.nan
-    on_host.execute(kernels, launch, seed=1)
+    on_host.execute(kernels, launch, *given, seed=1)
     expected = np.zeros((3, 4, 40), bool)
     expected[1, 2, 7] = True  # its own unit at once, all units of the row an instant later
     expected[2, 2] = True

@@ -62,23 +62,17 @@ class Run:
         self.dy = [draw(T, B, H) if k % 2 == (layers - 1) % 2 else None for k in range(layers)]  # a hidden y, too
 
     def launch(self, backward, given, *, save, seed, **options):
-        """given: the kernel's arrays of each layer, with places for the packed weights of R and of W."""
+        """given: the kernel's arrays of each layer, with places for R and W."""
         (T, B, H), plan, kernels = self.sizes, self.plans[backward], self.kernels[backward]
         places = (3, -1) if backward else (1, -2)
         for k, each in enumerate(given):
-            for place, weights, of_input in zip(places, (self.R[k], self.W[k] if k else None), (False, True)):
-                if weights is None:
-                    continue
-                matrix, packed = encode(weights, self.dtype), np.full((plan.fragments, 4), 0xFFFFFFFF, np.uint32)
-                at = matrix.ctypes.data, packed.ctypes.data
-                pack = residence.pack(plan, self.cell, self.dtype, *at, H, of_input=of_input)
-                on_host.execute(kernels, pack)
-                each[place] = packed
+            for place, weights in zip(places, (self.R[k], self.W[k] if k else None)):
+                each[place] = None if weights is None else encode(weights, self.dtype)
         members = [residence.Member(tuple(0 if a is None else a.ctypes.data for a in each), False) for each in given]
-        exchange = zeros(plan.launches * plan.exchange_bytes(T))
-        at = exchange.ctypes.data
-        for launch in residence.sequence(plan, self.cell, self.dtype, members, at, T, B, H, 1, save=save):
-            on_host.execute(kernels, launch, seed=seed, **options)
+        words, exchange = residence.words(members), zeros(plan.launches * plan.exchange_bytes(T))
+        for k, launch in enumerate(residence.sequence(plan, self.cell, self.dtype, T, B, H, 1, save=save)):
+            at = exchange.ctypes.data + k * plan.exchange_bytes(T)
+            on_host.execute(kernels, launch, words, at, seed=seed, **options)
 
     def forward(self, *, save=True, seed=0, **options):
         (T, B, H), cell, kept, found = self.sizes, self.cell, self.dtype, {}
@@ -354,7 +348,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
     layers = [(case.weights, case.state) for case in cases]
     found = sequence.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=True)
     ours = back(found)
-    resident = [each for each in launched if each[0] != "resident_pack"]
+    resident = launched
     assert resident == [("resident_forward", "3"), ("resident_backward", "3")]
     truth, _ = in_turn(oracle.forward, oracle.backward, [case.mapped(sequences.wide) for case in cases])
     over_the_other = back(recorded)

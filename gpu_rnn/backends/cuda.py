@@ -63,7 +63,7 @@ def forward(
     bitwise: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk, ready, device(), held=held)
+        step = partial(walk, runner(), device(), held=held)
         return sequence.forward(step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
 
 
@@ -72,7 +72,7 @@ def backward(
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk_back, ready, device(), held=held)
+        step = partial(walk_back, runner(), device(), held=held)
         return sequence.backward(
             step, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
         )
@@ -82,7 +82,7 @@ def forwards(
     cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
 ) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
-        step = partial(walk, ready, device(), held=held)
+        step = partial(walk, runner(), device(), held=held)
         return sequence.forwards(step, cell, directions, tf32=tf32, save=save, bitwise=bitwise)
 
 
@@ -91,7 +91,7 @@ def backwards(
     needs: Sequence[Collection[str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
-        step = partial(walk_back, ready, device(), held=held)
+        step = partial(walk_back, runner(), device(), held=held)
         return sequence.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
 
 
@@ -103,7 +103,7 @@ def stack(
     cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], *, tf32: bool, save: bool
 ) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk_stack, ready, device(), held=held)
+        step = partial(walk_stack, runner(), device(), held=held)
         return sequence.stack(step, cell, x, layers, tf32=tf32, save=save)
 
 
@@ -112,7 +112,7 @@ def stack_back(
     *, tf32: bool, needs: Sequence[Collection[str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk_stack_back, ready, device(), held=held)
+        step = partial(walk_stack_back, runner(), device(), held=held)
         return sequence.stack_back(step, cell, x, layers, recorded, tf32=tf32, needs=needs)
 
 
@@ -131,7 +131,7 @@ def kernels_of(problem: Problem, held: "Held | None" = None) -> Iterator[tuple[U
         found = [stack_of(problem, device(), way, held)[0] or plan for way, plan in zip(ways_of(problem), found)]
     for resident in filter(None, found):
         unit = residence.compiled(resident, problem.cell, problem.dtype)
-        yield from ((unit, kernel) for kernel in ("resident_pack", residence.name(resident)))
+        yield unit, residence.name(resident)
     if all(found):
         return
     product = arrays.product_dtype(problem.library, problem.dtype)
@@ -144,7 +144,7 @@ def kernels_of(problem: Problem, held: "Held | None" = None) -> Iterator[tuple[U
 
 # ---- the walk: resident where a plan fits, else an instant at a time ------------------------------------------------
 
-LEAST_INSTANTS = 4  # fewer don't repay packing the weights
+LEAST_INSTANTS = 4  # fewer don't repay loading the weights
 
 
 # How many clusters of a plan, or blocks of its grid, are resident at once: of its kernel for a cell and a dtype.
@@ -165,7 +165,7 @@ def residence_of(
     if problem.P is not None:
         why.append("a projection is one more product per step")
     if problem.T < LEAST_INSTANTS and not problem.bitwise:
-        why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay packing the weights")
+        why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay loading the weights")
     if why:
         return None, why
     sizes = problem.H, problem.B, problem.directions
@@ -289,48 +289,48 @@ def launched(plan: residence.Residence | None, given: Sequence[Any]) -> Iterator
     return (given[k : k + n] for k in range(0, len(given), n))
 
 
-def forward_arrays(given: sequence.Forward, packed: Any) -> tuple:
-    """Those of `resident_forward`, in its order. packed: [1, fragments, 4], of a stack [2, fragments, 4]."""
-    below = (None, None) if given.w_ih is None else (packed[1], given.b_ih)
-    return given.xg, packed[0], given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra, *below
+def forward_arrays(given: sequence.Forward) -> tuple:
+    """Those of `resident_forward`, in its order."""
+    below = given.w_ih, None if given.w_ih is None else given.b_ih
+    return given.xg, given.w_hh, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra, *below
 
 
-def backward_arrays(given: sequence.Backward, packed: Any) -> tuple:
+def backward_arrays(given: sequence.Backward) -> tuple:
     """Those of `resident_backward`, in its order."""
     tape = given.y, given.h0, given.others, given.saved
     written = given.dxg, given.dhg, given.dhistory, given.dunits
-    below = None if given.w_ih is None else packed[1]
-    return given.dy, given.dh, given.dothers, packed[0], *tape, *written, *given.extra, below
+    return given.dy, given.dh, given.dothers, given.w_hh, *tape, *written, *given.extra, given.w_ih
 
 
 def resident(
-    run: Runner, plan: residence.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any, Any], tuple],
+    run: Runner, plan: residence.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any], tuple],
     shape: tuple, save: bool,
 ) -> None:  # fmt: skip
-    """Pack the weights of every direction or layer, then run the sequence. `ordered`: see `forward_arrays`."""
+    """Run the sequence of every direction or layer. `ordered`: see `forward_arrays`."""
     (T, B, _, H), like = shape, given[0].w_hh
-    dtype, rows = arrays.dtype(like), given[0].extra.rows
-    packed = arrays.empty((len(given), plan.matrices, plan.fragments, 4), like=like, dtype="int32")
-    for one, each in zip(given, packed, strict=True):
-        for k, matrix in enumerate((one.w_hh, one.w_ih)[: plan.matrices]):
-            if matrix is not None:  # the first layer's input weights are not multiplied here
-                at = arrays.pointer(matrix), arrays.pointer(each[k])
-                run(residence.pack(plan, cell, dtype, *at, H, of_input=k == 1))()
-    cuts = residence.cuts(plan, T)
-    span = max(end - begin for begin, end in cuts)
-    exchange = arrays.zeros((plan.launches * plan.exchange_bytes(span),), like=like, dtype="uint8")
-    for n, (begin, end) in enumerate(cuts):
-        if n > 0:
+    parts, bytes_ = launches(run, plan, cell, arrays.dtype(like), T, B, H, given[0].extra.rows, save)
+    exchange = arrays.zeros((plan.launches * bytes_,), like=like, dtype="uint8") if bytes_ else None
+    at = arrays.pointer(exchange)
+    for n, (begin, end, repeats) in enumerate(parts):
+        if n > 0 and exchange is not None:
             exchange[...] = 0  # or the stamps of the part before would let everybody pass
-        parts = given if len(cuts) == 1 else [one.between(begin, end) for one in given]
-        members = [
-            residence.Member(tuple(map(arrays.pointer, ordered(part, each))), part.reverse)
-            for part, each in zip(parts, packed)
-        ]
-        for launch in residence.sequence(
-            plan, cell, dtype, members, arrays.pointer(exchange), end - begin, B, H, rows, save=save
-        ):
-            run(launch)()
+        these = given if len(parts) == 1 else [one.between(begin, end) for one in given]
+        members = [residence.Member(arrays.pointers(ordered(one), like), one.reverse) for one in these]
+        words = residence.words(members)
+        for k, repeat in enumerate(repeats):
+            repeat(words, at + k * bytes_)
+
+
+@lru_cache(maxsize=1024)  # asked at every call
+def launches(
+    run: Runner, plan: residence.Residence, cell: Cell, dtype: str, T: int, B: int, H: int, rows: int, save: bool
+) -> tuple[list[tuple[int, int, tuple]], int]:
+    """From which to which time step, and what launches them; and the bytes that each launch exchanges through."""
+    parts = [
+        (begin, end, tuple(map(run, residence.sequence(plan, cell, dtype, end - begin, B, H, rows, save=save))))
+        for begin, end in residence.cuts(plan, T)
+    ]
+    return parts, plan.exchange_bytes(max(end - begin for begin, end, _ in parts))
 
 
 KERNELS = {stepwise.Step: "stepwise_forward", stepwise.Grad: "stepwise_backward"}
@@ -402,6 +402,16 @@ def ready(launch: Launch) -> Callable[..., None]:
     return repeat
 
 
+def runner() -> Runner:
+    """`ready`, as an object of the current device: what is kept by runner is kept by device."""
+    return runner_of(compat.require("cupy", "the cuda backend").cuda.Device().id)
+
+
+@cache
+def runner_of(index: int) -> Runner:
+    return partial(ready)
+
+
 PLAIN_SHARED_BYTES = 48 << 10  # more must be asked for, kernel by kernel
 CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter must be asked for, too
 
@@ -427,21 +437,22 @@ def coresident(function: int, threads: int, shared: int) -> int:
 
 # What plans may use: a scope that failed on a machine can be left out there.
 SCOPES = tuple(filter(None, os.environ.get("GPU_RNN_CUDA_SCOPES", ",".join(residence.SCOPES)).split(",")))
+PROVEN_ONLY = not os.environ.get("GPU_RNN_CUDA_UNPROVEN")
 
 
 def device() -> residence.Device:
     """The current device, as plans see it."""
-    return device_of(compat.require("cupy", "the cuda backend").cuda.Device().id, SCOPES)
+    return device_of(compat.require("cupy", "the cuda backend").cuda.Device().id, SCOPES, PROVEN_ONLY)
 
 
 @cache
-def device_of(index: int, scopes: tuple[str, ...]) -> residence.Device:
+def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> residence.Device:
     """Of a part of a device (MIG, MPS) the driver says how many multiprocessors it has, and how many clusters fit."""
     properties = compat.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
     capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
     return residence.Device(
         capability, properties["multiProcessorCount"], shared, clusters(shared) if capability >= (9, 0) else (),
-        cooperative=bool(properties["cooperativeLaunch"]), scopes=scopes,
+        cooperative=bool(properties["cooperativeLaunch"]), scopes=scopes, proven_only=proven_only,
     )  # fmt: skip
 
 

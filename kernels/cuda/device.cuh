@@ -216,6 +216,35 @@ DEVICE void grid_barrier(unsigned* arrivals, unsigned goal) {
     __syncthreads();
 }
 
+// ---- The watchdog of spins --------------------------------------------------------------------------------
+
+DEVICE unsigned globaltimer_lo() {  // nanoseconds
+    unsigned now;
+    PTX(asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now)));
+    TWIN(now = 0);  // where time stands still; the scheduler finds those that wait for ever
+    return now;
+}
+DEVICE void trap() {
+    PTX(asm volatile("trap;"));
+    TWIN(host::fail("trap"));
+}
+// Compiled with -DWATCHDOG, a wait of over two seconds ends the kernel with a trap: a hang costs one launch. One Watchdog
+// for each wait; `turn` is called in each turn of its loop, and looks at the clock in few of them.
+struct Watchdog {
+#ifdef WATCHDOG
+    unsigned turns = 0, began = 0;
+
+    DEVICE void turn() {
+        if (++turns % 256 != 0) return;
+        const unsigned now = globaltimer_lo();
+        if (turns == 256) began = now;
+        if (now - began > 2000000000u) trap();
+    }
+#else
+    DEVICE void turn() {}
+#endif
+};
+
 // ---- Barriers within a block ------------------------------------------------------------------------------
 
 // Barriers 1 to 15 (0 is __syncthreads). `threads` counts both the waiting and the arriving, a multiple of
@@ -402,35 +431,6 @@ DEVICE T* map_shared_rank(T* shared, unsigned rank) {
     TWIN(mapped = host::map_shared_rank(shared, rank));
     return mapped;
 }
-
-// ---- The watchdog of spins --------------------------------------------------------------------------------
-
-DEVICE unsigned globaltimer_lo() {  // nanoseconds
-    unsigned now;
-    PTX(asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now)));
-    TWIN(now = 0);  // where time stands still; the scheduler finds those that wait for ever
-    return now;
-}
-DEVICE void trap() {
-    PTX(asm volatile("trap;"));
-    TWIN(host::fail("trap"));
-}
-// Compiled with -DWATCHDOG, a wait of over two seconds ends the kernel with a trap: a hang costs one launch. One Watchdog
-// for each wait; `turn` is called in each turn of its loop, and looks at the clock in few of them.
-struct Watchdog {
-#ifdef WATCHDOG
-    unsigned turns = 0, began = 0;
-
-    DEVICE void turn() {
-        if (++turns % 256 != 0) return;
-        const unsigned now = globaltimer_lo();
-        if (turns == 256) began = now;
-        if (now - began > 2000000000u) trap();
-    }
-#else
-    DEVICE void turn() {}
-#endif
-};
 
 // ---- Barriers in shared memory that count arrivals and bytes ----------------------------------------------
 

@@ -30,20 +30,41 @@ struct Rows {
     uint4* shared;  // [WARPS][SETS][IN_SHARED][32]
     unsigned held[SETS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
 
-    // This warp's fragments, as resident_pack laid them out.
-    DEVICE void load(const uint4* packed, int rank, int warp, int lane) {
-        packed += (static_cast<long long>(rank) * WARPS + warp) * SETS * TILES * 32 + lane;
+    // This warp's fragments of R [G, H, H], recurrent or input weights. Once for a sequence, so that it may be slow: a
+    // lane reads pairs of numbers. A layout made beforehand would cost a launch, which takes longer.
+    DEVICE void load(const SCALAR* R, bool of_input, int H, int rank, int warp, int lane) {
         shared += warp * SETS * IN_SHARED * 32 + lane;  // read back by this very lane
 #pragma unroll
         for (int r = 0; r < SETS; ++r) {
 #pragma unroll
-            for (int j = 0; j < IN_REGISTERS; ++j) {
-                const uint4 a = packed[(r * TILES + j) * 32];
-                held[r][j][0] = a.x, held[r][j][1] = a.y, held[r][j][2] = a.z, held[r][j][3] = a.w;
+            for (int j = 0; j < IN_REGISTERS; ++j) read(held[r][j], R, of_input, H, rank, warp, lane, r, j);
+#pragma unroll 1
+            for (int j = 0; j < IN_SHARED; ++j) {
+                unsigned a[4];
+                read(a, R, of_input, H, rank, warp, lane, r, IN_REGISTERS + j);
+                shared[(r * IN_SHARED + j) * 32] = make_uint4(a[0], a[1], a[2], a[3]);
             }
-            for (int j = 0; j < IN_SHARED; ++j)
-                shared[(r * IN_SHARED + j) * 32] = packed[(r * TILES + IN_REGISTERS + j) * 32];
         }
+    }
+
+    // This lane's part of k tile j of row set r. Operand columns run over blocks, values, units of the block; a k tile
+    // has one value's.
+    DEVICE static void read(
+        unsigned a[4], const SCALAR* R, bool of_input, int H, int rank, int warp, int lane, int r, int j) {
+        const int column = (warp % K_SPLITS * TILES + j) * K_STEP, within = column % (Values::COUNT * U);
+        const int unit0 = rank * U + warp / K_SPLITS * 16, other0 = column / (Values::COUNT * U) * U + within % U;
+        const int gate = BACKWARD ? Values::gate(within / U, of_input) : r;
+        const SCALAR* of_gate = R + static_cast<long long>(gate) * H * H;
+        auto element = [&](int row, int k) {
+            const int unit = unit0 + row, other = other0 + k;
+            if (unit >= H || other >= H || gate < 0) return 0.0f;
+            return to_float(of_gate[BACKWARD ? static_cast<long long>(other) * H + unit : static_cast<long long>(unit) * H + other]);
+        };
+#if IEEE
+        ieee_fragment<Sums<SETS>::LANE_ROWS>(a, element, lane);
+#else
+        fragment(a, element, lane, SCALAR());
+#endif
     }
 
     DEVICE void take(unsigned a[4], int r, int j) const {
@@ -128,7 +149,7 @@ struct Residence {  // for one direction of time
 #endif
     }
 
-    DEVICE void load(const uint4* packed) { weights.load(packed, rank, warp, lane); }
+    DEVICE void load(const SCALAR* R, bool of_input, int H) { weights.load(R, of_input, H, rank, warp, lane); }
 
     // In the following n is the number of a publication, from 0.
 

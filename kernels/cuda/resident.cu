@@ -113,45 +113,13 @@ struct Instants {
     }
 };
 
-// ---- The weights, in the order in which the lanes hold them ---------------------------------------------------------
-
-// One lane's part of a fragment after the other. A launch of its own: the weights are read once, all loads of the
-// resident kernels are 16 bytes and coalesced.
-extern "C" __global__ void __launch_bounds__(128) resident_pack(
-    const SCALAR* R,  // [G, H, H] recurrent weights, or input weights of a layer above the first
-    uint4* packed,    // [BLOCKS, WARPS, row sets, k tiles, 32] written
-    int H, int of_input) {
-    constexpr int ROWS = Residence::ROWS, VALUES = Residence::VALUES, TILES = Residence::TILES;
-    const int index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= BLOCKS * WARPS * ROWS * TILES * 32) return;
-    const int lane = index % 32, j = index / 32 % TILES, r = index / 32 / TILES % ROWS;
-    const int warp = index / 32 / TILES / ROWS % WARPS, rank = index / 32 / TILES / ROWS / WARPS;
-    const int unit0 = rank * U + warp / K_SPLITS * 16, column0 = (warp % K_SPLITS * TILES + j) * K_STEP;
-    auto element = [&](int row, int k) {  // operand columns run over blocks, values, units of the block
-        const int column = column0 + k, within = column % (VALUES * U);
-        const int unit = unit0 + row, other = column / (VALUES * U) * U + within % U;
-        const int gate = BACKWARD ? Values::gate(within / U, of_input != 0) : r;
-        if (unit >= H || other >= H || gate < 0) return 0.0f;
-        const long long from = BACKWARD ? other : unit, to = BACKWARD ? unit : other;
-        return to_float(R[(gate * static_cast<long long>(H) + from) * H + to]);
-    };
-    unsigned a[4];
-#if IEEE
-    ieee_fragment<Sums<ROWS>::LANE_ROWS>(a, element, lane);
-#else
-    fragment(a, element, lane, SCALAR());
-#endif
-    packed[index] = make_uint4(a[0], a[1], a[2], a[3]);
-}
-EXPORT(resident_pack)
-
 #if !BACKWARD
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 struct Given {             // of one direction or layer
     const SCALAR* xg;      // [T, B, G, H] input part, b_ih included; of no use to layers above the first
-    const uint4* weights;  // from resident_pack
+    const SCALAR* weights; // [G, H, H] recurrent
     const SCALAR* b_hh;    // [G, H] or null
     const SCALAR* h0;      // [B, H]
     float* others;         // [T+1, S-1, B, H] the other states, the first boundary given, the rest written;
@@ -161,8 +129,8 @@ struct Given {             // of one direction or layer
     const float* units;    // see Extra
     const unsigned char* flags;
     const unsigned long long* seed;
-    const uint4* weights_below;  // of the input, from resident_pack; of layers above the first, and so is
-    const SCALAR* b_ih;          // [G, H] or null
+    const SCALAR* weights_below;  // [G, H, H] of the input; of layers above the first, and so is
+    const SCALAR* b_ih;           // [G, H] or null
     long long reverse;
 };
 struct Members {
@@ -175,11 +143,11 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
     DYNAMIC_SHARED(unsigned char, arena);
     Residence home(arena, exchange, group(), T, B - first_row);
-    home.load(given.weights);
+    home.load(given.weights, false, H);
 #if LAYERS > 1
     Residence below(arena + Residence::BYTES, exchange, group() - ABOVE, T, B - first_row);
     float bias_below[OWN][G];
-    if (ABOVE) below.load(given.weights_below);
+    if (ABOVE) below.load(given.weights_below, true, H);
     static_assert(!Cell::OPERAND, "what is published is h, which the layer above is to see");
 #endif
 
@@ -318,11 +286,11 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 }
 
 extern "C" __global__ void RESIDENT_KERNEL resident_forward(
-    const __grid_constant__ Members members,
-    uint4* exchange,  // GRID: [groups, 2 or T + 1 publications and two meetings], zero; else null
     long long T, int B, int H, int rows,
     int first_row,    // batch row of the first group: what isn't resident at once takes several launches
-    int save) {       // whether saved and others are kept
+    int save,         // whether saved and others are kept
+    const __grid_constant__ Members members,
+    uint4* exchange) {  // GRID: [groups, 2 or T + 1 publications and two meetings], zero; else null
     if (member() == 0)  // both directions have code of their own, in which addresses are constants and no registers
         forward<false>(members.of[0], exchange, T, B, H, rows, first_row, save);
     else
@@ -338,7 +306,7 @@ struct Given {               // of one direction or layer
     const SCALAR* dy;        // [T, B, H]; null for zero
     float* dh;               // [B, H] gradient of the last h, overwritten with that of the first
     float* dothers;          // [S-1, B, H] the same for the other states
-    const uint4* weights;    // from resident_pack
+    const SCALAR* weights;   // [G, H, H] recurrent
     const SCALAR* y;         // [T, B, H]
     const SCALAR* h0;        // [B, H]
     const float* others;     // [T+1, S-1, B, H]
@@ -350,7 +318,7 @@ struct Given {               // of one direction or layer
     const float* units;      // see Extra
     const unsigned char* flags;
     const unsigned long long* seed;
-    const uint4* weights_below;  // of the input, from resident_pack; of layers above the first
+    const SCALAR* weights_below;  // [G, H, H] of the input; of layers above the first
     long long reverse;
 };
 struct Members {
@@ -377,11 +345,11 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
     DYNAMIC_SHARED(unsigned char, arena);
     Residence home(arena, exchange, group(), T, B - first_row);
-    home.load(given.weights);
+    home.load(given.weights, false, H);
 #if LAYERS > 1
     float* parts_below = reinterpret_cast<float*>(arena + Residence::BYTES);
     Rows below{reinterpret_cast<uint4*>(arena + Residence::BYTES + Residence::PARTS), {}};
-    if (HANDS) below.load(given.weights_below, home.rank, home.warp, home.lane);
+    if (HANDS) below.load(given.weights_below, true, H, home.rank, home.warp, home.lane);
     const bool takes = ONLY != PRODUCT && member() + 1 < LAYERS;
     const Handed from_above(exchange, T, member()), to_below(exchange, T, member() - 1);
     uint2 handed[OWN];
@@ -551,10 +519,10 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
 }
 
 extern "C" __global__ void RESIDENT_KERNEL resident_backward(
-    const __grid_constant__ Members members,
-    uint4* exchange,  // GRID: [groups, two publications and two meetings], then what layers hand down, zero; else null
     long long T, int B, int H, int rows,
-    int first_row) {  // batch row of the first group
+    int first_row,  // batch row of the first group
+    const __grid_constant__ Members members,
+    uint4* exchange) {  // GRID: [groups, two publications and two meetings], then what layers hand down; zero; else null
     if (member() == 0)
         backward<false>(members.of[0], exchange, T, B, H, rows, first_row);
     else
