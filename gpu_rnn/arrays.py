@@ -143,7 +143,9 @@ def plain(array: Any) -> Any:
     if array is None:
         return None
     kind = library(array)
-    return array.detach().contiguous() if kind == "torch" else module(kind).ascontiguousarray(array)
+    if kind != "torch":
+        return module(kind).ascontiguousarray(array)
+    return array.detach().contiguous() if array.requires_grad or not array.is_contiguous() else array
 
 
 def real_dtype(array: Any) -> str:

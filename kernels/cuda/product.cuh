@@ -10,24 +10,22 @@ DEVICE __half encoded(float x, __half) { return from_float<__half>(x); }
 DEVICE __nv_bfloat16 encoded(float x, __nv_bfloat16) { return from_float<__nv_bfloat16>(x); }
 DEVICE float encoded(float x, float) { return IEEE ? x : __uint_as_float(to_tf32(x)); }
 
-// One lane's part of the 16 x K_STEP fragment whose corner is (0, 0) of `element(row, k)`, as mma wants it.
+DEVICE unsigned short bits_of(__half) { return 0; }  // the type that has a number's bits
+DEVICE unsigned short bits_of(__nv_bfloat16) { return 0; }
+DEVICE unsigned bits_of(float) { return 0; }
+
+// One lane's part of the 16 x K_STEP fragment whose corner is (0, 0) of `element(row, k)`, as mma wants it. Elements are
+// the bits of numbers.
 template <class Element>
-DEVICE void fragment(unsigned a[4], Element element, int lane, __half) {
+DEVICE void fragment(unsigned a[4], Element element, int lane, unsigned short) {  // of 16 bits
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
-        a[i] = pack_f16(element(row, k), element(row, k + 1));
+        a[i] = element(row, k) | static_cast<unsigned>(element(row, k + 1)) << 16;
     }
 }
 template <class Element>
-DEVICE void fragment(unsigned a[4], Element element, int lane, __nv_bfloat16) {
-    for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
-        a[i] = pack_bf16(element(row, k), element(row, k + 1));
-    }
-}
-template <class Element>
-DEVICE void fragment(unsigned a[4], Element element, int lane, float) {
-    for (int i = 0; i < 4; ++i) a[i] = to_tf32(element(lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4));
+DEVICE void fragment(unsigned a[4], Element element, int lane, unsigned) {  // of 32 bits
+    for (int i = 0; i < 4; ++i) a[i] = to_tf32(__uint_as_float(element(lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4)));
 }
 
 // The same for fused multiply-adds. A lane has 1 row and 4 k of a fragment, or 2 and 2, so that few lanes share a row
@@ -37,7 +35,7 @@ DEVICE void ieee_fragment(unsigned a[4], Element element, int lane) {
     constexpr int LANES = 16 / LANE_ROWS;  // with the same k
     for (int i = 0; i < 4; ++i) {
         const int row = lane % LANES + i % LANE_ROWS * 8, k = lane / LANES * (4 / LANE_ROWS) + i / LANE_ROWS;
-        a[i] = __float_as_uint(element(row, k));
+        a[i] = element(row, k);
     }
 }
 

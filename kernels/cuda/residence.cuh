@@ -30,41 +30,55 @@ struct Rows {
     uint4* shared;  // [WARPS][SETS][IN_SHARED][32]
     unsigned held[SETS][IN_REGISTERS > 0 ? IN_REGISTERS : 1][4];
 
-    // This warp's fragments of R [G, H, H], recurrent or input weights. Once for a sequence, so that it may be slow: a
-    // lane reads pairs of numbers. A layout made beforehand would cost a launch, which takes longer.
-    DEVICE void load(const SCALAR* R, bool of_input, int H, int rank, int warp, int lane) {
-        shared += warp * SETS * IN_SHARED * 32 + lane;  // read back by this very lane
+    // This warp's fragments of R [G, H, H], recurrent or input weights, a lane by pairs of numbers: once for a sequence it
+    // may be slow, and a layout made beforehand would cost a launch. On the way to registers they lie in `area`, shared
+    // memory of AREA bytes: in a loop that is unrolled for registers the compiler has too many loads under way.
+    template <int AREA>
+    DEVICE void load(void* area, const SCALAR* R, bool of_input, int H, int rank, int warp, int lane) {
+        constexpr int MOST = AREA / (WARPS * 512), CHUNK = MOST < IN_REGISTERS ? MOST : IN_REGISTERS;
+        static_assert(IN_REGISTERS == 0 || MOST > 0, "a fragment of each warp fits");
+        uint4* staged = static_cast<uint4*>(area) + warp * CHUNK * 32 + lane;  // read back by this very lane, as is
+        shared += warp * SETS * IN_SHARED * 32 + lane;
 #pragma unroll
         for (int r = 0; r < SETS; ++r) {
 #pragma unroll
-            for (int j = 0; j < IN_REGISTERS; ++j) read(held[r][j], R, of_input, H, rank, warp, lane, r, j);
-#pragma unroll 1
-            for (int j = 0; j < IN_SHARED; ++j) {
-                unsigned a[4];
-                read(a, R, of_input, H, rank, warp, lane, r, IN_REGISTERS + j);
-                shared[(r * IN_SHARED + j) * 32] = make_uint4(a[0], a[1], a[2], a[3]);
+            for (int first = 0; first < IN_REGISTERS; first += CHUNK) {
+#pragma unroll 4
+                for (int j = 0; j < CHUNK; ++j)
+                    if (first + j < IN_REGISTERS) staged[j * 32] = read(R, of_input, H, rank, warp, lane, r, first + j);
+#pragma unroll
+                for (int j = 0; j < CHUNK && first + j < IN_REGISTERS; ++j) {
+                    const uint4 a = staged[j * 32];
+                    unsigned* to = held[r][first + j];
+                    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+                }
             }
+#pragma unroll 4
+            for (int j = 0; j < IN_SHARED; ++j)
+                shared[(r * IN_SHARED + j) * 32] = read(R, of_input, H, rank, warp, lane, r, IN_REGISTERS + j);
         }
     }
 
     // This lane's part of k tile j of row set r. Operand columns run over blocks, values, units of the block; a k tile
     // has one value's.
-    DEVICE static void read(
-        unsigned a[4], const SCALAR* R, bool of_input, int H, int rank, int warp, int lane, int r, int j) {
+    DEVICE static uint4 read(const SCALAR* R, bool of_input, int H, int rank, int warp, int lane, int r, int j) {
         const int column = (warp % K_SPLITS * TILES + j) * K_STEP, within = column % (Values::COUNT * U);
         const int unit0 = rank * U + warp / K_SPLITS * 16, other0 = column / (Values::COUNT * U) * U + within % U;
         const int gate = BACKWARD ? Values::gate(within / U, of_input) : r;
-        const SCALAR* of_gate = R + static_cast<long long>(gate) * H * H;
-        auto element = [&](int row, int k) {
+        using Bits = decltype(bits_of(SCALAR()));
+        auto element = [&](int row, int k) -> Bits {
             const int unit = unit0 + row, other = other0 + k;
-            if (unit >= H || other >= H || gate < 0) return 0.0f;
-            return to_float(of_gate[BACKWARD ? static_cast<long long>(other) * H + unit : static_cast<long long>(unit) * H + other]);
+            if (unit >= H || other >= H || gate < 0) return 0;
+            const int at = BACKWARD ? (gate * H + other) * H + unit : (gate * H + unit) * H + other;  // below 2^31
+            return reinterpret_cast<const Bits*>(R)[at];
         };
+        unsigned a[4];
 #if IEEE
         ieee_fragment<Sums<SETS>::LANE_ROWS>(a, element, lane);
 #else
-        fragment(a, element, lane, SCALAR());
+        fragment(a, element, lane, Bits());
 #endif
+        return make_uint4(a[0], a[1], a[2], a[3]);
     }
 
     DEVICE void take(unsigned a[4], int r, int j) const {
@@ -118,8 +132,9 @@ struct Residence {  // for one direction of time
 
     DEVICE static long long group_words(long long T) { return (KEEPS ? T + 1 : 2) * PUBLICATION + Meeting::EXCHANGED; }
 
-    // `from`: the group whose publications are received; its own, or that of the layer below.
-    DEVICE Residence(unsigned char* arena, uint4* exchanges, int from, long long T, int rows_left)
+    // `from`: the group whose publications are received; its own, or that of the layer below. R: see Rows; or null.
+    DEVICE Residence(
+        unsigned char* arena, uint4* exchanges, int from, long long T, int rows_left, const SCALAR* R, int H)
         : operand(arena),
           staged(operand + OPERANDS * OPERAND),
           parts(reinterpret_cast<float*>(staged + STAGED)),
@@ -131,6 +146,9 @@ struct Residence {  // for one direction of time
           waits(!ALONE || from != group()),
           meeting(staged + STAGED + PARTS + Rows::BYTES + 16,
                   exchanges + from * group_words(T) + group_words(T) - Meeting::EXCHANGED) {
+        constexpr int BEFORE_WEIGHTS = OPERANDS * OPERAND + STAGED + PARTS;
+        if (R != nullptr) weights.template load<BEFORE_WEIGHTS>(operand, R, from != group(), H, rank, warp, lane);
+        __syncthreads();  // weights are no longer on their way through what is now made zero
         for (int i = threadIdx.x; i < (OPERANDS * OPERAND + STAGED) / 16; i += THREADS)
             reinterpret_cast<uint4*>(operand)[i] = make_uint4(0, 0, 0, 0);  // what nobody publishes stays zero
 #if SCOPE == CLUSTER
@@ -148,8 +166,6 @@ struct Residence {  // for one direction of time
         exchange = exchanges + from * group_words(T);
 #endif
     }
-
-    DEVICE void load(const SCALAR* R, bool of_input, int H) { weights.load(R, of_input, H, rank, warp, lane); }
 
     // In the following n is the number of a publication, from 0.
 

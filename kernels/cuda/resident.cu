@@ -142,12 +142,11 @@ template <bool ABOVE>
 DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row, int save) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K;
     DYNAMIC_SHARED(unsigned char, arena);
-    Residence home(arena, exchange, group(), T, B - first_row);
-    home.load(given.weights, false, H);
+    Residence home(arena, exchange, group(), T, B - first_row, given.weights, H);
 #if LAYERS > 1
-    Residence below(arena + Residence::BYTES, exchange, group() - ABOVE, T, B - first_row);
+    const SCALAR* weights_below = ABOVE ? given.weights_below : nullptr;
+    Residence below(arena + Residence::BYTES, exchange, group() - ABOVE, T, B - first_row, weights_below, H);
     float bias_below[OWN][G];
-    if (ABOVE) below.load(given.weights_below, true, H);
     static_assert(!Cell::OPERAND, "what is published is h, which the layer above is to see");
 #endif
 
@@ -344,12 +343,12 @@ template <bool HANDS>
 DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, int H, int rows, int first_row) {
     constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
     DYNAMIC_SHARED(unsigned char, arena);
-    Residence home(arena, exchange, group(), T, B - first_row);
-    home.load(given.weights, false, H);
+    Residence home(arena, exchange, group(), T, B - first_row, given.weights, H);
 #if LAYERS > 1
     float* parts_below = reinterpret_cast<float*>(arena + Residence::BYTES);
     Rows below{reinterpret_cast<uint4*>(arena + Residence::BYTES + Residence::PARTS), {}};
-    if (HANDS) below.load(given.weights_below, true, H, home.rank, home.warp, home.lane);
+    if (HANDS) below.template load<Residence::PARTS>(
+        parts_below, given.weights_below, true, H, home.rank, home.warp, home.lane);
     const bool takes = ONLY != PRODUCT && member() + 1 < LAYERS;
     const Handed from_above(exchange, T, member()), to_below(exchange, T, member() - 1);
     uint2 handed[OWN];
@@ -372,27 +371,38 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
     float after[OWN][S], before[OWN][S], more[OWN][EXTRA_OR_1], sums[OWN][LEARNED > 0 ? LEARNED : 1];
     unsigned bits[OWN];
     SCALAR shown[OWN], earlier[OWN], kept[OWN][K > 0 ? K : 1];  // as stored: a conversion would wait for them
+    const Element mine(0, first_row, B, H);
+    const long long latest = at.nth(T - 1), way = given.reverse != 0 ? 1 : -1;
+    const auto cells_apart = static_cast<long long>(B) * H;
+    Along<const SCALAR> dys{given.dy + at.h(latest, mine), way * cells_apart, ROWS_APART * H};
+    Along<const SCALAR> ys{given.y + at.h(latest, mine) + way * cells_apart, way * cells_apart, ROWS_APART * H};
+    Along<const SCALAR> kepts{given.saved + at.row(latest, mine, K, 0), way * K * cells_apart, ROWS_APART * K * H};
+    Along<const float> cells{
+        given.others + at.other(at.before(latest), 1, mine), way * (S - 1) * cells_apart, ROWS_APART * H};
+    Along<SCALAR> dxgs{given.dxg + at.row(latest, mine, G, 0), way * G * cells_apart, ROWS_APART * G * H};
+    Along<SCALAR> dhgs{given.dhg + at.row(latest, mine, G, 0), way * G * cells_apart, ROWS_APART * G * H};
     auto fetch = [&](long long n) {  // what the instant needs from memory, while the others' gradients are under way
         const long long t = at.nth(n);
         const SCALAR zero = from_float<SCALAR>(0.0f);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
             const Element e(k, first_row, B, H);
-            shown[k] = e.real && given.dy != nullptr ? given.dy[at.h(t, e)] : zero;
+            shown[k] = e.real && given.dy != nullptr ? *dys.of(k) : zero;
 #if LAYERS > 1
             if (e.real && takes) handed[k] = ld_relaxed_gpu(from_above.of(T - 1 - n, e));
 #endif
-            earlier[k] = !e.real ? zero : n > 0 ? given.y[at.h(at.nth(n - 1), e)] : given.h0[at.initial(e)];
+            earlier[k] = !e.real ? zero : n > 0 ? *ys.of(k) : given.h0[at.initial(e)];
 #pragma unroll
-            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? given.saved[at.row(t, e, K, j)] : zero;
+            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? kepts.of(k)[j * H] : zero;
 #pragma unroll
-            for (int s = 1; s < S; ++s) before[k][s] = e.real ? given.others[at.other(at.before(t), s, e)] : 0.0f;
+            for (int s = 1; s < S; ++s) before[k][s] = e.real ? cells.of(k)[(s - 1) * cells_apart] : 0.0f;
             if (!e.real) continue;
             bits[k] = extra.bits(t, e.b);
             if (given.dhistory == nullptr) continue;
 #pragma unroll
             for (int s = 1; s < S; ++s) asked[k][s] += to_float(given.dhistory[at.other(t, s, e)]);
         }
+        dys.go(), ys.go(), kepts.go(), cells.go();
     };
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
@@ -499,10 +509,11 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             if (!e.real) continue;
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                given.dxg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(dx[k][g]);
-                if (given.dhg != nullptr) given.dhg[at.row(at.nth(n), e, G, g)] = from_float<SCALAR>(da[k][g]);
+                dxgs.of(k)[g * H] = from_float<SCALAR>(dx[k][g]);
+                if (given.dhg != nullptr) dhgs.of(k)[g * H] = from_float<SCALAR>(da[k][g]);
             }
         }
+        dxgs.go(), dhgs.go();
     }
 #if LAYERS > 1
     if (!Residence::ALONE) hand_down(T - 1);
