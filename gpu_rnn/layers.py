@@ -127,7 +127,33 @@ class RecurrentLayer(Recurrent):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of every layer and direction."""
-        return [[weight for weight in self._weights(suffix) if weight is not None] for suffix in self._suffixes]
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    # torch.nn's layers have these three, and much code that initializes, drops or prunes weights reads them
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """The names of the parameters of every layer and direction."""
+        present = True, True, self.bias, self.bias, self.proj_size
+        names = [name for name, there in zip(NAMES, present) if there]
+        return [[name + suffix for name in names] for suffix in self._suffixes]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return FlatWeights(self)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        names = self._flat_weights_names
+        if len(weights) != len(names):
+            raise ValueError(f"_flat_weights must be {len(names)} tensors ({', '.join(names)}), got {len(weights)}")
+        for name, weight in zip(names, weights):
+            if getattr(self, name, None) is not weight:
+                setattr(self, name, weight)
 
     def flatten_parameters(self) -> None:
         """Nothing: the kernels take the weights from where they are."""
@@ -365,6 +391,18 @@ class GRU(RecurrentLayer):
     @property
     def page(self) -> str:
         return functional.PROJECTED if self.proj_size else "gru"
+
+
+class FlatWeights(list):
+    """The weights of a layer; an item that is assigned becomes the layer's weight, or raises, but is never ignored."""
+
+    def __init__(self, layer: RecurrentLayer) -> None:
+        super().__init__(getattr(layer, name, None) for name in layer._flat_weights_names)
+        self.layer = layer
+
+    def __setitem__(self, index: Any, weight: Any) -> None:
+        super().__setitem__(index, weight)
+        self.layer._flat_weights = self
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------

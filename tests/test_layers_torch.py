@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import dropout as dropped
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import gpu_rnn
@@ -103,6 +104,102 @@ def test_copies_compute_the_same(kind, copied):
     assert repr(other) == repr(layer)
     assert {id(p) for p in other.parameters()}.isdisjoint(map(id, layer.parameters()))
     assert_equal(results(other, x), results(layer, x))
+
+
+# ---- lists of weights -----------------------------------------------------------------------------------------------
+
+
+@every_argument
+def test_lists_of_weights(kind, arguments):
+    theirs, ours = getattr(nn, kind)(3, 4, **arguments), getattr(gpu_rnn, kind)(3, 4, **arguments)
+    lists = ("_all_weights", "_flat_weights_names")
+    assert [hasattr(ours, name) for name in (*lists, "_flat_weights")] == 3 * [kind in LAYERS]
+    if kind in LAYERS:
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in lists)
+        assert isinstance(ours._flat_weights, list)
+        assert [id(weight) for weight in ours._flat_weights] == [id(parameter) for parameter in ours.parameters()]
+        assert list(map(type, ours._flat_weights)) == list(map(type, theirs._flat_weights))
+
+
+@every_layer
+def test_initialization_by_names(kind):
+    """As public code writes it, five ways."""
+    theirs, ours = twins(kind, input_size=3, hidden_size=4, num_layers=2, bidirectional=True)
+    for layer in (theirs, ours):
+        torch.manual_seed(4)
+        for names in layer._all_weights:
+            for name in names:
+                if "weight" in name:
+                    nn.init.orthogonal_(layer.__getattr__(name))
+                else:
+                    nn.init.constant_(getattr(layer, name), 0.1)
+        for names in layer._all_weights:
+            for name in filter(lambda n: "bias" in n, names):
+                getattr(layer, name).data[4:8].fill_(1.0)
+        for name in layer._flat_weights_names:
+            if name.startswith("weight_hh"):
+                layer.get_parameter(name).data.mul_(0.5)
+        for weight in layer._flat_weights:
+            weight.data.add_(0.01)
+        nn.init.xavier_uniform_(layer.all_weights[1][0])
+    x = some_input(kind)
+    assert_equal(results(ours, x), results(theirs, x))
+
+
+class WeightDrop(nn.Module):
+    """As in awd-lstm-lm; `listed`: as in its forks for later versions of torch."""
+
+    def __init__(self, module, names, p, listed):
+        super().__init__()
+        self.module, self.names, self.p, self.listed = module, names, p, listed
+        module.flatten_parameters = lambda *given: None
+        for name in names:
+            weight = getattr(module, name)
+            del module._parameters[name]
+            module.register_parameter(name + "_raw", nn.Parameter(weight.data))
+
+    def forward(self, *given):
+        for name in self.names:
+            raw = getattr(self.module, name + "_raw")
+            setattr(self.module, name, dropped(raw, self.p, self.training))
+        if self.listed:
+            names = self.module._flat_weights_names
+            self.module._flat_weights = [getattr(self.module, name, None) for name in names]
+        return self.module.forward(*given)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+@every_layer
+def test_weight_drop_from_outside(kind, swapped, listed):
+    theirs, ours = twins(kind, input_size=3, hidden_size=4, num_layers=2)
+    if swapped:
+        ours = copy.deepcopy(theirs)
+    theirs, ours = (WeightDrop(layer, ["weight_hh_l0", "weight_hh_l1"], 0.5, listed) for layer in (theirs, ours))
+    assert ours.module._flat_weights[1] is None or swapped
+    gpu_rnn.replace_(ours)
+    assert type(ours.module) is getattr(gpu_rnn, kind)
+    x = some_input(kind)
+    for mode in (True, False):
+        assert_equal(results(ours.train(mode), x), results(theirs.train(mode), x))
+
+
+def test_assigned_lists_of_weights_are_the_weights():
+    layer, x = gpu_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    others = [nn.Parameter(torch.randn_like(weight)) for weight in layer._flat_weights]
+    expected = nn.GRU(3, 4)
+    for name, weight in zip(layer._flat_weights_names, others):
+        setattr(expected, name, weight)
+    layer._flat_weights[:2] = others[:2]
+    layer._flat_weights[2] = others[2]
+    assert [id(weight) for weight in layer.parameters()][:3] == [id(weight) for weight in others][:3]
+    layer._flat_weights = others
+    assert [id(weight) for weight in layer.parameters()] == [id(weight) for weight in others]
+    torch.testing.assert_close(layer(x), expected(x))
+    with pytest.raises(TypeError, match=r"cannot assign .* as parameter 'bias_hh_l0'"):
+        layer._flat_weights[3] = torch.zeros(12)
+    with pytest.raises(ValueError, match=r"_flat_weights must be 4 tensors .*, got 3"):
+        layer._flat_weights = others[:3]
 
 
 def test_the_backend_is_told_and_taken():
