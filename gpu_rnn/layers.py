@@ -1,4 +1,4 @@
-"""Layers in the place of torch.nn's: RNN, LSTM, GRU and their cells; and `replace_`, which puts them there.
+"""Layers in the place of torch.nn's: RNN, LSTM, GRU and their cells.
 
 Arguments, attributes, names, shapes, order and first values of the parameters are torch.nn's, so that state_dicts go
 both ways with strict=True:
@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as dropped
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
@@ -503,49 +502,3 @@ def checked_batch_sizes(batch_sizes: Tensor, data: Tensor) -> list[int]:
 def as_hx(states: Any) -> Any:
     """One state alone, several as a tuple: torch.nn's structure."""
     return tuple(states) if len(states) > 1 else states[0]
-
-
-# ---- swapping -------------------------------------------------------------------------------------------------------
-
-TWINS: dict[type, type[Recurrent]] = {
-    getattr(nn, twin.__name__): twin for twin in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
-}
-CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
-
-
-def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
-    """Swap every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of a model, in place; returns the model.
-
-    The modules stay the same objects and only change their class, so that everything that refers to them or to their
-    parameters goes on: optimizers, hooks, modules that are used twice, weight norms and other parametrizations. Only
-    `isinstance(module, torch.nn.LSTM)` is no longer true. A model that is itself such a layer is swapped as well.
-
-    Classes derived from torch.nn's are left alone, because nobody can know what they changed; a warning names them.
-
-    Args:
-        model: any module. backend, precision: keywords, those of every swapped layer, as for `LSTM`.
-    """
-    left = []
-    for name, module in model.named_modules():
-        if (ours := twin(module)) is not None:
-            ours._checked(keywords, Keywords)  # may raise: before anything is changed
-            for cache in CACHES:  # or they would keep weights alive that were replaced since
-                module.__dict__.pop(cache, None)
-            module.__class__ = ours
-            module._set(keywords)
-        elif isinstance(module, tuple(TWINS)):
-            left.append(f"{name or 'the model itself'} ({type(module).__name__})")
-    if left:
-        warnings.warn(f"replace_ left classes derived from torch.nn's alone: {', '.join(left)}", stacklevel=2)
-    return model
-
-
-def twin(module: nn.Module) -> type[Recurrent] | None:
-    """The class to swap a module's for, if there is one."""
-    theirs = type(module)
-    if not parametrize.is_parametrized(module):
-        return TWINS.get(theirs)
-    # torch.nn.utils.parametrize derives a class for each module, with a property per parameter: derive its like
-    ours = TWINS.get(theirs.__bases__[0])
-    members = {key: value for key, value in vars(theirs).items() if key not in ("__dict__", "__weakref__")}
-    return ours and type(theirs.__name__, (ours,), members)

@@ -1,12 +1,10 @@
-"""In torch.nn's place: names, first values, saving, dropout, what torch does to modules, and `replace_`."""
+"""In torch.nn's place: names, first values, saving, dropout, what torch does to modules."""
 
 import copy
-import gc
 import inspect
 import io
 import pickle
 import typing
-import weakref
 
 import pytest
 import torch
@@ -311,104 +309,3 @@ def test_batch_first_says_nothing_about_packed_input():
     expected = results(ours, packed)
     ours.batch_first = True
     assert_equal(results(ours, packed), expected)
-
-
-# ---- replace_ -------------------------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.ModuleDict({"rnn": nn.LSTM(3, 4, 2, bidirectional=True), "cell": nn.GRUCell(8, 5)})
-        self.heads = nn.Sequential(nn.Linear(5, 5), nn.RNN(5, 5, nonlinearity="relu", batch_first=True))
-        self.again = self.encoder["rnn"]
-
-    def forward(self, x):
-        y, _ = self.encoder["rnn"](x)
-        y, _ = self.again(self.heads[0](self.encoder["cell"](y[-1]))[None, :, :3])
-        return self.heads[1](torch.cat([y, y], -1)[..., :5])[0]
-
-
-def test_replace_swaps_every_layer_and_training_goes_on():
-    torch.manual_seed(0)
-    theirs = Model().double()
-    ours = copy.deepcopy(theirs)
-    ours.heads[1].eval()
-    parameters, printed = list(ours.parameters()), repr(ours)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (theirs, ours)]
-    assert gpu_rnn.replace_(ours) is ours
-    assert type(ours.encoder["rnn"]) is gpu_rnn.LSTM
-    assert type(ours.encoder["cell"]) is gpu_rnn.GRUCell
-    assert type(ours.heads[1]) is gpu_rnn.RNN
-    assert ours.again is ours.encoder["rnn"]
-    assert repr(ours) == printed
-    assert [id(p) for p in ours.parameters()] == [id(p) for p in parameters]
-    assert ours.encoder.training
-    assert not ours.heads[1].training
-
-    x = torch.randn(6, 2, 3, dtype=torch.float64)
-    for _ in range(3):
-        for model, optimizer in zip((theirs, ours), optimizers):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
-    assert_equal(dict(ours.named_parameters()), dict(theirs.named_parameters()))
-
-
-@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_replace_swaps_a_layer_itself(kind):
-    theirs, _ = twins(kind, input_size=3, hidden_size=4)
-    ours = copy.deepcopy(theirs)
-    assert gpu_rnn.replace_(ours, backend="numpy") is ours
-    assert type(ours) is getattr(gpu_rnn, kind)
-    assert ours.backend == "numpy"
-    x = some_input(kind)
-    assert_equal(results(ours, x), results(theirs, x))
-    assert_equal(results(copy.deepcopy(ours), x), results(theirs, x))
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-
-
-def test_replace_leaves_hooks_and_forgets_torchs_caches():
-    layer, seen = nn.GRU(3, 4), []
-    handle = layer.register_forward_hook(lambda module, arguments, output: seen.append(type(module)))
-    gpu_rnn.replace_(layer)(torch.ones(5, 2, 3))
-    handle.remove()
-    layer(torch.ones(5, 2, 3))
-    assert seen == [gpu_rnn.GRU]
-    old = weakref.ref(layer.weight_hh_l0)
-    layer.weight_hh_l0 = nn.Parameter(torch.ones(12, 4))
-    gc.collect()
-    assert old() is None
-
-
-def test_replace_leaves_derived_classes_alone_and_says_so():
-    class Mine(nn.LSTM):
-        pass
-
-    model = nn.ModuleDict({"mine": Mine(3, 4), "plain": nn.LSTM(3, 4)})
-    with pytest.warns(UserWarning, match=r"derived from torch.nn's alone: mine \(Mine\)$") as caught:
-        gpu_rnn.replace_(model)
-    assert caught[0].filename == __file__
-    assert type(model["mine"]) is Mine
-    assert type(model["plain"]) is gpu_rnn.LSTM
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-@pytest.mark.parametrize("replaced", [True, False])
-def test_weight_norm(norm, replaced):
-    """On torch's layer before it is swapped, and on ours."""
-    theirs, ours = twins("LSTM", input_size=3, hidden_size=4)
-    layer = copy.deepcopy(theirs) if replaced else ours
-    for module in (theirs, layer):
-        norm(module, "weight_hh_l0")
-    if replaced:
-        gpu_rnn.replace_(layer)
-    assert isinstance(layer, gpu_rnn.LSTM)
-    assert not isinstance(layer, nn.LSTM)
-    x = some_input("LSTM")
-    assert_equal(results(layer, x), results(theirs, x))
-    if norm is nn.utils.parametrizations.weight_norm:
-        nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
-        assert type(layer) is gpu_rnn.LSTM
-        assert_equal({"y": layer(x)[0]}, {"y": theirs(x)[0]})
