@@ -21,8 +21,10 @@ from torch.nn.functional import dropout as dropped
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
-from .autograd import stacked
+from .autograd import stacked, unreal
+from .derivatives import transformed
 from .functional import ShapeError
+from .operators import capturing
 from .problem import Options
 from .recurrent import (
     FIRST,
@@ -160,17 +162,17 @@ class RecurrentLayer(Recurrent):
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None, *, reset: Tensor | None = None, reset_state: Any = None,
         lengths: Tensor | None = None, starts: Tensor | None = None, return_states: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, mask: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Run the layers. Shapes and errors: see the class."""
         if isinstance(input, PackedSequence):
-            if any(given is not None for given in (reset, reset_state, lengths, starts)) or return_states:
+            if any(given is not None for given in (reset, reset_state, lengths, starts, mask)) or return_states:
                 raise TypeError(
-                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts or "
-                    "return_states give padded input"
+                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts, "
+                    "mask or return_states give padded input"
                 )
             return self._forward_packed(input, hx, generator)
-        plain = reset is reset_state is lengths is starts is generator is None and not return_states
+        plain = reset is reset_state is lengths is starts is mask is generator is None and not return_states
         if plain and self.num_layers == 1 and not self.bidirectional:
             found = self._again(FIRST, input, hx, self.batch_first)
             if found is not None:
@@ -180,6 +182,8 @@ class RecurrentLayer(Recurrent):
         transposed = self.batch_first and bool(batch)
         call = PLAIN
         if not plain:
+            if mask is not None:
+                lengths = self._lengths(mask, lengths, input)
             marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
             for name, (given, expected) in marks.items():
                 if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
@@ -210,6 +214,23 @@ class RecurrentLayer(Recurrent):
 
     def _in_time(self, input: Tensor) -> Tensor:
         return input.transpose(0, 1) if self.batch_first else input
+
+    def _lengths(self, mask: Tensor, lengths: Tensor | None, input: Tensor) -> Tensor:
+        """[B] or [], from a mask in the layout of the input: true for a row's time steps, then false.
+
+        TorchRL's modules mask the end of a trajectory so, where the layer that they have isn't torch.nn's.
+        """
+        if lengths is not None:
+            raise TypeError(f"{self._get_name()}: mask and lengths say the same; give one of them")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != input.shape[:-1]:
+            found = f"{described(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else described(mask)
+            expected = f"a bool tensor {list(input.shape[:-1])}, with input {functional.shape(input)}"
+            raise ShapeError(f"{self._get_name()}: mask is {found}; expected {expected}")
+        time = 1 if self.batch_first and input.ndim == 3 else 0
+        looking = mask.device.type == "cpu" and not (capturing() or transformed() or unreal(mask))
+        if looking and (mask.int().diff(dim=time) > 0).any():
+            raise ValueError(f"{self._get_name()}: mask must be true for the first time steps of a row alone")
+        return mask.sum(time)
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Any, ...]:
         """One instant, for layers with one direction: input [B, I] or [I], hx as ever -> y [B, P] or [P], the new hx.
