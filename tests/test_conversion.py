@@ -193,6 +193,7 @@ def test_replace_leaves_a_wrapped_forward_alone_and_says_so(kind, wrap):
         gpu_rnn.replace_(model)
     assert caught[0].filename == __file__
     assert type(model["plain"]) is gpu_rnn.LSTM
+    assert "forward" in vars(model["wrapped"])
     torch.manual_seed(3)
     assert equal_bits(model["wrapped"](x), expected)
 
