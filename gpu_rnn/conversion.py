@@ -6,7 +6,7 @@ parametrizations; what only one side keeps (keywords here, lists of weights ther
 
 import warnings
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -88,7 +88,7 @@ def restore_(model: nn.Module) -> nn.Module:
             `peephole`, `reset_after=False` and so on, RNN and GRU with `proj_size`, custom cells, derived classes,
             layers whose `forward` was assigned to the instance. It names all of them, and nothing is changed.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Recurrent)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Recurrent)}
     obstacles = {name: why for name, module in layers.items() if (why := obstacle(module))}
     if obstacles:
         listing = ", ".join(called(name, why) for name, why in obstacles.items())
