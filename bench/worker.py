@@ -115,6 +115,9 @@ class Worker:
     def close(self) -> None:
         if self.process is not None:
             supervise.end(self.process)
+            assert self.process.stdin is not None
+            with contextlib.suppress(OSError):  # a question that it didn't live to read
+                self.process.stdin.close()
             self.errors.close()
             self.process = None
 
@@ -124,8 +127,9 @@ class Died(Exception):
 
 
 def pump(source: Any, lines: queue.SimpleQueue) -> None:
-    for line in source:
-        lines.put(line)
+    with source:
+        for line in source:
+            lines.put(line)
     lines.put(None)
 
 

@@ -2,7 +2,7 @@
 
     gpu_rnn.rnn, lstm, gru, vjp          functions on NumPy, torch and CuPy arrays
     gpu_rnn.RNN, LSTM, GRU, *Cell        layers in the place of torch.nn's (need torch)
-    gpu_rnn.replace_(model)              puts them there
+    gpu_rnn.replace_(model)              puts them there; gpu_rnn.restore_(model) puts torch.nn's back
     gpu_rnn.cell(step)                   your own cell as a layer (docs/new_cell.md)
     gpu_rnn.tbptt(layer, x, k1, k2)      truncated backpropagation through time
     gpu_rnn.stream(layer)                a layer whose input comes an instant at a time
@@ -29,19 +29,22 @@ from .functional import ShapeError, gru, lstm, rnn, vjp
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from .conversion import replace_, restore_
     from .custom import cell
     from .inspection import explain, inspect, warmup
-    from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, replace_
+    from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
     from .streaming import stream
     from .truncated import tbptt
 
 
 __all__ = [
     "GRU", "LSTM", "RNN", "BackendError", "GRUCell", "LSTMCell", "RNNCell", "ShapeError",
-    "__version__", "cell", "explain", "gru", "inspect", "lstm", "replace_", "rnn", "stream", "tbptt", "vjp", "warmup",
+    "__version__", "cell", "explain", "gru", "inspect", "lstm", "replace_", "restore_", "rnn", "stream", "tbptt", "vjp",
+    "warmup",
 ]  # fmt: skip
 
-_LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "replace_"), "layers")
+_LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "layers")
+_LAZY |= dict.fromkeys(("replace_", "restore_"), "conversion")
 _LAZY |= dict.fromkeys(("explain", "inspect", "warmup"), "inspection") | {"cell": "custom", "stream": "streaming"}
 _LAZY |= {"tbptt": "truncated"}
 
@@ -49,7 +52,7 @@ _LAZY |= {"tbptt": "truncated"}
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _LAZY[name] in ("custom", "layers", "streaming", "truncated"):
+    if _LAZY[name] in ("conversion", "custom", "layers", "streaming", "truncated"):
         from .compat import require
 
         require("torch", f"gpu_rnn.{name}")

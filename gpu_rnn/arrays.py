@@ -17,7 +17,11 @@ DTYPES = ("float64", "float32", *HALVES)
 
 def library(array: Any) -> str:
     """ "numpy", "torch" or "cupy"; TypeError for anything else. Imports nothing."""
-    kind: type = type(array)
+    return library_of_class(type(array))
+
+
+def library_of_class(kind: type) -> str:
+    """Of the class of an array. torch.compile takes it for a constant (`operators`); of a cache alone it would warn."""
     return library_of(kind)
 
 
@@ -117,25 +121,21 @@ def integer(value: int, like: Any) -> Any:
 
 def operations(array: Any) -> Mapping[str, Callable]:
     """The operations of a cell's page (`gpu_rnn.kernels.trace.ARITY`) on arrays of the library of `array`."""
-    return torch_operations() if library(array) == "torch" else OPERATIONS
+    return TORCH_OPERATIONS if library(array) == "torch" else OPERATIONS
 
 
-@cache
-def torch_operations() -> Mapping[str, Callable]:
-    torch = module("torch")
-    return OPERATIONS | {
-        "maximum": lambda a, b: torch.where(
-            a <= b, b, a
-        ),  # NaN wins; where both are equal the gradient is the second's
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-        "exp": torch.exp,
-        "log": torch.log,
-        "rsqrt": torch.rsqrt,
-        "mean": lambda a: a.mean(-1, keepdim=True),
-        "positive": lambda a: (a > 0).to(a.dtype),
-        "where": lambda condition, a, b: torch.where(condition > 0, a, b),
-    }
+def of_torch(name: str) -> Callable:
+    return lambda *arrays: getattr(module("torch"), name)(*arrays)
+
+
+TORCH_OPERATIONS: Mapping[str, Callable] = OPERATIONS | {
+    **{name: of_torch(name) for name in ("sigmoid", "tanh", "exp", "log", "rsqrt")},
+    # NaN wins; where both are equal the gradient is the second's
+    "maximum": lambda a, b: module("torch").where(a <= b, b, a),
+    "mean": lambda a: a.mean(-1, keepdim=True),
+    "positive": lambda a: (a > 0).to(a.dtype),
+    "where": lambda condition, a, b: module("torch").where(condition > 0, a, b),
+}
 
 
 def plain(array: Any) -> Any:

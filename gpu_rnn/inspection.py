@@ -391,11 +391,13 @@ def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
 def as_ours(layer: Any) -> Any:
     """A copy of a layer, on the same parameters, as gpu_rnn's layer even if it is torch.nn's. TypeError for others."""
     torch = require("torch", "looking at a layer")
-    from .layers import replace_, twin
+    from .conversion import OURS, counterpart, is_wrapped, replace_
     from .recurrent import Recurrent
 
-    if not isinstance(layer, Recurrent) and not (isinstance(layer, torch.nn.Module) and twin(layer)):
+    if not isinstance(layer, Recurrent) and not (isinstance(layer, torch.nn.Module) and counterpart(layer, OURS)):
         raise TypeError(f"expected a recurrent layer or a function of gpu_rnn, or a layer of torch.nn; got {layer!r}")
+    if is_wrapped(layer):
+        raise TypeError(f"{layer!r} has a forward of its own, assigned to the instance, which can't be looked into")
     return replace_(copy(layer))
 
 

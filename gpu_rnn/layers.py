@@ -1,4 +1,4 @@
-"""Layers in the place of torch.nn's: RNN, LSTM, GRU and their cells; and `replace_`, which puts them there.
+"""Layers in the place of torch.nn's: RNN, LSTM, GRU and their cells.
 
 Arguments, attributes, names, shapes, order and first values of the parameters are torch.nn's, so that state_dicts go
 both ways with strict=True:
@@ -18,12 +18,13 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as dropped
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
-from .autograd import stacked
+from .autograd import stacked, unreal
+from .derivatives import transformed
 from .functional import ShapeError
+from .operators import capturing
 from .problem import Options
 from .recurrent import (
     FIRST,
@@ -127,7 +128,33 @@ class RecurrentLayer(Recurrent):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of every layer and direction."""
-        return [[weight for weight in self._weights(suffix) if weight is not None] for suffix in self._suffixes]
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    # torch.nn's layers have these three, and much code that initializes, drops or prunes weights reads them
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """The names of the parameters of every layer and direction."""
+        present = True, True, self.bias, self.bias, self.proj_size
+        names = [name for name, there in zip(NAMES, present) if there]
+        return [[name + suffix for name in names] for suffix in self._suffixes]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return FlatWeights(self)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        names = self._flat_weights_names
+        if len(weights) != len(names):
+            raise ValueError(f"_flat_weights must be {len(names)} tensors ({', '.join(names)}), got {len(weights)}")
+        for name, weight in zip(names, weights):
+            if getattr(self, name, None) is not weight:
+                setattr(self, name, weight)
 
     def flatten_parameters(self) -> None:
         """Nothing: the kernels take the weights from where they are."""
@@ -135,17 +162,17 @@ class RecurrentLayer(Recurrent):
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None, *, reset: Tensor | None = None, reset_state: Any = None,
         lengths: Tensor | None = None, starts: Tensor | None = None, return_states: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, mask: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Run the layers. Shapes and errors: see the class."""
         if isinstance(input, PackedSequence):
-            if any(given is not None for given in (reset, reset_state, lengths, starts)) or return_states:
+            if any(given is not None for given in (reset, reset_state, lengths, starts, mask)) or return_states:
                 raise TypeError(
-                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts or "
-                    "return_states give padded input"
+                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts, "
+                    "mask or return_states give padded input"
                 )
             return self._forward_packed(input, hx, generator)
-        plain = reset is reset_state is lengths is starts is generator is None and not return_states
+        plain = reset is reset_state is lengths is starts is mask is generator is None and not return_states
         if plain and self.num_layers == 1 and not self.bidirectional:
             found = self._again(FIRST, input, hx, self.batch_first)
             if found is not None:
@@ -155,6 +182,8 @@ class RecurrentLayer(Recurrent):
         transposed = self.batch_first and bool(batch)
         call = PLAIN
         if not plain:
+            if mask is not None:
+                lengths = self._lengths(mask, lengths, input)
             marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
             for name, (given, expected) in marks.items():
                 if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
@@ -185,6 +214,23 @@ class RecurrentLayer(Recurrent):
 
     def _in_time(self, input: Tensor) -> Tensor:
         return input.transpose(0, 1) if self.batch_first else input
+
+    def _lengths(self, mask: Tensor, lengths: Tensor | None, input: Tensor) -> Tensor:
+        """[B] or [], from a mask in the layout of the input: true for a row's time steps, then false.
+
+        TorchRL's modules mask the end of a trajectory so, where the layer that they have isn't torch.nn's.
+        """
+        if lengths is not None:
+            raise TypeError(f"{self._get_name()}: mask and lengths say the same; give one of them")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != input.shape[:-1]:
+            found = f"{described(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else described(mask)
+            expected = f"a bool tensor {list(input.shape[:-1])}, with input {functional.shape(input)}"
+            raise ShapeError(f"{self._get_name()}: mask is {found}; expected {expected}")
+        time = 1 if self.batch_first and input.ndim == 3 else 0
+        looking = mask.device.type == "cpu" and not (capturing() or transformed() or unreal(mask))
+        if looking and (mask.int().diff(dim=time) > 0).any():
+            raise ValueError(f"{self._get_name()}: mask must be true for the first time steps of a row alone")
+        return mask.sum(time)
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Any, ...]:
         """One instant, for layers with one direction: input [B, I] or [I], hx as ever -> y [B, P] or [P], the new hx.
@@ -367,6 +413,18 @@ class GRU(RecurrentLayer):
         return functional.PROJECTED if self.proj_size else "gru"
 
 
+class FlatWeights(list):
+    """The weights of a layer; an item that is assigned becomes the layer's weight, or raises, but is never ignored."""
+
+    def __init__(self, layer: RecurrentLayer) -> None:
+        super().__init__(getattr(layer, name, None) for name in layer._flat_weights_names)
+        self.layer = layer
+
+    def __setitem__(self, index: Any, weight: Any) -> None:
+        super().__setitem__(index, weight)
+        self.layer._flat_weights = self
+
+
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
@@ -465,49 +523,3 @@ def checked_batch_sizes(batch_sizes: Tensor, data: Tensor) -> list[int]:
 def as_hx(states: Any) -> Any:
     """One state alone, several as a tuple: torch.nn's structure."""
     return tuple(states) if len(states) > 1 else states[0]
-
-
-# ---- swapping -------------------------------------------------------------------------------------------------------
-
-TWINS: dict[type, type[Recurrent]] = {
-    getattr(nn, twin.__name__): twin for twin in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
-}
-CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
-
-
-def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
-    """Swap every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of a model, in place; returns the model.
-
-    The modules stay the same objects and only change their class, so that everything that refers to them or to their
-    parameters goes on: optimizers, hooks, modules that are used twice, weight norms and other parametrizations. Only
-    `isinstance(module, torch.nn.LSTM)` is no longer true. A model that is itself such a layer is swapped as well.
-
-    Classes derived from torch.nn's are left alone, because nobody can know what they changed; a warning names them.
-
-    Args:
-        model: any module. backend, precision: keywords, those of every swapped layer, as for `LSTM`.
-    """
-    left = []
-    for name, module in model.named_modules():
-        if (ours := twin(module)) is not None:
-            ours._checked(keywords, Keywords)  # may raise: before anything is changed
-            for cache in CACHES:  # or they would keep weights alive that were replaced since
-                module.__dict__.pop(cache, None)
-            module.__class__ = ours
-            module._set(keywords)
-        elif isinstance(module, tuple(TWINS)):
-            left.append(f"{name or 'the model itself'} ({type(module).__name__})")
-    if left:
-        warnings.warn(f"replace_ left classes derived from torch.nn's alone: {', '.join(left)}", stacklevel=2)
-    return model
-
-
-def twin(module: nn.Module) -> type[Recurrent] | None:
-    """The class to swap a module's for, if there is one."""
-    theirs = type(module)
-    if not parametrize.is_parametrized(module):
-        return TWINS.get(theirs)
-    # torch.nn.utils.parametrize derives a class for each module, with a property per parameter: derive its like
-    ours = TWINS.get(theirs.__bases__[0])
-    members = {key: value for key, value in vars(theirs).items() if key not in ("__dict__", "__weakref__")}
-    return ours and type(theirs.__name__, (ours,), members)

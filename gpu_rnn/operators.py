@@ -24,7 +24,7 @@ from .problem import Direction, Options, Problem, Weights
 from .woven import page
 
 capturing = torch.compiler.is_compiling
-for looked_up in (page, arrays.library_of.__wrapped__):  # what a capture needn't look into
+for looked_up in (page, arrays.library_of_class):  # what a capture needn't look into
     torch.compiler.assume_constant_result(looked_up)
 
 

@@ -31,6 +31,7 @@ OWN = {
     "_numpy": EDITION / "_numpy.py",
     "modules": ROOT / PACKAGE / "layers.py",
 }
+MOVED = {"layers": "modules"}  # in the hub `layers` is what `kernelize` looks for
 GENERATED = "_ops"  # by the hub's builder: `add_op_namespace_prefix(name)`, and `ops`, torch.ops of that namespace
 
 
@@ -111,8 +112,12 @@ class Module:
         """The module that is imported from, within the package; None for others."""
         parts = node.module.split(".") if node.module else []
         if node.level:
-            return self.package[: len(self.package) + 1 - node.level] + parts
-        return parts[1:] if parts[0] == PACKAGE else None
+            target = self.package[: len(self.package) + 1 - node.level] + parts
+        elif parts[0] == PACKAGE:
+            target = parts[1:]
+        else:
+            return None
+        return [MOVED.get(name, name) for name in target[:1]] + target[1:]
 
     def relative(self, target: list[str]) -> tuple[str, str]:
         """The dots, and the name after them, by which this module imports another one."""
@@ -134,7 +139,9 @@ class Module:
 
     def own_imports(self) -> Iterator[Edit]:
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.ImportFrom) and not node.level and (target := self.target(node)) is not None:
+            if not isinstance(node, ast.ImportFrom) or (target := self.target(node)) is None:
+                continue
+            if not node.level or target[:1] == [*MOVED.values()]:
                 dots, name = self.relative(target)
                 yield self.replaced(node, ast.unparse(ast.ImportFrom(name, node.names, len(dots))))
 

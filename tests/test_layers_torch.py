@@ -1,16 +1,15 @@
-"""In torch.nn's place: names, first values, saving, dropout, what torch does to modules, and `replace_`."""
+"""In torch.nn's place: names, first values, saving, dropout, what torch does to modules."""
 
 import copy
-import gc
 import inspect
 import io
 import pickle
 import typing
-import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import dropout as dropped
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import gpu_rnn
@@ -103,6 +102,102 @@ def test_copies_compute_the_same(kind, copied):
     assert repr(other) == repr(layer)
     assert {id(p) for p in other.parameters()}.isdisjoint(map(id, layer.parameters()))
     assert_equal(results(other, x), results(layer, x))
+
+
+# ---- lists of weights -----------------------------------------------------------------------------------------------
+
+
+@every_argument
+def test_lists_of_weights(kind, arguments):
+    theirs, ours = getattr(nn, kind)(3, 4, **arguments), getattr(gpu_rnn, kind)(3, 4, **arguments)
+    lists = ("_all_weights", "_flat_weights_names")
+    assert [hasattr(ours, name) for name in (*lists, "_flat_weights")] == 3 * [kind in LAYERS]
+    if kind in LAYERS:
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in lists)
+        assert isinstance(ours._flat_weights, list)
+        assert [id(weight) for weight in ours._flat_weights] == [id(parameter) for parameter in ours.parameters()]
+        assert list(map(type, ours._flat_weights)) == list(map(type, theirs._flat_weights))
+
+
+@every_layer
+def test_initialization_by_names(kind):
+    """As public code writes it, five ways."""
+    theirs, ours = twins(kind, input_size=3, hidden_size=4, num_layers=2, bidirectional=True)
+    for layer in (theirs, ours):
+        torch.manual_seed(4)
+        for names in layer._all_weights:
+            for name in names:
+                if "weight" in name:
+                    nn.init.orthogonal_(layer.__getattr__(name))
+                else:
+                    nn.init.constant_(getattr(layer, name), 0.1)
+        for names in layer._all_weights:
+            for name in filter(lambda n: "bias" in n, names):
+                getattr(layer, name).data[4:8].fill_(1.0)
+        for name in layer._flat_weights_names:
+            if name.startswith("weight_hh"):
+                layer.get_parameter(name).data.mul_(0.5)
+        for weight in layer._flat_weights:
+            weight.data.add_(0.01)
+        nn.init.xavier_uniform_(layer.all_weights[1][0])
+    x = some_input(kind)
+    assert_equal(results(ours, x), results(theirs, x))
+
+
+class WeightDrop(nn.Module):
+    """As in awd-lstm-lm; `listed`: as in its forks for later versions of torch."""
+
+    def __init__(self, module, names, p, listed):
+        super().__init__()
+        self.module, self.names, self.p, self.listed = module, names, p, listed
+        module.flatten_parameters = lambda *given: None
+        for name in names:
+            weight = getattr(module, name)
+            del module._parameters[name]
+            module.register_parameter(name + "_raw", nn.Parameter(weight.data))
+
+    def forward(self, *given):
+        for name in self.names:
+            raw = getattr(self.module, name + "_raw")
+            setattr(self.module, name, dropped(raw, self.p, self.training))
+        if self.listed:
+            names = self.module._flat_weights_names
+            self.module._flat_weights = [getattr(self.module, name, None) for name in names]
+        return self.module.forward(*given)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+@every_layer
+def test_weight_drop_from_outside(kind, swapped, listed):
+    theirs, ours = twins(kind, input_size=3, hidden_size=4, num_layers=2)
+    if swapped:
+        ours = copy.deepcopy(theirs)
+    theirs, ours = (WeightDrop(layer, ["weight_hh_l0", "weight_hh_l1"], 0.5, listed) for layer in (theirs, ours))
+    assert ours.module._flat_weights[1] is None or swapped
+    gpu_rnn.replace_(ours)
+    assert type(ours.module) is getattr(gpu_rnn, kind)
+    x = some_input(kind)
+    for mode in (True, False):
+        assert_equal(results(ours.train(mode), x), results(theirs.train(mode), x))
+
+
+def test_assigned_lists_of_weights_are_the_weights():
+    layer, x = gpu_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    others = [nn.Parameter(torch.randn_like(weight)) for weight in layer._flat_weights]
+    expected = nn.GRU(3, 4)
+    for name, weight in zip(layer._flat_weights_names, others):
+        setattr(expected, name, weight)
+    layer._flat_weights[:2] = others[:2]
+    layer._flat_weights[2] = others[2]
+    assert [id(weight) for weight in layer.parameters()][:3] == [id(weight) for weight in others][:3]
+    layer._flat_weights = others
+    assert [id(weight) for weight in layer.parameters()] == [id(weight) for weight in others]
+    torch.testing.assert_close(layer(x), expected(x))
+    with pytest.raises(TypeError, match=r"cannot assign .* as parameter 'bias_hh_l0'"):
+        layer._flat_weights[3] = torch.zeros(12)
+    with pytest.raises(ValueError, match=r"_flat_weights must be 4 tensors .*, got 3"):
+        layer._flat_weights = others[:3]
 
 
 def test_the_backend_is_told_and_taken():
@@ -214,104 +309,3 @@ def test_batch_first_says_nothing_about_packed_input():
     expected = results(ours, packed)
     ours.batch_first = True
     assert_equal(results(ours, packed), expected)
-
-
-# ---- replace_ -------------------------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.ModuleDict({"rnn": nn.LSTM(3, 4, 2, bidirectional=True), "cell": nn.GRUCell(8, 5)})
-        self.heads = nn.Sequential(nn.Linear(5, 5), nn.RNN(5, 5, nonlinearity="relu", batch_first=True))
-        self.again = self.encoder["rnn"]
-
-    def forward(self, x):
-        y, _ = self.encoder["rnn"](x)
-        y, _ = self.again(self.heads[0](self.encoder["cell"](y[-1]))[None, :, :3])
-        return self.heads[1](torch.cat([y, y], -1)[..., :5])[0]
-
-
-def test_replace_swaps_every_layer_and_training_goes_on():
-    torch.manual_seed(0)
-    theirs = Model().double()
-    ours = copy.deepcopy(theirs)
-    ours.heads[1].eval()
-    parameters, printed = list(ours.parameters()), repr(ours)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (theirs, ours)]
-    assert gpu_rnn.replace_(ours) is ours
-    assert type(ours.encoder["rnn"]) is gpu_rnn.LSTM
-    assert type(ours.encoder["cell"]) is gpu_rnn.GRUCell
-    assert type(ours.heads[1]) is gpu_rnn.RNN
-    assert ours.again is ours.encoder["rnn"]
-    assert repr(ours) == printed
-    assert [id(p) for p in ours.parameters()] == [id(p) for p in parameters]
-    assert ours.encoder.training
-    assert not ours.heads[1].training
-
-    x = torch.randn(6, 2, 3, dtype=torch.float64)
-    for _ in range(3):
-        for model, optimizer in zip((theirs, ours), optimizers):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
-    assert_equal(dict(ours.named_parameters()), dict(theirs.named_parameters()))
-
-
-@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_replace_swaps_a_layer_itself(kind):
-    theirs, _ = twins(kind, input_size=3, hidden_size=4)
-    ours = copy.deepcopy(theirs)
-    assert gpu_rnn.replace_(ours, backend="numpy") is ours
-    assert type(ours) is getattr(gpu_rnn, kind)
-    assert ours.backend == "numpy"
-    x = some_input(kind)
-    assert_equal(results(ours, x), results(theirs, x))
-    assert_equal(results(copy.deepcopy(ours), x), results(theirs, x))
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-
-
-def test_replace_leaves_hooks_and_forgets_torchs_caches():
-    layer, seen = nn.GRU(3, 4), []
-    handle = layer.register_forward_hook(lambda module, arguments, output: seen.append(type(module)))
-    gpu_rnn.replace_(layer)(torch.ones(5, 2, 3))
-    handle.remove()
-    layer(torch.ones(5, 2, 3))
-    assert seen == [gpu_rnn.GRU]
-    old = weakref.ref(layer.weight_hh_l0)
-    layer.weight_hh_l0 = nn.Parameter(torch.ones(12, 4))
-    gc.collect()
-    assert old() is None
-
-
-def test_replace_leaves_derived_classes_alone_and_says_so():
-    class Mine(nn.LSTM):
-        pass
-
-    model = nn.ModuleDict({"mine": Mine(3, 4), "plain": nn.LSTM(3, 4)})
-    with pytest.warns(UserWarning, match=r"derived from torch.nn's alone: mine \(Mine\)$") as caught:
-        gpu_rnn.replace_(model)
-    assert caught[0].filename == __file__
-    assert type(model["mine"]) is Mine
-    assert type(model["plain"]) is gpu_rnn.LSTM
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-@pytest.mark.parametrize("replaced", [True, False])
-def test_weight_norm(norm, replaced):
-    """On torch's layer before it is swapped, and on ours."""
-    theirs, ours = twins("LSTM", input_size=3, hidden_size=4)
-    layer = copy.deepcopy(theirs) if replaced else ours
-    for module in (theirs, layer):
-        norm(module, "weight_hh_l0")
-    if replaced:
-        gpu_rnn.replace_(layer)
-    assert isinstance(layer, gpu_rnn.LSTM)
-    assert not isinstance(layer, nn.LSTM)
-    x = some_input("LSTM")
-    assert_equal(results(layer, x), results(theirs, x))
-    if norm is nn.utils.parametrizations.weight_norm:
-        nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
-        assert type(layer) is gpu_rnn.LSTM
-        assert_equal({"y": layer(x)[0]}, {"y": theirs(x)[0]})

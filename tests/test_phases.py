@@ -44,7 +44,7 @@ def test_numpy_in_other_sizes(dtype, T, B):
 
 
 @on_host_runtime
-@pytest.mark.parametrize(("option", "reverse"), zip(["plain", *woven.OPTIONS], [False, True] * 4))
+@pytest.mark.parametrize(("option", "reverse"), list(zip(["plain", *woven.OPTIONS], [False, True] * 4)))
 def test_cuda_stepwise(option, reverse):
     bind = partial(cuda.bind, on_host.ready)
     check(

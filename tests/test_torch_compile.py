@@ -53,6 +53,13 @@ def test_compiled_is_eager_at_every_size_from_one_graph(kind, arguments):
     assert len(operators(graph)) == getattr(layer, "num_layers", 1)
 
 
+@pytest.mark.parametrize("keywords", [{}, {"zoneout": 0.1}, {"layer_norm": True}, {"recurrent_dropout": 0.1}], ids=str)
+def test_nothing_is_warned_of(keywords, recwarn):
+    layer = torch.compile(gpu_rnn.LSTM(3, 4, **keywords), backend="eager")
+    layer(torch.randn(5, 2, 3), lengths=torch.tensor([3, 5]), reset=torch.zeros(5, 2, dtype=torch.bool))
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_sizes_become_dynamic_by_themselves():
     """Without being told: the second size compiles a second time, for good."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -1,17 +1,19 @@
 """Recurrent layers (RNN, LSTM, GRU), forward and backward, as Triton kernels: gpu_rnn's edition for the kernels hub.
 
-RNN, LSTM, GRU, *Cell    modules in the place of torch.nn's, parameters and all; `replace_` puts them into a model
+RNN, LSTM, GRU, *Cell    modules in the place of torch.nn's, parameters and all; `replace_` puts them into a model, and
+                         `restore_` torch.nn's
 rnn, lstm, gru           functions of tensors
 layers                   what `kernels.kernelize` puts into the torch.nn modules that a model has
 """
 
 from . import layers
+from .conversion import replace_, restore_
 from .dispatch import BackendError
 from .functional import ShapeError, gru, lstm, rnn
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, replace_
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .version import VERSION as __version__
 
 __all__ = [
     "GRU", "LSTM", "RNN", "BackendError", "GRUCell", "LSTMCell", "RNNCell", "ShapeError",
-    "__version__", "gru", "layers", "lstm", "replace_", "rnn",
+    "__version__", "gru", "layers", "lstm", "replace_", "restore_", "rnn",
 ]  # fmt: skip
