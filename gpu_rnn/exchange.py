@@ -1,6 +1,8 @@
 """A stack of recurrent layers as NumPy arrays: what the weights of other frameworks pass through on their way."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,44 @@ UNSEEN = {  # keywords of layers that a format for inference needn't know
     "backend", "precision", "recompute", "recurrent_dropout", "recurrent_dropout_on", "input_dropout", "weight_dropout",
     "forget_bias",
 }  # fmt: skip
+EXPANSION, SLACK = 32, 64 << 20  # bytes that a file may take in memory, for each of its own and in any case
+
+
+class Budget:
+    """How many bytes may be read from a file. Weights hardly shrink, so a file that expands more is no honest one."""
+
+    def __init__(self, size: int) -> None:
+        self.left = SLACK
+        self.extend(size)
+
+    def extend(self, size: int) -> None:
+        self.left += EXPANSION * size
+
+    def take(self, size: int, what: str) -> None:
+        """ValueError where it is too much."""
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"{what} takes {size} bytes; the whole may take {EXPANSION} for each of the file's")
+
+
+@contextmanager
+def reading(path: str | None, form: str) -> Iterator[None]:
+    """Errors say which file they are about, and all that damage to it can cause are ValueErrors.
+
+    Raises OSError where there is no such file.
+    """
+    if path is not None:
+        with open(path, "rb"):
+            pass
+    try:
+        yield
+    except Exception as error:
+        if path is None or isinstance(error, ImportError) or (path in str(error) and type(error) is ValueError):
+            raise
+        if isinstance(error, (ShapeError, NotImplementedError)):
+            raise type(error)(f"{path}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} can't be read as {form}: {kind}{error}") from error
 
 
 @dataclass(frozen=True)
@@ -37,6 +77,7 @@ class Stack:
     weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse; peepholes are their units, [N, 1, H]
     reverse: bool = False  # D = 1, from the last instant to the first
     batch_first: bool = False  # of input and output where they come from
+    hx: Any = None  # constant initial states, as a layer's hx: h0 or (h0, c0), [L*D, B, H]; B = 1 where all rows agree
 
     def __post_init__(self) -> None:
         below = self.I
@@ -106,7 +147,10 @@ class Stack:
         return cls(cell.name, stacked, batch_first=layer.batch_first)
 
     def module(self) -> Any:
-        """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched."""
+        """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched.
+
+        Warns where there are constant initial states: a layer has none, they go into its call.
+        """
         torch = require("torch", "making a layer")
         from . import layers, recurrent
 
@@ -114,6 +158,14 @@ class Stack:
             raise NotImplementedError(
                 f"{self.cell} with weights {shape(self.weights[0][0].w_ih)} in reverse alone is no layer; "
                 "take weights() instead of load(), and the function of gpu_rnn with reverse=True"
+            )
+        if self.hx is not None:
+            made = "tuple(map(torch.tensor, hx))" if isinstance(self.hx, tuple) else "torch.tensor(hx)"
+            sizes = shape(self.hx[0] if isinstance(self.hx, tuple) else self.hx)
+            warnings.warn(
+                f"the model starts from constant initial states {sizes}, which a layer does not hold: take hx from "
+                f"weights(), make it {made}, expand it to [L*D, B, H] and call layer(x, hx)",
+                stacklevel=3,
             )
         kind, _, nonlinearity = self.page.partition("_")
         options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
