@@ -28,8 +28,8 @@ EXPANSION, SLACK = 32, 64 << 20  # bytes that a file may take in memory, for eac
 class Budget:
     """How many bytes may be read from a file. Weights hardly shrink, so a file that expands more is no honest one."""
 
-    def __init__(self, size: int) -> None:
-        self.left = SLACK
+    def __init__(self, size: int, slack: int = SLACK) -> None:
+        self.left = slack
         self.extend(size)
 
     def extend(self, size: int) -> None:
@@ -202,10 +202,15 @@ def reordered(array: np.ndarray, given: str, wanted: str) -> np.ndarray:
 
 
 def chosen(
-    found: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object
-) -> dict[str, Any]:
-    """What is found under the name or names; for None, all of it where `sequence` says in which order it is a stack."""
-    listing = ", ".join(found) or "none"
+    found: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object,
+    refused: dict[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What is found under the name or names; for None, all of it where `sequence` says in which order it is a stack.
+
+    Of a name "a/b/c" the end is enough where no other has the same. `refused` says why others can't be taken.
+    """
+    reasons = "".join(f"; {other!r} is {why}" for other, why in (refused or {}).items())
+    listing = (", ".join(found) or "none") + reasons
     if name is None:
         if not sequence:
             raise ValueError(
@@ -214,10 +219,13 @@ def chosen(
             )
         names = sequence
     else:
-        names = [name] if isinstance(name, str) else list(name)
-        for wanted in names:
-            if wanted not in found:
-                raise ValueError(f"{where} has no recurrent layer {wanted!r}; it has: {listing}")
+        names = []
+        for wanted in [name] if isinstance(name, str) else list(name):
+            matches = [each for each in found if each.endswith(f"/{wanted}")]
+            if wanted not in found and len(matches) != 1:
+                why = f"several recurrent layers {wanted!r}" if matches else f"no recurrent layer {wanted!r}"
+                raise ValueError(f"{where} has {why}; it has: {listing}")
+            names.append(wanted if wanted in found else matches[0])
         if not names:
             raise ValueError(f"no name was given; {where} has: {listing}")
     return {wanted: found[wanted] for wanted in names}
