@@ -212,12 +212,12 @@ def bodies(node: Any) -> list[tuple[str, Any]]:
 
 
 def names_read(node: Any) -> set[str]:
-    """What a node reads, bodies included."""
+    """What a node reads, from within its bodies, too."""
     names = set(node.input)
     for _, graph in bodies(node):
-        names.update(output.name for output in graph.output)
-        for inner in graph.node:
-            names |= names_read(inner)
+        inside = {output.name for output in graph.output}.union(*map(names_read, graph.node))
+        own = {value.name for value in (*graph.input, *graph.initializer)}
+        names |= inside - own.union(*(inner.output for inner in graph.node))
     return names
 
 
