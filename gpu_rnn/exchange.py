@@ -25,6 +25,10 @@ UNSEEN = {  # keywords of layers that a format for inference needn't know
 EXPANSION, SLACK = 32, 64 << 20  # bytes that a file may take in memory, for each of its own and in any case
 
 
+class DtypeError(TypeError):
+    """Weights are of a dtype that isn't exchanged."""
+
+
 class Budget:
     """How many bytes may be read from a file. Weights hardly shrink, so a file that expands more is no honest one."""
 
@@ -56,7 +60,7 @@ def reading(path: str | None, form: str) -> Iterator[None]:
     except Exception as error:
         if path is None or isinstance(error, ImportError) or (path in str(error) and type(error) is ValueError):
             raise
-        if isinstance(error, (ShapeError, NotImplementedError)):
+        if isinstance(error, (ShapeError, DtypeError, NotImplementedError)):
             raise type(error)(f"{path}: {error}") from error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{path} can't be read as {form}: {kind}{error}") from error
@@ -70,7 +74,7 @@ class Stack:
         y, (hT, cT) = gpu_rnn.lstm(x, *forward[:4], reverse=stack.reverse)  # coupled=stack.coupled, peephole=...
         y, hT = gpu_rnn.gru(x, *forward[:4], reverse=stack.reverse, reset_after=stack.reset_after)
 
-    Raises ShapeError where a layer doesn't fit the one below it, TypeError for dtypes that NumPy doesn't have.
+    Raises ShapeError where a layer doesn't fit the one below it, DtypeError for dtypes that NumPy doesn't have.
     """
 
     cell: str  # one of CELLS, perhaps "lstm+coupled", "lstm+peephole", "lstm+coupled+peephole" or "gru+before"
@@ -85,7 +89,7 @@ class Stack:
             for w in directions:
                 dtypes = {array.dtype.name for array in w if array is not None}
                 if dtypes != {self.dtype.name} or self.dtype.name not in DTYPES:
-                    raise TypeError(
+                    raise DtypeError(
                         f"layer {k} has {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}"
                     )
                 if w.w_ih.shape[1] != below or w.w_hh.shape[1] != self.H or len(directions) != self.D:

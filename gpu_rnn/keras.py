@@ -76,7 +76,7 @@ def weights(source: Any, name: str | Iterable[str] | None = None, **config: Any)
         units = tuple(
             tuple(ours(found, pages[name], *arrays) for arrays in found.directions()) for name, found in layers.items()
         )
-    return Stack(next(iter(pages.values())), units, batch_first=True)
+        return Stack(next(iter(pages.values())), units, batch_first=True)
 
 
 def known(config: dict[str, Any]) -> None:

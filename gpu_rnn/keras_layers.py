@@ -7,12 +7,15 @@ memory it takes no more than a `Budget`.
 import io
 import json
 import math
+import mmap
 import os
 import re
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
@@ -37,6 +40,7 @@ COMPUTED = {  # of Keras's other arguments, what the layers here compute, which 
 FREE = {"activation": "tanh", "reset_after": True}  # what decides over the cell, and Keras's defaults
 TAKEN = f"only {', '.join(KINDS)} themselves and Bidirectional around them are taken"
 CONFIG_SLACK = 1 << 20  # bytes that the text of a configuration may have in any case
+PARTS = ("forward_layer", "backward_layer", "layer", "cell")  # of a layer that has another one in it
 PACKAGES = ("keras", "tf_keras", "tensorflow")
 
 
@@ -79,17 +83,19 @@ def layers_in(source: Any) -> Iterator[tuple[dict[str, Found], bool]]:
         yield dict(in_object(source)), type(source).__name__ == "Sequential"
         return
     path = fspath(source)
-    h5py, budget = require("h5py", f"reading {path}"), Budget(os.path.getsize(path))
+    h5py, size = require("h5py", f"reading {path}"), os.path.getsize(path)
+    budget = Budget(size)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            config = json.loads(extracted(archive, "config.json", budget, CONFIG_SLACK))
-            weights = extracted(archive, "model.weights.h5", budget)
+            config = json.loads(extracted(archive, "config.json", size, budget, CONFIG_SLACK))
+            weights = extracted(archive, "model.weights.h5", size, budget)
         with h5py.File(io.BytesIO(weights), "r") as file:
             arrays = by_path(file, budget)
             yield with_config(config, lambda name, path: arrays.get(path))
         return
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is neither a .keras archive nor an HDF5 file")
+    check_texts(path)
     with h5py.File(path, "r") as file:
         if "model_config" in file.attrs:
             arrays = by_name(member(file, "model_weights"), budget)
@@ -111,10 +117,9 @@ def in_object(layer: Any, inside: str = "") -> Iterator[tuple[str, Found]]:
             nested = hasattr(each, "layers")
             yield from in_object(each, f"{inside}{each.name}/" if nested else inside)
     elif kind != "InputLayer":
-        wrapped = getattr(layer, "layer", None) or getattr(layer, "cell", None)
-        if refusal := refused(
-            kind, own_class(layer), wrapped is not None and type(wrapped).__name__, own_class(wrapped)
-        ):
+        parts = [part for name in PARTS if (part := getattr(layer, name, None)) is not None]
+        whys = (refused(kind, own_class(layer), type(part).__name__, own_class(part)) for part in parts or [None])
+        if refusal := next(filter(None, whys), ""):
             yield inside + layer.name, Found(kind, {}, 1, [], layer, refusal)
         elif kind in (*KINDS, "Bidirectional"):
             yield inside + layer.name, made(kind, layer.get_config(), layer.get_weights(), layer)
@@ -130,14 +135,13 @@ def own_class(layer: Any) -> str:
     return f"a subclass of {next(bases, 'nothing')}"
 
 
-def refused(kind: str, own: str, wrapped: Any = None, wrapped_own: str = "") -> str:
-    """Why a layer that may be recurrent isn't taken, or nothing."""
+def refused(kind: str, own: str, part: str = "NoneType", part_own: str = "") -> str:
+    """Why a layer that may be recurrent isn't taken, or nothing. part: the class of a layer or cell within it."""
     if own:
         return f"{kind}, {own}, which may compute something else; {TAKEN}"
-    if not wrapped or kind in KINDS or (kind == "Bidirectional" and wrapped in KINDS and not wrapped_own):
+    if part == "NoneType" or kind in KINDS or (kind == "Bidirectional" and part in KINDS and not part_own):
         return ""
-    of = f", of {wrapped_own}" if wrapped_own else ""
-    return f"{kind}({wrapped}){of}; {TAKEN}"
+    return f"{kind}({part})" + f", {part} being {part_own}" * bool(part_own) + f"; {TAKEN}"
 
 
 def made(kind: str, config: dict[str, Any], arrays: list[Any], layer: Any = None) -> Found:
@@ -169,17 +173,17 @@ def with_config(model: dict[str, Any], arrays: Callable) -> tuple[dict[str, Foun
 
 
 def refused_config(layer: dict[str, Any], recurrent: bool) -> str:
-    """Why a layer of this configuration isn't taken, or nothing."""
-    kind, config = layer["class_name"], layer["config"]
-    wrapped = config.get("layer") or config.get("cell")
-    wrapped = wrapped if isinstance(wrapped, dict) else {}
-    own, inner = (
-        "a class of its own" * ("module" in each and str(each["module"]).partition(".")[0] not in PACKAGES)
-        for each in (layer, wrapped)
-    )
-    if recurrent and not wrapped and kind not in KINDS:
-        own = "a class of its own"
-    return refused(kind, own, wrapped.get("class_name"), inner)
+    """Why a layer of this configuration isn't taken, or nothing. recurrent: whether its weights are."""
+
+    def own(each: dict[str, Any]) -> str:
+        named = "module" in each and str(each["module"]).partition(".")[0] not in PACKAGES
+        return "a class of its own" * named
+
+    kind = layer["class_name"]
+    parts = [part for name in PARTS if isinstance(part := layer["config"].get(name), dict) and "class_name" in part]
+    unknown = recurrent and not parts and kind not in KINDS
+    whys = [refused(kind, own(layer), part["class_name"], own(part)) for part in parts]
+    return next(filter(None, [*whys, refused(kind, own(layer) or "a class of its own" * unknown)]), "")
 
 
 def walked(layers: Iterable[dict], names: str = "", path: str = "") -> Iterator[tuple[str, str, dict]]:
@@ -212,13 +216,15 @@ def guessed(D: int, arrays: list[Any]) -> Found | None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def extracted(archive: zipfile.ZipFile, name: str, budget: Budget, slack: int | None = None) -> bytes:
-    """A member of an archive, unless it expands beyond measure."""
+def extracted(archive: zipfile.ZipFile, name: str, size: int, budget: Budget, slack: int | None = None) -> bytes:
+    """A member of an archive of `size` bytes, unless it expands beyond measure."""
     if name not in archive.NameToInfo:
         raise ValueError(f"the archive has no {name}, as Keras's have; it has {', '.join(archive.namelist()[:8])}")
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed by method {info.compress_type}; Keras's archives aren't")
+    if info.compress_size > size:  # which zipfile believes
+        raise ValueError(f"{name} has {info.compress_size} bytes, and the archive {size}")
     if slack is not None:
         Budget(info.compress_size, slack).take(info.file_size, name)
     budget.take(info.file_size, name)
@@ -242,13 +248,38 @@ class Stored:
             )
         if data.external:
             raise ValueError(f"{what} has its data in other files: {', '.join(name for name, *_ in data.external)}")
-        if data.dtype.kind != "f" and "dtype" not in data.attrs:  # of what NumPy doesn't have Keras notes it
+        if data.dtype.kind != "f" and data.dtype != "V2":  # bfloat16, for h5py
             raise ValueError(f"{what} has {data.dtype}, no weights")
         stored, filtered = data.id.get_storage_size(), data.id.get_create_plist().get_nfilters() > 0
         if stored < (1 if filtered else size):
             raise ValueError(f"{what} of shape {shape(data)} takes {size} bytes, of which the file has {stored}")
         self.budget.take(max(size, math.prod(data.chunks or ()) * data.dtype.itemsize), what)
         return data[()]
+
+
+def check_texts(path: str) -> None:
+    """ValueError where an attribute of text would be longer than the file: HDF5 takes the memory before it looks.
+
+    HDF5 tells no length, so it is read where it stands: https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html,
+    "Attribute Message". A file has each of them as it is, behind its name.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name in re.finditer(rb"(?:model_config|(?:layer|weight)_names\d*)\0", data):
+            for header, versions in ((8, (1, 2)), (9, (3,))):
+                version, _, *sizes = struct.unpack_from("<BBHHH", data, max(0, name.start() - header))
+                if version not in versions or sizes[0] != len(name[0]):
+                    continue
+                kind, space, begin = accumulate(-(-n // 8) * 8 if version == 1 else n for n in sizes)
+                kind, space, begin = (name.start() + offset for offset in (kind, space, begin))
+                if begin > size or data[kind] & 15 != 9:  # not of variable length
+                    continue
+                dims = space + (8 if data[space] == 1 else 4)
+                count = math.prod(struct.unpack_from(f"<{data[space + 1]}Q", data, dims))
+                lengths = count * 16 <= size and struct.unpack_from("<" + "I12x" * count, data, begin)
+                if not lengths or sum(lengths) > size:
+                    what = f"attribute {name[0][:-1].decode()}"
+                    raise ValueError(f"{what} has {count} texts, of more bytes than the file, which has {size}")
 
 
 def member(group: Any, path: str) -> Any:

@@ -89,17 +89,16 @@ def read(model: Any, node: str | Iterable[str] | None) -> Stack:
         graph = Graph(model)
         nodes = chosen(graph.recurrent, node, graph.chain(), path or "the model")
         layers = {name: Layer.read(node) for name, node in nodes.items()}
-    kinds = {name: (layer.cell, layer.direction, layer.layout) for name, layer in layers.items()}
-    if len(set(kinds.values())) > 1:
-        raise ValueError(f"nodes of one stack must be alike in cell, direction and layout, got {kinds}")
-    for layer in layers.values():
-        for lost in layer.lost:
-            warnings.warn(f"{lost}, which is left out", stacklevel=3)
-    (cell, direction, layout), *_ = kinds.values()
-    each = list(layers.values())
-    return Stack(
-        cell, tuple(layer.weights for layer in each), direction == "reverse", layout == 1, hx=initial_states(each)
-    )
+        kinds = {name: (layer.cell, layer.direction, layer.layout) for name, layer in layers.items()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"nodes of one stack must be alike in cell, direction and layout, got {kinds}")
+        (cell, direction, layout), *_ = kinds.values()
+        each = list(layers.values())
+        stacked = tuple(layer.weights for layer in each)
+        stack = Stack(cell, stacked, direction == "reverse", layout == 1, hx=initial_states(each))
+    for lost in (lost for layer in each for lost in layer.lost):
+        warnings.warn(f"{lost}, which is left out", stacklevel=3)
+    return stack
 
 
 def initial_states(layers: list["Layer"]) -> Any:
