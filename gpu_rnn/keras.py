@@ -11,6 +11,7 @@ Files are read without Keras, and written with it. Gate orders and biases, of Ke
 definition: https://keras.io/api/layers/recurrent_layers/ and Keras's source, keras/src/layers/rnn.
 """
 
+import warnings
 from collections.abc import Iterable
 from os import PathLike, fspath
 from typing import Any
@@ -162,8 +163,8 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
         (made.save_weights if path.endswith(".weights.h5") else made.save)(path)
         return
     known(config)
-    with layers_in(target) as found:
-        layers = picked(*found, name, type(target).__name__)
+    with layers_in(target) as (every, sequential):
+        layers = picked(every, sequential, name, type(target).__name__)
     if len(layers) != stack.L:
         raise ValueError(f"{stack.L} layers don't go into {len(layers)} of Keras: {', '.join(layers)}")
     pairs = []
@@ -183,6 +184,8 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
 
 def plain(layer: Any) -> Stack:
     stack = Stack.of(layer)
+    if stack.hx is not None:
+        warnings.warn("the stack's constant initial states hx are left out: Keras's layers have none", stacklevel=3)
     if stack.coupled or stack.peephole:
         raise NotImplementedError(
             f"Keras has no {stack.cell}; its LSTM has neither peepholes nor coupled gates, got {layer}"

@@ -91,7 +91,7 @@ def layers_in(source: Any) -> Iterator[tuple[dict[str, Found], bool]]:
             weights = extracted(archive, "model.weights.h5", size, budget)
         with h5py.File(io.BytesIO(weights), "r") as file:
             arrays = by_path(file, budget)
-            yield with_config(config, lambda name, path: arrays.get(path))
+            yield with_config(config, lambda name, path: arrays.get(path, (1, [])))
         return
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is neither a .keras archive nor an HDF5 file")
@@ -100,7 +100,7 @@ def layers_in(source: Any) -> Iterator[tuple[dict[str, Found], bool]]:
         if "model_config" in file.attrs:
             arrays = by_name(member(file, "model_weights"), budget)
             config = json.loads("".join(texts(file, "model_config", budget)))
-            yield with_config(config, lambda name, path: arrays.get(name))
+            yield with_config(config, lambda name, path: arrays.get(name, (1, [])))
         else:
             arrays = by_name(file, budget) if "layer_names" in file.attrs else by_path(file, budget)
             yield {name: found for name, (D, each) in arrays.items() if (found := guessed(D, each))}, False
@@ -160,12 +160,13 @@ def made(kind: str, config: dict[str, Any], arrays: list[Any], layer: Any = None
 
 def with_config(model: dict[str, Any], arrays: Callable) -> tuple[dict[str, Found], bool]:
     """Every layer of a model, from its configuration and `arrays(name, path)`."""
-    found, kind = {}, model["class_name"]
+    found: dict[str, Found] = {}
+    kind = model["class_name"]
     for name, path, layer in walked(model["config"].get("layers", ())):
-        (_, each), config = arrays(name, path) or (1, []), layer["config"]
+        each = arrays(name, path)[1]
         found[name] = Found(layer["class_name"], {}, 1, [], refusal=refused_config(layer, bool(each)))
         if not found[name].refusal and layer["class_name"] in (*KINDS, "Bidirectional"):
-            found[name] = made(layer["class_name"], config, each)
+            found[name] = made(layer["class_name"], layer["config"], each)
     if not found:
         why = f"{kind}, a model whose configuration names no layers; its weights file has them, without a model"
         found[model["config"].get("name", kind)] = Found(kind, {}, 1, [], refusal=why)

@@ -21,7 +21,7 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.weave import weave
 
 from .compat import require
-from .exchange import DTYPES, Stack, chosen, reading, reordered
+from .exchange import DTYPES, Budget, Stack, chosen, reading, reordered
 from .functional import ShapeError, shape
 from .problem import Weights
 
@@ -88,33 +88,35 @@ def read(model: Any, node: str | Iterable[str] | None) -> Stack:
     with reading(path, "an ONNX model"):
         graph = Graph(model)
         nodes = chosen(graph.recurrent, node, graph.chain(), path or "the model")
-        layers = {name: Layer.read(node) for name, node in nodes.items()}
+        layers = {name: read_layer(node) for name, node in nodes.items()}
         kinds = {name: (layer.cell, layer.direction, layer.layout) for name, layer in layers.items()}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"nodes of one stack must be alike in cell, direction and layout, got {kinds}")
         (cell, direction, layout), *_ = kinds.values()
         each = list(layers.values())
         stacked = tuple(layer.weights for layer in each)
-        stack = Stack(cell, stacked, direction == "reverse", layout == 1, hx=initial_states(each))
+        stack = Stack(cell, stacked, direction == "reverse", layout == 1, hx=initial_states(each, graph.source.budget))
     for lost in (lost for layer in each for lost in layer.lost):
         warnings.warn(f"{lost}, which is left out", stacklevel=3)
     return stack
 
 
-def initial_states(layers: list["Layer"]) -> Any:
+def initial_states(layers: list["Layer"], budget: Budget) -> Any:
     """h0 or (h0, c0), [L*D, B, H]; zeros where a node has none, None where no node has any."""
-    slots = layers[0].states
     rows = {array.shape[1] for layer in layers for array in layer.states.values() if array is not None}
     if not rows:
         return None
     if len(rows - {1}) > 1:
         raise ValueError(f"the nodes' constant initial states have batches of {', '.join(map(str, sorted(rows)))}")
     hx = []
-    for slot in slots:
-        each = [layer.states[slot] for layer in layers]
-        none = [np.zeros((len(layer.weights), 1, len(layer.weights[0].w_hh[0])), layer.dtype) for layer in layers]
-        states = [zeros if state is None else state for state, zeros in zip(each, none)]
-        hx.append(np.concatenate([np.broadcast_to(state, (len(state), max(rows), state.shape[2])) for state in states]))
+    for slot in layers[0].states:
+        states = []
+        for layer in layers:
+            w, state = layer.weights[0].w_hh, layer.states[slot]
+            state = np.zeros((len(layer.weights), 1, w.shape[1]), w.dtype) if state is None else state
+            states.append(np.broadcast_to(state, (len(state), max(rows), state.shape[2])))
+            budget.take(states[-1].nbytes, slot)
+        hx.append(np.concatenate(states))
     return tuple(hx) if len(hx) > 1 else hx[0]
 
 
@@ -128,73 +130,80 @@ class Layer(NamedTuple):
     states: dict[str, np.ndarray | None]  # constant and not zero: initial_h, initial_c, [D, B, H]
     lost: list[str]  # what of the node is neither
 
-    dtype = property(lambda self: self.weights[0].w_ih.dtype)
 
-    @classmethod
-    def read(cls, node: Node) -> "Layer":
-        """Raises an error that says what is wrong."""
-        op, what = node.op, f"{node.op} {node.name!r}"
-        names = {slot: name for slot, name in zip(INPUTS, node.inputs) if name}
-        values = {slot: value for slot, value in zip(INPUTS, node.values) if slot in names}
-        told = node.get("direction", "STRING", b"forward")
-        direction = DIRECTIONS.get(told)
-        if direction is None:
-            raise ValueError(f"{what}: direction is {told!r}, not one of {[*DIRECTIONS.values()]}")
-        D, G = 2 if direction == "bidirectional" else 1, len(GATES[op])
-        tensors = {slot: values.get(slot) for slot in ("W", "R", *(slot for slot in "BP" if slot in values))}
-        for slot, tensor in tensors.items():
-            if not isinstance(tensor, (Constant, np.ndarray)):
-                raise ValueError(f"{what}: {slot} is not a constant of the model; fold its constants first")
-        shapes = {slot: list(tensor.shape) for slot, tensor in tensors.items()}
-        known = [activations for kind, *activations in CELLS if kind == op]
-        activations = [name.decode().capitalize() for name in node.get("activations", "STRINGS", ())] or known[0] * D
-        one = activations[: len(known[0])]
-        cell = CELLS.get((op, *one)) if activations == one * D else None
-        reasons = [f"activations {activations}, of which there are {known}"] * (cell is None)
-        reasons += ["clip of the activations' inputs"] * ("clip" in node.attributes)
-        reasons += [f"attribute {name}" for name in sorted(node.attributes.keys() - ATTRIBUTES)]
-        if cell is None or reasons:
-            raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
-        I, H = ([0, *shapes[slot]][-1] for slot in "WR")  # a scalar has no size
-        H = node.get("hidden_size", "INT", H)
-        expected = {"W": [D, G * H, I], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
-        if any(shapes[slot] != expected[slot] for slot in shapes):
-            raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
-        arrays = {slot: read_array(tensor) for slot, tensor in tensors.items()}
-        layout = node.get("layout", "INT", 0)
-        states, lost = {}, []
-        for slot in INPUTS[4:7]:
-            name, value = names.get(slot), values.get(slot)
-            if slot == "initial_h" or (slot == "initial_c" and op == "LSTM"):
-                states[slot] = None
-            if name is None or isinstance(value, Axes) or value is DATA:
-                continue
-            if value is None:
-                lost.append(f"{what} reads {slot} from {name!r}, which the model computes from its constants")
-            elif slot == "sequence_lens":
-                lost += sequence_lens(what, read_array(value), values.get("X"), layout)
-            elif slot in states:
-                states[slot] = initial_state(what, slot, value, [D, H], layout)
-        both = {**arrays, **{slot: state for slot, state in states.items() if state is not None}}
-        dtypes = {slot: array.dtype.name for slot, array in both.items()}
-        if len(set(dtypes.values())) > 1 or dtypes["W"] not in (*DTYPES, "bfloat16"):
-            raise ValueError(f"{what} has {dtypes}; all must be alike, and one of {', '.join(DTYPES)}")
-        page = weave(
-            cells.get(cell), coupled=node.get("input_forget", "INT", 0) != 0, peephole="P" in arrays,
-            before=op == "GRU" and node.get("linear_before_reset", "INT", 0) == 0,
-        )  # fmt: skip
+def read_layer(node: Node) -> Layer:
+    """Read a node, or raise an error that says what is wrong with it."""
+    op, what = node.op, f"{node.op} {node.name!r}"
+    values = {slot: value for slot, name, value in zip(INPUTS, node.inputs, node.values) if name}
+    told = node.get("direction", "STRING", b"forward")
+    direction = DIRECTIONS.get(told)
+    if direction is None:
+        raise ValueError(f"{what}: direction is {told!r}, not one of {[*DIRECTIONS.values()]}")
+    D, G = 2 if direction == "bidirectional" else 1, len(GATES[op])
+    tensors: dict[str, Any] = {
+        slot: values.get(slot) for slot in ("W", "R", *(slot for slot in "BP" if slot in values))
+    }
+    for slot, tensor in tensors.items():
+        if not isinstance(tensor, (Constant, np.ndarray)):
+            raise ValueError(f"{what}: {slot} is not a constant of the model; fold its constants first")
+    shapes = {slot: list(tensor.shape) for slot, tensor in tensors.items()}
+    known = [activations for kind, *activations in CELLS if kind == op]
+    activations = [name.decode().capitalize() for name in node.get("activations", "STRINGS", ())] or known[0] * D
+    one = activations[: len(known[0])]
+    cell = CELLS.get((op, *one)) if activations == one * D else None
+    reasons = [f"activations {activations}, of which there are {known}"] * (cell is None)
+    reasons += ["clip of the activations' inputs"] * ("clip" in node.attributes)
+    reasons += [f"attribute {name}" for name in sorted(node.attributes.keys() - ATTRIBUTES)]
+    if cell is None or reasons:
+        raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
+    I, H = ([0, *shapes[slot]][-1] for slot in "WR")  # a scalar has no size
+    H = node.get("hidden_size", "INT", H)
+    expected = {"W": [D, G * H, I], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
+    if any(shapes[slot] != expected[slot] for slot in shapes):
+        raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
+    arrays = {slot: read_array(tensor) for slot, tensor in tensors.items()}
+    layout = node.get("layout", "INT", 0)
+    states, lost = read_states(what, values, D, H, layout)
+    states = {slot: states.get(slot) for slot in ("initial_h", "initial_c")[: 2 if op == "LSTM" else 1]}
+    every = {**arrays, **{slot: state for slot, state in states.items() if state is not None}}
+    dtypes = {slot: array.dtype.name for slot, array in every.items()}
+    if len(set(dtypes.values())) > 1 or dtypes["W"] not in (*DTYPES, "bfloat16"):
+        raise ValueError(f"{what} has {dtypes}; all must be alike, and one of {', '.join(DTYPES)}")
+    page = weave(
+        cells.get(cell), coupled=node.get("input_forget", "INT", 0) != 0, peephole="P" in arrays,
+        before=op == "GRU" and node.get("linear_before_reset", "INT", 0) == 0,
+    )  # fmt: skip
 
-        def ours(array: np.ndarray) -> np.ndarray:
-            return reordered(array, GATES[op], page.gates)
+    def ours(array: np.ndarray) -> np.ndarray:
+        return reordered(array, GATES[op], page.gates)
 
-        units = []
-        for d in range(D):
-            biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
-            w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
-            if page.units:
-                w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.units)).reshape(-1, 1, H))
-            units.append(w)
-        return cls(page.name, direction, layout, tuple(units), states, lost)
+    units = []
+    for d in range(D):
+        biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
+        w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
+        if page.units:
+            w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.units)).reshape(-1, 1, H))
+        units.append(w)
+    return Layer(page.name, direction, layout, tuple(units), states, lost)
+
+
+def read_states(
+    what: str, values: dict[str, Any], D: int, H: int, layout: int
+) -> tuple[dict[str, np.ndarray | None], list[str]]:
+    """The constant initial states that aren't zero, [D, B, H]; and what can't be given back."""
+    states: dict[str, np.ndarray | None] = {}
+    lost = []
+    for slot in ("sequence_lens", "initial_h", "initial_c"):
+        value = values.get(slot, DATA)
+        if value is None:
+            lost.append(f"{what} has {slot} that the model computes from its constants")
+        elif isinstance(value, Axes) or value is DATA:
+            continue
+        elif slot == "sequence_lens":
+            lost += sequence_lens(what, read_array(value), values.get("X"), layout)
+        else:
+            states[slot] = initial_state(what, slot, value, [D, H], layout)
+    return states, lost
 
 
 def read_array(value: Constant | np.ndarray) -> np.ndarray:

@@ -27,7 +27,9 @@ STAND_IN = 211  # the first size that stands for a symbolic one: odd ones from h
 MOST_SIZES = 64  # elements of an array that is computed with, rather than moved
 MOST_ELEMENTS = 1 << 22  # of an array that is moved
 MOST_MOVED = 1 << 24  # elements, of all arrays that are moved
-MOST_CALLED = 100_000  # nodes of functions, which may call each other
+MOST_CALLED = 100_000  # nodes of functions, wherever they are called
+MOST_CALLS = 64  # of functions within each other
+MOST_AXES = 64
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -256,7 +258,11 @@ class Graph:
     def read_nodes(
         self, nodes: Any, known: "Known", graph: int, prefix: str, calls: tuple, attributes: dict[str, Any]
     ) -> None:
-        """attributes: those of the call, where the nodes are a function's."""
+        """calls: the functions that the nodes are in; attributes: those of the innermost call."""
+        if calls:
+            self.called += len(nodes)
+            if self.called > MOST_CALLED:
+                raise ValueError(f"functions come to more than {MOST_CALLED} nodes where they are called")
         for proto in in_order(nodes):
             own = {a.name: attributes.get(a.ref_attr_name) if a.ref_attr_name else a for a in proto.attribute}
             own = {name: attribute for name, attribute in own.items() if attribute is not None}
@@ -286,9 +292,8 @@ class Graph:
 
     def call(self, function: Any, proto: Any, node: Node, known: "Known", calls: tuple) -> None:
         key = (function.domain, function.name, getattr(function, "overload", ""))
-        self.called += len(function.node)
-        if key in calls or self.called > MOST_CALLED:
-            what = "calls itself" if key in calls else f"and others come to more than {MOST_CALLED} nodes"
+        if key in calls or len(calls) == MOST_CALLS:
+            what = "calls itself" if key in calls else f"is within {MOST_CALLS} others"
             raise ValueError(f"function {function.name!r} {what}")
         inner = Known()
         for name, value in zip(function.input, node.values):
@@ -350,7 +355,7 @@ class Graph:
     def declared(self, known: "Known", name: str) -> Axes | Data:
         """A value of which its graph says the shape, or not."""
         tensor = known.declared[name].type.tensor_type if name in known.declared else None
-        if tensor is None or not tensor.HasField("shape"):
+        if tensor is None or not tensor.HasField("shape") or len(tensor.shape.dim) > MOST_AXES:
             return DATA
         sizes = [d.dim_value if d.HasField("dim_value") else self.size(d.dim_param) for d in tensor.shape.dim]
         return Axes([[Factor(name, str(k), size)] for k, size in enumerate(sizes)])
