@@ -203,7 +203,7 @@ def walked(layers: Iterable[dict], names: str = "", path: str = "") -> Iterator[
 
 def guessed(D: int, arrays: list[Any]) -> Found | None:
     """A layer of which there are weights only: the recurrent ones tell the class, the bias its form."""
-    recurrent = arrays[1].shape if len(arrays) > 1 else ()
+    recurrent: tuple[int, ...] = arrays[1].shape if len(arrays) > 1 else ()
     H, columns = recurrent if len(recurrent) == 2 else (1, 0)  # the others are those of convolutions
     kind = next((kind for kind, gates in GATES.items() if len(gates) * H == columns), None)
     if kind is None:
