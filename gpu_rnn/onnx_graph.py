@@ -365,18 +365,31 @@ class Graph:
         if node.op == "Constant":
             return [self.constant(attribute) for attribute in node.attributes.values()][:1]
         rule = RULES.get(node.op)
-        if rule is None:
+        first, *others = node.values or (DATA,)
+        if rule is None or isinstance(first, Data) or any(isinstance(value, (Axes, Data)) for value in others):
             return None
         try:
             untouched = node.op in ("Identity", "Shape")
-            values = [v if untouched or not isinstance(v, Constant) else small(v).array for v in node.values]
+            values = [value if untouched else self.array(value) for value in node.values]
             with np.errstate(all="ignore"):
                 result = rule(node, *values)
+            results = result if isinstance(result, list) else [result]
+            return [self.counted(value) for value in results]
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError, MemoryError):
             return None  # it can't be followed, or is wrong: either is no concern of a loader
-        results = result if isinstance(result, list) else [result]
-        self.moved += sum(array.size for array in results if isinstance(array, np.ndarray))
-        return results if self.moved <= MOST_MOVED else None
+
+    def array(self, value: Any) -> Any:
+        """A constant as an array, others as they are."""
+        return self.counted(small(value)).array if isinstance(value, Constant) else value
+
+    def counted(self, value: Any) -> Any:
+        """The value; ValueError where it is an array, all those moved are too many, and it is more than some sizes."""
+        size = math.prod(value.shape) if isinstance(value, (Constant, np.ndarray)) else 0
+        if size > MOST_SIZES:
+            self.moved += size
+            if self.moved > MOST_MOVED:
+                raise ValueError("too many")
+        return value
 
     def constant(self, attribute: Any) -> Any:
         value = onnx.helper.get_attribute_value(attribute)

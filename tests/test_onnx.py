@@ -544,6 +544,21 @@ def test_what_is_malformed_within_a_model_is_said(rng):
         gpu_rnn.onnx.load(model)
 
 
+def test_large_constants_are_not_read_for_other_nodes(rng, tmp_path, monkeypatch):
+    """Nor do they keep a stack from being seen."""
+    model, node = gpu_rnn.onnx.model(random_layer("gru", num_layers=2)), helper.make_node
+    table = numpy_helper.from_array(np.zeros((1000, 64), np.float32), "table")
+    model.graph.initializer.append(table)
+    for k in range(9):
+        model.graph.node.insert(k, node("Transpose", ["table"], [f"turned{k}"]))
+        model.graph.node.insert(k, node("Gather", ["table", "X"], [f"rows{k}"]))
+    monkeypatch.setattr("gpu_rnn.onnx_graph.MOST_MOVED", 100_000)
+    assert gpu_rnn.onnx.load(model).num_layers == 2
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=1 << 16)
+    (tmp_path / "w").unlink()  # which has the table alone
+    assert gpu_rnn.onnx.load(tmp_path / "m.onnx").num_layers == 2
+
+
 def test_a_graph_with_a_circle_is_refused(rng, tmp_path):
     model, _ = node_model("lstm", rng)
     model.graph.node[0].input[0] = "a"
@@ -565,14 +580,16 @@ def test_a_graph_with_a_circle_is_refused(rng, tmp_path):
     assert gpu_rnn.onnx.load(unsorted).hidden_size == H
 
 
-def test_functions_that_never_end_are_refused(rng):
+def test_functions_that_never_end_are_refused(rng, monkeypatch):
+    monkeypatch.setattr("gpu_rnn.onnx_graph.MOST_CALLED", 5000)
+
     def function(name, *calls):
         nodes = [helper.make_node(call, ["x"], ["y"], domain="mine") for call in calls]
         return helper.make_function("mine", name, ["x"], ["y"], nodes, [helper.make_opsetid("mine", 1)])
 
     for functions, why in (
         ([function("f0", "f1"), function("f1", "f0")], "'f0' calls itself"),
-        ([function(f"f{k}", f"f{k + 1}", f"f{k + 1}") for k in range(40)], "come to more than 100000 nodes"),
+        ([function(f"f{k}", f"f{k + 1}", f"f{k + 1}") for k in range(40)], "come to more than 5000 nodes"),
         ([function(f"f{k}", f"f{k + 1}") for k in range(5000)], "'f64' is within 64 others"),
     ):
         model, _ = node_model("lstm", rng)
