@@ -246,30 +246,36 @@ class Graph:
         self.graphs = self.called = self.moved = 0
         self.read_graph(model.graph, Known())
 
-    def read_graph(self, graph: Any, known: "Known", prefix: str = "", calls: tuple = ()) -> None:
+    def read_graph(self, graph: Any, known: Known, prefix: str = "", calls: tuple = ()) -> None:
         self.graphs += 1
         known.declared = {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
         for value in graph.input:
             known[value.name] = self.declared(known, value.name)
         for tensor in graph.initializer:
             known[tensor.name] = Constant(tensor, self.source)
-        self.read_nodes(graph.node, known, self.graphs, prefix, calls, {})
+        self.read_nodes(in_order(graph.node), known, self.graphs, prefix, calls, {}, ())
 
     def read_nodes(
-        self, nodes: Any, known: "Known", graph: int, prefix: str, calls: tuple, attributes: dict[str, Any]
-    ) -> None:
-        """calls: the functions that the nodes are in; attributes: those of the innermost call."""
+        self, nodes: list[Any], known: Known, graph: int, prefix: str, calls: tuple, attributes: dict[str, Any],
+        ends: Iterable[str],
+    ) -> None:  # fmt: skip
+        """calls: the functions that the nodes are in; attributes: those of the innermost call; ends: what it gives."""
         if calls:
             self.called += len(nodes)
             if self.called > MOST_CALLED:
                 raise ValueError(f"functions come to more than {MOST_CALLED} nodes where they are called")
-        for proto in in_order(nodes):
+        useful = set(ends)  # the values that recurrent nodes read, or that lead to them
+        for proto in reversed(nodes):
+            reads = proto.op_type in RECURRENT or self.function(proto) is not None or bodies(proto)
+            if reads or not useful.isdisjoint(proto.output):
+                useful |= names_read(proto)
+        for proto in nodes:
             own = {a.name: attributes.get(a.ref_attr_name) if a.ref_attr_name else a for a in proto.attribute}
             own = {name: attribute for name, attribute in own.items() if attribute is not None}
             label = prefix + (proto.name or next(filter(None, proto.output), proto.op_type))
             values = tuple(known[name] for name in proto.input)
             node = Node(label, proto.op_type, tuple(proto.input), values, own, graph)
-            function = self.functions.get((proto.domain, proto.op_type, getattr(proto, "overload", "")))
+            function = self.function(proto)
             if function is not None:
                 self.call(function, proto, node, known, calls)
             elif node.op in RECURRENT and proto.domain in DOMAINS:
@@ -278,7 +284,12 @@ class Graph:
                 for name, body in bodies(proto):
                     inner = f"{label}/{name}/"
                     self.read_graph(body, Known(known), inner, calls)
-                self.move(node, proto, known)
+                if not useful.isdisjoint(proto.output):
+                    self.move(node, proto, known)
+
+    def function(self, proto: Any) -> Any:
+        """The local function that a node calls, or None."""
+        return self.functions.get((proto.domain, proto.op_type, getattr(proto, "overload", "")))
 
     def move(self, node: Node, proto: Any, known: Known) -> None:
         """The outputs of a node that is no recurrent one."""
@@ -290,7 +301,7 @@ class Graph:
         for name, value in zip(proto.output, results):
             known[name] = value
 
-    def call(self, function: Any, proto: Any, node: Node, known: "Known", calls: tuple) -> None:
+    def call(self, function: Any, proto: Any, node: Node, known: Known, calls: tuple) -> None:
         key = (function.domain, function.name, getattr(function, "overload", ""))
         if key in calls or len(calls) == MOST_CALLS:
             what = "calls itself" if key in calls else f"is within {MOST_CALLS} others"
@@ -300,11 +311,12 @@ class Graph:
             inner[name] = value
         defaults = {attribute.name: attribute for attribute in function.attribute_proto}
         attributes = defaults | node.attributes
-        self.read_nodes(function.node, inner, node.graph, f"{node.name}/", (*calls, key), attributes)
+        nodes, prefix = in_order(function.node), f"{node.name}/"
+        self.read_nodes(nodes, inner, node.graph, prefix, (*calls, key), attributes, function.output)
         for name, output in zip(function.output, proto.output):
             known[output] = inner[name]
 
-    def add(self, node: Node, proto: Any, known: "Known", prefix: str) -> None:
+    def add(self, node: Node, proto: Any, known: Known, prefix: str) -> None:
         """A recurrent node, under its name or, where another has it, under that of an output."""
         others = (prefix + name for name in (*proto.output, f"{node.op}_{len(self.recurrent)}") if name)
         name = next(name for name in (node.name, *others) if name not in self.recurrent)
@@ -314,7 +326,7 @@ class Graph:
         if proto.output and (y := self.output(node, known)):
             known[proto.output[0]] = Axes(y)
 
-    def output(self, node: Node, known: "Known") -> list[list[Factor]] | None:
+    def output(self, node: Node, known: Known) -> list[list[Factor]] | None:
         """Y [T, D, B, H], or [B, T, D, H] of layout 1."""
         x, weights = node.values[0] if node.values else None, node.values[2] if len(node.values) > 2 else None
         if not isinstance(weights, Constant) or len(weights.shape) != 3:
@@ -352,7 +364,7 @@ class Graph:
         """What stands for a size that isn't known, the same for the same symbol."""
         return self.sizes.setdefault(symbol or f"#{len(self.sizes)}", STAND_IN + 2 * len(self.sizes))
 
-    def declared(self, known: "Known", name: str) -> Axes | Data:
+    def declared(self, known: Known, name: str) -> Axes | Data:
         """A value of which its graph says the shape, or not."""
         tensor = known.declared[name].type.tensor_type if name in known.declared else None
         if tensor is None or not tensor.HasField("shape") or len(tensor.shape.dim) > MOST_AXES:
@@ -386,9 +398,9 @@ class Graph:
         """The value; ValueError where it is an array, all those moved are too many, and it is more than some sizes."""
         size = math.prod(value.shape) if isinstance(value, (Constant, np.ndarray)) else 0
         if size > MOST_SIZES:
-            self.moved += size
-            if self.moved > MOST_MOVED:
+            if self.moved + size > MOST_MOVED:
                 raise ValueError("too many")
+            self.moved += size
         return value
 
     def constant(self, attribute: Any) -> Any:
