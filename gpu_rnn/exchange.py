@@ -1,6 +1,8 @@
 """A stack of recurrent layers as NumPy arrays: what the weights of other frameworks pass through on their way."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,48 @@ UNSEEN = {  # keywords of layers that a format for inference needn't know
     "backend", "precision", "recompute", "recurrent_dropout", "recurrent_dropout_on", "input_dropout", "weight_dropout",
     "forget_bias",
 }  # fmt: skip
+EXPANSION, SLACK = 32, 64 << 20  # bytes that a file may take in memory, for each of its own and in any case
+
+
+class DtypeError(TypeError):
+    """Weights are of a dtype that isn't exchanged."""
+
+
+class Budget:
+    """How many bytes may be read from a file. Weights hardly shrink, so a file that expands more is no honest one."""
+
+    def __init__(self, size: int, slack: int = SLACK) -> None:
+        self.left = slack
+        self.extend(size)
+
+    def extend(self, size: int) -> None:
+        self.left += EXPANSION * size
+
+    def take(self, size: int, what: str) -> None:
+        """ValueError where it is too much."""
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"{what} takes {size} bytes; the whole may take {EXPANSION} for each of the file's")
+
+
+@contextmanager
+def reading(path: str | None, form: str) -> Iterator[None]:
+    """Errors say which file they are about, and all that damage to it can cause are ValueErrors.
+
+    Raises OSError where there is no such file.
+    """
+    if path is not None:
+        with open(path, "rb"):
+            pass
+    try:
+        yield
+    except Exception as error:
+        if path is None or isinstance(error, ImportError) or (path in str(error) and type(error) is ValueError):
+            raise
+        if isinstance(error, (ShapeError, DtypeError, NotImplementedError)):
+            raise type(error)(f"{path}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} can't be read as {form}: {kind}{error}") from error
 
 
 @dataclass(frozen=True)
@@ -30,13 +74,14 @@ class Stack:
         y, (hT, cT) = gpu_rnn.lstm(x, *forward[:4], reverse=stack.reverse)  # coupled=stack.coupled, peephole=...
         y, hT = gpu_rnn.gru(x, *forward[:4], reverse=stack.reverse, reset_after=stack.reset_after)
 
-    Raises ShapeError where a layer doesn't fit the one below it, TypeError for dtypes that NumPy doesn't have.
+    Raises ShapeError where a layer doesn't fit the one below it, DtypeError for dtypes that NumPy doesn't have.
     """
 
     cell: str  # one of CELLS, perhaps "lstm+coupled", "lstm+peephole", "lstm+coupled+peephole" or "gru+before"
     weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse; peepholes are their units, [N, 1, H]
     reverse: bool = False  # D = 1, from the last instant to the first
     batch_first: bool = False  # of input and output where they come from
+    hx: Any = None  # constant initial states, as a layer's hx: h0 or (h0, c0), [L*D, B, H]; B = 1 where all rows agree
 
     def __post_init__(self) -> None:
         below = self.I
@@ -44,7 +89,7 @@ class Stack:
             for w in directions:
                 dtypes = {array.dtype.name for array in w if array is not None}
                 if dtypes != {self.dtype.name} or self.dtype.name not in DTYPES:
-                    raise TypeError(
+                    raise DtypeError(
                         f"layer {k} has {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}"
                     )
                 if w.w_ih.shape[1] != below or w.w_hh.shape[1] != self.H or len(directions) != self.D:
@@ -106,7 +151,10 @@ class Stack:
         return cls(cell.name, stacked, batch_first=layer.batch_first)
 
     def module(self) -> Any:
-        """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched."""
+        """The weights as gpu_rnn.RNN, LSTM or GRU on the CPU. torch's random state is not touched.
+
+        Warns where there are constant initial states: a layer has none, they go into its call.
+        """
         torch = require("torch", "making a layer")
         from . import layers, recurrent
 
@@ -114,6 +162,14 @@ class Stack:
             raise NotImplementedError(
                 f"{self.cell} with weights {shape(self.weights[0][0].w_ih)} in reverse alone is no layer; "
                 "take weights() instead of load(), and the function of gpu_rnn with reverse=True"
+            )
+        if self.hx is not None:
+            made = "tuple(map(torch.tensor, hx))" if isinstance(self.hx, tuple) else "torch.tensor(hx)"
+            sizes = shape(self.hx[0] if isinstance(self.hx, tuple) else self.hx)
+            warnings.warn(
+                f"the model starts from constant initial states {sizes}, which a layer does not hold: take hx from "
+                f"weights(), make it {made}, expand it to [L*D, B, H] and call layer(x, hx)",
+                stacklevel=3,
             )
         kind, _, nonlinearity = self.page.partition("_")
         options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
@@ -150,10 +206,15 @@ def reordered(array: np.ndarray, given: str, wanted: str) -> np.ndarray:
 
 
 def chosen(
-    found: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object
-) -> dict[str, Any]:
-    """What is found under the name or names; for None, all of it where `sequence` says in which order it is a stack."""
-    listing = ", ".join(found) or "none"
+    found: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object,
+    refused: dict[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What is found under the name or names; for None, all of it where `sequence` says in which order it is a stack.
+
+    Of a name "a/b/c" the end is enough where no other has the same. `refused` says why others can't be taken.
+    """
+    reasons = "".join(f"; {other!r} is {why}" for other, why in (refused or {}).items())
+    listing = (", ".join(found) or "none") + reasons
     if name is None:
         if not sequence:
             raise ValueError(
@@ -162,10 +223,13 @@ def chosen(
             )
         names = sequence
     else:
-        names = [name] if isinstance(name, str) else list(name)
-        for wanted in names:
-            if wanted not in found:
-                raise ValueError(f"{where} has no recurrent layer {wanted!r}; it has: {listing}")
+        names = []
+        for wanted in [name] if isinstance(name, str) else list(name):
+            matches = [each for each in found if each.endswith(f"/{wanted}")]
+            if wanted not in found and len(matches) != 1:
+                why = f"several recurrent layers {wanted!r}" if matches else f"no recurrent layer {wanted!r}"
+                raise ValueError(f"{where} has {why}; it has: {listing}")
+            names.append(wanted if wanted in found else matches[0])
         if not names:
             raise ValueError(f"no name was given; {where} has: {listing}")
     return {wanted: found[wanted] for wanted in names}

@@ -10,9 +10,10 @@ Gate orders and biases, of ONNX and of here: docs/exchange.md. The operators' de
 https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
 """
 
+import warnings
 from collections.abc import Iterable
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,17 +21,23 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.weave import weave
 
 from .compat import require
-from .exchange import Stack, chosen, reordered
-from .functional import ShapeError
+from .exchange import DTYPES, Budget, Stack, chosen, reading, reordered
+from .functional import ShapeError, shape
 from .problem import Weights
 
 onnx = require("onnx", "gpu_rnn.onnx")
+
+from .onnx_graph import DATA, Axes, Constant, Graph, Node  # after the error that says how to get onnx
 
 OPSET, IR = 17, 8
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 GATES = {"RNN": "a", "LSTM": "iofg", "GRU": "zrn"}  # our letters; ONNX calls g and n by c and h
 PEEPHOLES = "iof"
 DIRECTIONS = {name.encode(): name for name in ("forward", "reverse", "bidirectional")}
+ATTRIBUTES = {  # all that the operators have; of activation_alpha and _beta the activations here have no use
+    "activations", "activation_alpha", "activation_beta", "clip", "direction", "hidden_size", "input_forget", "layout",
+    "linear_before_reset", "output_sequence",
+}  # fmt: skip
 CELLS = {  # operator and activations, the operator's default first
     ("RNN", "Tanh"): "rnn_tanh",
     ("RNN", "Relu"): "rnn_relu",
@@ -43,154 +50,188 @@ CELLS = {  # operator and activations, the operator's default first
 
 
 def load(model: Any, node: str | Iterable[str] | None = None) -> Any:
-    """A layer with the weights of a recurrent node, or of several that follow each other.
+    """Load a recurrent node, or several that follow each other, as a layer.
 
     Args:
         model: onnx.ModelProto, or the path of one. The weights must be constants: initializers or Constant nodes.
-        node: a node's name, or the name of an output of it where it has none; or several, from the bottom up. None
-            takes all, where each reads what the one below it gives with the directions side by side and nothing else
-            between, as `save` and torch.onnx write it.
+        node: a node's name, or the name of an output of it where it has none; or several, from the bottom up. A node
+            in a body of If, Loop or Scan is named after the node around it and the body, as "if/then_branch/lstm", one
+            in a local function after the node that calls it, as "call/lstm"; the last part is enough where no other
+            node has it. None takes all, where each reads the outputs of the one below it with the directions side by
+            side, however the exporter wrote it.
 
     Returns:
         gpu_rnn.RNN, LSTM or GRU on the CPU, in the weights' dtype. Its batch_first is the nodes' `layout`. Initial
         states and sequence_lens are data as X is: they go into the layer's call, as hx and as a packed sequence.
+        Where they are constants of the model, a warning says so; `weights(model, node).hx` has the states.
 
     Raises:
         NotImplementedError: other activations, clip, and the reverse direction alone, which `weights` has. ShapeError:
             shapes that don't fit.
-        ValueError: no such node, several that aren't a stack, weights that aren't constants; what is no ONNX model.
+        ValueError: no such node, several that aren't a stack, weights that aren't constants; a file that is damaged, is
+            no ONNX model, or would have data read from outside of its folder. It names the path.
         TypeError: bfloat16.
     """
-    return weights(model, node).module()
+    return read(model, node).module()
 
 
 def weights(model: Any, node: str | Iterable[str] | None = None) -> Stack:
-    """What `load` loads as NumPy arrays in torch's layout and gate order. Arguments and errors are those of `load`."""
-    graph = Graph(model)
-    nodes = chosen(graph.recurrent, node, graph.chain(), "the model")
-    read = {name: graph.read(node) for name, node in nodes.items()}
-    kinds = {name: kind for name, (kind, _) in read.items()}
-    if len(set(kinds.values())) > 1:
-        raise ValueError(f"nodes of one stack must be alike in cell, direction and layout, got {kinds}")
-    cell, direction, layout = next(iter(kinds.values()))
-    return Stack(cell, tuple(units for _, units in read.values()), direction == "reverse", layout == 1)
+    """Load what `load` loads as NumPy arrays in torch's layout and gate order, and constant initial states as `hx`.
+
+    Arguments and errors are those of `load`.
+    """
+    return read(model, node)
 
 
-def read_file(path: str) -> Any:
-    try:
-        return onnx.load(path)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's and onnx's errors have no other base in common
-        raise ValueError(f"{path} can't be read as an ONNX model: {error}") from error
+def read(model: Any, node: str | Iterable[str] | None) -> Stack:
+    path = fspath(model) if isinstance(model, (str, PathLike)) else None
+    with reading(path, "an ONNX model"):
+        graph = Graph(model)
+        nodes = chosen(graph.recurrent, node, graph.chain(), path or "the model")
+        layers = {name: read_layer(node) for name, node in nodes.items()}
+        kinds = {name: (layer.cell, layer.direction, layer.layout) for name, layer in layers.items()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"nodes of one stack must be alike in cell, direction and layout, got {kinds}")
+        (cell, direction, layout), *_ = kinds.values()
+        each = list(layers.values())
+        stacked = tuple(layer.weights for layer in each)
+        stack = Stack(cell, stacked, direction == "reverse", layout == 1, hx=initial_states(each, graph.source.budget))
+    for lost in (lost for layer in each for lost in layer.lost):
+        warnings.warn(f"{lost}, which is left out", stacklevel=3)
+    return stack
 
 
-def values(tensor: Any) -> np.ndarray:
-    try:
-        return onnx.numpy_helper.to_array(tensor)
-    except (ValueError, KeyError) as error:
-        what = f"tensor {tensor.name!r} of data type {tensor.data_type} and shape {list(tensor.dims)}"
-        raise ValueError(f"{what} can't be read: {error}") from error
-
-
-class Graph:
-    """A model's recurrent nodes, its constants, and which node makes what."""
-
-    def __init__(self, model: Any) -> None:
-        graph = (read_file(fspath(model)) if isinstance(model, (str, PathLike)) else model).graph
-        self.makers = {output: node for node in graph.node for output in node.output}
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.recurrent = {
-            self.name(node): node for node in graph.node if node.op_type in GATES and node.domain in ("", "ai.onnx")
-        }
-
-    @staticmethod
-    def name(node: Any) -> str:
-        return node.name or next(filter(None, node.output), node.op_type)
-
-    def constant(self, name: str) -> np.ndarray | None:
-        maker = self.makers.get(name)
-        if name in self.constants:
-            return values(self.constants[name])
-        if maker is not None and maker.op_type == "Constant" and maker.attribute:
-            value = onnx.helper.get_attribute_value(maker.attribute[0])
-            return values(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+def initial_states(layers: list["Layer"], budget: Budget) -> Any:
+    """h0 or (h0, c0), [L*D, B, H]; zeros where a node has none, None where no node has any."""
+    rows = {array.shape[1] for layer in layers for array in layer.states.values() if array is not None}
+    if not rows:
         return None
+    if len(rows - {1}) > 1:
+        raise ValueError(f"the nodes' constant initial states have batches of {', '.join(map(str, sorted(rows)))}")
+    hx = []
+    for slot in layers[0].states:
+        states = []
+        for layer in layers:
+            w, state = layer.weights[0].w_hh, layer.states[slot]
+            state = np.zeros((len(layer.weights), 1, w.shape[1]), w.dtype) if state is None else state
+            states.append(np.broadcast_to(state, (len(state), max(rows), state.shape[2])))
+            budget.take(states[-1].nbytes, slot)
+        hx.append(np.concatenate(states))
+    return tuple(hx) if len(hx) > 1 else hx[0]
 
-    def read(self, node: Any) -> tuple[tuple[str, str, int], tuple[Weights, ...]]:
-        """(cell, direction, layout) and the weights of each direction; or an error that says what is wrong."""
-        op, what = node.op_type, f"{node.op_type} {self.name(node)!r}"
-        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-        inputs = {slot: name for slot, name in zip(INPUTS, node.input) if name}
-        direction = DIRECTIONS.get(attributes.get("direction", b"forward"))
-        if direction is None:
-            raise ValueError(f"{what}: direction is {attributes['direction']!r}, not one of {[*DIRECTIONS.values()]}")
-        D, G = 2 if direction == "bidirectional" else 1, len(GATES[op])
-        arrays: dict[str, np.ndarray] = {}
-        for slot in ("W", "R", *(slot for slot in "BP" if slot in inputs)):
-            array = self.constant(inputs.get(slot, ""))
-            if array is None:
-                raise ValueError(f"{what}: {slot} is not a constant of the model; fold its constants first")
-            arrays[slot] = array
-        shapes = {slot: list(array.shape) for slot, array in arrays.items()}
-        known = [activations for kind, *activations in CELLS if kind == op]
-        given = [name.decode().capitalize() for name in attributes.get("activations", ())] or known[0] * D
-        one = given[: len(known[0])]
-        cell = CELLS.get((op, *one)) if given == one * D else None
-        reasons = ["clip of the activations' inputs"] if "clip" in attributes else []
-        if cell is None or reasons:
-            reasons = [f"activations {given}, of which there are {known}"] * (cell is None) + reasons
-            raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
-        I, H = ([0, *shapes[slot]][-1] for slot in "WR")  # a scalar has no size
-        H = attributes.get("hidden_size", H)
-        expected = {"W": [D, G * H, I], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
-        if any(shapes[slot] != expected[slot] for slot in shapes):
-            raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
-        page = weave(
-            cells.get(cell), coupled=attributes.get("input_forget", 0) != 0, peephole="P" in arrays,
-            before=op == "GRU" and attributes.get("linear_before_reset", 0) == 0,
-        )  # fmt: skip
-        cell = page.name
 
-        def ours(array: np.ndarray) -> np.ndarray:
-            return reordered(array, GATES[op], page.gates)
+class Layer(NamedTuple):
+    """A recurrent node, read."""
 
-        units = []
-        for d in range(D):
-            biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
-            w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
-            if page.units:
-                w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.units)).reshape(-1, 1, H))
-            units.append(w)
-        return (cell, direction, attributes.get("layout", 0)), tuple(units)
+    cell: str
+    direction: str
+    layout: int
+    weights: tuple[Weights, ...]  # of each direction
+    states: dict[str, np.ndarray | None]  # constant and not zero: initial_h, initial_c, [D, B, H]
+    lost: list[str]  # what of the node is neither
 
-    def chain(self) -> list[str]:
-        """All recurrent nodes from the bottom up, where each feeds the next and only it; else nothing."""
-        below = {name: self.below(node) for name, node in self.recurrent.items()}
-        above = {source: name for name, source in below.items()}
-        names: list[str] = []
-        at = above.get(None)
-        while at is not None:
-            names.append(at)
-            at = above.get(at)
-        return names if len(names) == len(self.recurrent) else []
 
-    def below(self, node: Any) -> str | None:
-        """The recurrent node whose Y, with the directions side by side, is this one's X."""
-        steps: list[tuple[str, tuple[int, ...]]] = []
-        value = node.input[0]
-        while (maker := self.makers.get(value)) is not None and maker.op_type in ("Squeeze", "Transpose", "Reshape"):
-            told = [onnx.helper.get_attribute_value(a) for a in maker.attribute if a.name in ("perm", "axes")]
-            told += [self.constant(name) for name in maker.input[1:]]
-            sizes = told[0] if told and told[0] is not None else ()
-            steps.insert(0, (maker.op_type, tuple(np.ravel(sizes).tolist())))
-            value = maker.input[0]
-        if maker is None or self.name(maker) not in self.recurrent or maker.output[0] != value:
-            return None
-        match steps:  # from Y [T, D, B, H]
-            case [("Squeeze", (1,))] | [("Transpose", (0, 2, 1, 3)), ("Reshape", (0, 0, _))]:
-                return self.name(maker)
-        return None
+def read_layer(node: Node) -> Layer:
+    """Read a node, or raise an error that says what is wrong with it."""
+    op, what = node.op, f"{node.op} {node.name!r}"
+    values = {slot: value for slot, name, value in zip(INPUTS, node.inputs, node.values) if name}
+    told = node.get("direction", "STRING", b"forward")
+    direction = DIRECTIONS.get(told)
+    if direction is None:
+        raise ValueError(f"{what}: direction is {told!r}, not one of {[*DIRECTIONS.values()]}")
+    D, G = 2 if direction == "bidirectional" else 1, len(GATES[op])
+    tensors: dict[str, Any] = {
+        slot: values.get(slot) for slot in ("W", "R", *(slot for slot in "BP" if slot in values))
+    }
+    for slot, tensor in tensors.items():
+        if not isinstance(tensor, (Constant, np.ndarray)):
+            raise ValueError(f"{what}: {slot} is not a constant of the model; fold its constants first")
+    shapes = {slot: list(tensor.shape) for slot, tensor in tensors.items()}
+    known = [activations for kind, *activations in CELLS if kind == op]
+    activations = [name.decode().capitalize() for name in node.get("activations", "STRINGS", ())] or known[0] * D
+    one = activations[: len(known[0])]
+    cell = CELLS.get((op, *one)) if activations == one * D else None
+    reasons = [f"activations {activations}, of which there are {known}"] * (cell is None)
+    reasons += ["clip of the activations' inputs"] * ("clip" in node.attributes)
+    reasons += [f"attribute {name}" for name in sorted(node.attributes.keys() - ATTRIBUTES)]
+    if cell is None or reasons:
+        raise NotImplementedError(f"{what} with {shapes} has what no layer here has: {'; '.join(reasons)}")
+    I, H = ([0, *shapes[slot]][-1] for slot in "WR")  # a scalar has no size
+    H = node.get("hidden_size", "INT", H)
+    expected = {"W": [D, G * H, I], "R": [D, G * H, H], "B": [D, 2 * G * H], "P": [D, 3 * H]}
+    if any(shapes[slot] != expected[slot] for slot in shapes):
+        raise ShapeError(f"{what}, {direction}, has shapes {shapes}; expected {expected} with hidden_size {H}")
+    arrays = {slot: read_array(tensor) for slot, tensor in tensors.items()}
+    layout = node.get("layout", "INT", 0)
+    states, lost = read_states(what, values, D, H, layout)
+    states = {slot: states.get(slot) for slot in ("initial_h", "initial_c")[: 2 if op == "LSTM" else 1]}
+    every = {**arrays, **{slot: state for slot, state in states.items() if state is not None}}
+    dtypes = {slot: array.dtype.name for slot, array in every.items()}
+    if len(set(dtypes.values())) > 1 or dtypes["W"] not in (*DTYPES, "bfloat16"):
+        raise ValueError(f"{what} has {dtypes}; all must be alike, and one of {', '.join(DTYPES)}")
+    page = weave(
+        cells.get(cell), coupled=node.get("input_forget", "INT", 0) != 0, peephole="P" in arrays,
+        before=op == "GRU" and node.get("linear_before_reset", "INT", 0) == 0,
+    )  # fmt: skip
+
+    def ours(array: np.ndarray) -> np.ndarray:
+        return reordered(array, GATES[op], page.gates)
+
+    units = []
+    for d in range(D):
+        biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
+        w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
+        if page.units:
+            w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.units)).reshape(-1, 1, H))
+        units.append(w)
+    return Layer(page.name, direction, layout, tuple(units), states, lost)
+
+
+def read_states(
+    what: str, values: dict[str, Any], D: int, H: int, layout: int
+) -> tuple[dict[str, np.ndarray | None], list[str]]:
+    """The constant initial states that aren't zero, [D, B, H]; and what can't be given back."""
+    states: dict[str, np.ndarray | None] = {}
+    lost = []
+    for slot in ("sequence_lens", "initial_h", "initial_c"):
+        value = values.get(slot, DATA)
+        if value is None:
+            lost.append(f"{what} has {slot} that the model computes from its constants")
+        elif isinstance(value, Axes) or value is DATA:
+            continue
+        elif slot == "sequence_lens":
+            lost += sequence_lens(what, read_array(value), values.get("X"), layout)
+        else:
+            states[slot] = initial_state(what, slot, value, [D, H], layout)
+    return states, lost
+
+
+def read_array(value: Constant | np.ndarray) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    array = value.array
+    value.source.budget.take(array.nbytes, f"tensor {value.tensor.name!r}")  # nodes may share it, copies don't
+    return array
+
+
+def initial_state(what: str, slot: str, value: Any, sizes: list[int], layout: int) -> np.ndarray | None:
+    """[D, B, H] of constants, B = 1 where all rows agree; None of zeros."""
+    D, H = sizes
+    if len(value.shape) != 3 or [value.shape[layout == 1], value.shape[2]] != sizes:
+        expected = [("B", D, H), (D, "B", H)][layout != 1]
+        raise ShapeError(f"{what}: {slot} has shape {shape(value)}; expected [{', '.join(map(str, expected))}]")
+    state = read_array(value)
+    state = state.swapaxes(0, 1) if layout == 1 else state
+    if state.shape[1] and (state == state[:, :1]).all():
+        state = state[:, :1]
+    return np.ascontiguousarray(state) if state.any() else None
+
+
+def sequence_lens(what: str, lengths: np.ndarray, x: Any, layout: int) -> list[str]:
+    """Nothing where all sequences are whole, or that they aren't, or may not be."""
+    T = x.shape[layout == 1] if isinstance(x, Axes) and x.shape else None
+    whole = lengths.size > 0 and bool((lengths == T).all())
+    return [] if whole else [f"{what} has constant sequence_lens {np.unique(lengths)[:8].tolist()}"]
 
 
 # ---- to ONNX --------------------------------------------------------------------------------------------------------
@@ -206,7 +247,7 @@ def model(layer: Any) -> Any:
 
     Inputs, T and B being whatever they are at a call:
         X [T, B, I], or [B, T, I] of a layer with batch_first.
-        initial_h, and initial_c of an LSTM: [L*D, B, H], optional: zeros.
+        initial_h, and initial_c of an LSTM: [L*D, B, H], optional: zeros, or the stack's hx.
     Outputs: Y [T, B, D*H] or [B, T, D*H], Y_h and Y_c [L*D, B, H], as the layer's.
 
     Args:
@@ -245,10 +286,11 @@ def model(layer: Any) -> Any:
     one = constant("one", [1])
     apply("Shape", [x], "B", start=1, end=2)
     apply("Concat", [one, "B", one], "rows", axis=0)
+    states = (None,) * len(letters) if stack.hx is None else stack.hx if isinstance(stack.hx, tuple) else (stack.hx,)
     first = {}
-    for letter in letters:
-        zeros = constant(f"initial_{letter}", np.zeros((stack.L * stack.D, 1, stack.H), stack.dtype))
-        first[letter] = apply("Expand", [zeros, "rows"], f"first_{letter}")
+    for letter, state in zip(letters, states):
+        state = np.zeros((stack.L * stack.D, 1, stack.H), stack.dtype) if state is None else state
+        first[letter] = apply("Expand", [constant(f"initial_{letter}", state), "rows"], f"first_{letter}")
 
     for k, directions in enumerate(stack.weights):
         name = f"{op.lower()}_l{k}"
@@ -277,11 +319,11 @@ def model(layer: Any) -> Any:
     def value(name: str, *sizes: Any) -> Any:
         return onnx.helper.make_tensor_value_info(name, dtype, sizes)
 
-    states = [stack.L * stack.D, "B", stack.H]
+    sizes = [stack.L * stack.D, "B", stack.H]
     graph = onnx.helper.make_graph(
         nodes, stack.cell,
-        [value("X", *sequence, stack.I), *(value(f"initial_{letter}", *states) for letter in letters)],
-        [value("Y", *sequence, stack.D * stack.H), *(value(f"Y_{letter}", *states) for letter in letters)],
+        [value("X", *sequence, stack.I), *(value(f"initial_{letter}", *sizes) for letter in letters)],
+        [value("Y", *sequence, stack.D * stack.H), *(value(f"Y_{letter}", *sizes) for letter in letters)],
         list(constants.values()),
     )  # fmt: skip
     return onnx.helper.make_model(

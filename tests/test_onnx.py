@@ -1,5 +1,9 @@
 """Weights to and from ONNX, against onnxruntime."""
 
+import logging
+import os
+import warnings
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,7 +13,9 @@ from onnx import helper, numpy_helper
 
 import gpu_rnn
 import gpu_rnn.onnx
+from gpu_rnn import exchange
 from gpu_rnn.functional import ShapeError
+from tests.mutated import read_mutated
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 KINDS = {
@@ -142,19 +148,263 @@ def test_the_dtype_is_kept(dtype):
     assert torch.equal(gpu_rnn.onnx.load(model).weight_ih_l0, layer.weight_ih_l0)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Exporting a model")
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
-@pytest.mark.parametrize("kind", list(KINDS)[:4])
-def test_what_torch_exports_is_loaded(kind, bidirectional, rng, tmp_path):
+EXPORTS = {  # arguments of torch.onnx.export
+    "dynamo": {"verbose": False},
+    "dynamo, any size": {"verbose": False, "dynamic_shapes": ({0: torch.export.Dim("a"), 1: torch.export.Dim("b")},)},
+    "traced": {"dynamo": False},
+    "traced, any size": {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": [0, 1]}},
+}
+
+
+def exported(module, x, path, how):
+    logging.disable(logging.WARNING)  # of libraries that the exporter misses
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(module, (x,), path, **EXPORTS[how])
+    finally:
+        logging.disable(logging.NOTSET)
+    return path
+
+
+CASES = [(kind, bidirectional, "traced") for kind in list(KINDS)[:4] for bidirectional in (False, True)]
+CASES += [(kind, bidirectional, "dynamo") for kind in ("lstm", "gru") for bidirectional in (False, True)]
+CASES += [("lstm", True, "dynamo, any size"), ("lstm", True, "traced, any size")]
+
+
+@pytest.mark.parametrize(("kind", "bidirectional", "how"), CASES)
+def test_what_torch_exports_is_loaded(kind, bidirectional, how, rng, tmp_path):
     cls, options = KINDS[kind]
     torch.manual_seed(0)
-    layer = getattr(torch.nn, cls.__name__)(I, H, 2, bidirectional=bidirectional, **options).eval()
+    batch_first = {"batch_first": True} if bidirectional else {}
+    layer = getattr(torch.nn, cls.__name__)(I, H, 2, bidirectional=bidirectional, **options, **batch_first).eval()
     x = torch.tensor(draw(rng, T, B, I))
-    torch.onnx.export(layer, (x,), tmp_path / "torch.onnx", dynamo=False)
-    ours = gpu_rnn.onnx.load(tmp_path / "torch.onnx")
+    ours = gpu_rnn.onnx.load(exported(layer, x, tmp_path / "torch.onnx", how))
+    assert ours.state_dict().keys() == layer.state_dict().keys()
     for name, parameter in layer.state_dict().items():
         assert torch.equal(ours.state_dict()[name], parameter)
+    ours.batch_first = layer.batch_first  # the exporter turns the axes in nodes of its own
     assert_same(flat(ours(x)), flat(layer(x)))
+
+
+class FromLearnedStates(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(I, H, 2)
+        self.h0, self.c0 = (torch.nn.Parameter(torch.randn(2, 1, H)) for _ in range(2))
+
+    def forward(self, x):
+        return self.lstm(x, tuple(state.expand(-1, x.shape[1], -1).contiguous() for state in (self.h0, self.c0)))
+
+
+@pytest.mark.parametrize("how", EXPORTS)
+def test_learned_initial_states_are_given_back(how, rng, tmp_path):
+    torch.manual_seed(0)
+    module, x = FromLearnedStates().eval(), torch.tensor(draw(rng, T, B, I))
+    path = exported(module, x, tmp_path / "learned.onnx", how)
+    with pytest.warns(UserWarning, match=r"constant initial states \[2, 1, 6\].*take hx from weights"):
+        layer = gpu_rnn.onnx.load(path)
+    stack = gpu_rnn.onnx.weights(path)
+    hx = tuple(torch.tensor(state).expand(-1, B, -1) for state in stack.hx)
+    assert_same(flat(layer(x, hx)), flat(module(x)))
+    again = gpu_rnn.onnx.model(stack)  # and are written as they were
+    assert_same(run(again, x.numpy()), flat(module(x)))
+    for state, same in zip(gpu_rnn.onnx.weights(again).hx, stack.hx):
+        assert state.tobytes() == same.tobytes()
+
+
+@pytest.mark.parametrize("rows", ["alike", "different"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
+def test_constant_initial_states_are_given_back(kind, rows, rng):
+    model, _ = node_model(kind, rng, "bidirectional")
+    x, states = draw(rng, T, B, I), []
+    for name in [value.name for value in model.graph.input[1:]]:
+        states.append(np.broadcast_to(draw(rng, 2, 1 if rows == "alike" else B, H), (2, B, H)))
+        model.graph.initializer.append(numpy_helper.from_array(states[-1], name))
+    del model.graph.input[1:]
+    y, *last = run(model, x)
+    with pytest.warns(UserWarning, match="constant initial states"):
+        layer = gpu_rnn.onnx.load(model)
+    hx = gpu_rnn.onnx.weights(model).hx
+    hx = tuple(torch.tensor(state).expand(2, B, H) for state in (hx if kind == "lstm" else (hx,)))
+    ours = layer(torch.tensor(x), hx if kind == "lstm" else hx[0])
+    assert_same(flat(ours), [y.swapaxes(1, 2).reshape(T, B, 2 * H), *last])
+
+
+def test_what_is_no_constant_state_gives_no_warning(rng):
+    zeros, _ = node_model("lstm", rng)
+    zeros.graph.initializer.append(numpy_helper.from_array(np.zeros((1, B, H), np.float32), "initial_c"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gpu_rnn.onnx.weights(zeros).hx is None
+        gpu_rnn.onnx.load(zeros)
+    wrong, _ = node_model("gru", rng)
+    wrong.graph.initializer.append(numpy_helper.from_array(np.ones((2, B, H), np.float32), "initial_h"))
+    with pytest.raises(ShapeError, match=r"initial_h has shape \[2, 3, 6\]; expected \[1, B, 6\]"):
+        gpu_rnn.onnx.load(wrong)
+
+
+def test_what_a_layer_leaves_out_is_said(rng):
+    model, _ = node_model("gru", rng)
+    model.graph.node[0].input[4] = "lengths"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([5, 5, 2], np.int32), "lengths"))
+    with pytest.warns(UserWarning, match=r"GRU 'cell' has constant sequence_lens \[2, 5\], which is left out"):
+        gpu_rnn.onnx.load(model)
+    model, _ = node_model("gru", rng)
+    model.graph.node.insert(0, helper.make_node("Sin", ["one"], ["initial_h"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, B, H), np.float32), "one"))
+    del model.graph.input[1:]
+    with pytest.warns(
+        UserWarning, match="GRU 'cell' has initial_h that the model computes from its constants, which is"
+    ):
+        gpu_rnn.onnx.load(model)
+    model.graph.node[1].attribute.append(helper.make_attribute("attention", 1))
+    with pytest.raises(NotImplementedError, match="attribute attention"):
+        gpu_rnn.onnx.load(model)
+
+
+def wrapped(model, around):
+    """The node of a model within a body or a function. X and the weights are read from outside of it."""
+    graph = model.graph
+    node = graph.node[0]
+    del graph.node[:]
+    for value in graph.input[1:]:  # initial states: none
+        node.input[node.input[:].index(value.name)] = ""
+    del graph.input[1:], graph.output[1:]
+    del node.output[1:]
+    constants = [tensor for tensor in graph.initializer if tensor.name == "W"]
+
+    def constant(name, value):
+        graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+        return name
+
+    def body(inputs=(), outputs=(), **own):
+        return helper.make_graph([node], "body", list(inputs), [*outputs, graph.output[0]], **own)
+
+    kind_of = graph.output[0].type.tensor_type.elem_type
+    match around:
+        case "If":
+            graph.initializer.remove(constants[0])
+            other = helper.make_node("Expand", ["zero", "four"], ["Y"])
+            constant("zero", np.float32(0)), constant("four", [1, 1, 1, 1])
+            branches = {"then_branch": body(initializer=constants), "else_branch": helper.make_graph(
+                [other], "other", [], [graph.output[0]])}  # fmt: skip
+            graph.node.append(helper.make_node("If", [constant("condition", True)], ["Y"], name="outer", **branches))
+        case "Loop":
+            inputs = [helper.make_tensor_value_info("n", 7, []), helper.make_tensor_value_info("go", 9, [])]
+            looped = body(inputs, [helper.make_tensor_value_info("go_on", 9, [])])
+            looped.node.append(helper.make_node("Identity", ["go"], ["go_on"]))
+            inputs = [constant("rounds", 1), constant("condition", True)]
+            graph.node.append(helper.make_node("Loop", inputs, ["stacked"], name="outer", body=looped))
+            graph.node.append(helper.make_node("Squeeze", ["stacked", constant("axis", [0])], ["Y"]))
+        case "Scan":
+            node.input[0] = "slice"
+            inputs = [helper.make_tensor_value_info("slice", kind_of, ["T", "B", I])]
+            graph.node.append(helper.make_node("Unsqueeze", ["X", constant("axis", [0])], ["sliced"]))
+            scan = {"body": body(inputs), "num_scan_inputs": 1}
+            graph.node.append(helper.make_node("Scan", ["sliced"], ["stacked"], name="outer", **scan))
+            graph.node.append(helper.make_node("Squeeze", ["stacked", "axis"], ["Y"]))
+        case "function":
+            hidden = next(attribute for attribute in node.attribute if attribute.name == "hidden_size")
+            hidden.ref_attr_name, hidden.i = "units", 0
+            hidden.ClearField("i")
+            imports = [helper.make_opsetid("", 17)]
+            model.functions.append(
+                helper.make_function("mine", "Cell", ["X", "W", "R", "B"], ["Y"], [node], imports, ["units"])
+            )
+            model.opset_import.append(helper.make_opsetid("mine", 1))
+            inputs = ["X", "W", "R", "B"]
+            graph.node.append(helper.make_node("Cell", inputs, ["Y"], name="outer", domain="mine", units=H))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("around", "name"),
+    [("If", "outer/then_branch/cell"), ("Loop", "outer/body/cell"), ("Scan", "outer/body/cell"),
+     ("function", "outer/cell")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_nodes_in_bodies_and_functions_are_found(kind, around, name, rng):
+    model, x = wrapped(node_model(kind, rng)[0], around), draw(rng, T, B, I)
+    (y,) = run(model, x)
+    for node in (None, name, "cell"):
+        np.testing.assert_allclose(gpu_rnn.onnx.load(model, node)(torch.tensor(x))[0].detach(), y[:, 0], **CLOSE)
+    with pytest.raises(ValueError, match=f"no recurrent layer 'other'; it has: {name}"):
+        gpu_rnn.onnx.load(model, "other")
+
+
+def test_a_stack_of_functions_is_one(rng):
+    """Each call is a layer, as exporters that keep modules as functions write it."""
+    layer, node = random_layer("gru", num_layers=2), helper.make_node
+    nodes = [
+        node("GRU", ["X", "W", "R", "B"], ["Y"], name="gru", hidden_size=H, linear_before_reset=1),
+        node("Constant", [], ["axis"], value_ints=[1]),
+        node("Squeeze", ["Y", "axis"], ["out"]),
+    ]
+    imports = [helper.make_opsetid("", 17)]
+    function = helper.make_function("mine", "Layer", ["X", "W", "R", "B"], ["out"], nodes, imports)
+    saved = gpu_rnn.onnx.model(layer).graph.initializer
+    calls = [node("Layer", [x, *(f"{slot}_l{k}" for slot in "WRB")], [y], name=f"layer{k}", domain="mine")
+             for k, x, y in ((0, "X", "between"), (1, "between", "Y"))]  # fmt: skip
+    ends = [helper.make_tensor_value_info(name, 1, ["T", "B", size]) for name, size in (("X", I), ("Y", H))]
+    graph = helper.make_graph(
+        calls, "graph", ends[:1], ends[1:], [t for t in saved if t.name[:2] in ("W_", "R_", "B_")]
+    )
+    imports.append(helper.make_opsetid("mine", 1))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=[function])
+    x, ours = draw(rng, T, B, I), gpu_rnn.onnx.load(model)
+    assert ours.num_layers == 2
+    np.testing.assert_allclose(ours(torch.tensor(x))[0].detach(), run(model, x)[0], **CLOSE)
+    with pytest.raises(ValueError, match=r"several recurrent layers 'gru'; it has: layer0/gru, layer1/gru"):
+        gpu_rnn.onnx.load(model, "gru")
+
+
+BETWEEN = {  # operators and their constants from Y [T, 1, B, H] to X [T, B, H], T = 5, B = 3, H = 6
+    "Squeeze": [("Squeeze", [1])],
+    "Squeeze of all": [("Squeeze", None)],
+    "Reshape": [("Reshape", [5, 3, 6])],
+    "Reshape with -1": [("Reshape", [5, -1, 6])],
+    "Reshape of all": [("Reshape", [-1]), ("Reshape", [5, 3, 6])],
+    "Identity": [("Identity", None), ("Squeeze", [1])],
+    "turned twice": [("Transpose", [2, 1, 0, 3]), ("Squeeze", [1]), ("Transpose", [1, 0, 2])],
+    "turned and cut": [("Transpose", [2, 1, 0, 3]), ("Reshape", [3, 5, 6]), ("Transpose", [1, 0, 2])],
+    "Unsqueeze": [("Squeeze", [1]), ("Unsqueeze", [0]), ("Reshape", [5, 3, 6])],
+}
+NO_STACK = {
+    "turned by Reshape": [("Transpose", [2, 1, 0, 3]), ("Reshape", [5, 3, 6])],
+    "units among time steps": [("Transpose", [3, 1, 2, 0]), ("Reshape", [5, 3, 6])],
+    "another operator": [("Relu", None), ("Squeeze", [1])],
+}
+
+
+@pytest.mark.parametrize("between", [*BETWEEN, *NO_STACK])
+def test_a_stack_is_known_by_what_lies_between(between, rng):
+    first, _ = node_model("gru", rng, name="first")
+    second = helper.make_node("GRU", ["x", "W2", "R", "B"], ["Y2"], name="second", hidden_size=H, linear_before_reset=1)
+    graph, value = first.graph, "Y"
+    del graph.input[1:], graph.output[:]
+    graph.node[0].input[5] = ""
+    graph.input[0].CopyFrom(helper.make_tensor_value_info("X", 1, [T, B, I]))
+    graph.initializer.append(numpy_helper.from_array(0.4 * draw(rng, 1, 3 * H, H), "W2"))
+    for k, (op, sizes) in enumerate((BETWEEN | NO_STACK)[between]):
+        inputs, own = [value], {"perm": sizes} if op == "Transpose" else {}
+        if sizes is not None and not own:
+            inputs.append(f"sizes{k}")
+            graph.initializer.append(numpy_helper.from_array(np.array(sizes), f"sizes{k}"))
+        value = f"value{k}"
+        graph.node.append(helper.make_node(op, inputs, [value], **own))
+    second.input[0] = value
+    graph.node.append(second)
+    graph.output.append(helper.make_tensor_value_info("Y2", 1, [T, 1, B, H]))
+    x = draw(rng, T, B, I)
+    (y,) = run(first, x)
+    ours = gpu_rnn.onnx.load(first, ["first", "second"])(torch.tensor(x))[0].detach()
+    assert np.allclose(ours, y[:, 0], **CLOSE) == (between in BETWEEN)
+    if between in BETWEEN:
+        assert gpu_rnn.onnx.load(first).num_layers == 2
+    else:
+        with pytest.raises(ValueError, match="no single recurrent layer or stack"):
+            gpu_rnn.onnx.load(first)
 
 
 def test_constant_nodes_and_the_layout_are_read(rng):
@@ -291,6 +541,156 @@ def test_what_is_malformed_within_a_model_is_said(rng):
         gpu_rnn.onnx.load(model)
     model, _ = node_model("gru", rng, "sideways")
     with pytest.raises(ValueError, match="GRU 'cell': direction is b'sideways', not one of"):
+        gpu_rnn.onnx.load(model)
+
+
+def test_large_constants_are_not_read_for_other_nodes(rng, tmp_path, monkeypatch):
+    """Nor do they keep a stack from being seen."""
+    model, node = gpu_rnn.onnx.model(random_layer("gru", num_layers=2)), helper.make_node
+    table = numpy_helper.from_array(np.zeros((1000, 64), np.float32), "table")
+    model.graph.initializer.append(table)
+    for k in range(9):
+        model.graph.node.insert(k, node("Transpose", ["table"], [f"turned{k}"]))
+        model.graph.node.insert(k, node("Gather", ["table", "X"], [f"rows{k}"]))
+    monkeypatch.setattr("gpu_rnn.onnx_graph.MOST_MOVED", 100_000)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=1 << 16)
+    (tmp_path / "w").unlink()  # which has the table alone
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gpu_rnn.onnx.load(tmp_path / "m.onnx").num_layers == 2
+
+
+def test_a_graph_with_a_circle_is_refused(rng, tmp_path):
+    model, _ = node_model("lstm", rng)
+    model.graph.node[0].input[0] = "a"
+    for nodes in (
+        [helper.make_node("Squeeze", ["c"], ["a"], name="s"), helper.make_node("Transpose", ["a"], ["c"], name="t")],
+        [helper.make_node("Identity", ["a"], ["a"], name="s")],
+        [helper.make_node("If", ["go"], ["a"], name="s", then_branch=helper.make_graph(
+            [helper.make_node("Identity", ["a"], ["b"])], "body", [], [helper.make_tensor_value_info("b", 1, [])]))],
+    ):  # fmt: skip
+        broken = onnx.ModelProto()
+        broken.CopyFrom(model)
+        broken.graph.node.extend(nodes)
+        onnx.save(broken, tmp_path / "circle.onnx")
+        with pytest.raises(ValueError, match=r"circle\.onnx can't be read .*in a circle: .*s"):
+            gpu_rnn.onnx.load(tmp_path / "circle.onnx")
+    unsorted = onnx.ModelProto()
+    unsorted.CopyFrom(model)
+    unsorted.graph.node.append(helper.make_node("Identity", ["X"], ["a"]))
+    assert gpu_rnn.onnx.load(unsorted).hidden_size == H
+
+
+def test_functions_that_never_end_are_refused(rng, monkeypatch):
+    monkeypatch.setattr("gpu_rnn.onnx_graph.MOST_CALLED", 5000)
+
+    def function(name, *calls):
+        nodes = [helper.make_node(call, ["x"], ["y"], domain="mine") for call in calls]
+        return helper.make_function("mine", name, ["x"], ["y"], nodes, [helper.make_opsetid("mine", 1)])
+
+    for functions, why in (
+        ([function("f0", "f1"), function("f1", "f0")], "'f0' calls itself"),
+        ([function(f"f{k}", f"f{k + 1}", f"f{k + 1}") for k in range(40)], "come to more than 5000 nodes"),
+        ([function(f"f{k}", f"f{k + 1}") for k in range(5000)], "'f64' is within 64 others"),
+    ):
+        model, _ = node_model("lstm", rng)
+        model.functions.extend(functions)
+        model.graph.node.append(helper.make_node("f0", ["X"], ["z"], domain="mine"))
+        with pytest.raises(ValueError, match=why):
+            gpu_rnn.onnx.load(model)
+
+
+def test_data_in_other_files_are_read_from_the_folder_alone(rng, tmp_path):
+    (tmp_path / "models").mkdir()
+    path, (model, arrays) = tmp_path / "models" / "model.onnx", node_model("gru", rng)
+    onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=0)
+    stack = gpu_rnn.onnx.weights(path)
+    assert constants(gpu_rnn.onnx.model(stack))["W_l0"].tobytes() == arrays["W"].tobytes()
+
+    outside = tmp_path / "secret"
+    outside.write_bytes((tmp_path / "models" / "weights").read_bytes())
+    (tmp_path / "models" / "link").symlink_to(outside)
+    (tmp_path / "models" / "folder").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "models" / "pipe")
+    model = onnx.load(path, load_external_data=False)
+    for location, why in (
+        ("../secret", "not a path within"), (str(outside), "not a path within"), ("x/../../w", "not a path within"),
+        ("..\\secret", "not a path within"), ("", "not a path within"), ("link", "link is a link"),
+        ("folder/secret", "folder is a link"), ("pipe", "pipe is no file"), (".", "is no file"),
+    ):  # fmt: skip
+        for tensor in model.graph.initializer:
+            next(entry for entry in tensor.external_data if entry.key == "location").value = location
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ValueError, match=rf"model\.onnx can't be read .*external data are in .*{why}"):
+            gpu_rnn.onnx.load(path)
+
+
+def test_data_in_other_files_need_the_path(rng, tmp_path, monkeypatch):
+    model, _ = node_model("gru", rng)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"its data are in 'w'; give the model's path"):
+        gpu_rnn.onnx.load(onnx.load("m.onnx", load_external_data=False))
+    assert gpu_rnn.onnx.load("m.onnx").hidden_size == H
+    for key, value in (("offset", "-4"), ("offset", "999999"), ("length", "8"), ("length", "x")):
+        model = onnx.load("m.onnx", load_external_data=False)
+        next(entry for entry in model.graph.initializer[0].external_data if entry.key == key).value = value
+        (tmp_path / "n.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(ValueError, match=r"n\.onnx can't be read .*tensor 'W'"):
+            gpu_rnn.onnx.load("n.onnx")
+
+
+def test_weights_shared_without_measure_are_refused(rng, monkeypatch):
+    model, _ = node_model("gru", rng)
+    monkeypatch.setattr(exchange.Budget, "__init__", lambda self, size, slack=0: setattr(self, "left", size))
+    model.graph.node.append(helper.make_node("GRU", ["X", "W", "R", "B"], ["Y2"], name="twin", linear_before_reset=1))
+    gpu_rnn.onnx.load(model, "cell")
+    with pytest.raises(ValueError, match="the whole may take"):
+        gpu_rnn.onnx.load(model, ["cell", "twin"])
+
+
+@pytest.mark.parametrize("how", ["exported", "saved"])
+def test_mutated_files_are_read_or_refused(how, rng, tmp_path):
+    path = tmp_path / "torch.onnx"
+    if how == "exported":
+        layer = torch.nn.LSTM(3, 4, 2).eval()
+        exported(layer, torch.zeros(T, B, 3), path, "traced")
+    else:
+        gpu_rnn.onnx.save(gpu_rnn.LSTM(3, 4, 2, bidirectional=True), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert read_mutated(gpu_rnn.onnx.weights, path.read_bytes(), tmp_path / "mutated.onnx", 250, seed=1) > 10
+
+
+def replace_attribute(model, name, value):
+    attributes = model.graph.node[0].attribute
+    for attribute in [attribute for attribute in attributes if attribute.name == name]:
+        attributes.remove(attribute)
+    attributes.append(helper.make_attribute(name, value))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda model: model.graph.node[0].input.__delitem__(slice(None)),
+        lambda model: model.graph.initializer[0].dims.__setitem__(0, -1),
+        lambda model: model.graph.initializer[1].dims.__setitem__(2, 1 << 40),
+        lambda model: replace_attribute(model, "hidden_size", "six"),
+        lambda model: replace_attribute(model, "direction", 3),
+        lambda model: replace_attribute(model, "activations", [1, 2]),
+        lambda model: model.graph.initializer.__delitem__(slice(None)),
+        lambda model: setattr(model.graph.initializer[0], "data_type", onnx.TensorProto.INT32),
+        lambda model: model.graph.ClearField("node"),
+        lambda model: model.ClearField("graph"),
+    ],
+)
+def test_damage_is_a_value_error_with_the_path(damage, rng, tmp_path):
+    model, _ = node_model("gru", rng)
+    damage(model)
+    (tmp_path / "broken.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"broken\.onnx"):
+        gpu_rnn.onnx.load(tmp_path / "broken.onnx")
+    with pytest.raises(ValueError, match=r"GRU 'cell'|the model has no|tensor 'W'"):
         gpu_rnn.onnx.load(model)
 
 
