@@ -134,8 +134,17 @@ def torch_operations() -> Mapping[str, Callable]:
         "rsqrt": torch.rsqrt,
         "mean": lambda a: a.mean(-1, keepdim=True),
         "positive": lambda a: (a > 0).to(a.dtype),
-        "where": lambda condition, a, b: torch.where(condition > 0, a, b),
+        "where": torch_where,
     }
+
+
+def torch_where(condition: Any, a: Any, b: Any) -> Any:
+    """a where condition > 0, else b; any of them may be a number, of which torch takes two for float32."""
+    torch = module("torch")
+    numbers = [not isinstance(value, torch.Tensor) for value in (condition, a, b)]
+    if numbers[0]:
+        return a if condition > 0 else b
+    return torch.where(condition > 0, torch.full_like(condition, a) if all(numbers[1:]) else a, b)
 
 
 def plain(array: Any) -> Any:

@@ -455,6 +455,7 @@ def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool
         entering = part(on_cpu(x[t]), w_ih, b_ih), part(state[0], w_hh, b_hh), state
         given: dict[str, Any] = dict(zip(("x", "h", "state"), entering))
         new, gates = page.run(operations, **given, extra=() if units is None else units)
+        new = tuple(np.broadcast_to(value, entering[0][0].shape) for value in new)
         new = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
         state = new if flags is None else tuple(np.where(flags[t, :, None], s, n) for s, n in zip(state, new))
         instants.append((*gates, *state))
