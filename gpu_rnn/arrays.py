@@ -15,16 +15,26 @@ HALVES = ("float16", "bfloat16")
 DTYPES = ("float64", "float32", *HALVES)
 
 
-def library(array: Any) -> str:
-    """ "numpy", "torch" or "cupy"; TypeError for anything else. Imports nothing."""
+def library(array: Any, label: str | None = None) -> str:
+    """ "numpy", "torch" or "cupy"; TypeError for anything else, with the argument's name if given. Imports nothing."""
     kind: type = type(array)
-    return library_of(kind)
+    if label is None:
+        return library_of(kind)
+    try:
+        return library_of(kind)
+    except TypeError as error:
+        raise TypeError(f"{label}: {error}") from None
 
 
 @cache  # asked at every product of every instant
 def library_of(kind: type) -> str:
     for base in kind.__mro__:  # torch.nn.Parameter and other subclasses too
         root = base.__module__.partition(".")[0]
+        if base.__name__ in ("MaskedArray", "MaskedTensor"):
+            raise TypeError(
+                f"expected a NumPy, torch or CuPy array without a mask, got {kind.__name__}; fill it, and say by "
+                "lengths= or reset= what is to be left out"
+            )
         if (root, base.__name__) in (("numpy", "ndarray"), ("torch", "Tensor"), ("cupy", "ndarray")):
             return root
     raise TypeError(f"expected a NumPy, torch or CuPy array, got {kind.__name__}")

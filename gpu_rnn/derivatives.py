@@ -117,7 +117,7 @@ def required(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
+            if getattr(tensor, "requires_grad", False):  # what is no tensor is refused later, by its name
                 return True
     return False
 
