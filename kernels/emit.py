@@ -13,7 +13,7 @@ def assignments(graph: Graph, constant: Callable[[float], str]) -> tuple[list[st
     Inputs are read before anything is assigned to the outputs, so that these may stand in the same place.
     """
     names: dict[Symbol, str] = {}
-    lines = []
+    lines: list[str] = []
     for value in ascending(value for group in graph.outputs for value in group):
         if value.op == "constant":
             names[value] = constant(*value.operands)
