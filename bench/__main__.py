@@ -1,6 +1,7 @@
 """python -m bench [run | gpu | report | compare | once | list]: see --help of each."""
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -23,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments or sys.argv[1:] or ["run"])
     try:
         return options.command(options)
+    except BrokenPipeError:  # nothing reads on; Python would try again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:  # of sizes, names and files: a sentence is enough
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
@@ -115,8 +119,8 @@ def run_command(options: argparse.Namespace) -> int:
     minutes, seconds = (0.8, 0.15) if options.quick else (14, 0.25)
     if options.minutes is not None:
         minutes = options.minutes
-    if not minutes > 0:
-        raise ValueError(f"--minutes {minutes:g}: it takes some")
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"--minutes {minutes:g}: it takes some, and has an end")
     cores = len(os.sched_getaffinity(0))
     for count in options.threads or ():
         if not 1 <= count <= cores:

@@ -8,6 +8,7 @@ Needs torch, NumPy, CuPy or Triton, and pytest.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -45,8 +46,8 @@ OUTCOMES = ("passed", *BAD, "skipped")
 
 
 def visit(options: argparse.Namespace) -> int:
-    if not options.minutes > 0:
-        raise ValueError(f"--minutes {options.minutes:g}: it takes some")
+    if not 0 < options.minutes < math.inf:
+        raise ValueError(f"--minutes {options.minutes:g}: it takes some, and has an end")
     began = time.monotonic()
     reason = no_gpu()
     if reason and not options.dry:

@@ -59,3 +59,9 @@ def __getattr__(name: str):
     value = getattr(_import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """What is public, loaded or not, and such modules that were imported."""
+    modules = {"kernels", "keras", "onnx"} & globals().keys()
+    return sorted({*__all__, *modules, *(name for name in globals() if name.startswith("__"))})

@@ -1,10 +1,13 @@
 """The command line: `gpu-rnn` or `python -m gpu_rnn`, with info, demo, explain and bench."""
 
+import math
 import os
 import platform
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from gpu_rnn.kernels import cells
 
@@ -31,7 +34,41 @@ class Refused(click.ClickException):
     exit_code = 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Seconds(click.FloatRange):
+    """A time that ends."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return seconds
+
+
+class Commands(click.Group):
+    """Whose output may go where there is no room for it, or where it isn't read to its end."""
+
+    def main(self, *args: Any, **keywords: Any) -> Any:
+        try:
+            try:
+                return super().main(*args, **keywords)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except OSError as error:
+            if error.filename is not None:  # not the output's
+                raise
+            with suppress(OSError):  # what is left in the buffer would be tried again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                with suppress(OSError):
+                    click.echo(f"Error: the output can't be written: {error.strerror or error}", err=True)
+            raise SystemExit(1) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Recurrent layers as fused CUDA and Triton kernels, with NumPy where there is no GPU."""
@@ -92,7 +129,7 @@ def verdict(name: str, problem: Problem) -> list[str]:
 @main.command()
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="A UTF-8 text to learn; without it Python's own standard library.")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True,
+@click.option("--seconds", type=Seconds(), default=45.0, show_default=True,
               help="How long to train.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True,
               help="Folder for the figures.")  # fmt: skip
@@ -106,6 +143,8 @@ def demo(text: Path | None, seconds: float, out: Path) -> None:
     try:
         run(text, seconds, out, Console())
     except (TextError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         raise Refused(str(error)) from error
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from gpu_rnn.kernels import cells
 
 from . import arrays, dispatch
@@ -31,7 +33,13 @@ def checked(
 ) -> tuple[Problem, tuple]:
     """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
     described = arrays.described
-    given = tuple([None if array is None else described(array) for array in (x, *weights, *state)])
+    try:
+        given = tuple([None if array is None else described(array) for array in (x, *weights, *state)])
+    except TypeError:  # said again by the name of the argument, which is looked up here alone
+        for label, array in zip(("x", *Weights._fields, *first_states(cells.get(name))), (x, *weights, *state)):
+            if array is not None:
+                arrays.library(array, label)
+        raise
     reverse, _, precision, history, _, directions, layers, bitwise = options
     precision = precision or arrays.precision(x)
     problem = known(name, given, reverse, precision, training, history, directions, layers, bitwise)
@@ -122,3 +130,22 @@ def first_states(cell: cells.Cell) -> list[str]:
 
 def shape(array: Any) -> str:
     return str(list(array.shape))
+
+
+def check_flags(**flags: Any) -> None:
+    """TypeError unless each is a bool."""
+    for name, flag in flags.items():
+        if flag is not True and flag is not False and not isinstance(flag, np.bool_):
+            raise TypeError(f"{name} must be a bool, got {told(flag)}")
+
+
+def check_words(**words: Any) -> None:
+    """TypeError unless each is a str, or None."""
+    for name, word in words.items():
+        if word is not None and not isinstance(word, str):
+            raise TypeError(f"{name} must be a str or None, got {told(word)}")
+
+
+def told(value: Any) -> str:
+    """A value in an error, of arrays and other large things the type alone."""
+    return repr(value) if isinstance(value, (str, bytes, int, float)) else type(value).__name__

@@ -15,9 +15,15 @@ HALVES = ("float16", "bfloat16")
 DTYPES = ("float64", "float32", *HALVES)
 
 
-def library(array: Any) -> str:
-    """ "numpy", "torch" or "cupy"; TypeError for anything else. Imports nothing."""
-    return library_of_class(type(array))
+def library(array: Any, label: str | None = None) -> str:
+    """ "numpy", "torch" or "cupy"; TypeError for anything else, with the argument's name if given. Imports nothing."""
+    kind: type = type(array)
+    if label is None:
+        return library_of_class(kind)
+    try:
+        return library_of(kind)
+    except TypeError as error:
+        raise TypeError(f"{label}: {error}") from None
 
 
 def library_of_class(kind: type) -> str:
@@ -29,6 +35,11 @@ def library_of_class(kind: type) -> str:
 def library_of(kind: type) -> str:
     for base in kind.__mro__:  # torch.nn.Parameter and other subclasses too
         root = base.__module__.partition(".")[0]
+        if base.__name__ in ("MaskedArray", "MaskedTensor"):
+            raise TypeError(
+                f"expected a NumPy, torch or CuPy array without a mask, got {kind.__name__}; fill it, and say by "
+                "lengths= or reset= what is to be left out"
+            )
         if (root, base.__name__) in (("numpy", "ndarray"), ("torch", "Tensor"), ("cupy", "ndarray")):
             return root
     raise TypeError(f"expected a NumPy, torch or CuPy array, got {kind.__name__}")
@@ -134,8 +145,17 @@ TORCH_OPERATIONS: Mapping[str, Callable] = OPERATIONS | {
     "maximum": lambda a, b: module("torch").where(a <= b, b, a),
     "mean": lambda a: a.mean(-1, keepdim=True),
     "positive": lambda a: (a > 0).to(a.dtype),
-    "where": lambda condition, a, b: module("torch").where(condition > 0, a, b),
+    "where": lambda condition, a, b: torch_where(condition, a, b),
 }
+
+
+def torch_where(condition: Any, a: Any, b: Any) -> Any:
+    """a where condition > 0, else b; any of them may be a number, of which torch takes two for float32."""
+    torch = module("torch")
+    numbers = [not isinstance(value, torch.Tensor) for value in (condition, a, b)]
+    if numbers[0]:
+        return a if condition > 0 else b
+    return torch.where(condition > 0, torch.full_like(condition, a) if all(numbers[1:]) else a, b)
 
 
 def plain(array: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .arguments import told
 from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .recurrent import GRUKeywords, Keywords, LSTMKeywords, Recurrent
 
@@ -48,6 +49,8 @@ def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
     Raises:
         TypeError, ValueError: unknown keywords or values; the model is unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {told(model)}")
     if unknown := keywords.keys() - Keywords.__annotations__:
         raise TypeError(f"replace_ got an unexpected keyword argument {min(unknown)!r}")
     Recurrent._checked(keywords, Keywords)

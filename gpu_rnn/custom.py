@@ -15,7 +15,7 @@ from torch import nn
 from gpu_rnn.kernels import cells, check
 
 from . import functional
-from .arguments import first_states
+from .arguments import check_flags, check_words, first_states
 from .functional import AroundKeywords, structured, wanted
 from .layers import RecurrentLayer
 from .problem import Options, Weights
@@ -104,7 +104,14 @@ def cell(
         return partial(cell, gates=gates, states=states, units=units, grad=grad, name=name, check=check)
     if not callable(step):
         raise TypeError(f"step must be a function of (x, h, state), got {step!r}")
-    label, names = name or step.__name__, (units,) if isinstance(units, str) else tuple(units)
+    check_words(name=name)
+    check_flags(check=check)
+    label, names = name or step.__name__, (units,) if isinstance(units, str) else units
+    if not isinstance(names, (tuple, list)):
+        raise TypeError(f"{label}: units must be a tuple of names, got {names!r}")
+    if grad is not None and not callable(grad):
+        raise TypeError(f"{label}: grad must be a function, got {grad!r}")
+    names = tuple(names)
     made = defined(label, gates, states, names, step, grad, check)
     PAGES[made.name] = made
     place = step.__qualname__ if name is None else name

@@ -44,19 +44,20 @@ def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
     operations: dict[str, Callable] = {**arrays.operations(x), PRODUCT: recurrent}
     part = x.to(real) if w_ih is None else linear(x.to(real), w_ih)
     projected = (part if b_ih is None else part + b_ih).chunk(cell.G, -1)
-    outputs = []
+    outputs, blank = [], projected[0][0].detach().new_zeros(problem.B, H)
     for t in range(len(x) - 1, -1, -1) if problem.reverse else range(len(x)):
         before, fixed = h, [value.to(real) for value in extra.at(cell, t, H)]
         drawn_at = t if cell.phases is None else phased.second(t, problem.reverse)
         random = [u.to(real) for u in extra.drawn(cell, drawn_at, problem.B, H)]
         ((seen,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
-        (h, *others), _ = step_graph(cell).run(
+        new, _ = step_graph(cell).run(
             operations,
             x=[gate[t] for gate in projected],
             h=linear(seen, w_hh, b_hh).chunk(cell.G, -1),
             state=(h if w_hr is None else h.new_zeros(problem.B, H), *others),
             extra=[*fixed, *random],
         )
+        h, *others = (whole(value, blank) for value in new)
         if w_hr is not None:
             h = linear(h, w_hr)
             if HOLD in cell.flags:
@@ -64,6 +65,11 @@ def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
         outputs.append((h, *others))
     y, *history = (torch.stack(state[::-1] if problem.reverse else state) for state in zip(*outputs))
     return tuple(output.to(x.dtype) for output in (y, h, *others, *(history if problem.history else ())))
+
+
+def whole(value: Tensor | float, blank: Tensor) -> Tensor:
+    """A new state [B, H], also where the cell gives a number, or one for all units [B, 1]."""
+    return value if isinstance(value, Tensor) and value.shape == blank.shape else value + blank
 
 
 def reference_gradient(problem: Problem, needs: tuple, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -111,7 +117,7 @@ def required(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
+            if getattr(tensor, "requires_grad", False):  # what is no tensor is refused later, by its name
                 return True
     return False
 

@@ -7,6 +7,7 @@ One layer, one direction, time-major. Here arguments are checked; what computes 
 
 import inspect
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from operator import attrgetter
 from typing import Any, TypedDict, Unpack
 
@@ -15,13 +16,14 @@ import numpy as np
 from gpu_rnn.kernels import cells
 
 from . import arrays, dispatch
-from .arguments import ShapeError, first_states, prepared, shape
+from .arguments import ShapeError, check_flags, check_words, first_states, prepared, shape, told
 from .compat import require
 from .plans import Plan, planned
 from .problem import Around, Options, Weights
 from .woven import PLAIN, apply
 
 LOOK = attrgetter("__class__", "shape", "dtype")
+FLAGS = ("training", "return_states", "coupled", "reset_after")
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
 NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_norm makes it for all at once"
@@ -194,12 +196,18 @@ KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: Aro
 
 def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
     """What a caller's keywords ask for."""
+    check_flags(reverse=options.reverse, recompute=options.recompute, bitwise=options.bitwise)
+    check_words(backend=options.backend, precision=options.precision)
     if not keywords:
         return options, PLAIN
     given = dict(keywords)
     if unknown := given.keys() - known.__annotations__.keys():
         names = ", ".join(known.__annotations__)
         raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}; there are {names}")
+    check_flags(**{name: given[name] for name in FLAGS if name in given})
+    seed = given.get("seed")
+    if isinstance(seed, bool) or not (seed is None or isinstance(seed, Integral) or hasattr(seed, "dtype")):
+        raise TypeError(f"seed must be an int, or an int64 array [1] where x is; got {told(seed)}")
     if options.bitwise and given.get("layer_norm") is not None:
         raise ValueError(NORMALIZED_BITWISE)
     return options._replace(history=given.pop("return_states", False)), Around(**given)
@@ -224,7 +232,7 @@ def named(function: Callable, given: Mapping[str, Any]) -> str:
 
 def elman(nonlinearity: str) -> str:
     """The name of the cell's page."""
-    if nonlinearity not in NONLINEARITIES:
+    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
         raise ValueError(f"unknown nonlinearity {nonlinearity!r}; there are 'tanh' and 'relu'")
     return f"rnn_{nonlinearity}"
 
@@ -315,7 +323,7 @@ def sequence(
     if foreign(x):
         given = (lent(x), Weights(*map(lent, weights)), tuple(map(lent, state)))
         return returned(sequence(name, *given, options, Around(*map(lent, around))), like=x)
-    tensors = arrays.library(x) == "torch"
+    tensors = arrays.library(x, "x") == "torch"
     if tensors:
         from . import autograd  # first: torch.compile then knows what it needn't look into
     applied = apply(name, x, weights, around)

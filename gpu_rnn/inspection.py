@@ -19,7 +19,7 @@ from gpu_rnn.kernels.trace import Graph
 from gpu_rnn.kernels.weave import HOLD
 
 from . import arrays, cudnn, dispatch
-from .arguments import ShapeError, checked
+from .arguments import ShapeError, check_flags, check_words, checked
 from .compat import installed, no_gpu, require
 from .dispatch import Explanation
 from .functional import PROJECTED, elman, gru, lstm, named, rnn
@@ -79,6 +79,8 @@ def explain(
         ShapeError: a size that isn't a positive whole number, or that doesn't fit. TypeError: a size is missing or
         given twice. ValueError: unknown cell, dtype, device, library or backend.
     """
+    check_words(backend=backend, library=library)
+    check_flags(input_part=input_part, training=bool(training) if training is None else training)
     given = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
     given = {name: value for name, value in given.items() if value is not None}
     if not isinstance(what, str) and what not in FUNCTIONS:
@@ -144,6 +146,8 @@ def warmup(
         A line for each problem for which something was compiled, with the backend and its kernels; empty on a CPU,
         where NumPy compiles nothing. Raises as `explain`, and BackendError where nothing can run.
     """
+    check_words(backend=backend)
+    check_flags(training=training)
     given = {"I": I, "H": H, "P": P, "dtype": dtype, "device": device}
     given = {name: value for name, value in given.items() if value is not None}
     torch = require("torch", "gpu_rnn.warmup")
@@ -208,10 +212,11 @@ def problem(
     dtype = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")  # "float32", np.float32, torch.float32
     device = str(device or ("cpu" if no_gpu() else "cuda")).partition(":")[0]
     library = library or ("torch" if installed("torch") else "numpy" if device == "cpu" else "cupy")
-    known = {dtype: arrays.DTYPES, device: ("cpu", "cuda"), library: ("numpy", "torch", "cupy")}
-    for word, words in known.items():
+    check_words(library=library)
+    known = {"dtype": (dtype, arrays.DTYPES), "device": (device, ("cpu", "cuda"))}
+    for name, (word, words) in (known | {"library": (library, ("numpy", "torch", "cupy"))}).items():
         if word not in words:
-            raise ValueError(f"{word!r} is none of {', '.join(words)}")
+            raise ValueError(f"{name}: {word!r} is none of {', '.join(words)}")
     if (library, device) in (("numpy", "cuda"), ("cupy", "cpu")):
         raise ValueError(f"{library} has no arrays on {device}")
     follows = (library, device, dtype) == ("torch", "cuda", "float32")
@@ -457,6 +462,7 @@ def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool
         entering = part(on_cpu(x[t]), w_ih, b_ih), part(state[0], w_hh, b_hh), state
         given: dict[str, Any] = dict(zip(("x", "h", "state"), entering))
         new, gates = page.run(operations, **given, extra=() if units is None else units)
+        new = tuple(np.broadcast_to(value, entering[0][0].shape) for value in new)
         new = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
         state = new if flags is None else tuple(np.where(flags[t, :, None], s, n) for s, n in zip(state, new))
         instants.append((*gates, *state))

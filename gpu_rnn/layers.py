@@ -21,6 +21,7 @@ from torch.nn.functional import dropout as dropped
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
+from .arguments import check_flags, told
 from .autograd import stacked, unreal
 from .derivatives import transformed
 from .functional import ShapeError
@@ -67,10 +68,10 @@ class RecurrentLayer(Recurrent):
         dropout: float, bidirectional: bool, proj_size: int, device: Any, dtype: Any, keywords: Keywords,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        for name, flag in {"bias": bias, "batch_first": batch_first}.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
+        input_size, hidden_size, num_layers, proj_size = check_sizes(
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, proj_size=proj_size
+        )
+        check_flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero; got {dropout!r}")
         if not 0 <= proj_size < hidden_size:
@@ -182,6 +183,9 @@ class RecurrentLayer(Recurrent):
         transposed = self.batch_first and bool(batch)
         call = PLAIN
         if not plain:
+            check_flags(return_states=return_states)
+            if generator is not None and not isinstance(generator, torch.Generator):
+                raise TypeError(f"{self._get_name()}: generator must be a torch.Generator, got {told(generator)}")
             if mask is not None:
                 lengths = self._lengths(mask, lengths, input)
             marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
@@ -438,7 +442,8 @@ class RecurrentCell(Recurrent):
         device: Any = None, dtype: Any = None, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
+        input_size, hidden_size = check_sizes(input_size=input_size, hidden_size=hidden_size)
+        check_flags(bias=bias)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         self._set(keywords)
         self._register("", input_size, device, dtype)

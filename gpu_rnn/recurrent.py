@@ -168,15 +168,16 @@ class Recurrent(nn.Module):
         for name, value in keywords.items():
             if name not in known.__annotations__:
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}")
-            for p in () if name not in PROBABILITIES else value if isinstance(value, tuple) else (value,):
+            many = name == "zoneout" and isinstance(value, tuple)
+            for p in () if name not in PROBABILITIES else value if many else (value,):
                 probability(name, p)
             if known.__annotations__[name] is bool and not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
-            if name in CHOICES and value not in CHOICES[name]:
+            if name in CHOICES and (not isinstance(value, (str, NoneType)) or value not in CHOICES[name]):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}; got {value!r}")
             if name == "cell_clip" and value is not None:
                 positive(name, value)
-            if name == "forget_bias" and not isinstance(value, (numbers.Real, NoneType)):
+            if name == "forget_bias" and (isinstance(value, bool) or not isinstance(value, (numbers.Real, NoneType))):
                 raise TypeError(f"forget_bias must be a number, got {value!r}")
         return dict(keywords)
 
@@ -398,12 +399,14 @@ class Recurrent(nn.Module):
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: Any) -> list[int]:
+    """Each as an int, also of NumPy's; or an error that names it."""
     for name, size in sizes.items():
-        if not isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
             raise TypeError(f"{name} must be an int, got {size!r}")
-        if size <= 0:
+        if size <= 0 and name != "proj_size":
             raise ValueError(f"{name} must be larger than 0, got {size}")
+    return [*map(int, sizes.values())]
 
 
 def described(hx: Any) -> str:

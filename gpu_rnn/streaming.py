@@ -41,6 +41,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
             stream(x): x [B, I], of the dtype and device of the parameters -> y [B, P], overwritten by the next call.
             stream.state: hx as the layer has it, (h [L, B, P], c [L, B, H]) or h; a copy. Can be set; None for zeros.
             stream.reset(rows): zero states, of the rows alone if given: indices, or bool [B].
+        A copy of it, pickled or not, goes on by itself from the same state, with the weights that the layer has then.
 
     Raises:
         TypeError: not such a layer, another dtype or device. ValueError: a bidirectional layer, which has to know the
@@ -66,6 +67,16 @@ class Stream:
         self._x = like.new_zeros(batch, layer.input_size)
         self._y = like.new_zeros(batch, layer.proj_size or layer.hidden_size)
         self._advance, self._states = arranged(layer, self._x, self._y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, also one that is pickled: its arrays are its own."""
+        return {"layer": self._layer, "batch": len(self._x), "states": [[*map(torch.clone, s)] for s in self._states]}
+
+    def __setstate__(self, made: dict[str, Any]) -> None:
+        self.__init__(made["layer"], made["batch"])  # type: ignore[misc]
+        for ours, states in zip(self._states, made["states"]):
+            for state, given in zip(ours, states):
+                state.copy_(given)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self._x.shape:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import ShapeError, shape
+from .arguments import ShapeError, shape, told
 
 
 def tbptt(
@@ -53,6 +53,8 @@ def tbptt(
         raise TypeError(f"tbptt takes a layer, not a cell: {layer!r}")
     if layer.bidirectional:
         raise ValueError(f"tbptt goes from the past to the future, but the layer is bidirectional: {layer}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch tensor, got {told(x)}")
     axis = 1 if layer.batch_first and x.ndim == 3 else 0
     T, reset = x.shape[axis] if x.ndim > 1 else 0, around.get("reset")
     if T == 0:

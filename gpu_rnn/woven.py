@@ -280,7 +280,7 @@ def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, *
     wanted = f"{' or '.join(dtypes)} of {arrays.library(x)} {arrays.device(x)}"
     if not hasattr(array, "dtype"):
         raise TypeError(f"{label} must be an array, {wanted}; got {type(array).__name__}")
-    kind = arrays.library(array), arrays.dtype(array), arrays.device(array)
+    kind = arrays.library(array, label), arrays.dtype(array), arrays.device(array)
     if (kind[0], kind[2]) != (arrays.library(x), arrays.device(x)) or kind[1] not in dtypes:
         raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {wanted}")
     if tuple(array.shape) not in shapes:
@@ -294,7 +294,7 @@ def positive(label: str, number: Any) -> None:
 
 
 def checked_place(label: str, what: Any) -> None:
-    if what not in ("h", "candidate"):
+    if not isinstance(what, str) or what not in ("h", "candidate"):
         raise ValueError(f"{label} must be 'h' or 'candidate', got {what!r}")
 
 

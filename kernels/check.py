@@ -11,7 +11,7 @@ import numpy as np
 
 from . import mathematics
 from .cells import Cell
-from .trace import Graph, Symbol
+from .trace import Traced, read
 
 ALLOWED = f"+ - * /, numbers, and of gpu_rnn.kernels.mathematics {', '.join(mathematics.__all__)}"
 DELTA = 1e-6  # of a central difference: in float64 its error is about 1e-10
@@ -55,10 +55,8 @@ def form(
 
 def played(what: str, function: Callable, **sizes: int) -> Any:
     """What the function makes of symbols."""
-    graph = Graph()
-    given = [tuple(graph.node("input", name, k) for k in range(n)) for name, n in sizes.items()]
     try:
-        return function(*given)
+        return read(function, **sizes)[1]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         counts = ", ".join(f"{name} [{n}]" for name, n in sizes.items())
         raise TypeError(f"{what} can't be read, with tuples {counts}: {error}. A page may use {ALLOWED}") from error
@@ -71,7 +69,7 @@ def grouped(who: str, values: Any, what: str, letters: Sequence) -> None:
     if len(values) != len(letters):
         raise ValueError(f"{who} must return {expected}, got {len(values)}")
     for value in values:
-        if not isinstance(value, (Symbol, Real)):
+        if not isinstance(value, (Traced, Real)):
             raise TypeError(f"{who} must return {expected}; one of them is {type(value).__name__}, no value of a page")
 
 
@@ -90,8 +88,9 @@ def derivative(cell: Cell) -> None:
     after: Sequence = [np.zeros(sizes)] * cell.S
     for _ in range(3):
         given = [drawn(cell.G), drawn(cell.G), after, *extra]
-        after, saved = cell.step(*given)
-        if not np.all([np.isfinite(value) for value in after]):
+        new, saved = cell.step(*given)
+        after = [np.broadcast_to(value, sizes) for value in new]
+        if not np.isfinite(after).all():
             raise ValueError(f"{cell.name}: from zero states, step leads to states that aren't finite")
     dnew = drawn(cell.S)
     gradients = cell.grad(dnew, after, given[2], saved, *extra)

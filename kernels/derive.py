@@ -12,12 +12,16 @@ gradient has to wait for means anyway. Its own means are pulled apart until they
 (`averaged`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from itertools import chain
+from math import prod
 from operator import add
 
 from . import mathematics
-from .trace import Graph, Symbol, trace
+from .trace import Graph, Symbol, ascending, operands, operated, trace
+
+MOST_TERMS = 24  # of a mean that is pulled apart; of more, each round of a long loop would have as many again
 
 # Gradient d of a result y of operands a, b, ... -> gradients of the operands; None where there is none.
 PULL: dict[str, Callable] = {
@@ -70,8 +74,7 @@ def derive(step: Callable, gates: int, states: int, extra: int = 0, learned: int
     backward = looking_back(wanted, new, saved)
     for mean in (node for node in order if node.op == "mean"):
         fewer = to_save(order, new, read, again | {mean})
-        instead = looking_back(wanted, new, fewer)
-        if len(fewer) < len(saved) and depth(instead) <= depth(backward):
+        if len(fewer) < len(saved) and depth(instead := looking_back(wanted, new, fewer)) <= depth(backward):
             saved, again, backward = fewer, again | {mean}, instead
 
     forward = Graph()
@@ -123,8 +126,9 @@ def pulled(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Symbol, ...], 
     waiting = dict.fromkeys(order, False)  # for means that aren't the page's
 
     def waits(value: Symbol) -> bool:
-        if value not in waiting:
-            waiting[value] = operated(value) and (value.op == "mean" or any(map(waits, value.operands)))
+        for each in ascending([value], lambda symbol: () if symbol in waiting else operands(symbol)):
+            if each not in waiting:
+                waiting[each] = each.op == "mean" or any(waiting[operand] for operand in operands(each))
         return waiting[value]
 
     for k, value in enumerate(outputs):
@@ -147,37 +151,57 @@ def averaged(d: Symbol, waits: Callable[[Symbol], bool]) -> Symbol:
 
     So a mean waits for others only where d isn't linear in them. `waits` for them is what isn't the page's own.
     """
-    if d.op == "multiply" and any(operand.uniform for operand in d.operands):
+    uniform: list[Symbol] = []
+    while d.op == "multiply" and any(operand.uniform for operand in d.operands):
         a, b = d.operands
-        return a * averaged(b, waits) if a.uniform else b * averaged(a, waits)
+        uniform, d = ([*uniform, a], b) if a.uniform else ([*uniform, b], a)
     sums: dict[Symbol, Symbol] = {}
     for factor, value in terms(d, waits):
         sums[factor] = sums[factor] + value if factor in sums else value
     means = [times(factor, mathematics.mean(value)) for factor, value in sums.items() if not is_centred(value)]
-    return reduce(add, means) if means else d.graph.symbol(0.0)
+    return reduce(lambda found, factor: factor * found, reversed(uniform), sum_of(means, d.graph))
 
 
-def terms(d: Symbol, waits: Callable[[Symbol], bool]) -> list[tuple[Symbol, Symbol]]:
+def sum_of(values: list[Symbol], graph: Graph) -> Symbol:
+    return reduce(add, values) if values else graph.symbol(0.0)
+
+
+Terms = list[tuple[Symbol, Symbol]]
+
+
+def terms(d: Symbol, waits: Callable[[Symbol], bool]) -> Terms:
     """d as a sum of products, each of what is the same for all units and what doesn't wait, as far as it is one."""
     one = d.graph.symbol(1.0)
-    if not waits(d):
-        return [(one, d)]
-    if d.uniform:
-        return [(d, one)]
-    if d.op in ("add", "subtract"):
-        a, b = (terms(operand, waits) for operand in d.operands)
-        return a + [(factor, value if d.op == "add" else -value) for factor, value in b]
-    if d.op == "negative":
-        return [(factor, -value) for factor, value in terms(d.operands[0], waits)]
-    if d.op == "multiply":
-        a, b = (terms(operand, waits) for operand in d.operands)
+    found: dict[Symbol, Terms] = {}
+
+    def summed(symbol: Symbol) -> Sequence[Symbol]:
+        """The operands that a symbol's terms follow from."""
+        if symbol.uniform or not waits(symbol):
+            return ()
+        if symbol.op in ("add", "subtract", "multiply", "negative"):
+            return symbol.operands
+        return symbol.operands[1:] if symbol.op == "where" and not waits(symbol.operands[0]) else ()
+
+    for symbol in ascending([d], summed):
+        alone = (symbol, one) if symbol.uniform and waits(symbol) else (one, symbol)
+        parts = [found[operand] for operand in summed(symbol)]
+        sizes = [len(part) for part in parts]
+        many = (prod if symbol.op == "multiply" else sum)(sizes) > MOST_TERMS
+        found[symbol] = combined(symbol, parts) if parts and not many else [alone]
+    return found[d]
+
+
+def combined(symbol: Symbol, parts: list[Terms]) -> Terms:
+    """The terms of an operation, from those of its operands."""
+    if symbol.op == "multiply":
+        a, b = parts
         return [(times(f, g), times(v, w)) for f, v in a for g, w in b]
-    if d.op == "where" and not waits(d.operands[0]):
-        condition, *either = d.operands
-        a, b = (terms(operand, waits) for operand in either)
+    if symbol.op == "where":
+        condition, (a, b) = symbol.operands[0], parts
         taken = [(factor, mathematics.where(condition, value, 0.0)) for factor, value in a]
         return taken + [(factor, mathematics.where(condition, 0.0, value)) for factor, value in b]
-    return [(one, d)]
+    *first, last = parts
+    return [*chain(*first), *((factor, value if symbol.op == "add" else -value) for factor, value in last)]
 
 
 def times(a: Symbol, b: Symbol) -> Symbol:
@@ -187,9 +211,12 @@ def times(a: Symbol, b: Symbol) -> Symbol:
 
 def is_centred(value: Symbol) -> bool:
     """Whether it is what it is less its mean, or sums of such: its mean is zero."""
-    if value.op in ("add", "negative"):
-        return all(map(is_centred, value.operands))
-    return value.op == "subtract" and value.operands[1] is mathematics.mean(value.operands[0])
+    summed = ascending([value], lambda symbol: symbol.operands if symbol.op in ("add", "negative") else ())
+    return all(
+        symbol.op in ("add", "negative")
+        or (symbol.op == "subtract" and symbol.operands[1] is mathematics.mean(symbol.operands[0]))
+        for symbol in summed
+    )
 
 
 def met(wanted: tuple, page: set[Symbol]) -> set[Symbol]:
@@ -212,31 +239,26 @@ def to_save(
     """Those of the values read that nothing else gives; of means, only those in `again` are taken again."""
     saved: list[Symbol] = []
     deciding = {value.operands[0] for value in order if value.op == "where"}
+    exact: dict[Symbol, bool] = {}  # whether it is there and not even rounded, as h is
+    there: dict[Symbol, bool] = {}
+    candidates, after = set(order), set(filter(operated, new))
 
-    def there(value: Symbol) -> bool:
-        if value in saved or (value in new and operated(value)):
-            return True
-        if value.op == "positive":
-            return value.operands[0] in new or exact(value)
-        return exact(value) if value in deciding else given(value, there)
-
-    def exact(value: Symbol) -> bool:
-        """Not even rounded, as h is."""
-        return value in new[1:] or given(value, exact)
-
-    def given(value: Symbol, known: Callable[[Symbol], bool]) -> bool:
+    def given(value: Symbol, known: Mapping[Symbol, bool]) -> bool:
         if operated(value):
-            return (value.op != "mean" or value in again) and all(map(known, value.operands))
+            return (value.op != "mean" or value in again) and all(known[operand] for operand in value.operands)
         return value.op == "constant" or value.operands[0] not in ("x", "h")
 
-    for value in order:
-        if value in read and not there(value):
+    for value in ascending(order):
+        exact[value] = value in new[1:] or given(value, exact)
+        if value.op == "positive":
+            there[value] = value.operands[0] in new or exact[value]
+        else:
+            there[value] = exact[value] if value in deciding else given(value, there)
+        there[value] = there[value] or value in after
+        if value in read and value in candidates and not there[value]:
+            there[value] = True
             saved.append(value)
     return tuple(saved)
-
-
-def operated(value: Symbol) -> bool:
-    return value.op not in ("input", "constant")
 
 
 def playing(graph: Graph, *names: str) -> Callable:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .trace import Graph, Symbol
+from .trace import Graph, Symbol, ascending
 
 INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
@@ -13,23 +13,18 @@ def assignments(graph: Graph, constant: Callable[[float], str]) -> tuple[list[st
     Inputs are read before anything is assigned to the outputs, so that these may stand in the same place.
     """
     names: dict[Symbol, str] = {}
-    lines = []
-
-    def name(value: Symbol) -> str:
-        if value in names:
-            return names[value]
+    lines: list[str] = []
+    for value in ascending(value for group in graph.outputs for value in group):
         if value.op == "constant":
-            return constant(*value.operands)
+            names[value] = constant(*value.operands)
+            continue
         if value.op == "input":
             array, k = value.operands
             text, names[value] = f"{array}[{k}]", f"{array}_{k}"
         else:
-            text = expression(value.op, [name(operand) for operand in value.operands])
-            names[value] = f"t{len(names)}"
+            text, names[value] = expression(value.op, [names[operand] for operand in value.operands]), f"t{len(lines)}"
         lines.append(f"{names[value]} = {text}")
-        return names[value]
-
-    return lines, [[name(value) for value in group] for group in graph.outputs]
+    return lines, [[names[value] for value in group] for group in graph.outputs]
 
 
 def expression(op: str, operands: list[str]) -> str:

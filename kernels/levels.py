@@ -10,9 +10,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from .cells import Cell, grad_graph, step_graph
-from .trace import Graph, Symbol
-
-MEANS = "means"  # the argument that a cut graph has beside the page's
+from .trace import MEANS, Graph, Symbol
 
 
 class Cut(NamedTuple):

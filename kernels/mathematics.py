@@ -1,7 +1,7 @@
 """The functions a cell's page may use, beside ``+ - * /``.
 
-Each works on NumPy arrays, units on the last axis (the oracle runs a page as it stands), and on `trace.Symbol`, from
-which the backends get the page. Triton has them in `kernels/triton/mathematics.py` and CUDA in
+Each works on NumPy arrays, units on the last axis (the oracle runs a page as it stands), and on `trace.Symbolic`
+values, from which the backends get the page. Triton has them in `kernels/triton/mathematics.py` and CUDA in
 `kernels/cuda/mathematics.cuh`. A page's own functions are made of these; a new operation is added to `trace.ARITY`, to
 all three files, and to `derive.PULL`.
 """
@@ -11,7 +11,7 @@ from operator import add
 
 import numpy as np
 
-from .trace import Symbol
+from .trace import Symbolic
 
 __all__ = [
     "centred", "exp", "log", "log_sigmoid", "maximum", "mean", "minimum", "positive", "recurrent", "relu", "rsqrt",
@@ -23,12 +23,12 @@ PRODUCT = "recurrent"  # an operation that no kernel meets: `phases` cuts a page
 
 def sigmoid(a):
     """1 / (1 + exp(-a)), written with tanh: exact at both ends, and it can't overflow."""
-    return a.apply("sigmoid") if isinstance(a, Symbol) else 0.5 * np.tanh(0.5 * a) + 0.5
+    return a.apply("sigmoid") if isinstance(a, Symbolic) else 0.5 * np.tanh(0.5 * a) + 0.5
 
 
 def tanh(a):
     """(exp(a) - exp(-a)) / (exp(a) + exp(-a))."""
-    return a.apply("tanh") if isinstance(a, Symbol) else np.tanh(a)
+    return a.apply("tanh") if isinstance(a, Symbolic) else np.tanh(a)
 
 
 def relu(a):
@@ -38,25 +38,25 @@ def relu(a):
 
 def positive(a):
     """1 where a > 0, else 0: the derivative of relu, in terms of its input or its output."""
-    return a.apply("positive") if isinstance(a, Symbol) else np.greater(a, 0).astype(np.asarray(a).dtype)
+    return a.apply("positive") if isinstance(a, Symbolic) else np.greater(a, 0).astype(np.asarray(a).dtype)
 
 
 def exp(a):
-    return a.apply("exp") if isinstance(a, Symbol) else np.exp(a)
+    return a.apply("exp") if isinstance(a, Symbolic) else np.exp(a)
 
 
 def log(a):
-    return a.apply("log") if isinstance(a, Symbol) else np.log(a)
+    return a.apply("log") if isinstance(a, Symbolic) else np.log(a)
 
 
 def rsqrt(a):
     """1 / sqrt(a)."""
-    return a.apply("rsqrt") if isinstance(a, Symbol) else 1 / np.sqrt(a)
+    return a.apply("rsqrt") if isinstance(a, Symbolic) else 1 / np.sqrt(a)
 
 
 def mean(a):
     """Over all units of the batch row, and the same for each of them: the only way for units to meet in a page."""
-    if isinstance(a, Symbol):
+    if isinstance(a, Symbolic):
         return a.apply("mean")
     return np.mean(a, -1, keepdims=True) if np.ndim(a) else a
 
@@ -81,16 +81,16 @@ def log_sigmoid(a):
 
 def recurrent(gate, value):
     """Row block `gate` of w_hh value + b_hh: as h[gate], but of a value of the page's own in the place of h_{t-1}."""
-    if not isinstance(value, Symbol):
+    if not isinstance(value, Symbolic):
         raise TypeError(f"only a value of a page can be shown to the recurrent weights, not {type(value).__name__}")
     return value.apply(PRODUCT, gate)
 
 
 def maximum(a, b):
     """The larger of the two; NaN wins. At most one of them may be a plain number."""
-    if isinstance(a, Symbol):
+    if isinstance(a, Symbolic):
         return a.apply("maximum", b)
-    return b.apply("maximum", a) if isinstance(b, Symbol) else np.maximum(a, b)
+    return b.apply("maximum", a) if isinstance(b, Symbolic) else np.maximum(a, b)
 
 
 def minimum(a, b):
@@ -100,7 +100,8 @@ def minimum(a, b):
 
 def where(condition, a, b):
     """a where condition > 0, else b; the other one may be anything, NaN included."""
-    for value in (condition, a, b):
-        if isinstance(value, Symbol):
-            return value.graph.node("where", *map(value.graph.symbol, (condition, a, b)))
+    if isinstance(condition, Symbolic):
+        return condition.apply("where", a, b)
+    if isinstance(a, Symbolic) or isinstance(b, Symbolic):
+        return a if condition > 0 else b
     return np.where(np.greater(condition, 0), a, b)

@@ -15,9 +15,9 @@ other. Every kernel runs that cell as any other, with no more exchanges than the
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .derive import derive, operated, playing
+from .derive import derive, playing
 from .mathematics import PRODUCT, where
-from .trace import Graph, Symbol, trace
+from .trace import Graph, Symbol, ascending, operands, operated, trace
 
 PHASE = "phase"  # the flag, 1 in the second phase
 
@@ -55,20 +55,14 @@ def cut(graph: Graph, G: int, S: int, E: int, place: int, learned: int) -> Cut:
     known = {product: second.node("input", "h", gate_of(product)) for product in own}
     carried: list[Symbol] = []
 
-    def fetch(value: Symbol) -> None:
-        """For the second phase: what is gone by then is handed on, what isn't is made again."""
-        gone = value in seeing or value is graph.node("input", "state", 0)
-        if value in known:
-            return
-        if gone and value not in waiting:
+    def gone(value: Symbol) -> bool:
+        return value not in waiting and (value in seeing or value is graph.node("input", "state", 0))
+
+    # For the second phase: what is gone by then is handed on, what isn't is made again.
+    for value in ascending(new, lambda value: () if value in known or gone(value) else operands(value)):
+        if gone(value) and value not in known:
             known[value] = second.node("input", "state", S + len(carried))
             carried.append(value)
-        elif operated(value):
-            for operand in value.operands:
-                fetch(operand)
-
-    for value in new:
-        fetch(value)
     handed: dict[Symbol, Symbol] = {}
     others = [graph.node("input", "state", k) for k in range(1, S)]
     first.outputs = (tuple(first.image(value, handed) for value in (shown, *others, *carried)), ())

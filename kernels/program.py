@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from .cells import Cell, step_graph
-from .trace import Graph, Symbol
+from .trace import Graph, Symbol, operands
 
 Place = tuple[str, int | None]  # an array's letter, and the row in it; None: the array is a single row
 
@@ -205,7 +205,10 @@ def step_program(cell: Cell, plan: Layout | None = None) -> Program:
             for name, order in (("x", plan.inputs), ("h", plan.recurrent))]  # fmt: skip
     for row, g in enumerate(plan.separate):
         h[g] = h[g] + graph.node("input", "b", row)
-    new, saved = cell.step(x, h, states(graph, cell, "s", "v"), *extra(cell, graph))
+    new, saved = (
+        [graph.symbol(value) for value in group]
+        for group in cell.step(x, h, states(graph, cell, "s", "v"), *extra(cell, graph))
+    )
     scaled = {graph.node("add", x[g], h[g]) for g in range(cell.G) if plan.scale[g] != 1}
     places: dict[Place, Symbol] = {("n", None) if k == 0 else ("r", cell.K + k - 1): n for k, n in enumerate(new)}
     places |= {("v", row): saved[k] for row, k in enumerate(plan.saved)}
@@ -334,10 +337,6 @@ def consumers(graph: Graph) -> dict[Symbol, list[Symbol]]:
     return users
 
 
-def operands(node: Symbol) -> Sequence[Symbol]:
-    return () if node.op in ("input", "constant") else node.operands
-
-
 # ---- from a graph to calls ----------------------------------------------------------------------------------------
 
 
@@ -446,7 +445,8 @@ def place_temporaries(groups: list[list[Symbol]], where: dict[Symbol, Place], co
     made = {node: at for at, members in enumerate(groups) for node in members}
     last_use = {operand: at for at, members in enumerate(groups) for node in members for operand in node.operands}
     last_use |= dict.fromkeys(copied, len(groups))
-    placed: dict[str, list[tuple[int, int, int, int]]] = {"w": [], "u": []}  # first row, past the last, born, dead
+    alive: dict[str, list[tuple[int, int, int]]] = {"w": [], "u": []}  # first row, past the last, last use
+    rows = {"w": 0, "u": 0}
 
     def first(bundle: list[Symbol]) -> tuple:
         """When it is made; those of one time in the order of what they are made of."""
@@ -455,17 +455,17 @@ def place_temporaries(groups: list[list[Symbol]], where: dict[Symbol, Place], co
     for bundle in sorted(bundles, key=first):
         letter = "u" if bundle[0].uniform else "w"
         born, dead = min(made[node] for node in bundle), max(last_use[node] for node in bundle)
-        taken = sorted(span[:2] for span in placed[letter] if span[2] <= dead and born <= span[3])
+        alive[letter] = sorted(span for span in alive[letter] if span[2] >= born)
         row = 0
-        for start, end in taken:
+        for start, end, _ in alive[letter]:
             if row + len(bundle) <= start:
                 break
             row = max(row, end)
-        placed[letter].append((row, row + len(bundle), born, dead))
+        alive[letter].append((row, row + len(bundle), dead))
+        rows[letter] = max(rows[letter], row + len(bundle))
         for k, node in enumerate(bundle):
             where[node] = (letter, row + k)
-    rows, shared = (max((end for _, end, _, _ in spans), default=0) for spans in placed.values())
-    return rows, shared
+    return rows["w"], rows["u"]
 
 
 def runs(members: list[Symbol], where: dict[Symbol, Place]) -> Iterator[list[Symbol]]:

@@ -8,18 +8,71 @@ From that graph follow the NumPy backend's preallocated calls (`program.py`), th
 which gates' two parts have different gradients, and the page on arrays of any library (`Graph.run`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 # Every operation a page can be made of, and how many operands it has.
 ARITY = {
     "add": 2, "subtract": 2, "multiply": 2, "divide": 2, "maximum": 2,
     "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "rsqrt": 1, "positive": 1, "where": 3, "mean": 1,
 }  # fmt: skip
+MEANS = "means"  # the argument that holds means, in graphs that take them instead of making them
+UFUNCS = {np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv}
 
 
-class Symbol:
+class Symbolic:
+    """A value that isn't there yet, on which operators and `kernels.mathematics` leave a note of what they would do."""
+
+    __slots__ = ()
+
+    def apply(self, op: str, *others: Any) -> Any:
+        """The operation on this value and others, symbolic ones or numbers."""
+        raise NotImplementedError
+
+    def lift(self, value: Any) -> Any:
+        """A number as a value of the same graph; one of its values as it is."""
+        raise NotImplementedError
+
+    def __add__(self, other):
+        return self.apply("add", other)
+
+    def __radd__(self, other):
+        return self.lift(other).apply("add", self)
+
+    def __sub__(self, other):
+        return self.apply("subtract", other)
+
+    def __rsub__(self, other):
+        return self.lift(other).apply("subtract", self)
+
+    def __mul__(self, other):
+        return self.apply("multiply", other)
+
+    def __rmul__(self, other):
+        return self.lift(other).apply("multiply", self)
+
+    def __truediv__(self, other):
+        return self.apply("divide", other)
+
+    def __rtruediv__(self, other):
+        return self.lift(other).apply("divide", self)
+
+    def __neg__(self):
+        return self.apply("negative")
+
+    def __array_ufunc__(self, ufunc, method, *operands, **keywords):
+        """An operator with a NumPy number on its left side is NumPy's; no other function of NumPy's has a symbol."""
+        if ufunc not in UFUNCS or method != "__call__" or keywords:
+            raise TypeError(refusal(f"call numpy.{ufunc.__name__} on"))
+        return UFUNCS[ufunc](*(each if isinstance(each, Symbolic) else number(each) for each in operands))
+
+
+class Symbol(Symbolic):
     """A value of the page while it is traced. Equal operations on equal operands are one symbol."""
 
     __slots__ = ("graph", "level", "op", "operands", "uniform")
@@ -28,45 +81,117 @@ class Symbol:
         self.graph, self.op, self.operands = graph, op, operands
         met = [operand for operand in operands if isinstance(operand, Symbol)]
         self.level: int = max((operand.level for operand in met), default=0) + (op == "mean")  # of means in a row
-        self.uniform: bool = op in ("mean", "constant") or (bool(met) and all(o.uniform for o in met))  # over the units
+        shared = op in ("mean", "constant") or operands[0] == MEANS
+        self.uniform: bool = shared or (bool(met) and all(operand.uniform for operand in met))  # over the units
 
     def apply(self, op: str, *others: "Symbol | float") -> "Symbol":
         return self.graph.node(op, self, *map(self.graph.symbol, others))
 
-    def __add__(self, other):
-        return self.apply("add", other)
-
-    def __radd__(self, other):
-        return self.graph.symbol(other).apply("add", self)
-
-    def __sub__(self, other):
-        return self.apply("subtract", other)
-
-    def __rsub__(self, other):
-        return self.graph.symbol(other).apply("subtract", self)
-
-    def __mul__(self, other):
-        return self.apply("multiply", other)
-
-    def __rmul__(self, other):
-        return self.graph.symbol(other).apply("multiply", self)
-
-    def __truediv__(self, other):
-        return self.apply("divide", other)
-
-    def __rtruediv__(self, other):
-        return self.graph.symbol(other).apply("divide", self)
-
-    def __neg__(self):
-        return self.apply("negative")
-
-    def __bool__(self):
-        raise TypeError("a cell's page can't branch on a value: it runs once, for every unit at the same time")
+    def lift(self, value: "Symbol | float") -> "Symbol":
+        return self.graph.symbol(value)
 
     def __repr__(self):
+        return self.text(4)
+
+    def text(self, depth: int) -> str:
+        """The expression, cut off below a depth."""
         if self.op in ("input", "constant"):
             return "".join(map(str, self.operands[:1])) + "".join(f"[{k}]" for k in self.operands[1:])
-        return f"{self.op}({', '.join(map(repr, self.operands))})"
+        inner = [operand.text(depth - 1) for operand in self.operands] if depth else ["..."]
+        return f"{self.op}({', '.join(inner)})"
+
+
+class Traced(Symbolic):
+    """A symbol as a cell definition sees it. It runs once, for all units and time steps, so whatever would look at the
+    value, to branch on it or to compute with it elsewhere, is refused."""
+
+    __slots__ = ("symbol",)
+
+    def __init__(self, symbol: Symbol):
+        self.symbol = symbol
+
+    def apply(self, op: str, *others: "Traced | float") -> "Traced":
+        return shown(self.symbol.apply(op, *map(behind, others)))
+
+    def lift(self, value: "Traced | float") -> "Traced":
+        return shown(self.symbol.lift(behind(value)))
+
+    def __repr__(self):
+        return repr(self.symbol)
+
+
+LOOKS = {
+    "branch on": "bool",
+    "compare": "eq ne lt le gt ge",
+    "hash": "hash",
+    "go through": "iter len contains getitem",
+    "make a number of": "float int complex index round trunc floor ceil",
+    "make an array of": "array array_function",
+}
+
+
+def refusal(what: str) -> str:
+    return (
+        f"a cell definition can't {what} a traced value: it runs once, for all units and time steps; "
+        "use where(condition, a, b), which is a where condition > 0, else b"
+    )
+
+
+def refuse(what: str) -> Callable:
+    def look(self, *_, **__):
+        raise TypeError(refusal(what))
+
+    return look
+
+
+for _what, _names in LOOKS.items():
+    for _name in _names.split():
+        setattr(Traced, f"__{_name}__", refuse(_what))
+
+
+def shown(symbol: Symbol) -> Traced:
+    """The same for the same symbol."""
+    faces = symbol.graph.faces
+    if symbol not in faces:
+        faces[symbol] = Traced(symbol)
+    return faces[symbol]
+
+
+def behind(value: Any) -> Any:
+    """The symbol of a traced value; all else as it is."""
+    return value.symbol if isinstance(value, Traced) else value
+
+
+def number(value: Any) -> float:
+    """A constant of a cell definition, in which -0.0 is 0.0. TypeError for what has no fixed value, or isn't one."""
+    if not isinstance(value, Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
+        raise TypeError(f"a constant of a cell definition must be a number, not {type(value).__name__}")
+    return float(value) + 0.0
+
+
+def operated(symbol: Symbol) -> bool:
+    return symbol.op not in ("input", "constant")
+
+
+def operands(symbol: Symbol) -> Sequence[Symbol]:
+    return symbol.operands if operated(symbol) else ()
+
+
+def ascending(values: Iterable[Symbol], below: Callable[[Symbol], Sequence[Symbol]] = operands) -> Iterator[Symbol]:
+    """The values and all that is `below` them, each once and operands first. A graph may be deeper than Python's stack:
+    whatever goes down a graph goes this way."""
+    seen = set()
+    for value in values:
+        waiting = [value]
+        while waiting:
+            fresh = [operand for operand in below(waiting[-1]) if operand not in seen]
+            if waiting[-1] in seen or not fresh:
+                symbol = waiting.pop()
+                if symbol not in seen:
+                    seen.add(symbol)
+                    yield symbol
+            else:
+                waiting += reversed(fresh)
 
 
 @dataclass
@@ -75,12 +200,20 @@ class Graph:
 
     nodes: dict[tuple, Symbol] = field(default_factory=dict)
     outputs: tuple = ()
+    faces: dict[Symbol, Traced] = field(default_factory=dict)  # of the symbols that a definition has seen
 
     def node(self, op: str, *operands) -> Symbol:
-        return self.nodes.setdefault((op, *operands), Symbol(self, op, operands))
+        key = (op, *operands)
+        if key not in self.nodes:
+            self.nodes[key] = Symbol(self, op, operands)
+        return self.nodes[key]
 
     def symbol(self, value: "Symbol | float") -> Symbol:
-        return value if isinstance(value, Symbol) else self.node("constant", float(value))
+        if not isinstance(value, Symbol):
+            return self.node("constant", number(value))
+        if value.graph is not self:
+            raise TypeError("a cell definition is a function of its arguments alone, but kept a value of another run")
+        return value
 
     def run(self, operations: Mapping[str, Callable], **inputs: Sequence) -> tuple:
         """The outputs for these inputs, with a library's own functions for the operations; constants are floats."""
@@ -98,11 +231,9 @@ class Graph:
     def image(self, value: Symbol, known: dict[Symbol, Symbol]) -> Symbol:
         """A symbol of another graph in this one, with all that it is computed from; `known` says what stands for what,
         and is added to."""
-        if value not in known:
-            if value.op in ("input", "constant"):
-                known[value] = self.node(value.op, *value.operands)
-            else:
-                known[value] = self.node(value.op, *(self.image(operand, known) for operand in value.operands))
+        for each in ascending([value], lambda symbol: () if symbol in known else operands(symbol)):
+            if each not in known:
+                known[each] = self.node(each.op, *(known[o] if isinstance(o, Symbol) else o for o in each.operands))
         return known[value]
 
     def pruned(self) -> "Graph":
@@ -113,10 +244,16 @@ class Graph:
         return graph
 
 
-def trace(function: Callable, **inputs: int) -> Graph:
-    """Run `function` on tuples of symbols; `inputs` gives each argument's length, in order."""
+def read(function: Callable, **inputs: int) -> tuple[Graph, Any]:
+    """Run `function` on tuples of traced values -> the graph, and what it returned; `inputs` gives each argument's
+    length, in order."""
     graph = Graph()
-    arguments = [tuple(graph.node("input", name, k) for k in range(n)) for name, n in inputs.items()]
-    outputs = function(*arguments)
-    graph.outputs = tuple(tuple(graph.symbol(value) for value in group) for group in outputs)
+    arguments = [tuple(shown(graph.node("input", name, k)) for k in range(n)) for name, n in inputs.items()]
+    return graph, function(*arguments)
+
+
+def trace(function: Callable, **inputs: int) -> Graph:
+    """The graph of a function that returns groups of values."""
+    graph, outputs = read(function, **inputs)
+    graph.outputs = tuple(tuple(graph.symbol(behind(value)) for value in group) for group in outputs)
     return graph

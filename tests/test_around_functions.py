@@ -262,7 +262,7 @@ BAD = {
     "dropout": (GRU, {"recurrent_dropout": -0.1}, ValueError, "recurrent_dropout must be a number in [0, 1]"),
     "seed": (GRU, {"zoneout": 0.1, "seed": np.ones(2, "int64")}, ShapeError, "seed has shape [2]; expected [1], with"),
     "dtype of seed": (GRU, {"zoneout": 0.1, "seed": np.ones(1)}, TypeError, "seed is numpy float64 cpu; with this x"),
-    "kind of seed": (GRU, {"zoneout": 0.1, "seed": 1.5}, TypeError, "seed must be an array, int64 of numpy cpu; got"),
+    "kind of seed": (GRU, {"zoneout": 0.1, "seed": 1.5}, TypeError, "seed must be an int, or an int64 array"),
     "size of seed": (GRU, {"zoneout": 0.1, "seed": 2**64}, ValueError, "seed must be an int of 64 bits, got 184467440"),
     "peephole": (LSTM, {"peephole": np.ones(24)}, ShapeError, "peephole has shape [24]; expected [18], with x [5"),
     "dtype of peephole": (LSTM, {"peephole": np.ones(18, "f")}, TypeError, "peephole is numpy float32 cpu; with"),

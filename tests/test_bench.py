@@ -63,6 +63,7 @@ def test_a_senseless_case_says_what_is_wrong_with_it(change, word):
     "arguments",
     [
         "-T 0", "-B -1", "-H 99999999", "--cell lstn", "-T 1 --contender me", "--minutes 0", "--minutes -1",
+        "--minutes inf", "--minutes nan",
         "--threads 0", "--threads 999", "--filter nonsense", f"-T 1 --out {__file__}/x.csv",
         *([] if no_gpu() is None else ["--device cuda"]),
     ],

@@ -78,12 +78,40 @@ def test_explain_prints_the_explanation():
         (["explain", "transformer", *SIZES], "'transformer' is not one of 'gru', 'lstm', 'rnn_relu', 'rnn_tanh'"),
         (["explain", "lstm", *SIZES, "--backend", "fast"], "'fast' is not one of 'cuda', 'triton', 'numpy'"),
         (["demo", "--seconds", "0"], "0.* is not in the range"),
+        (["demo", "--seconds", "-1"], "-1.* is not in the range"),
+        (["demo", "--seconds", "nan"], "'--seconds': nan is not a finite number"),
+        (["demo", "--seconds", "inf"], "'--seconds': inf is not a finite number"),
         (["demo", "--text", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["train"], "No such command 'train'"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(arguments, message):
     refused(call(*arguments), message)
+
+
+COMMANDS = [["info"], ["explain", "lstm", *SIZES, "--device", "cpu"], ["--help"], ["--version"], ["bench", "list"]]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device without room")
+@pytest.mark.parametrize("arguments", [*COMMANDS, ["demo", "--seconds", "1"]], ids=" ".join)
+def test_output_without_room_is_one_clear_line(arguments, tmp_path):
+    arguments = [*arguments, "--out", str(tmp_path)] if "demo" in arguments else arguments
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "gpu_rnn", *arguments], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode in (1, 2)
+    assert re.fullmatch(r"(Error|python -m bench): .*No space left on device\n", result.stderr)
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_output_that_is_not_read_to_its_end(arguments):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "gpu_rnn", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    assert run.wait(60) == 1
 
 
 def test_a_backend_that_does_not_exist_is_refused():

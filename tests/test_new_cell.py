@@ -2,9 +2,11 @@
 
 import copy
 import importlib
+import math
+import operator
 import pickle
 import sys
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -360,23 +362,16 @@ def test_every_gradient_passes_the_check(name):
     check.derivative(cells.get(name))
 
 
-def branching(x, h, state):
-    return (x[0] if x[0] > 0 else h[0],)
-
-
-def truthful(x, h, state):
-    return (x[0] if x[0] else h[0],)
-
-
 @pytest.mark.parametrize(
     ("step", "why"),
     [
-        (truthful, "can't branch on a value"),
-        (branching, "'>' not supported"),
         (lambda x, h, state: (np.sin(x[0]),), r"sin.*may use \+ - \* /, numbers, and of .* exp, log"),
+        (lambda x, h, state: (x[0] * torch.ones(()),), "a constant of a cell definition must be a number, not Tensor"),
+        (lambda x, h, state: (x[0] * "0.5",), "must be a number, not str"),
+        (lambda x, h, state: (x[0] * np.ones(3),), "must be a number, not ndarray"),
         (lambda x, h, state: (torch.sigmoid(x[0]),), "sigmoid.*may use"),
         (lambda x, h, state: (x[1] + h[1],), r"index out of range.*|.*x \[1\]"),
-        (lambda x, h, state: tanh(x[0]), r"must return a tuple of 1 new states \(h\), got Symbol"),
+        (lambda x, h, state: tanh(x[0]), r"must return a tuple of 1 new states \(h\), got Traced"),
         (lambda x, h, state: (tanh(x[0]), h[0]), r"must return a tuple of 1 new states \(h\), got 2"),
         (lambda x, h, state: ("h",), "one of them is str"),
         (lambda x, h: (x[0],), "takes 2 positional arguments but 3"),
@@ -388,6 +383,79 @@ def test_what_is_no_page_is_refused(step, why):
     with pytest.raises(TypeError, match=r"step must be a function of .* got 5"):
         gpu_rnn.cell(5, gates="a", states="h")
     assert "mine" not in cells.DEFINED
+
+
+LOOKS = {
+    "branch on": [
+        lambda a, b: a if a else b, lambda a, b: not a, lambda a, b: a and b, lambda a, b: a or b,
+        lambda a, b: next(a for _ in "_" if a), lambda a, b: a if any((a, b)) else b,
+        lambda a, b: next(filter(None, [a])),
+        lambda a, b: a if operator.truth(a) else b,
+    ],
+    "compare": [
+        lambda a, b: a if a == 0 else b, lambda a, b: a if a != b else b, lambda a, b: a if a > 0 else b,
+        lambda a, b: a if a <= b else b, lambda a, b: a if a > 0 else b, lambda a, b: max(a, b), lambda a, b: min(a, 0),
+        lambda a, b: sorted([a, b])[0], lambda a, b: a if a in (0, 1) else b, lambda a, b: a if 0.0 in [a] else b,
+        lambda a, b: (0, b).index(a), lambda a, b: [0].count(a), lambda a, b: a if (a, b) == (0, 0) else b,
+        lambda a, b: where(a > 0, a, b),
+    ],
+    "hash": [
+        lambda a, b: {0: a}.get(a, b), lambda a, b: a if a in {0, 1} else b, lambda a, b: {a: b}[a],
+        lambda a, b: cache(lambda x: x)(a), lambda a, b: a if hash(a) else b,
+    ],
+    "go through": [lambda a, b: [*a], lambda a, b: a[0], lambda a, b: len(a), lambda a, b: a if 0 in a else b],
+    "make a number of": [
+        lambda a, b: float(a), lambda a, b: int(a), lambda a, b: complex(a), lambda a, b: round(a),
+        lambda a, b: math.exp(a), lambda a, b: math.floor(a), lambda a, b: math.ceil(a), lambda a, b: math.isnan(a),
+        lambda a, b: "ab"[a], lambda a, b: range(a), lambda a, b: math.trunc(a),
+    ],
+    "make an array of": [
+        lambda a, b: np.asarray(a), lambda a, b: np.asarray([a, b]), lambda a, b: np.where(a, a, b),
+        lambda a, b: np.stack([a, b]), lambda a, b: np.isclose(a, b),
+    ],
+    "call numpy.equal on": [lambda a, b: a if np.float64(0) == a else b],
+    "call numpy.exp on": [lambda a, b: np.exp(a)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "look"), [(what, look) for what, looks in LOOKS.items() for look in looks])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_a_definition_that_looks_at_a_value_is_refused(what, look, with_grad):
+    """In step, and in grad, where the values come from."""
+
+    def step(x, h, state):
+        return ((tanh(x[0] + h[0]),), ()) if with_grad else (look(x[0], h[0]),)
+
+    def grad(dnew, new, state, saved):
+        d = look(new[0], dnew[0])
+        return (d,), (d,), (0.0,)
+
+    given = {"grad": grad} if with_grad else {}
+    why = f"mine: {'grad' if with_grad else 'step'} .*can't {what} a traced value.*use where"
+    if what == "make an array of":
+        why = f"({why}|can't call numpy.* on a traced value)"
+    with pytest.raises(TypeError, match=why):
+        gpu_rnn.cell(step, gates="a", states="h", name="mine", **given)
+
+
+def test_a_numpy_number_stands_on_either_side(forgotten):
+    def step(x, h, state):
+        a = np.float64(0.5) * x[0] + np.float32(0.25) - h[0] / np.int64(2)
+        return (np.float64(1) - a + np.array(0.5) * a,)
+
+    cell = cells.made("mine", "a", "h", step)
+    assert cell.step((3.0,), (1.0,), (0.0,))[0] == (1 - 1.25 + 0.5 * 1.25,)
+
+
+def test_a_value_kept_from_another_run_is_refused():
+    kept = []
+
+    def step(x, h, state):
+        kept.append(x[0])
+        return (tanh(kept[0] + h[0]),)
+
+    with pytest.raises(TypeError, match=r"function of its arguments alone, but kept a value of another run"):
+        gpu_rnn.cell(step, gates="a", states="h", name="mine")
 
 
 def test_what_is_no_gradient_is_refused():

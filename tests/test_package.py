@@ -1,5 +1,6 @@
 """Where the package is found, and what its import costs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import gpu_rnn
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,3 +86,12 @@ print(gpu_rnn.gru(np.ones((2, 1, 1)), np.ones((3, 1)), np.ones((3, 1)))[0].shape
     name, file, version, T = python(code, cwd=tmp_path, PYTHONPATH=str(where))
     assert (name, version, T) == ("gpu_rnn.kernels", "0.1.0", "2")
     assert Path(file).is_relative_to(where)
+
+
+def test_completion_finds_what_is_public_and_nothing_else():
+    code = "import gpu_rnn, json; before = dir(gpu_rnn); import gpu_rnn.onnx; print(json.dumps([before, dir(gpu_rnn)]))"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    before, after = ({name for name in names if not name.startswith("__")} for names in json.loads(printed))
+    assert before == {name for name in gpu_rnn.__all__ if not name.startswith("__")} | {"kernels"}
+    assert {"LSTM", "stream", "cell", "replace_", "tbptt"} < before
+    assert after == before | {"onnx"}

@@ -1,5 +1,7 @@
 """Step by step: the numbers of the whole sequence, and no memory for them."""
 
+import copy
+import pickle
 import tracemalloc
 
 import pytest
@@ -159,6 +161,41 @@ def test_streams_are_apart_and_the_layer_stays_as_it_was():
     assert "_sequence" not in vars(layer)
     assert one(x[0].requires_grad_()).grad_fn is None
     assert one(x[0]) is not other(x[0])
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "save"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LSTM", {"num_layers": 2}), ("GRU", {"batch_first": True}), ("RNN", {}), ("LSTM", {"proj_size": 8}),
+        ("LSTM", {"num_layers": 2, "dtype": torch.bfloat16}), ("GRU", {"dtype": torch.float64}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_copy_goes_on_by_itself(kind, options, way, tmp_path):
+    """Against torch.nn on each of the two continuations; also of halves, whose states are kept in float32."""
+    theirs = getattr(nn, kind)(I, H, **options)
+    x, other = (torch.randn(T, 3, I, dtype=options.get("dtype", torch.float32)) for _ in range(2))
+    listen, alone = gpu_rnn.stream(theirs, 3), gpu_rnn.stream(theirs, 3)
+    before = followed(listen, x[:20])
+    exact = followed(alone, x)
+    if way == "save":
+        torch.save(listen, tmp_path / "stream")
+        copied = torch.load(tmp_path / "stream", weights_only=False)
+    else:
+        copied = pickle.loads(pickle.dumps(listen)) if way == "pickle" else getattr(copy, way)(listen)
+    went = followed(copied, torch.cat([x[20:30], other[30:]]))
+    assert torch.equal(followed(listen, x[20:]), exact[20:]), "bit for bit, whatever its copy did"
+    assert torch.equal(went[:10], exact[20:30])
+    tolerance = {"rtol": 0, "atol": 2e-2 if "dtype" in options else 1e-5}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.cat([before, exact[20:]]), in_time(theirs, theirs(in_time(theirs, x))[0]), **tolerance
+        )
+        mixed = torch.cat([x[:30], other[30:]])
+        torch.testing.assert_close(went, in_time(theirs, theirs(in_time(theirs, mixed))[0])[20:], **tolerance)
+    copied.reset()
+    assert any(state.any() for state in states(listen.state))
 
 
 def test_a_layer_of_torch_and_of_a_page_stream():

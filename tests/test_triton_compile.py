@@ -4,10 +4,12 @@ import os
 import re
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.mathematics import mean, tanh
 from gpu_rnn.kernels.triton import plan as plans
 
 triton = pytest.importorskip("triton")
@@ -20,7 +22,7 @@ from gpu_rnn.backends.stepwise import Step
 from gpu_rnn.kernels.triton import sequence, stepwise
 from gpu_rnn.problem import Weights
 
-from . import gpuless
+from . import constants, gpuless
 
 STORED = {name: MockTensor(getattr(torch, name)) for name in ("float64", "float32", "float16", "bfloat16")}
 LARGE = 1 << 33  # elements: more than int32 counts
@@ -140,6 +142,32 @@ def test_nan_survives_a_maximum(monkeypatch):
     binary = compiled_instant(monkeypatch, 90, "rnn_relu", "float32", 64, False)
     assert "max.NaN.f32" in binary.asm["ptx"]
     assert "max.f32" not in binary.asm["ptx"]
+
+
+@BACKWARD
+def test_a_constant_has_the_precision_of_what_is_computed(monkeypatch, backward):
+    """Also where Triton would take it for float32, as in a maximum."""
+    constants.define(monkeypatch)
+    for name in ("constants", "lstm+clip(0.7)"):
+        code = compiled_instant(monkeypatch, 90, name, "float64", 33, backward).asm["ttir"]
+        written = {
+            abs(float(value)) for value in re.findall(r"arith\.constant (?:dense<)?(-?[\d.eE+-]+)>? : .*f64", code)
+        }
+        assert 0.7 in written or backward  # which has what was decided by a bound, and not the bound
+        for value in (0.1, 0.37, 0.7, 1.1, 2.1):
+            assert float(np.float32(value)) not in written
+
+
+@BACKWARD
+@pytest.mark.parametrize("shared", [False, True], ids=["a constant", "the same for all units"])
+def test_a_sequence_with_a_state_that_is_no_tile(monkeypatch, shared, backward):
+    def step(x, h, state):
+        return tanh(x[0] + h[0] + state[1]), mean(tanh(x[0])) if shared else 0.7
+
+    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
+    name = cells.define(cells.made("flat" if shared else "fixed", "a", "hc", step)).name
+    binary = compiled_sequence(monkeypatch, 90, name, "float32", 32, backward)
+    gpuless.check(binary, 90, products=False)
 
 
 # The largest H of a row of the plan, or a ragged one in the same tile, so that every row meets both.

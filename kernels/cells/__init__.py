@@ -36,7 +36,7 @@ from ..derive import derive, new_states, playing, pullback
 from ..emit import assignments
 from ..mathematics import where
 from ..phases import PHASE, cut, products
-from ..trace import Graph, Symbol, trace
+from ..trace import Graph, Symbol, operands, trace
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 DEFINED: dict[str, "Cell"] = {}  # of pages from elsewhere
@@ -52,7 +52,7 @@ class Cell:
     step: Callable
     grad: Any  # as step; None where there are phases
     saved: int  # K: how many values `step` keeps for `grad`, beside the states themselves
-    separate: tuple[bool, ...]  # [G] true where x and h don't just meet as x + h, so that their gradients differ
+    separate: tuple[bool, ...]  # [G] true where x and h don't just meet as x + h; else their gradients are the same
     units: tuple[str, ...] = ()  # values that an element has for the whole sequence, the first of `extra` ...
     learned: int = 0  # ... of which so many have gradients
     flags: tuple[str, ...] = ()  # 0 or 1 for every instant and batch row, next in `extra`
@@ -158,10 +158,22 @@ def made(
     if grad is None:
         step, grad = derive(step, G, S, E, learned)
     sketch = Cell(name, gates, states, step, grad, 0, (), tuple(units), learned, tuple(flags), uniforms, operand)
-    K = len(step_graph(sketch).outputs[1])
+    graph = step_graph(sketch)
+    K = len(graph.outputs[1])
     dx, dh, *_ = trace(grad, dnew=S, new=S, state=S, saved=K, **extra(sketch)).outputs
-    separate = tuple(a is not b for a, b in zip(dx, dh, strict=True))
+    pairs = zip(dx, dh, apart(graph.pruned(), G), strict=True)
+    separate = tuple(a is not b or alone for a, b, alone in pairs)
     return Cell(name, gates, states, step, grad, K, separate, tuple(units), learned, tuple(flags), uniforms, operand)
+
+
+def apart(graph: Graph, G: int) -> list[bool]:
+    """For each gate, whether x or h is seen alone, be it without a gradient as by the condition of a `where`."""
+    gates = [{graph.node("input", name, g) for name in ("x", "h")} for g in range(G)]
+    found = [not pair.isdisjoint(value for group in graph.outputs for value in group) for pair in gates]
+    for node in graph.nodes.values():
+        for g, pair in enumerate(gates):
+            found[g] |= not pair.isdisjoint(operands(node)) and (node.op != "add" or set(node.operands) != pair)
+    return found
 
 
 def by_phases(

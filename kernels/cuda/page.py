@@ -1,6 +1,7 @@
 """A cell's page as a C++ struct, written from its graph: what the kernels call `Cell`."""
 
 from functools import cache
+from math import copysign, isfinite, isnan
 
 from ..cells import Cell, operand_grad_graph, operand_graph
 from ..emit import assignments
@@ -69,7 +70,14 @@ def meeting_units(name: str, arguments: str, cut: Cut) -> list[str]:
 
 
 def body(graph: Graph, *results: str) -> list[str]:
-    lines, groups = assignments(graph, lambda value: f"real({value!r})")
+    lines, groups = assignments(graph, constant)
     lines = [line.replace("= new[", "= next[") for line in lines]  # a word that C++ has taken
     stores = [f"{name}[{k}] = {value}" for name, group in zip(results, groups) for k, value in enumerate(group)]
     return [*(f"        const real {line};" for line in lines), *(f"        {store};" for store in stores)]
+
+
+def constant(value: float) -> str:
+    """C++ has no literal for what isn't finite."""
+    if isfinite(value):
+        return f"real({value!r})"
+    return "(real(0) / real(0))" if isnan(value) else f"(real({copysign(1, value)}) / real(0))"

@@ -58,6 +58,12 @@ def rsqrt(a):
 
 
 @triton.jit
+def tile(value, like):
+    """A scalar or a column as a tile."""
+    return value + tl.zeros_like(like)
+
+
+@triton.jit
 def mean(a, inside, H):
     """The part of a mean over H units that the columns `inside` have: [rows, 1]."""
     return tl.sum(tl.where(inside, a, 0.0), 1, keep_dims=True) / H

@@ -4,6 +4,7 @@ import linecache
 from collections.abc import Callable
 from functools import cache
 from itertools import count
+from math import isfinite
 from typing import Any, NamedTuple
 
 import triton
@@ -20,7 +21,8 @@ STEP, GRAD = ("x", "h", "state", "extra", "means"), ("dnew", "new", "state", "sa
 
 
 class Page(NamedTuple):
-    """Functions of tuples of tiles, and to such; a zero is a plain 0.0, and what is the same for all units one column.
+    """Functions of tuples of tiles, and to such; a constant is a scalar, and what is the same for all units one column.
+    But new states are tiles, as loops over time hand them on.
 
     Where units meet, the page is cut (`gpu_rnn.kernels.levels`). A level gives the parts of its means that a tile's
     columns have: those of them that are `inside` [1, columns], units of the layer, which are H in all. The parts are
@@ -42,20 +44,34 @@ class Page(NamedTuple):
 def page(cell: Cell) -> Page:
     step, grad = step_cut(cell), grad_cut(cell)
     return Page(
-        function("step", STEP, body(step.page)),
-        function("grad", GRAD, body(grad.page)),
+        function("step", STEP, body(step.page, "x", tiles=1)),
+        function("grad", GRAD, body(grad.page, "dnew")),
         meeting("step_level", STEP, step),
         meeting("grad_level", GRAD, grad),
         step.counts,
         grad.counts,
-        function("operand", ("h", "extra"), body(operand_graph(cell))),
-        function("operand_grad", ("dnew", "extra"), body(operand_grad_graph(cell))),
+        function("operand", ("h", "extra"), body(operand_graph(cell), "h")),
+        function("operand_grad", ("dnew", "extra"), body(operand_grad_graph(cell), "dnew")),
     )
 
 
-def body(graph: Graph) -> list[str]:
-    lines, groups = assignments(graph, repr)
+def body(graph: Graph, like: str, tiles: int = 0) -> list[str]:
+    """The lines of a function; the first so many groups that it returns are made tiles, if they aren't."""
+    lines, groups = assignments(graph, typed(like))
+    for values, names in list(zip(graph.outputs, groups))[:tiles]:
+        names[:] = [f"tile({name}, {like}[0])" if value.uniform else name for value, name in zip(values, names)]
     return [*lines, f"return {''.join(f'{together(group)}, ' for group in groups)}"]
+
+
+def typed(like: str) -> Callable[[float], str]:
+    """Constants of the dtype of an argument's tiles. Triton takes plain ones for float32 where two operands meet that
+    aren't the operator's, as those of a maximum."""
+
+    def constant(value: float) -> str:
+        text = repr(value) if isfinite(value) else f'float("{value}")'
+        return f"tl.full((), {text}, {like}[0].dtype)"
+
+    return constant
 
 
 def meeting(name: str, arguments: tuple[str, ...], cut: Cut) -> Callable | None:
@@ -63,7 +79,7 @@ def meeting(name: str, arguments: tuple[str, ...], cut: Cut) -> Callable | None:
         return None
     text = []
     for level, graph in enumerate(cut.levels):
-        lines, (values,) = assignments(graph, repr)
+        lines, (values,) = assignments(graph, typed(arguments[0]))
         lines.append(f"parts = {together([f'mean({value}, inside, H)' for value in values])}")
         text += [f"if level == {level}:", *(f"    {line}" for line in lines)]
     return function(name, ("level", *arguments, "inside", "H"), [*text, "return parts"])
@@ -76,7 +92,7 @@ def together(values: list[str]) -> str:
 
 def function(name: str, arguments: tuple[str, ...], lines: list[str]) -> Callable:
     text = "".join([f"def {name}({', '.join(arguments)}):\n", *(f"    {line}\n" for line in lines)])
-    known: dict[str, Any] = {op: getattr(mathematics, op) for op in ARITY if hasattr(mathematics, op)}
+    known: dict[str, Any] = {op: getattr(mathematics, op) for op in (*ARITY, "tile") if hasattr(mathematics, op)}
     known |= {"__name__": __name__, "tl": tl}  # Triton looks for its language among a function's globals
     file = f"<{__name__} {next(NUMBERS)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where triton.jit looks for it
