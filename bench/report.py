@@ -162,7 +162,7 @@ def peers(rows: list[Row]) -> list[str]:
         body.append([case, *(shown(found.get(name)) for name in timed)])
     reasons = {name: dict.fromkeys(found[name]["note"] for found in asked.values() if name in found) for name in names}
     absent = [f"- {name}: {', '.join(reasons[name])}." for name in names if name not in timed]
-    return [*table(["", *timed], body), *(["", *absent] if absent else [])]
+    return [*table(["", *timed], sorted(body)), *(["", *absent] if absent else [])]
 
 
 def calls(rows: list[Row]) -> list[str]:
