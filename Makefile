@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: test test-fast demo lint docs gpu bench hub figures clean
 
-# One file for each part: cells, NumPy, functions, layers, dispatch, the call cache, the CUDA kernels' configuration.
-FAST := $(addprefix tests/test_, cells.py weave.py derivation.py functional.py layers.py dispatch.py documents.py)
+FAST := $(addsuffix .py,$(addprefix tests/test_,cells weave derivation numpy functional dispatch layers layers_torch documents))
 
 test: $(VENV)/test lint  ## lint, then every test that this machine can run
 	$(BIN)/python -m pytest -n auto -q

@@ -20,7 +20,11 @@ from . import plots, problems, results
 from .summary import ratio, where
 
 Row = dict[str, Any]
-PUBLISHED = {"threads-1-speedup-ours-numpy": "speedup.svg", "threads-1-steps": "steps.svg"}  # end of a name -> copy
+PUBLISHED = {  # end of a name -> copy
+    "bfloat16-speedup-ours-cuda": "speedup_gpu.svg",
+    "float32-threads-1-speedup-ours-numpy": "speedup_cpu.svg",
+    "float32-threads-1-steps": "steps_cpu.svg",
+}
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 NOTHING = "Not measured yet."
 PAGE = """<!doctype html>
@@ -104,12 +108,13 @@ def overview(rows: list[Row]) -> list[str]:
     ours = {problems.NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
     rows = [row for row in rows if row["contender"] in ours and row["threads"] in (1, None)]
     rows = [row for row in rows if row["device"] == "cuda" or problems.among_goals(row)]
-    rows.sort(key=lambda row: (row["device"], ("lstm", "gru", "rnn_tanh", "rnn_relu").index(row["cell"]), row["dtype"]))
+    rows.sort(key=lambda row: (row["device"] == "cpu", ("lstm", "gru", "rnn_tanh", "rnn_relu").index(row["cell"]), row["dtype"]))
     body = []
     for (contender, cell, dtype), group in by(rows, lambda row: (row["contender"], row["cell"], row["dtype"])).items():
         found = [ratio(row for row in group if row["mode"] == mode) for mode in modes]
-        body.append([f"{ours[contender]}: {cell} {dtype}", *(str(one or "") for one in found)])
-    return table(["", *modes.values()], body)
+        cases = sum(one.cases for one in found if one)
+        body.append([f"{ours[contender]}: {cell} {dtype}", *(str(one or "") for one in found), str(cases)])
+    return table(["", *modes.values(), "cases"], body)
 
 
 def cpu(rows: list[Row]) -> list[str]:

@@ -599,13 +599,13 @@ def test_report(tmp_path, capsys):
     text = readme.read_text()
     assert "| lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in text
     assert "| lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in other.read_text()
-    assert "| NumPy, 1 thread: lstm float32 | 2.00 (2.00) | 2.00 (2.00) |  |" in text
+    assert "| NumPy, 1 thread: lstm float32 | 2.00 (2.00) | 2.00 (2.00) |  | 6 |" in text
     assert "old" not in text
     assert "| lstm T=3 B=2 H=5 float32: ours, reset |  | 0.67 | 1 | 1 |" in text
     assert "| lstm training T=3 B=2 H=5 float32: cuda forward step |  | 6.67 |" in text
     (steps,) = (tmp_path / "out").glob("*-steps.svg")
     assert "cluster | grid" in steps.read_text()
-    assert (tmp_path / "published" / "steps.svg").read_text() == steps.read_text()
+    assert (tmp_path / "published" / "steps_cpu.svg").read_text() == steps.read_text()
     page = (tmp_path / "out" / "benchmarks.html").read_text()
     assert "<svg" in page
     assert "src=" not in page, "it needs nothing else"
