@@ -60,10 +60,9 @@ def write(folder: Path, out: Path, documents: Iterable[Path], publish: Path | No
         if after != before:
             document.write_text(after)
             yield document
-    for end, name in PUBLISHED.items() if publish else ():
-        for figure in figures:
-            if figure.stem.endswith(end):
-                yield Path(shutil.copyfile(figure, publish / name))
+    if publish is not None:
+        for end, name in PUBLISHED.items():
+            yield from (shutil.copyfile(figure, publish / name) for figure in figures if figure.stem.endswith(end))
 
 
 def shown_rows(rows: list[Row]) -> list[Row]:
@@ -108,7 +107,8 @@ def overview(rows: list[Row]) -> list[str]:
     ours = {problems.NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
     rows = [row for row in rows if row["contender"] in ours and row["threads"] in (1, None)]
     rows = [row for row in rows if row["device"] == "cuda" or problems.among_goals(row)]
-    rows.sort(key=lambda row: (row["device"] == "cpu", ("lstm", "gru", "rnn_tanh", "rnn_relu").index(row["cell"]), row["dtype"]))
+    cells = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    rows.sort(key=lambda row: (row["device"] == "cpu", cells.index(row["cell"]), row["dtype"]))
     body = []
     for (contender, cell, dtype), group in by(rows, lambda row: (row["contender"], row["cell"], row["dtype"])).items():
         found = [ratio(row for row in group if row["mode"] == mode) for mode in modes]
