@@ -16,6 +16,7 @@ from .progress import Progress
 from .summary import summary
 from .worker import Worker
 
+ROOT = Path(__file__).parents[1]
 CASE_TIMEOUT_S = 240
 GRACE_S = 30  # for the case that is under way when the minutes are over
 
@@ -57,10 +58,13 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--dry", action="store_true", help="walk through the whole plan on the CPU, keep no result")
     gpu.set_defaults(command=gpu_command)
 
-    report = commands.add_parser("report", help="tables and plots for README.md, and a page of HTML")
+    report = commands.add_parser("report", help="tables for README.md and docs/benchmarks.md, plots, and an HTML page")
     report.add_argument("--results", type=Path, default=results.FOLDER, help="folder of CSV files (bench/results)")
-    report.add_argument("--out", type=Path, default=Path(__file__).parent / "figures", help="folder (bench/figures)")
-    report.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
+    report.add_argument("--out", type=Path, default=ROOT / "bench/figures", help="folder (bench/figures)")
+    report.add_argument("--document", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs/benchmarks.md"])
+    report.add_argument(
+        "--publish", type=Path, nargs="?", const=ROOT / "docs/figures", help="also copy the plots that they show there"
+    )
     report.set_defaults(command=report_command)
 
     compare = commands.add_parser("compare", help="what changed beyond noise between two runs, commits or CSV files")
@@ -202,7 +206,7 @@ def gpu_command(options: argparse.Namespace) -> int:
 def report_command(options: argparse.Namespace) -> int:
     from .report import write
 
-    for path in write(options.results, options.out, options.readme):
+    for path in write(options.results, options.out, options.document, options.publish):
         print(path)
     return 0
 

@@ -176,7 +176,7 @@ DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {
 
 
 def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]) -> tuple:
-    """What our functions return, in torch, an instant at a time. `docs/around.md` has the equations."""
+    """What our functions return, in torch, an instant at a time. `docs/modifiers.md` has the equations."""
     letters, (B, H) = letters_of(case, given), (case.B, case.H)
     state: Any = [given[f"{letter}0"] for letter in letters]
     seed = torch.tensor([fixed.get("seed", 0)], device=x.device)

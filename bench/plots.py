@@ -44,7 +44,7 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
         }
         for name, letter in {"steps": "H", "time": "T", "batch": "B", "layers": "L"}.items():
             figures[name] = curves(here, letter, us_per_step, "us per step", title)
-        figures["memory"] = curves(here, "H", mebibytes, "MiB beside the inputs", title)
+        figures["memory"] = curves(here, "H", mebibytes, "peak MiB without inputs", title)
         for name, figure in figures.items():
             if figure is not None:
                 path = out / f"{slug(title)}-{slug(name)}.svg"
@@ -148,7 +148,7 @@ def curves(rows: list[Row], letter: str, value: Callable[[Row], float | None], w
         if value is us_per_step:
             floor = sorted({(row[letter], row["floor_us"] / row["T"]) for row in here if row["floor_us"]})
             if floor:
-                axis.plot(*zip(*floor), color="gray", linestyle="--", label="floor")
+                axis.plot(*zip(*floor), color="gray", linestyle="--", label="roofline bound")
         axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=what)
         ticks = sorted({row[letter] for row in here})
         axis.set_xticks(ticks, ticks)

@@ -1,14 +1,16 @@
-"""From the CSV files: tables and plots for README.md, and one HTML page that needs nothing else.
+"""From the CSV files: tables for README.md and docs/benchmarks.md, plots, and one HTML page that needs nothing else.
 
-README.md is changed only between `<!-- bench:NAME -->` and `<!-- /bench -->`. NAME is one in BLOCKS, which are
-text, or maps or curves, which are images. They show one machine for the CPU and one GPU, those measured last; the page
-of HTML has the rows of all. Figures that an earlier report made and this one doesn't are removed.
+Documents are changed only between `<!-- bench:NAME -->` and `<!-- /bench -->`; NAME is one in BLOCKS. Tables and plots
+show one machine for the CPU and one GPU, those measured last; the HTML page has the rows of all. Plots that an earlier
+report made and this one doesn't are removed. `publish` copies those of PUBLISHED to where the documents show them.
+
+Every comparison says how many times as fast something is: above 1 is faster.
 """
 
 import html
 import math
-import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +20,11 @@ from . import plots, problems, results
 from .summary import ratio, where
 
 Row = dict[str, Any]
+PUBLISHED = {  # end of a name -> copy
+    "bfloat16-speedup-ours-cuda": "speedup_gpu.svg",
+    "float32-threads-1-speedup-ours-numpy": "speedup_cpu.svg",
+    "float32-threads-1-steps": "steps_cpu.svg",
+}
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 NOTHING = "Not measured yet."
 PAGE = """<!doctype html>
@@ -33,8 +40,8 @@ svg { max-width: 100%; height: auto } .rows { overflow: auto; font-size: 12px }
 """
 
 
-def write(folder: Path, out: Path, readme: Path) -> Iterator[Path]:
-    """Everything, from the latest row of every subject; the paths written."""
+def write(folder: Path, out: Path, documents: Iterable[Path], publish: Path | None = None) -> Iterator[Path]:
+    """Write everything, from the latest row of every subject; yield the paths written. publish: folder of copies."""
     every = results.latest(results.everything(folder))
     if not every:
         raise ValueError(f"there are no results in {folder.name}/")
@@ -44,18 +51,18 @@ def write(folder: Path, out: Path, readme: Path) -> Iterator[Path]:
     plots.tidy(out, figures)
     yield from figures
     blocks = {name: block(rows) for name, block in BLOCKS.items()}
-    shown = {path: f"![{path.stem.replace('-', ' ')}]({os.path.relpath(path, readme.parent)})" for path in figures}
-    blocks["maps"] = [image for path, image in shown.items() if "speedup" in path.name] or [NOTHING]
-    blocks["curves"] = [image for path, image in shown.items() if "speedup" not in path.name] or [NOTHING]
     page = out / "benchmarks.html"
     page.write_text(PAGE + "\n".join(body(blocks, figures, every)) + "\n</html>\n")
     yield page
-    if readme.is_file():
-        before = readme.read_text()
-        after = filled(before, blocks)
+    for document in filter(Path.is_file, documents):
+        before = document.read_text()
+        after = filled(before, blocks, document.name)
         if after != before:
-            readme.write_text(after)
-            yield readme
+            document.write_text(after)
+            yield document
+    if publish is not None:
+        for end, name in PUBLISHED.items():
+            yield from (shutil.copyfile(figure, publish / name) for figure in figures if figure.stem.endswith(end))
 
 
 def shown_rows(rows: list[Row]) -> list[Row]:
@@ -68,13 +75,13 @@ def place(row: Row) -> str:
     return row["gpu"] if row["device"] == "cuda" else row["machine"]
 
 
-def filled(text: str, blocks: dict[str, list[str]]) -> str:
+def filled(text: str, blocks: dict[str, list[str]], document: str) -> str:
     """The text with every block between its markers; ValueError for a name there is no block of."""
 
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
         if name not in blocks:
-            raise ValueError(f"README.md asks for bench:{name}; there are {', '.join(blocks)}")
+            raise ValueError(f"{document} asks for bench:{name}; there are {', '.join(blocks)}")
         return begin + "\n".join(blocks[name]) + "\n" + end
 
     return BLOCK.sub(block, text)
@@ -94,11 +101,27 @@ def sources(rows: list[Row]) -> list[str]:
     return lines
 
 
+def overview(rows: list[Row]) -> list[str]:
+    """A line for every cell and dtype: NumPy on one thread, CUDA on a GPU."""
+    modes = {"forward": "forward", "training": "forward + backward", "step": "one step"}
+    ours = {problems.NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
+    rows = [row for row in rows if row["contender"] in ours and row["threads"] in (1, None)]
+    rows = [row for row in rows if row["device"] == "cuda" or problems.among_goals(row)]
+    cells = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    rows.sort(key=lambda row: (row["device"] == "cpu", cells.index(row["cell"]), row["dtype"]))
+    body = []
+    for (contender, cell, dtype), group in by(rows, lambda row: (row["contender"], row["cell"], row["dtype"])).items():
+        found = [ratio(row for row in group if row["mode"] == mode) for mode in modes]
+        cases = sum(one.cases for one in found if one)
+        body.append([f"{ours[contender]}: {cell} {dtype}", *(str(one or "") for one in found), str(cases)])
+    return table(["", *modes.values(), "cases"], body)
+
+
 def cpu(rows: list[Row]) -> list[str]:
-    """NumPy's time over torch.nn's, geometric mean and worst case, over the cases of its goals, or so many of them."""
+    """NumPy against torch.nn, geometric mean and worst case, over the cases of its goals, or so many of them."""
     rows = [row for row in rows if row["device"] == "cpu" and row["contender"] == problems.NUMPY]
     rows = list(filter(problems.among_goals, rows))
-    names = {"forward": "forward", "training": "forward+backward", "step": "one step"}
+    names = {"forward": "forward", "training": "forward + backward", "step": "one step"}
     columns = sorted({(row["mode"], row["threads"]) for row in rows}, key=lambda at: (list(names).index(at[0]), at[1]))
     head = ["", *(f"{names[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
     cells = [name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") if any(row["cell"] == name for row in rows)]
@@ -112,7 +135,7 @@ def cpu(rows: list[Row]) -> list[str]:
 
 
 def products(rows: list[Row]) -> list[str]:
-    """What NumPy can't be faster than: the products alone over torch.nn's time, beside all of ours in the same runs."""
+    """What NumPy can't be faster than: its matmuls alone against torch.nn, next to all of ours in the same runs."""
     sized = by(rows, lambda row: tuple(row[name] for name in (*results.CASE, "threads", "run")))
     groups = [{row["contender"]: row for row in group if row["ratio"]} for group in sized.values()]
     both = [found for found in groups if found.keys() >= {problems.NUMPY, problems.PRODUCTS}]
@@ -121,11 +144,11 @@ def products(rows: list[Row]) -> list[str]:
     for (cell, mode, threads), group in sorted(found.items()):
         ours, least = (ratio(each[name] for each in group) for name in (problems.NUMPY, problems.PRODUCTS))
         body.append([f"{cell} {mode}, threads {threads}", str(ours), str(least), str(len(group))])
-    return table(["", "ours", "NumPy's products alone", "cases"], body)
+    return table(["", "gpu_rnn", "NumPy's matmuls alone", "cases"], body)
 
 
 def peers(rows: list[Row]) -> list[str]:
-    """Everybody's time over torch.nn's at the sizes where all peers take part; and who doesn't, and why."""
+    """Every implementation against torch.nn at the sizes where all peers take part; and which don't, and why."""
     size = *"TBHIL", "cell", "dtype", "mode", "threads"
     sized = by(rows, lambda row: tuple(row[name] for name in size))
     asked = {key: {row["contender"]: row for row in group} for key, group in sized.items()}
@@ -134,7 +157,7 @@ def peers(rows: list[Row]) -> list[str]:
     timed = [name for name in names if any(found.get(name, {}).get("ratio") for found in asked.values())]
 
     def shown(row: Row | None) -> str:
-        return "" if row is None else f"{row['ratio']:.2f}" if row["ratio"] else row["status"]
+        return "" if row is None else f"{1 / row['ratio']:.2f}" if row["ratio"] else row["status"]
 
     body = []
     for found in asked.values():
@@ -144,11 +167,11 @@ def peers(rows: list[Row]) -> list[str]:
         body.append([case, *(shown(found.get(name)) for name in timed)])
     reasons = {name: dict.fromkeys(found[name]["note"] for found in asked.values() if name in found) for name in names}
     absent = [f"- {name}: {', '.join(reasons[name])}." for name in names if name not in timed]
-    return [*table(["", *timed], body), *(["", *absent] if absent else [])]
+    return [*table(["", *timed], sorted(body)), *(["", *absent] if absent else [])]
 
 
 def calls(rows: list[Row]) -> list[str]:
-    """What a layer's call costs beside the kernel that it calls, for one instant."""
+    """Call overhead: what a layer's call costs in addition to the kernel that it calls, for one time step."""
     body = []
     for group in by(rows, lambda row: tuple(row[name] for name in (*results.CASE, "threads"))).values():
         times = {row["contender"]: row["median_us"] for row in group if row["status"] == "ok"}
@@ -163,7 +186,7 @@ def calls(rows: list[Row]) -> list[str]:
                     *([f"{alone:.3g}", f"{times[name] - alone:.3g}"] if alone else ["", ""]),
                 ]
                 body.append([f"{case}: {name}", *numbers])
-    return table(["", "us a call", "its kernel", "beside it"], body)
+    return table(["", "us per call", "kernel", "call overhead"], body)
 
 
 def gpu(rows: list[Row]) -> list[str]:
@@ -175,13 +198,13 @@ def gpu(rows: list[Row]) -> list[str]:
         found = [ratio(row for row in group if row["mode"] == mode) for mode in ("forward", "training")]
         if any(found):
             cases = sum(one.cases for one in found if one)
-            body.append([" ".join(key), *(one.speedup if one else "" for one in found), str(cases)])
-    return table(["", "forward", "forward+backward", "cases"], body)
+            body.append([" ".join(key), *(str(one or "") for one in found), str(cases)])
+    return table(["", "forward", "forward + backward", "cases"], body)
 
 
 def features(rows: list[Row]) -> list[str]:
-    """Times the plain function's time in the same run, and in training the memory; torch.nn beside them."""
-    head = ["", "forward", "forward+backward", "kept for backward, MiB", "most beside inputs, MiB"]
+    """Options against the plain function in the same run, and in training the memory; torch.nn next to them."""
+    head = ["", "forward", "forward + backward", "saved for backward, MiB", "peak without inputs, MiB"]
     body = []
     sized = "device", "cell", "dtype", *"TBIHL", "threads"
     for group in by(rows, lambda row: tuple(row[name] for name in sized)).values():
@@ -192,7 +215,7 @@ def features(rows: list[Row]) -> list[str]:
                 mine = [row for (who, how, _), row in found.items() if (who, how) == (name, mode)]
                 last = mine[0] if mine else {}
                 plain = found.get((problems.PLAIN, mode, last.get("run")))
-                times.append(f"{last['median_us'] / plain['median_us']:.2f}" if plain else "")
+                times.append(f"{plain['median_us'] / last['median_us']:.2f}" if plain else "")
             if any(times):
                 memory = [last.get(column) for column in ("saved_bytes", "peak_bytes")]
                 case = f"{group[0]['cell']} {where(group[0])} {group[0]['dtype']}"
@@ -201,8 +224,8 @@ def features(rows: list[Row]) -> list[str]:
 
 
 def kernels(rows: list[Row]) -> list[str]:
-    """Where the time of a step goes: our kernels alone, beside the whole of their case."""
-    head = ["", "plan", "us per step", "floor", "of the floor", "GB/s"]
+    """Where the time of a step goes: our kernels alone, next to the whole of their case."""
+    head = ["", "plan", "us per step", "roofline bound, us", "of the bound", "GB/s"]
     body = []
     for _, group in by(rows, lambda row: (row["run"], *(row[name] for name in results.CASE))).items():
         if not any(row["contender"] in problems.KERNELS for row in group):
@@ -220,8 +243,8 @@ def kernels(rows: list[Row]) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
-    "sources": sources, "cpu": cpu, "products": products, "peers": peers, "calls": calls, "gpu": gpu,
-    "features": features, "kernels": kernels,
+    "overview": overview, "sources": sources, "cpu": cpu, "products": products, "peers": peers, "calls": calls,
+    "gpu": gpu, "features": features, "kernels": kernels,
 }  # fmt: skip
 
 
@@ -248,12 +271,12 @@ def table(head: list[str], body: list[list[str]]) -> list[str]:
 def body(blocks: dict[str, list[str]], figures: list[Path], rows: list[Row]) -> Iterator[str]:
     titles = {
         "sources": "Measured on",
-        "cpu": "CPU: time over torch.nn's, geometric mean (worst case)",
-        "products": "What NumPy can't be faster than: time over torch.nn's, geometric mean (worst case)",
-        "peers": "Beside peers: time over torch.nn's",
-        "calls": "What a call costs beside its kernel",
+        "cpu": "CPU: times as fast as torch.nn, geometric mean (worst case)",
+        "products": "Upper bound for NumPy: times as fast as torch.nn, geometric mean (worst case)",
+        "peers": "Peers: times as fast as torch.nn",
+        "calls": "Call overhead",
         "gpu": "GPU: times as fast as torch.nn, geometric mean (worst case)",
-        "features": "What is around a cell: times the plain function's time",
+        "features": "Cell options: times as fast as the plain function",
         "kernels": "Kernels alone",
     }
     for name, title in titles.items():

@@ -14,17 +14,13 @@ KIND = ("contender", "cell", "dtype", "mode", "threads")
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time over torch.nn's, of several cases; under 1 is faster."""
+    """Time over torch.nn's, of several cases; as text how many times as fast, and in brackets the worst case."""
 
     mean: float  # geometric
     worst: Row
     cases: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ({self.worst['ratio']:.1f})"
-
-    @property
-    def speedup(self) -> str:
         return f"{1 / self.mean:.2f} ({1 / self.worst['ratio']:.2f})"
 
 
@@ -49,9 +45,8 @@ def summary(rows: list[Row]) -> list[str]:
         if found is not None:
             algorithm = found.worst.get("cudnn_algorithm")
             lines.append(
-                f"{' '.join(words)}{f', threads {threads}' if threads else ''}: {found.mean:.2f} of torch.nn's time "
-                f"({1 / found.mean:.2f}x), {found.cases} cases, "
-                f"worst {found.worst['ratio']:.2f} at {where(found.worst)}"
+                f"{' '.join(words)}{f', threads {threads}' if threads else ''}: {1 / found.mean:.2f} times as fast as "
+                f"torch.nn, {found.cases} cases, worst {1 / found.worst['ratio']:.2f} at {where(found.worst)}"
                 + (f" against {algorithm}" if algorithm else "")
             )
     without = Counter(f"{row['contender']}: {row['status']}" for row in rows if row["status"] not in ("ok", "absent"))

@@ -225,9 +225,9 @@ def draw_gru() -> None:
 
 
 def chained_norms(function, x, weights: dict, H: int) -> np.ndarray:
-    """Norms of the gradient that a unit gradient of h_T becomes at every earlier instant; [T+1], index t.
+    """Norms of the gradient that a unit gradient of h_T becomes at every earlier time step; [T+1], index t.
 
-    Each instant is a call of its own, so that its pullback hands the gradient of the state before it.
+    Each time step is a call of its own, so that its pullback passes the gradient of the state before it.
     """
     names = ("h0", "c0") if function is gpu_rnn.lstm else ("h0",)
     state = {name: np.zeros((1, H)) for name in names}
@@ -266,7 +266,7 @@ def draw_gradient_norm(T=100, H=64, I=8) -> None:
         axes[1].semilogy(distance, norms[-2] * kept ** np.maximum(distance - 1, 0), ":", color=color, lw=1)
     axes[1].plot([], [], ":", color="gray", lw=1, label="$\\sigma(b_f)^{\\,k}$")
     for ax, title in zip(axes, ("RNN with tanh", "LSTM, $R$ scaled by 0.5"), strict=True):
-        ax.set(title=title, xlabel="instants back from the loss, $T - t$", ylim=(1e-16, 1e12))
+        ax.set(title=title, xlabel="time steps back from the loss, $T - t$", ylim=(1e-16, 1e12))
         ax.grid(alpha=0.25)
         ax.legend(loc="upper left", fontsize=9, ncols=2)
     axes[0].set_ylabel("norm of the gradient of the state")
@@ -304,7 +304,7 @@ class Adam:
 
 
 def descend(function, p: dict, optimizer: Adam, x: np.ndarray, target: np.ndarray, last_only: bool) -> float:
-    """One update on the mean squared error of v h_t + b at all instants, or at the last. -> the error before it."""
+    """One update on the mean squared error of v h_t + b at all time steps, or at the last. -> the error before it."""
     (y, _), pullback = gpu_rnn.vjp(function, x, p["w_ih"], p["w_hh"], p["b_ih"])
     shown = y[-1:] if last_only else y
     error = (shown @ p["v"].T)[..., 0] + p["b"] - target
@@ -345,19 +345,19 @@ def draw_gates(H=1, updates=1000, T=32) -> None:
     i, f, g, o, c, out = np.array(rows).T
 
     figure, axes = plt.subplots(6, 1, figsize=(9.2, 7.4), sharex=True)
-    instants = np.arange(1, T + 1)
+    steps = np.arange(1, T + 1)
     bit, write, read = x[:, 0].T
     marks = [(write > 0, INK, "write"), (read > 0, BACK, "read")]
-    axes[0].vlines(instants, 0, bit, color="#b6bec7", lw=5)
+    axes[0].vlines(steps, 0, bit, color="#b6bec7", lw=5)
     for chosen, color, label in marks:
-        axes[0].vlines(instants[chosen], 0, bit[chosen], color=color, lw=5, label=label)
+        axes[0].vlines(steps[chosen], 0, bit[chosen], color=color, lw=5, label=label)
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), fontsize=9)
     for ax, values, gate in zip(axes[1:5], (f, i, g, o), "figo", strict=True):
-        ax.step(instants, values, where="mid", color=HUES[gate], lw=1.8)
-        ax.fill_between(instants, values, step="mid", color=HUES[gate], alpha=0.15)
-    axes[5].step(instants, c, where="mid", color=INK, lw=1.5, label="$c_t$")
-    axes[5].plot(instants, out, "o", color=BACK, ms=4, label="output")
-    axes[5].plot(instants, target[:, 0], "o", mfc="none", mec=INK, ms=8, label="target")
+        ax.step(steps, values, where="mid", color=HUES[gate], lw=1.8)
+        ax.fill_between(steps, values, step="mid", color=HUES[gate], alpha=0.15)
+    axes[5].step(steps, c, where="mid", color=INK, lw=1.5, label="$c_t$")
+    axes[5].plot(steps, out, "o", color=BACK, ms=4, label="output")
+    axes[5].plot(steps, target[:, 0], "o", mfc="none", mec=INK, ms=8, label="target")
     axes[5].legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), fontsize=9)
     names = ("bit $x_t$", "forget $f_t$", "input $i_t$", "candidate $g_t$", "output $o_t$", "state")
     for k, (ax, name) in enumerate(zip(axes, names, strict=True)):
@@ -365,8 +365,8 @@ def draw_gates(H=1, updates=1000, T=32) -> None:
         ax.set_ylim((-0.05, 1.1) if k in (1, 2, 4) else (-1.25, 1.25))
         ax.set_yticks([0, 1] if k in (1, 2, 4) else [-1, 0, 1])
         for chosen, color, _ in marks:
-            ax.vlines(instants[chosen], *ax.get_ylim(), color=color, lw=0.7, alpha=0.35, zorder=0)
-    axes[5].set(xlabel="instant $t$", xlim=(0.4, T + 0.6))
+            ax.vlines(steps[chosen], *ax.get_ylim(), color=color, lw=0.7, alpha=0.35, zorder=0)
+    axes[5].set(xlabel="time step $t$", xlim=(0.4, T + 0.6))
     figure.align_ylabels()
     save(figure, "gates")
 

@@ -18,10 +18,10 @@ With OMP_NUM_THREADS=1 on a busy AMD EPYC, without a GPU, in 17 seconds; `--memo
     update  60: an episode is paid 0.99
     update  70: an episode is paid 1.00
     update  80: an episode is paid 1.00
-    a training pass over 128 instants of 16 environments, where 225 episodes begin:
-              one call:   10.80 ms,  1.00 times as long
-    a call per instant:   37.03 ms,  3.43 times as long
-        a call per end:   32.01 ms,  2.96 times as long
+    a training pass over 128 time steps of 16 environments, where 225 episodes begin:
+            one call:   10.80 ms,  3.43 times as fast
+     a call per step:   37.03 ms,  1.00 times as fast
+      a call per end:   32.01 ms,  1.16 times as fast
 """
 
 from collections.abc import Iterator
@@ -190,7 +190,7 @@ def train(updates: int, model: Model) -> tuple[list[float], Rollout]:
 def compare(model: Model, rollout: Rollout, rounds: int = 10) -> None:
     """Time a training pass, forward and backward; the ways in turns, so that a busy machine is as fair to each."""
     ways = {"one call": model}
-    for name, layer in {"a call per instant": CallPerInstant, "a call per end": CallPerEnd}.items():
+    for name, layer in {"a call per step": CallPerInstant, "a call per end": CallPerEnd}.items():
         ways[name] = Model(layer, model.forgetful).to(model.actor.weight.device)
         ways[name].load_state_dict(model.state_dict())
     timers = {
@@ -203,9 +203,9 @@ def compare(model: Model, rollout: Rollout, rounds: int = 10) -> None:
     }
     times = [{name: timer.timeit(1).median for name, timer in timers.items()} for _ in range(rounds)]
     took = {name: 1e3 * median(each[name] for each in times) for name in ways}
-    click.echo(f"a training pass over {T} instants of {B} environments, where {rollout.reset.sum()} episodes begin:")
+    click.echo(f"a training pass over {T} time steps of {B} environments, where {rollout.reset.sum()} episodes begin:")
     for name, ms in took.items():
-        click.echo(f"{name:>18}: {ms:7.2f} ms, {ms / took['one call']:5.2f} times as long")
+        click.echo(f"{name:>16}: {ms:7.2f} ms, {took['a call per step'] / ms:5.2f} times as fast")
 
 
 @click.command(help="\b\n" + __doc__.replace("\n\n", "\n\n\b\n"))  # \b: as it stands

@@ -97,8 +97,8 @@ def cell(
         A class; without step, a decorator that makes one.
 
     Raises:
-        TypeError: what isn't a page: something else than mathematics, a branch on a value, other results. ValueError:
-        wrong numbers of results, an unsuited name, and with `check` a wrong gradient, by the input that it is of.
+        TypeError: step isn't a cell definition: it branches on a value, calls what it may not, or returns other things.
+        ValueError: wrong numbers of results, an unsuited name, or, with `check`, a wrong gradient; names the input.
     """
     if step is None:
         return partial(cell, gates=gates, states=states, units=units, grad=grad, name=name, check=check)

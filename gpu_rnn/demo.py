@@ -216,7 +216,7 @@ def check(device: torch.device, say: Callable) -> None:
     ours_ms, theirs_ms = alternating(lambda: everything(ours, x, h0, c0), lambda: everything(theirs, x, h0, c0))
     say(
         f"forward and backward, float32: gpu_rnn {ours_ms:.2f} ms, torch.nn {theirs_ms:.2f} ms "
-        f"({theirs_ms / ours_ms:.2f} times as long)"
+        f"({theirs_ms / ours_ms:.2f} times as fast)"
     )
 
 

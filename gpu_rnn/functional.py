@@ -30,7 +30,7 @@ NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_
 
 
 class AroundKeywords(TypedDict, total=False):
-    """What every function takes beside its cell's arrays; docs/around.md has the equations, pictures and sources.
+    """What every function takes beside its cell's arrays; docs/modifiers.md has the equations, pictures and sources.
 
     reset: [T, B] bool. Where true, the states of a row are replaced before that instant, and no gradient crosses.
     reset_state: what by, one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.

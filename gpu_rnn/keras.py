@@ -7,8 +7,9 @@
     gpu_rnn.keras.save(layer, keras_layer)  # or "layer.keras", "layer.h5", "layer.weights.h5"
     stack = gpu_rnn.keras.weights("model.keras")  # as NumPy arrays, without torch
 
-Files are read without Keras, and written with it. Gate orders and biases, of Keras and of here: docs/exchange.md; the
-definition: https://keras.io/api/layers/recurrent_layers/ and Keras's source, keras/src/layers/rnn.
+Files are read without Keras, and written with it. Gate orders and biases, of Keras and of here:
+docs/importing_weights.md; the definition: https://keras.io/api/layers/recurrent_layers/ and Keras's source,
+keras/src/layers/rnn.
 """
 
 import warnings

@@ -362,8 +362,8 @@ class LSTM(RecurrentLayer):
         hx: (h0 [L*D, B, P], c0 [L*D, B, H]), without B for a single sequence; zeros when None.
 
     Returns:
-        y [T, B, D*P], forward before reverse, in the layout of the input; and (hT, cT) in the shapes of (h0, c0): what
-        each layer and direction ended with, for packed input at every sequence's own end.
+        y [T, B, D*P], forward before reverse, in the layout of the input; and (hT, cT) in the shapes of (h0, c0), with
+        which each layer and direction ended, for packed input at every sequence's own end.
 
     Raises:
         ShapeError: shapes that don't fit, T = 0, wrong batch sizes of packed input; both a ValueError and a

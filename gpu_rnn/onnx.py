@@ -6,7 +6,7 @@
     gpu_rnn.onnx.save(layer, "layer.onnx")
     stack = gpu_rnn.onnx.weights("model.onnx")  # the same as NumPy arrays, without torch
 
-Gate orders and biases, of ONNX and of here: docs/exchange.md. The operators' definition:
+Gate orders and biases, of ONNX and of here: docs/importing_weights.md. The operators' definition:
 https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
 """
 

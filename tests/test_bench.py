@@ -555,7 +555,7 @@ def test_a_run_on_the_command_line(tmp_path, capsys):
         if one["status"] == "ok":
             assert one["error"] < 1e-5
             assert one["us_per_step"] == pytest.approx(one["median_us"] / 4, rel=1e-4)
-    assert "of torch.nn's time" in capsys.readouterr().out
+    assert "times as fast as torch.nn" in capsys.readouterr().out
 
 
 def test_what_was_measured_before_ctrl_c_is_kept(tmp_path, monkeypatch, capsys):
@@ -586,22 +586,27 @@ def test_report(tmp_path, capsys):
                 results.append(tmp_path / "results" / "x.csv", row(name, case, us=H * 10.0, ratio=ratio, plan=plan))
     for name, us in ((problems.PLAIN, 100.0), ("ours, reset", 150.0), ("cuda forward step", 20.0)):
         results.append(tmp_path / "results" / "x.csv", row(name, TRAINING, us=us, ratio=None, saved_bytes=1 << 20))
-    readme = tmp_path / "README.md"
+    readme, other = tmp_path / "README.md", tmp_path / "benchmarks.md"
+    other.write_text("<!-- bench:cpu -->\n<!-- /bench -->\n")
     readme.write_text(
-        "a\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nb\n<!-- bench:maps -->\n<!-- /bench -->\nc\n"
+        "a\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nb\n<!-- bench:overview -->\n<!-- /bench -->\nc\n"
         "<!-- bench:features -->\n<!-- /bench -->\n<!-- bench:kernels -->\n<!-- /bench -->\n"
     )
-    given = ["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "out"), "--readme", str(readme)]
+    (tmp_path / "published").mkdir()
+    given = ["report", "--results", tmp_path / "results", "--out", tmp_path / "out", "--document", readme, other]
+    given = [*map(str, given), "--publish", str(tmp_path / "published")]
     assert command.main(given) == 0
     assert str(readme) in capsys.readouterr().out
     text = readme.read_text()
-    assert "| lstm | 0.50 (0.5), 3 of 27 | 0.50 (0.5), 3 of 27 |" in text
+    assert "| lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in text
+    assert "| lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in other.read_text()
+    assert "| NumPy, 1 thread: lstm float32 | 2.00 (2.00) | 2.00 (2.00) |  | 6 |" in text
     assert "old" not in text
-    assert "](out/" in text
-    assert "| lstm T=3 B=2 H=5 float32: ours, reset |  | 1.50 | 1 | 1 |" in text
+    assert "| lstm T=3 B=2 H=5 float32: ours, reset |  | 0.67 | 1 | 1 |" in text
     assert "| lstm training T=3 B=2 H=5 float32: cuda forward step |  | 6.67 |" in text
     (steps,) = (tmp_path / "out").glob("*-steps.svg")
     assert "cluster | grid" in steps.read_text()
+    assert (tmp_path / "published" / "steps_cpu.svg").read_text() == steps.read_text()
     page = (tmp_path / "out" / "benchmarks.html").read_text()
     assert "<svg" in page
     assert "src=" not in page, "it needs nothing else"
@@ -618,7 +623,7 @@ def reported(tmp_path, *rows, blocks=("cpu", "products", "peers", "calls", "sour
     (tmp_path / "results").mkdir()
     for one in rows:
         results.append(tmp_path / "results" / "x.csv", one)
-    readme, given = tmp_path / "README.md", {"results": "results", "out": "out", "readme": "README.md"}
+    readme, given = tmp_path / "README.md", {"results": "results", "out": "out", "document": "README.md"}
     readme.write_text("".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in blocks))
     command.main(["report", *(word for name, path in given.items() for word in (f"--{name}", str(tmp_path / path)))])
     return dict(re.findall(r"<!-- bench:(\w+) -->\n(.*?)\n<!-- /bench -->", readme.read_text(), re.S))
@@ -632,7 +637,7 @@ def test_a_report_is_of_the_machine_measured_last(tmp_path):
     old.write_text(f"<svg>{plots.CREATOR}</svg>")
     foreign.write_text("<svg/>")
     found = reported(tmp_path, row(case=case, ratio=0.5), earlier, row(case=replace(case, H=32, I=32), ratio=0.5))
-    assert "| lstm | 0.50 (0.5), 2 of 27 |" in found["cpu"]
+    assert "| lstm | 2.00 (2.00), 2 of 27 |" in found["cpu"]
     assert "another" not in found["sources"]
     assert "another" in (tmp_path / "out" / "benchmarks.html").read_text()
     assert foreign.exists()
@@ -643,7 +648,7 @@ def test_peers_that_are_absent_are_named(tmp_path):
     case = Case("lstm", 32, 8, 128, 128)
     absent = row(problems.HASTE, case, ratio=None) | {"status": "absent", "median_us": None, "note": "not installed"}
     found = reported(tmp_path, row(NN, case, ratio=1.0), row(case=case), row(problems.EAGER, case, ratio=3.0), absent)
-    assert "| lstm forward T=32 B=8 H=128 float32, threads 1 | 0.50 | 3.00 |" in found["peers"]
+    assert "| lstm forward T=32 B=8 H=128 float32, threads 1 | 2.00 | 0.33 |" in found["peers"]
     assert "- Haste: not installed." in found["peers"]
 
 
@@ -659,7 +664,7 @@ def test_products_alone_are_held_against_ours(tmp_path):
     whole = [row(case=replace(CASE, B=B), ratio=r) for B, r in ((1, 0.4), (8, 0.9))]
     alone = [row(problems.PRODUCTS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
     found = reported(tmp_path, *whole, *alone)["products"]
-    assert "threads 1 | 0.60 (0.9) | 0.40 (0.8) | 2 |" in found  # without the case that ours has no time for
+    assert "threads 1 | 1.67 (1.11) | 2.50 (1.25) | 2 |" in found  # without the case that ours has no time for
 
 
 # ---- the visit to a GPU machine -------------------------------------------------------------------------------------

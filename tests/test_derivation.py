@@ -661,7 +661,7 @@ def test_the_links_exist():
 def test_the_figures_exist():
     shown = set(re.findall(r"!\[[^\]]+\]\(figures/([^)]+)\)", TEXT))
     there = {path.name: path.stat().st_size for path in (DOCUMENT.parent / "figures").iterdir()}
-    assert shown == set(there)
+    assert shown <= set(there)
     assert max(there.values()) < 150_000
 
 

@@ -115,6 +115,6 @@ def test_the_command_line():
     command = [sys.executable, FILE, "--updates", "2", "--device", "cpu"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert re.fullmatch(r"update   2: an episode is paid 0\.\d\d", lines[0])
-    assert re.fullmatch(r"a training pass over 128 instants of 16 environments, where \d+ episodes begin:", lines[1])
-    assert [line.split(":")[0].strip() for line in lines[2:]] == ["one call", "a call per instant", "a call per end"]
-    assert all(re.search(r": +\d+\.\d\d ms, +\d+\.\d\d times as long$", line) for line in lines[2:])
+    assert re.fullmatch(r"a training pass over 128 time steps of 16 environments, where \d+ episodes begin:", lines[1])
+    assert [line.split(":")[0].strip() for line in lines[2:]] == ["one call", "a call per step", "a call per end"]
+    assert all(re.search(r": +\d+\.\d\d ms, +\d+\.\d\d times as fast$", line) for line in lines[2:])

@@ -1,4 +1,4 @@
-"""docs/around.md is true: its Python runs, and every keyword that it names is there."""
+"""docs/modifiers.md is true: its Python runs, and every keyword that it names is there."""
 
 import inspect
 import re
@@ -8,14 +8,14 @@ import torch
 
 from gpu_rnn import functional, layers
 
-TEXT = (Path(__file__).parents[1] / "docs" / "around.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "modifiers.md").read_text(encoding="utf-8")
 
 
 def test_its_python_runs():
     names = {}
     with torch.random.fork_rng():
         for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
-            exec(compile(block, "docs/around.md", "exec"), names)
+            exec(compile(block, "docs/modifiers.md", "exec"), names)
 
 
 def test_it_names_every_keyword():
