@@ -36,28 +36,28 @@ struct Rows {
     template <int AREA>
     DEVICE void load(void* area, const SCALAR* R, bool of_input, int H, int rank, int warp, int lane) {
         constexpr int MOST = AREA / (WARPS * 512), CHUNK = MOST < IN_REGISTERS ? MOST : IN_REGISTERS;
-        static_assert(IN_REGISTERS == 0 || MOST > 0, "a fragment of each warp fits");
         uint4* staged = static_cast<uint4*>(area) + warp * CHUNK * 32 + lane;  // read back by this very lane, as is
         shared += warp * SETS * IN_SHARED * 32 + lane;
 #pragma unroll
         for (int r = 0; r < SETS; ++r) {
 #pragma unroll
-            for (int first = 0; first < IN_REGISTERS; first += CHUNK) {
+            for (int j = 0; CHUNK == 0 && j < IN_REGISTERS; ++j)  // few: straight to registers
+                keep(held[r][j], read(R, of_input, H, rank, warp, lane, r, j));
+#pragma unroll
+            for (int first = 0; CHUNK > 0 && first < IN_REGISTERS; first += CHUNK > 0 ? CHUNK : 1) {
 #pragma unroll 4
                 for (int j = 0; j < CHUNK; ++j)
                     if (first + j < IN_REGISTERS) staged[j * 32] = read(R, of_input, H, rank, warp, lane, r, first + j);
 #pragma unroll
-                for (int j = 0; j < CHUNK && first + j < IN_REGISTERS; ++j) {
-                    const uint4 a = staged[j * 32];
-                    unsigned* to = held[r][first + j];
-                    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
-                }
+                for (int j = 0; j < CHUNK && first + j < IN_REGISTERS; ++j) keep(held[r][first + j], staged[j * 32]);
             }
 #pragma unroll 4
             for (int j = 0; j < IN_SHARED; ++j)
                 shared[(r * IN_SHARED + j) * 32] = read(R, of_input, H, rank, warp, lane, r, IN_REGISTERS + j);
         }
     }
+
+    DEVICE static void keep(unsigned to[4], uint4 a) { to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w; }
 
     // This lane's part of k tile j of row set r. Operand columns run over blocks, values, units of the block; a k tile
     // has one value's.
