@@ -32,8 +32,10 @@ NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_
 class AroundKeywords(TypedDict, total=False):
     """What every function takes beside its cell's arrays; docs/around.md has the equations, pictures and sources.
 
-    reset: [T, B] bool. Where true, the states of a row are replaced before that instant, and no gradient crosses.
-    reset_state: what by, one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
+    reset: [T, B] bool. Where true, x[t] is the first of an episode of its row: nothing of x[:t] reaches y[t:], or in
+        reverse nothing of x[t:] reaches y[:t], and no gradient crosses.
+    reset_state: states that enter an episode in the place of those of the one before, with reverse=True of the one
+        after: one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
     lengths: [B] integers on the device of x, 0 allowed, in any order. Instants from there on leave the states as they
         are and have outputs 0 and gradients 0; in reverse the row starts at its end.
     starts: [B] integers; so do the instants before.
@@ -261,7 +263,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     initial = {label: given[label] for label in first_states(cell)}
     options = Options(**{field: given[field] for field in Options._fields if field in given})
     options, around = wanted(options, given["around"], KEYWORDS[function])
-    applied = apply(name, given["x"], weights, around)
+    applied = apply(name, given["x"], weights, around, options.reverse)
     called = applied.x, applied.weights
     backend, problem, state = prepared(applied.name, *called, (*initial.values(),), options, not options.recompute)
     y, after, tape = dispatch.forward(backend, problem, *called, state)
@@ -326,7 +328,7 @@ def sequence(
     tensors = arrays.library(x, "x") == "torch"
     if tensors:
         from . import autograd  # first: torch.compile then knows what it needn't look into
-    applied = apply(name, x, weights, around)
+    applied = apply(name, x, weights, around, options.reverse)
     if tensors:
         y, after = autograd.sequence(applied.name, applied.x, applied.weights, state, options)
     else:

@@ -293,7 +293,8 @@ class Recurrent(nn.Module):
             given = [cast(x, self._weights(suffix), state) for suffix, state in zip(suffixes, states)]
             return self._sequences(self.page, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
         applied = [
-            self._applied(x, suffix, state, call, first + k) for k, (suffix, state) in enumerate(zip(suffixes, states))
+            self._applied(x, suffix, state, call, first + k, reverse=k > 0)
+            for k, (suffix, state) in enumerate(zip(suffixes, states))
         ]
         directions = [Direction(made.x, made.weights, state, k > 0) for k, (made, state) in enumerate(applied)]
         found = self._sequences(applied[0][0].name, directions, options)
@@ -342,7 +343,7 @@ class Recurrent(nn.Module):
         raise NotImplementedError
 
     def _applied(
-        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int
+        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int, *, reverse: bool
     ) -> tuple[Applied, Sequence[Tensor | None]]:
         """What is asked for around the cell, in layer and direction number k; and its first states."""
         weights, own = self._weights(suffix), self._own(suffix)
@@ -367,7 +368,7 @@ class Recurrent(nn.Module):
             recurrent_dropout_on=self.recurrent_dropout_on,
             layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
-        return apply(self.page, x, weights, around), state
+        return apply(self.page, x, weights, around, reverse), state
 
     def _options(self, call: Call) -> Options:
         return Options(False, self.backend, self.precision, call.return_states, self.recompute, bitwise=self.bitwise)

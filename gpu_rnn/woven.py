@@ -1,6 +1,7 @@
 """What a call asks for around its cell, as a woven cell (`gpu_rnn.kernels.weave`) and the arrays that this cell takes.
 
-    reset       before an instant the states of a row become the reset state: an episode has ended
+    reset       x[t] is the first of an episode: the states that enter it, in reverse those that enter the time step
+                before it, are the reset state
     lengths     outside of starts[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
     recurrent_dropout
                 of what the recurrent weights see, or of what is written into the state, one mask for a sequence
@@ -96,7 +97,7 @@ def page(name: str, **options: Any) -> Page:
     return Page(cell.name, cell.G, cell.gates, cell.states, cell.units, cell.together, cell.uniforms)
 
 
-def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
+def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) -> Applied:
     """Errors repeat the shapes. An `around` that asks for nothing costs nothing."""
     if around is PLAIN:
         return Applied(name, x, weights, None, {})
@@ -133,7 +134,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
     flags = None
     if around.reset is not None:
         fitting("reset", around.reset, [(T, B)], x, "bool")
-        options["reset"], flags = True, raised(around.reset, 0)
+        options["reset"], flags = True, raised(entering(around.reset, valid, reverse), 0)
     if around.reset_state is not None:
         if around.reset is None:
             raise ValueError("reset_state is given, but reset, which says when it is taken, is None")
@@ -182,6 +183,18 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
 def raised(flag: Any, bit: int) -> Any:
     """A flag [T, B] in its bit."""
     return arrays.converted(flag != 0, "uint8") << bit
+
+
+def entering(reset: Any, valid: Any, reverse: bool) -> Any:
+    """[T, B], true at the time steps that the reset state enters: the first one of an episode, in reverse the last.
+
+    Which is known where another episode follows: the last time step of x is entered by the first states in reverse.
+    """
+    if not reverse:
+        return reset
+    if valid is not None:  # an episode that begins in the padding doesn't end the one before it
+        reset = reset & valid[..., 0]
+    return arrays.concatenate([reset[1:], arrays.zeros((1, reset.shape[1]), like=reset)], 0)
 
 
 def within(starts: Any, lengths: Any, x: Any) -> Any:

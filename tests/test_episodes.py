@@ -1,0 +1,106 @@
+"""`reset`: nothing goes from one episode to another, in either direction. Each is what torch.nn makes of it alone."""
+
+import numpy as np
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn.backends import cuda, numpy, sequence
+from gpu_rnn.problem import Direction
+
+from . import episodes, on_host
+from .around import LAYERS, inputs, layer
+from .host import runtime
+from .test_residence import DEVICES
+
+SHAPES = {
+    "one": {},
+    "both directions": {"bidirectional": True},
+    "stacked": {"num_layers": 2},
+    "stacked, both directions": {"num_layers": 2, "bidirectional": True},
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_call = pytest.mark.parametrize("call", episodes.CALLS)
+
+
+@every_layer
+@every_shape
+@every_call
+def test_every_episode_is_as_if_it_were_alone(name, shape, call):
+    made = layer(name, **SHAPES[shape])
+    episodes.check(made, *inputs(made, episodes.CALLS[call]))
+
+
+@pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
+@pytest.mark.parametrize(("name", "call"), [("lstm", "padded"), ("gru", "plain"), ("relu", "reset_state")])
+def test_on_cuda_kernels(name, call, monkeypatch):
+    """On the host runtime, in the place of NumPy."""
+
+    def forward(cell, x, weights, state, *, reverse, tf32, save, bitwise=False):
+        assert "reset" in cell.name
+        walk = partial_walk(cuda.walk)
+        (found,) = sequence.forwards(walk, cell, [Direction(x, weights, state, reverse)], tf32=tf32, save=save)
+        return found
+
+    def backward(cell, x, weights, state, y, tape, dy, dlast, dhistory=(), *, reverse, tf32, needs):
+        recorded, direction = (y, tape, dy, dlast, dhistory), Direction(x, weights, state, reverse)
+        walk = partial_walk(cuda.walk_back)
+        (found,) = sequence.backwards(walk, cell, [direction], [recorded], tf32=tf32, needs=[needs])
+        return found
+
+    def partial_walk(walk):
+        return lambda *given: walk(on_host.ready, DEVICES["h200"], *given)
+
+    monkeypatch.setattr(numpy, "forward", forward)
+    monkeypatch.setattr(numpy, "backward", backward)
+    made = layer(name, bidirectional=True, dtype=torch.float32)
+    episodes.check(made, *inputs(made, episodes.CALLS[call]))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_of_functions_and_arrays_of_numpy(kind):
+    made = layer(kind, bidirectional=True)
+    x, hx, _ = inputs(made)
+    theirs = episodes.twin(made)
+    wanted, _ = episodes.by_episodes(made, theirs, x, zeros(hx))
+    weights = [p.detach().numpy() for p in made.parameters()][4:]  # those in reverse
+    y, *_ = getattr(gpu_rnn, kind)(x.detach().numpy(), *weights, reset=episodes.RESET.numpy(), reverse=True)
+    np.testing.assert_allclose(y, wanted[..., 4:].detach().numpy(), rtol=1e-10, atol=1e-11)
+
+
+def zeros(hx):
+    return tuple(map(torch.zeros_like, hx)) if isinstance(hx, tuple) else torch.zeros_like(hx)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_under_torch_compile(dynamic):
+    made = layer("gru", bidirectional=True)
+    x, hx, call = inputs(made, ["reset_state"])
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    y, last = compiled(x, hx, reset=episodes.RESET, **call)
+    wanted = episodes.by_episodes(made, episodes.twin(made), x, hx, **call)
+    torch.testing.assert_close((y, last), wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("t", [0, 5])
+def test_nan_stays_in_its_episode(t):
+    """Of the first of two, or of the second."""
+    made = layer("lstm", bidirectional=True)
+    x, hx, _ = inputs(made)
+    reset = torch.zeros(6, 3, dtype=torch.bool)
+    reset[3] = True
+    bad = x.detach().clone()
+    bad[t] = float("nan")
+    clean = slice(3, None) if t == 0 else slice(3)
+    assert torch.equal(made(bad, hx, reset=reset)[0][clean], made(x, hx, reset=reset)[0][clean])
+
+
+def test_one_time_step_and_none_of_a_row():
+    made = layer("gru", bidirectional=True)
+    x, hx, _ = inputs(made)
+    y, last = made(x[:1], hx, reset=torch.ones(1, 3, dtype=torch.bool))
+    first = torch.stack([torch.zeros_like(hx[0]), hx[1]])  # forward an episode begins, in reverse x ends
+    torch.testing.assert_close((y, last), episodes.twin(made)(x[:1], first), rtol=1e-10, atol=1e-11)
+    _, last = made(x, hx, reset=torch.ones(6, 3, dtype=torch.bool), lengths=torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(last, hx)
