@@ -2,7 +2,6 @@
 `inspect` shows what happens in the cell."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
@@ -403,7 +402,14 @@ def as_ours(layer: Any) -> Any:
         raise TypeError(f"expected a recurrent layer or a function of gpu_rnn, or a layer of torch.nn; got {layer!r}")
     if is_wrapped(layer):
         raise TypeError(f"{layer!r} has a forward of its own, assigned to the instance, which can't be looked into")
-    return replace_(copy(layer))
+    return replace_(shallow(layer))
+
+
+def shallow(module: Any) -> Any:
+    """A copy of a torch.nn.Module on the same parameters. copy.copy refuses one that is parametrized."""
+    own = type(module).__new__(type(module))
+    own.__dict__ |= vars(module)
+    return own
 
 
 def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Episodes within a batch, and what torch.nn makes of every one of them alone: the judge of `reset`."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ def by_episodes(made, theirs, x, hx, *, reset=RESET, reset_state=None, lengths=N
         cuts = [start, *(t for t in range(start + 1, end) if reset[t, b]), end]
         forward = torch.tensor([k % D == 0 for k in range(len(first[0]))])[:, None]
         y, after = [x.new_zeros(start, D * (made.proj_size or made.hidden_size))], []
-        for n, (begin, stop) in enumerate(zip(cuts, cuts[1:])):
+        for n, (begin, stop) in enumerate(pairwise(cuts)):
             cut = torch.tensor([(n > 0) or bool(reset[start, b]), n < len(cuts) - 2])  # forward, in reverse
             entering = [torch.where(torch.where(forward, *cut), r, s) for r, s in zip(instead, first)]
             out, last = theirs(x[begin:stop, b], as_hx(entering))

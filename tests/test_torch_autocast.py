@@ -39,10 +39,10 @@ def test_graphs_of_calls_in_turn_keep_the_weights_once(kind):
     made = gpu_rnn.LSTM(3, 4, num_layers=2) if kind == "stack" else getattr(gpu_rnn, kind)(3, 4)
     x, hx, saved = torch.randn(6, 2, 3), None, []
     sizes = {parameter.shape for parameter in made.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t.detach(), lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            for step in x:
-                hx = made(step, hx) if kind == "LSTMCell" else made(step[None], hx)[1]
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t.detach(), lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        for step in x:
+            hx = made(step, hx) if kind == "LSTMCell" else made(step[None], hx)[1]
     weights = [tensor for tensor in saved if tensor.shape in sizes]
     assert {tensor.data_ptr() for tensor in weights} == {parameter.data_ptr() for parameter in made.parameters()}
 
