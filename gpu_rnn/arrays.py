@@ -80,6 +80,26 @@ def words(kind: type, _shape: Any, dtype: Any, device: Any) -> tuple[str, str, s
     return library_of(kind), str(dtype).removeprefix("torch."), str(device)
 
 
+def readable(array: Any) -> bool:
+    """Whether Python may read the values of an array on a CPU: they are there, and nothing of torch's looks on."""
+    if library(array) != "torch":
+        return True
+    torch = module("torch")
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if isinstance(array, torch._subclasses.FakeTensor):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
+def ensured(condition: Any, message: str) -> None:
+    """A RuntimeError where a tensor on a CPU is false, once the program runs that this is traced for. torch.func has no
+    such check."""
+    torch = module("torch")
+    if not torch._C._are_functorch_transforms_active():
+        torch._assert_async(condition, message)
+
+
 def zeros(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     """A new array of zeros, of the library and device of `like`, and of its dtype unless another is named."""
     kind = library(like)

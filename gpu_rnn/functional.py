@@ -36,9 +36,10 @@ class AroundKeywords(TypedDict, total=False):
         reverse nothing of x[t:] reaches y[:t], and no gradient crosses.
     reset_state: states that enter an episode in the place of those of the one before, with reverse=True of the one
         after: one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
-    lengths: [B] integers on the device of x, 0 allowed, in any order. Instants from there on leave the states as they
-        are and have outputs 0 and gradients 0; in reverse the row starts at its end.
-    starts: [B] integers; so do the instants before.
+    lengths: [B] integers in [0, T], on the device of x, in any order. Time steps from there on leave the states as they
+        are and have outputs 0 and gradients 0; in reverse the row starts at its end. On a CPU a number outside is a
+        ShapeError, and a RuntimeError within torch.compile; on a GPU, which no call waits for, it is clamped.
+    starts: [B] integers in [0, T]; so do the time steps before.
     zoneout: probability by which a state stays what it was, one per state or one for all (Krueger et al. 2017).
     recurrent_dropout: probability of a zero in what the recurrent weights see, one mask for the sequence (Gal &
         Ghahramani 2016); what is left is scaled by 1 / (1 - p).

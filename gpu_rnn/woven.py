@@ -172,7 +172,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
         if around.training:
             seed = seeded(around.seed, x, "zoneout")
     woven = page(name, **options)
-    stacked = together(units, B) if units else None
+    stacked = together(units) if units else None
     weights = weights._replace(units=stacked, flags=flags, seed=seed if woven.uniforms else None)
     return Applied(woven.name, x, weights, valid, parts)
 
@@ -203,10 +203,24 @@ def within(starts: Any, lengths: Any, x: Any) -> Any:
     t, valid = arrays.counted(T, like=x)[:, None], None
     for label, bound in (("starts", starts), ("lengths", lengths)):
         if bound is not None:
-            fitting(label, bound, [(B,)], x, *INTEGERS)
+            check_bound(label, bound, (B,), T, x)
             inside = t >= bound[None] if label == "starts" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
+
+
+def check_bound(label: str, bound: Any, sizes: tuple[int, ...], T: int, x: Any) -> None:
+    """An error for what isn't integers of these sizes, and on a CPU for what isn't in [0, T].
+
+    A look at a GPU's would wait for it. There what is less than 0 or more than T counts as that.
+    """
+    fitting(label, bound, [sizes], x, *INTEGERS)
+    if arrays.device(bound) != "cpu":
+        return
+    if not arrays.readable(bound):
+        arrays.ensured(((bound >= 0) & (bound <= T)).all(), f"{label} must be in [0, T]")
+    elif 0 not in sizes and not 0 <= int(bound.min()) <= int(bound.max()) <= T:
+        raise ShapeError(f"{label} is {bound.tolist()}; expected integers in [0, T] = [0, {T}], with x {shape(x)}")
 
 
 # ---- layer normalization --------------------------------------------------------------------------------------------
@@ -256,9 +270,9 @@ def padded(array: Any, H: int) -> Any:
     return array if N == H else arrays.concatenate([array, arrays.zeros((R, H - N), like=array)], 1)
 
 
-def together(units: Sequence[Any], B: int) -> Any:
-    """Arrays [R, H] -> [n, R, H], each repeated if there is one that isn't the same for all rows."""
-    R = max(array.shape[0] for array in units)
+def together(units: Sequence[Any]) -> Any:
+    """Arrays [R, H] -> [n, R, H], each repeated if there is one that isn't the same for all rows, be there none."""
+    R = next((array.shape[0] for array in units if array.shape[0] != 1), 1)
     return arrays.stack([array if array.shape[0] == R else arrays.repeated(array, R) for array in units], 0)
 
 

@@ -5,8 +5,6 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, numpy, sequence
-from gpu_rnn.problem import Direction
 
 from . import episodes, on_host
 from .around import LAYERS, inputs, layer
@@ -35,25 +33,7 @@ def test_every_episode_is_as_if_it_were_alone(name, shape, call):
 @pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize(("name", "call"), [("lstm", "padded"), ("gru", "plain"), ("relu", "reset_state")])
 def test_on_cuda_kernels(name, call, monkeypatch):
-    """On the host runtime, in the place of NumPy."""
-
-    def forward(cell, x, weights, state, *, reverse, tf32, save, bitwise=False):
-        assert "reset" in cell.name
-        walk = partial_walk(cuda.walk)
-        (found,) = sequence.forwards(walk, cell, [Direction(x, weights, state, reverse)], tf32=tf32, save=save)
-        return found
-
-    def backward(cell, x, weights, state, y, tape, dy, dlast, dhistory=(), *, reverse, tf32, needs):
-        recorded, direction = (y, tape, dy, dlast, dhistory), Direction(x, weights, state, reverse)
-        walk = partial_walk(cuda.walk_back)
-        (found,) = sequence.backwards(walk, cell, [direction], [recorded], tf32=tf32, needs=[needs])
-        return found
-
-    def partial_walk(walk):
-        return lambda *given: walk(on_host.ready, DEVICES["h200"], *given)
-
-    monkeypatch.setattr(numpy, "forward", forward)
-    monkeypatch.setattr(numpy, "backward", backward)
+    on_host.in_place_of_numpy(monkeypatch, DEVICES["h200"])
     made = layer(name, bidirectional=True, dtype=torch.float32)
     episodes.check(made, *inputs(made, episodes.CALLS[call]))
 
