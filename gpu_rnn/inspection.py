@@ -201,9 +201,8 @@ def problem(
     device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
 ) -> Problem:  # fmt: skip
     """A Problem, with its sizes and words checked."""
-    for letter, size in zip("TBIHP", (T, B, I, H, P)):
-        if size is not None:
-            check_size(letter, size)
+    sizes = zip("TBIHP", (T, B, I, H, P))
+    T, B, I, H, P = (size if size is None else check_size(letter, size) for letter, size in sizes)
     if P is not None and P >= H:
         raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
     if P is not None and cell.name == "gru":
@@ -223,9 +222,10 @@ def problem(
     return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32)
 
 
-def check_size(name: str, size: Any, where: str = "") -> None:
+def check_size(name: str, size: Any, where: str = "") -> int:
     if not isinstance(size, (int, np.integer)) or size < 1:
         raise ShapeError(f"{name} has the size {size!r}{where}; sizes are whole numbers, 1 or larger")
+    return int(size)  # NumPy's may be small
 
 
 # ---- what happens inside --------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Inspection(Mapping[str, np.ndarray]):
         H = self.recorded[self.cell.gates[0] + ending].shape[2]
         if units is None:
             return range(H)
-        if isinstance(units, int):
+        if isinstance(units, (int, np.integer)):
             if not 1 <= units <= H:
                 raise ValueError(f"{units} units of a layer of {H}")
             memory = self.recorded[self.cell.states[-1] + ending][:, row]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -54,11 +55,11 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
         raise TypeError(f"stream takes a layer, not a cell: {layer!r}")
     if layer.bidirectional:
         raise ValueError(f"a stream goes from the past to the future, but the layer is bidirectional: {layer!r}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
         raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
     layer = frozen(layer)
     layer.training = False
-    return Stream(layer, batch)
+    return Stream(layer, int(batch))
 
 
 class Stream:
