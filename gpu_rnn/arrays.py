@@ -162,9 +162,9 @@ def of_torch(name: str) -> Callable:
 TORCH_OPERATIONS: Mapping[str, Callable] = OPERATIONS | {
     **{name: of_torch(name) for name in ("sigmoid", "tanh", "exp", "log", "rsqrt")},
     # NaN wins; where both are equal the gradient is the second's
-    "maximum": lambda a, b: module("torch").where(a <= b, b, a),
+    "maximum": lambda a, b: module("torch").where((a > b) | (a != a), a, b),
     "mean": lambda a: a.mean(-1, keepdim=True),
-    "positive": lambda a: (a > 0).to(a.dtype),
+    "positive": lambda a: (a <= 0).logical_not().to(a.dtype),
     "where": lambda condition, a, b: torch_where(condition, a, b),
 }
 

@@ -7,6 +7,7 @@ from itertools import cycle
 
 import numpy as np
 
+from gpu_rnn import plans
 from gpu_rnn.backends import cuda, numpy, sequence, stepwise
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda.launch import Launch, Unit
@@ -66,6 +67,8 @@ def in_place_of_numpy(monkeypatch, device) -> None:
         (found,) = sequence.backwards(walk, cell, [direction], [recorded], tf32=tf32, needs=[needs])
         return found
 
+    monkeypatch.delattr(numpy, "LAYERED")
+    monkeypatch.setattr(plans, "PLANS", {})  # which were made of what NumPy takes
     for function in (forward, backward, sequence.history, sequence.factors):
         monkeypatch.setattr(numpy, function.__name__, function)
 

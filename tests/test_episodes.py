@@ -63,16 +63,16 @@ def test_under_torch_compile(dynamic):
     torch.testing.assert_close((y, last), wanted, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("t", [0, 5])
+@pytest.mark.parametrize("t", [2, 3])
 def test_nan_stays_in_its_episode(t):
-    """Of the first of two, or of the second."""
+    """Of the first of two, which ends there, or of the second, which begins."""
     made = layer("lstm", bidirectional=True)
     x, hx, _ = inputs(made)
     reset = torch.zeros(6, 3, dtype=torch.bool)
     reset[3] = True
     bad = x.detach().clone()
     bad[t] = float("nan")
-    clean = slice(3, None) if t == 0 else slice(3)
+    clean = slice(3, None) if t == 2 else slice(3)
     assert torch.equal(made(bad, hx, reset=reset)[0][clean], made(x, hx, reset=reset)[0][clean])
 
 
