@@ -123,6 +123,10 @@ def converted(array: Any, dtype: str) -> Any:
     return array.to(getattr(module("torch"), dtype)) if library(array) == "torch" else array.astype(dtype)
 
 
+def copied(array: Any) -> Any:
+    return array.clone() if library(array) == "torch" else array.copy()
+
+
 def stack(many: Any, axis: int) -> Any:
     return module(library(many[0])).stack(tuple(many), axis)
 

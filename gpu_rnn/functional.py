@@ -248,7 +248,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
 
     `pullback` takes gradients in the structure of the outputs, any of them None for zero, as often as one likes, and
     gives one for every array that the function was given, by argument name and in its shape; for `reset_state` a tuple,
-    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none.
+    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none. What
+    was given, and y, are kept and not copied: leave them as they are until the last pullback.
     """
     if function not in KEYWORDS:
         raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")

@@ -50,9 +50,12 @@ class Applied(NamedTuple):
         return y if self.valid is None else arrays.operations(y)["where"](self.valid, y, 0.0)
 
     def results(self, y: Any, after: Sequence[Any], S: int, history: bool) -> tuple[Any, ...]:
-        """y, the S states after; with a history also the states after every instant, y being that of the first."""
+        """y, the S states after; with a history also the states after every time step, the first a copy of y.
+
+        A caller who writes to one result changes no other.
+        """
         y, last = self.shown(y), tuple(after[:S])
-        return (y, last, (y, *map(self.shown, after[S:]))) if history else (y, last)
+        return (y, last, (arrays.copied(y), *map(self.shown, after[S:]))) if history else (y, last)
 
     def pulled(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """The gradients of x and of the given arrays, from those of what is called."""
