@@ -201,8 +201,9 @@ def problem(
     device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
 ) -> Problem:  # fmt: skip
     """A Problem, with its sizes and words checked."""
-    sizes = zip("TBIHP", (T, B, I, H, P))
-    T, B, I, H, P = (size if size is None else check_size(letter, size) for letter, size in sizes)
+    given = zip("TBIHP", (T, B, I, H, P))
+    sizes = {letter: check_size(letter, size) for letter, size in given if size is not None}
+    T, B, H, I, P = sizes["T"], sizes["B"], sizes["H"], sizes.get("I"), sizes.get("P")
     if P is not None and P >= H:
         raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
     if P is not None and cell.name == "gru":
@@ -407,7 +408,7 @@ def as_ours(layer: Any) -> Any:
 
 def shallow(module: Any) -> Any:
     """A copy of a torch.nn.Module on the same parameters. copy.copy refuses one that is parametrized."""
-    own = type(module).__new__(type(module))
+    own = object.__new__(type(module))
     own.__dict__ |= vars(module)
     return own
 

@@ -186,8 +186,8 @@ class Recorded(Function):
         backend, problem, reverse = ctx.call
         n, N = len(reverse), len(reverse) * (FIRST_STATE + problem.cell.S)
         tensors = ctx.saved_tensors
-        given = from_saved(tensors[0], tensors[:N])
-        given, kept, needs = (parts(each, n) for each in (given, tensors[N:], ctx.needs_input_grad[2:]))
+        whole = from_saved(tensors[0], tensors[:N]), tensors[N:], ctx.needs_input_grad[2:]
+        given, kept, needs = (parts(each, n) for each in whole)
         doutputs = [zero_filled(g[0], g[FIRST_STATE:], d) for g, d in zip(given, parts(arriving, n))]
         if torch.is_grad_enabled() or transformed():
             found: list[Any] = []

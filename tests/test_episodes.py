@@ -84,3 +84,21 @@ def test_one_time_step_and_none_of_a_row():
     torch.testing.assert_close((y, last), episodes.twin(made)(x[:1], first), rtol=1e-10, atol=1e-11)
     _, last = made(x, hx, reset=torch.ones(6, 3, dtype=torch.bool), lengths=torch.zeros(3, dtype=torch.int64))
     assert torch.equal(last, hx)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_as_torchrl_has_it(kind, bidirectional):
+    modules, tensordict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict")
+    states = {"GRU": ["h"], "LSTM": ["h", "c"]}[kind]
+    keys = {"in_keys": ["seen", *states], "out_keys": ["y", *(("next", letter) for letter in states)]}
+    module = getattr(modules, f"{kind}Module")(
+        input_size=3, hidden_size=4, bidirectional=bidirectional, default_recurrent_mode=True, **keys
+    )
+    ours = getattr(gpu_rnn, kind)(3, 4, batch_first=True, bidirectional=bidirectional)
+    ours.load_state_dict(getattr(module, kind.lower()).state_dict())
+    x, first = torch.randn(2, 6, 3), torch.zeros(2, 6, dtype=torch.bool)
+    first[:, 0] = first[0, 3] = first[1, 1] = first[1, 5] = True
+    zero = {letter: torch.zeros(2, 6, 1 + bidirectional, 4) for letter in states}
+    y = module(tensordict.TensorDict({"seen": x, "is_init": first[..., None], **zero}, [2, 6]))["y"]
+    torch.testing.assert_close(ours(x, reset=first)[0], y)
