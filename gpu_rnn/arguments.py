@@ -95,7 +95,7 @@ def fitted(
         "b_ih": (f"[{G}*H]", (G * H,)),
         "b_hh": (f"[{G}*H]", (G * H,)),
         "w_hr": ("[P, H]", (P, H)),
-        "units": ("[N, 1 or B, H]", (N, B if R > 1 else 1, H)),
+        "units": ("[N, 1 or B, H]", (N, 1 if R == 1 else B, H)),
         "flags": ("[T, B]", (T, B)),
         "seed": ("[1]", (1,)),
         h: (f"[B, {out}]", (B, P)),

@@ -80,6 +80,26 @@ def words(kind: type, _shape: Any, dtype: Any, device: Any) -> tuple[str, str, s
     return library_of(kind), str(dtype).removeprefix("torch."), str(device)
 
 
+def readable(array: Any) -> bool:
+    """Whether Python may read the values of an array on a CPU: they are there, and nothing of torch's looks on."""
+    if library(array) != "torch":
+        return True
+    torch = module("torch")
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if isinstance(array, torch._subclasses.FakeTensor):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
+def ensured(condition: Any, message: str) -> None:
+    """A RuntimeError where a tensor on a CPU is false, once the program runs that this is traced for. torch.func has no
+    such check."""
+    torch = module("torch")
+    if not torch._C._are_functorch_transforms_active():
+        torch._assert_async(condition, message)
+
+
 def zeros(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     """A new array of zeros, of the library and device of `like`, and of its dtype unless another is named."""
     kind = library(like)
@@ -101,6 +121,10 @@ def converted(array: Any, dtype: str) -> Any:
     if str(array.dtype).removeprefix("torch.") == dtype:
         return array
     return array.to(getattr(module("torch"), dtype)) if library(array) == "torch" else array.astype(dtype)
+
+
+def copied(array: Any) -> Any:
+    return array.clone() if library(array) == "torch" else array.copy()
 
 
 def stack(many: Any, axis: int) -> Any:
@@ -142,9 +166,9 @@ def of_torch(name: str) -> Callable:
 TORCH_OPERATIONS: Mapping[str, Callable] = OPERATIONS | {
     **{name: of_torch(name) for name in ("sigmoid", "tanh", "exp", "log", "rsqrt")},
     # NaN wins; where both are equal the gradient is the second's
-    "maximum": lambda a, b: module("torch").where(a <= b, b, a),
+    "maximum": lambda a, b: module("torch").where((a > b) | (a != a), a, b),
     "mean": lambda a: a.mean(-1, keepdim=True),
-    "positive": lambda a: (a > 0).to(a.dtype),
+    "positive": lambda a: (a <= 0).logical_not().to(a.dtype),
     "where": lambda condition, a, b: torch_where(condition, a, b),
 }
 

@@ -183,14 +183,13 @@ class Stack:
         none = np.zeros(len(self.gates) * self.H, self.dtype)
         units = [w for directions in self.weights for w in directions]
         state = {
-            name + suffix: torch.tensor(none if array is None else array)
+            name + suffix: torch.tensor(none if array is None else array, device="cpu")
             for suffix, w in zip(layer._suffixes, units, strict=True)
             for name, array in zip(recurrent.NAMES[: 4 if bias else 2], w)
         }
         if self.peephole:
-            state |= {
-                recurrent.PEEPHOLE + suffix: torch.tensor(w.units.ravel()) for suffix, w in zip(layer._suffixes, units)
-            }
+            for suffix, w in zip(layer._suffixes, units):
+                state[recurrent.PEEPHOLE + suffix] = torch.tensor(w.units.ravel(), device="cpu")
         layer.load_state_dict(state, strict=True, assign=True)
         return layer
 

@@ -32,11 +32,14 @@ NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_
 class AroundKeywords(TypedDict, total=False):
     """What every function takes beside its cell's arrays; docs/modifiers.md has the equations, pictures and sources.
 
-    reset: [T, B] bool. Where true, the states of a row are replaced before that instant, and no gradient crosses.
-    reset_state: what by, one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
-    lengths: [B] integers on the device of x, 0 allowed, in any order. Instants from there on leave the states as they
-        are and have outputs 0 and gradients 0; in reverse the row starts at its end.
-    starts: [B] integers; so do the instants before.
+    reset: [T, B] bool. Where true, x[t] is the first of an episode of its row: nothing of x[:t] reaches y[t:], or in
+        reverse nothing of x[t:] reaches y[:t], and no gradient crosses.
+    reset_state: states that enter an episode in the place of those of the one before, with reverse=True of the one
+        after: one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
+    lengths: [B] integers in [0, T], on the device of x, in any order. Time steps from there on leave the states as they
+        are and have outputs 0 and gradients 0; in reverse the row starts at its end. On a CPU a number outside is a
+        ShapeError, and a RuntimeError within torch.compile; on a GPU, which no call waits for, it is clamped.
+    starts: [B] integers in [0, T]; so do the time steps before.
     zoneout: probability by which a state stays what it was, one per state or one for all (Krueger et al. 2017).
     recurrent_dropout: probability of a zero in what the recurrent weights see, one mask for the sequence (Gal &
         Ghahramani 2016); what is left is scaled by 1 / (1 - p).
@@ -245,7 +248,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
 
     `pullback` takes gradients in the structure of the outputs, any of them None for zero, as often as one likes, and
     gives one for every array that the function was given, by argument name and in its shape; for `reset_state` a tuple,
-    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none.
+    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none. What
+    was given, and y, are kept and not copied: leave them as they are until the last pullback.
     """
     if function not in KEYWORDS:
         raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")
@@ -261,7 +265,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     initial = {label: given[label] for label in first_states(cell)}
     options = Options(**{field: given[field] for field in Options._fields if field in given})
     options, around = wanted(options, given["around"], KEYWORDS[function])
-    applied = apply(name, given["x"], weights, around)
+    applied = apply(name, given["x"], weights, around, options.reverse)
     called = applied.x, applied.weights
     backend, problem, state = prepared(applied.name, *called, (*initial.values(),), options, not options.recompute)
     y, after, tape = dispatch.forward(backend, problem, *called, state)
@@ -326,7 +330,7 @@ def sequence(
     tensors = arrays.library(x, "x") == "torch"
     if tensors:
         from . import autograd  # first: torch.compile then knows what it needn't look into
-    applied = apply(name, x, weights, around)
+    applied = apply(name, x, weights, around, options.reverse)
     if tensors:
         y, after = autograd.sequence(applied.name, applied.x, applied.weights, state, options)
     else:

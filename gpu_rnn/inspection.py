@@ -2,7 +2,6 @@
 `inspect` shows what happens in the cell."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
@@ -202,9 +201,9 @@ def problem(
     device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
 ) -> Problem:  # fmt: skip
     """A Problem, with its sizes and words checked."""
-    for letter, size in zip("TBIHP", (T, B, I, H, P)):
-        if size is not None:
-            check_size(letter, size)
+    given = zip("TBIHP", (T, B, I, H, P))
+    sizes = {letter: check_size(letter, size) for letter, size in given if size is not None}
+    T, B, H, I, P = sizes["T"], sizes["B"], sizes["H"], sizes.get("I"), sizes.get("P")
     if P is not None and P >= H:
         raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
     if P is not None and cell.name == "gru":
@@ -224,9 +223,10 @@ def problem(
     return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32)
 
 
-def check_size(name: str, size: Any, where: str = "") -> None:
+def check_size(name: str, size: Any, where: str = "") -> int:
     if not isinstance(size, (int, np.integer)) or size < 1:
         raise ShapeError(f"{name} has the size {size!r}{where}; sizes are whole numbers, 1 or larger")
+    return int(size)  # NumPy's may be small
 
 
 # ---- what happens inside --------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ class Inspection(Mapping[str, np.ndarray]):
         H = self.recorded[self.cell.gates[0] + ending].shape[2]
         if units is None:
             return range(H)
-        if isinstance(units, int):
+        if isinstance(units, (int, np.integer)):
             if not 1 <= units <= H:
                 raise ValueError(f"{units} units of a layer of {H}")
             memory = self.recorded[self.cell.states[-1] + ending][:, row]
@@ -403,7 +403,14 @@ def as_ours(layer: Any) -> Any:
         raise TypeError(f"expected a recurrent layer or a function of gpu_rnn, or a layer of torch.nn; got {layer!r}")
     if is_wrapped(layer):
         raise TypeError(f"{layer!r} has a forward of its own, assigned to the instance, which can't be looked into")
-    return replace_(copy(layer))
+    return replace_(shallow(layer))
+
+
+def shallow(module: Any) -> Any:
+    """A copy of a torch.nn.Module on the same parameters. copy.copy refuses one that is parametrized."""
+    own = object.__new__(type(module))
+    own.__dict__ |= vars(module)
+    return own
 
 
 def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:

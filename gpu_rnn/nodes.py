@@ -171,13 +171,13 @@ class Recorded(Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[dispatch.Backend, Problem, List[bool]], found: List, *given: Any) -> tuple:
         outputs: list[Tensor] = []
-        kept = [*given]
+        saved = to_save(given)
         for y, last, tape in found:
             outputs += y, *last
-            kept += taped(y, tape)
+            saved += taped(y, tape)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*saved)
         return tuple(outputs)
 
     @staticmethod
@@ -186,7 +186,8 @@ class Recorded(Function):
         backend, problem, reverse = ctx.call
         n, N = len(reverse), len(reverse) * (FIRST_STATE + problem.cell.S)
         tensors = ctx.saved_tensors
-        given, kept, needs = (parts(each, n) for each in (tensors[:N], tensors[N:], ctx.needs_input_grad[2:]))
+        whole = from_saved(tensors[0], tensors[:N]), tensors[N:], ctx.needs_input_grad[2:]
+        given, kept, needs = (parts(each, n) for each in whole)
         doutputs = [zero_filled(g[0], g[FIRST_STATE:], d) for g, d in zip(given, parts(arriving, n))]
         if torch.is_grad_enabled() or transformed():
             found: list[Any] = []
@@ -235,7 +236,7 @@ class Stack(Direct):
         found = dispatch.stack(backend, problem, x, layers_of(given, n))
         ctx.backend, ctx.problem, ctx.n = backend, problem, n
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *given, *[tensor for y, _, tape in found for tensor in taped(y, tape)])
+        ctx.save_for_backward(x, *to_save(given), *[tensor for y, _, tape in found for tensor in taped(y, tape)])
         return tuple([tensor for y, last, _ in found for tensor in (y, *last)])
 
     @staticmethod
@@ -244,7 +245,7 @@ class Stack(Direct):
         backend, problem, n = ctx.backend, ctx.problem, ctx.n
         x, *tensors = ctx.saved_tensors
         N = n * (len(Weights._fields) + problem.cell.S)
-        given, kept, doutputs = tensors[:N], parts(tensors[N:], n), parts(arriving, n)
+        given, kept, doutputs = from_saved(x, tensors[:N]), parts(tensors[N:], n), parts(arriving, n)
         _, _, _, need_x, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or transformed():
             found = layer_after_layer(backend, problem, n, x, given, kept, doutputs, stack_needs(need_x, needs, n))
@@ -339,6 +340,17 @@ def needed(gradients: dict[str, Any], needs: List[bool]) -> tuple[Tensor, ...]:
 def taped(y: Tensor, tape: List[Tensor]) -> tuple[Tensor, ...]:
     """What is kept for `Gradient` beside `given`: y is of no use without the tape."""
     return (y, *tape) if tape else ()
+
+
+def to_save(given: List[Tensor | None]) -> list[Tensor | None]:
+    """What a graph keeps of `given`: for a weight that autocast has cast its parameter, of which calls in turn, as of a
+    cell at every time step, keep one and not a copy each."""
+    return [getattr(tensor, "cast_of", tensor) for tensor in given]
+
+
+def from_saved(x: Tensor, saved: List[Tensor | None]) -> list[Tensor | None]:
+    """`given`, all of the dtype of x again."""
+    return [t.to(x.dtype) if t is not None and t.is_floating_point() else t for t in saved]
 
 
 def zero_filled(x: Tensor, state: List[Tensor], arriving: List[Tensor | None]) -> list[Tensor]:

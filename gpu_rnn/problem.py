@@ -46,7 +46,7 @@ class Options(NamedTuple):
 class Around(NamedTuple):
     """What a call asks for around its cell; see `gpu_rnn.woven`."""
 
-    reset: Any = None  # [T, B]; where true, the states before the instant are the reset state
+    reset: Any = None  # [T, B]; x[t] is the first of an episode, which the reset state enters
     reset_state: Any = None  # one per state, [B, .] or [.]; zeros when None
     lengths: Any = None  # [B] integers; a row's instants are those below
     starts: Any = None  # [B] integers; and from there on

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from gpu_rnn.kernels import cells
 
@@ -293,7 +292,8 @@ class Recurrent(nn.Module):
             given = [cast(x, self._weights(suffix), state) for suffix, state in zip(suffixes, states)]
             return self._sequences(self.page, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
         applied = [
-            self._applied(x, suffix, state, call, first + k) for k, (suffix, state) in enumerate(zip(suffixes, states))
+            self._applied(x, suffix, state, call, first + k, reverse=k > 0)
+            for k, (suffix, state) in enumerate(zip(suffixes, states))
         ]
         directions = [Direction(made.x, made.weights, state, k > 0) for k, (made, state) in enumerate(applied)]
         found = self._sequences(applied[0][0].name, directions, options)
@@ -342,7 +342,7 @@ class Recurrent(nn.Module):
         raise NotImplementedError
 
     def _applied(
-        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int
+        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int, *, reverse: bool
     ) -> tuple[Applied, Sequence[Tensor | None]]:
         """What is asked for around the cell, in layer and direction number k; and its first states."""
         weights, own = self._weights(suffix), self._own(suffix)
@@ -367,7 +367,7 @@ class Recurrent(nn.Module):
             recurrent_dropout_on=self.recurrent_dropout_on,
             layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
-        return apply(self.page, x, weights, around), state
+        return apply(self.page, x, weights, around, reverse), state
 
     def _options(self, call: Call) -> Options:
         return Options(False, self.backend, self.precision, call.return_states, self.recompute, bitwise=self.bitwise)
@@ -433,28 +433,13 @@ def cast(x: Tensor, weights: Weights, state: Sequence[Tensor | None]) -> Cast:
     if not known or not torch.is_autocast_enabled(device):
         return x, weights, state
     dtype = torch.get_autocast_dtype(device)
-    cached = torch.is_autocast_cache_enabled() and torch.is_grad_enabled() and not capturing()
 
     def made(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dtype in (dtype, torch.float64):
             return tensor
-        return once(tensor, dtype) if cached and isinstance(tensor, nn.Parameter) else tensor.to(dtype)
+        narrow = tensor.to(dtype)  # at every call: a write to the weights, through `.data` too, is never missed
+        if isinstance(tensor, nn.Parameter) and not capturing():
+            narrow.cast_of = tensor  # type: ignore[attr-defined]  # what a graph keeps (`nodes.to_save`)
+        return narrow
 
     return made(x), Weights(*map(made, weights)), [*map(made, state)]
-
-
-CASTS = WeakTensorKeyDictionary()
-
-
-def once(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """The parameter in another dtype: the same tensor as long as a graph holds it, as where a cell is called in turn.
-
-    torch's own cache is out of Python's reach. This one has no owner but the graphs, so it is empty after backward.
-    """
-    state = (dtype, parameter._version, parameter.data_ptr())
-    before, made = CASTS.get(parameter, (None, None))
-    tensor = made() if before == state else None
-    if tensor is None:
-        tensor = parameter.to(dtype)
-        CASTS[parameter] = state, TensorWeakRef(tensor)
-    return tensor

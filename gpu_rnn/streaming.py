@@ -1,7 +1,8 @@
 """`stream`: a layer whose input comes an instant at a time, as in live audio or a control loop."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import deepcopy
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .arguments import prepared, shape
 from .backends import numpy
 from .functional import ShapeError
-from .inspection import as_ours, driven
+from .inspection import as_ours, driven, shallow
 from .layers import RecurrentLayer, as_hx
 from .problem import Options, Weights
 
@@ -23,10 +24,11 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
             y = listen(x)             # [1, P], the same tensor every time
         listen.reset()
 
-    It computes what the layer does in eval mode, with the weights of the time when it was made: where they change, make
-    another one. There are no gradients. After it was made a call allocates no memory for arrays. On a CPU the weights
-    are arranged once, which is most of what a call of the layer for one instant takes. On a GPU an instant is captured
-    as a CUDA graph and a call replays it; while a graph is being captured, a call becomes part of that one.
+    It computes what the layer does in eval mode, with a copy of the weights made now: whichever way the layer's change
+    later, the stream's don't, on any device. For new ones make another stream and hand it `state`. There are no
+    gradients. After it was made a call allocates no memory for arrays. On a CPU the weights are arranged once, which is
+    most of what a call of the layer for one time step takes. On a GPU a time step is captured as a CUDA graph, which a
+    call replays; while a graph is being captured, a call becomes part of that one.
 
     The numbers are those of the layer over the whole sequence: bit for bit if it has bitwise=True, else to rounding,
     since a product for the inputs of many instants at once adds in another order than that for one. A GRU with
@@ -40,22 +42,24 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
         A Stream, which has
             stream(x): x [B, I], of the dtype and device of the parameters -> y [B, P], overwritten by the next call.
             stream.state: hx as the layer has it, (h [L, B, P], c [L, B, H]) or h; a copy. Can be set; None for zeros.
-            stream.reset(rows): zero states, of the rows alone if given: indices, or bool [B].
-        A copy of it, pickled or not, goes on by itself from the same state, with the weights that the layer has then.
+            stream.reset(rows): zero states, of the rows alone if given: indices, perhaps none, or bool [B].
+        A copy of it, pickled or not, goes on by itself from the same state, with the same weights.
 
     Raises:
-        TypeError: not such a layer, another dtype or device. ValueError: a bidirectional layer, which has to know the
-        future, or a batch below 1. ShapeError: x, a state or rows that don't fit.
+        TypeError: not such a layer, another dtype or device, rows that are neither ints nor bools. ValueError: a
+        bidirectional layer, which has to know the future, or a batch below 1. ShapeError: x, a state or rows that don't
+        fit.
     """
-    layer = as_ours(layer)  # a copy, on the same parameters
+    layer = as_ours(layer)
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(f"stream takes a layer, not a cell: {layer!r}")
     if layer.bidirectional:
         raise ValueError(f"a stream goes from the past to the future, but the layer is bidirectional: {layer!r}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
         raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
+    layer = frozen(layer)
     layer.training = False
-    return Stream(layer, batch)
+    return Stream(layer, int(batch))
 
 
 class Stream:
@@ -96,14 +100,19 @@ class Stream:
         sizes = len(self._states[0]), len(self._x)
         for layers, given in zip(self._states, self._layer._initial(hx, sizes, "L B", self._x)):
             for k, state in enumerate(layers):
-                state.copy_(torch.zeros(()) if given is None else given[k].detach())
+                if given is None:
+                    state.zero_()
+                else:
+                    state.copy_(given[k].detach())
 
     def reset(self, rows: Any = None) -> None:
-        B = len(self._x)
-        which = torch.as_tensor(range(B) if rows is None else rows)
+        B, device = len(self._x), self._x.device
+        which = torch.as_tensor(range(B) if rows is None else rows, device=device)
         if which.ndim != 1 or (which.dtype == torch.bool and len(which) != B):
             raise ShapeError(f"rows has shape {shape(which)}; expected indices [N] or bool [B] = [{B}]")
-        which = which.to(self._x.device)
+        if len(which) and (which.is_floating_point() or which.is_complex()):
+            raise TypeError(f"rows must be ints, or bools, got {which.dtype}")
+        which = which if which.dtype == torch.bool else which.long()
         for state in (state for layers in self._states for state in layers):
             if which.dtype == torch.bool:
                 state.masked_fill_(which[:, None], 0)
@@ -116,7 +125,7 @@ States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each la
 
 def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
     """-> what reads x and the states, and writes y and the states; and these."""
-    notes = list(driven(copy(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
+    notes = list(driven(shallow(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
     if all(backend.NAME == "numpy" and weights.w_ih is not None for backend, _, weights in notes):
         return on_numpy([numpy.steps(cell, weights, len(x)) for _, cell, weights in notes], x, y)
     _, cell, _ = notes[0]
@@ -131,6 +140,15 @@ def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], 
             state.copy_(new)
 
     return captured(advance, states) if x.is_cuda else advance, [state.unbind(0) for state in states]
+
+
+def frozen(layer: RecurrentLayer) -> RecurrentLayer:
+    """The layer with weights of its own, also where a hook or a parametrization makes them of others."""
+    own = shallow(layer)
+    made_of_others = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
+    own.__dict__ |= {name: value.detach().clone() for name, value in made_of_others.items()}
+    own._parameters, own._modules = deepcopy(layer._parameters), deepcopy(layer._modules)
+    return own
 
 
 def noted(name: str, x: Tensor, weights: Weights, state: Sequence, options: Options) -> tuple:

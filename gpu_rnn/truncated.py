@@ -1,12 +1,16 @@
 """Truncated backpropagation through time (Williams & Peng 1990), for any recurrent layer of torch."""
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import ShapeError, shape, told
+from .woven import check_bound
+
+BOUNDS = ("lengths", "starts")
 
 
 def tbptt(
@@ -45,9 +49,10 @@ def tbptt(
 
     Raises:
         TypeError: not a layer. ValueError: sizes that aren't so, a bidirectional layer, which has no past without the
-        future. ShapeError: x has no instants, or reset isn't one for each. What the layer raises.
+        future. ShapeError: x has no time steps, reset isn't one for each, or lengths or starts are
+        outside of [0, T]. What the layer raises.
     """
-    if not (isinstance(k1, int) and isinstance(k2, int) and 0 < k1 <= k2):
+    if not (isinstance(k1, Integral) and isinstance(k2, Integral) and 0 < k1 <= k2):
         raise ValueError(f"k1 and k2 must be ints with 0 < k1 <= k2, got k1={k1!r} and k2={k2!r}")
     if not hasattr(layer, "bidirectional"):
         raise TypeError(f"tbptt takes a layer, not a cell: {layer!r}")
@@ -62,14 +67,18 @@ def tbptt(
     if reset is not None and reset.shape != x.shape[:-1]:
         raise ShapeError(f"reset has shape {shape(reset)}; expected {list(x.shape[:-1])}, with x {shape(x)}")
     given = {name: value for name, value in around.items() if value is not None}
-    return windows(layer, x, k1, k2, hx, given, T, axis)
+    for name in BOUNDS:
+        if name in given:
+            check_bound(name, given[name], tuple(x.shape[1 - axis : x.ndim - 1 - axis]), T, x)
+    return windows(layer, x, int(k1), int(k2), hx, given, T, axis)
 
 
 def windows(
     layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any, around: dict[str, Any], T: int, axis: int
 ) -> Iterator[tuple[Tensor, Any]]:
     def run(first: int, end: int, hx: Any) -> tuple[Tensor, Any]:
-        part = around | {name: around[name] - first for name in ("lengths", "starts") if name in around}
+        bounds = {name: around[name].long().clamp(first, end) - first for name in BOUNDS if name in around}
+        part = around | bounds
         if "reset" in part:
             part["reset"] = part["reset"].narrow(axis, first, end - first)
         return layer(x.narrow(axis, first, end - first), hx, **part)

@@ -1,6 +1,7 @@
 """What a call asks for around its cell, as a woven cell (`gpu_rnn.kernels.weave`) and the arrays that this cell takes.
 
-    reset       before an instant the states of a row become the reset state: an episode has ended
+    reset       x[t] is the first of an episode: the states that enter it, in reverse those that enter the time step
+                before it, are the reset state
     lengths     outside of starts[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
     recurrent_dropout
                 of what the recurrent weights see, or of what is written into the state, one mask for a sequence
@@ -49,9 +50,12 @@ class Applied(NamedTuple):
         return y if self.valid is None else arrays.operations(y)["where"](self.valid, y, 0.0)
 
     def results(self, y: Any, after: Sequence[Any], S: int, history: bool) -> tuple[Any, ...]:
-        """y, the S states after; with a history also the states after every instant, y being that of the first."""
+        """y, the S states after; with a history also the states after every time step, the first a copy of y.
+
+        A caller who writes to one result changes no other.
+        """
         y, last = self.shown(y), tuple(after[:S])
-        return (y, last, (y, *map(self.shown, after[S:]))) if history else (y, last)
+        return (y, last, (arrays.copied(y), *map(self.shown, after[S:]))) if history else (y, last)
 
     def pulled(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """The gradients of x and of the given arrays, from those of what is called."""
@@ -96,7 +100,7 @@ def page(name: str, **options: Any) -> Page:
     return Page(cell.name, cell.G, cell.gates, cell.states, cell.units, cell.together, cell.uniforms)
 
 
-def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
+def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) -> Applied:
     """Errors repeat the shapes. An `around` that asks for nothing costs nothing."""
     if around is PLAIN:
         return Applied(name, x, weights, None, {})
@@ -133,7 +137,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
     flags = None
     if around.reset is not None:
         fitting("reset", around.reset, [(T, B)], x, "bool")
-        options["reset"], flags = True, raised(around.reset, 0)
+        options["reset"], flags = True, raised(entering(around.reset, valid, reverse), 0)
     if around.reset_state is not None:
         if around.reset is None:
             raise ValueError("reset_state is given, but reset, which says when it is taken, is None")
@@ -171,7 +175,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around) -> Applied:
         if around.training:
             seed = seeded(around.seed, x, "zoneout")
     woven = page(name, **options)
-    stacked = together(units, B) if units else None
+    stacked = together(units) if units else None
     weights = weights._replace(units=stacked, flags=flags, seed=seed if woven.uniforms else None)
     return Applied(woven.name, x, weights, valid, parts)
 
@@ -184,16 +188,42 @@ def raised(flag: Any, bit: int) -> Any:
     return arrays.converted(flag != 0, "uint8") << bit
 
 
+def entering(reset: Any, valid: Any, reverse: bool) -> Any:
+    """[T, B], true at the time steps that the reset state enters: the first one of an episode, in reverse the last.
+
+    Which is known where another episode follows: the last time step of x is entered by the first states in reverse.
+    """
+    if not reverse:
+        return reset
+    if valid is not None:  # an episode that begins in the padding doesn't end the one before it
+        reset = reset & valid[..., 0]
+    return arrays.concatenate([reset[1:], arrays.zeros((1, reset.shape[1]), like=reset)], 0)
+
+
 def within(starts: Any, lengths: Any, x: Any) -> Any:
     """[T, B], true from a row's start to its end."""
     T, B, _ = x.shape
     t, valid = arrays.counted(T, like=x)[:, None], None
     for label, bound in (("starts", starts), ("lengths", lengths)):
         if bound is not None:
-            fitting(label, bound, [(B,)], x, *INTEGERS)
+            check_bound(label, bound, (B,), T, x)
             inside = t >= bound[None] if label == "starts" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
+
+
+def check_bound(label: str, bound: Any, sizes: tuple[int, ...], T: int, x: Any) -> None:
+    """An error for what isn't integers of these sizes, and on a CPU for what isn't in [0, T].
+
+    A look at a GPU's would wait for it. There what is less than 0 or more than T counts as that.
+    """
+    fitting(label, bound, [sizes], x, *INTEGERS)
+    if arrays.device(bound) != "cpu":
+        return
+    if not arrays.readable(bound):
+        arrays.ensured(((bound >= 0) & (bound <= T)).all(), f"{label} must be in [0, T]")
+    elif 0 not in sizes and not 0 <= int(bound.min()) <= int(bound.max()) <= T:
+        raise ShapeError(f"{label} is {bound.tolist()}; expected integers in [0, T] = [0, {T}], with x {shape(x)}")
 
 
 # ---- layer normalization --------------------------------------------------------------------------------------------
@@ -243,9 +273,9 @@ def padded(array: Any, H: int) -> Any:
     return array if N == H else arrays.concatenate([array, arrays.zeros((R, H - N), like=array)], 1)
 
 
-def together(units: Sequence[Any], B: int) -> Any:
-    """Arrays [R, H] -> [n, R, H], each repeated if there is one that isn't the same for all rows."""
-    R = max(array.shape[0] for array in units)
+def together(units: Sequence[Any]) -> Any:
+    """Arrays [R, H] -> [n, R, H], each repeated if there is one that isn't the same for all rows, be there none."""
+    R = next((array.shape[0] for array in units if array.shape[0] != 1), 1)
     return arrays.stack([array if array.shape[0] == R else arrays.repeated(array, R) for array in units], 0)
 
 

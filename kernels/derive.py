@@ -54,7 +54,7 @@ OPERATIONS: dict[str, Callable] = {
 
 
 def above(y: Symbol, b: Symbol) -> Symbol:
-    """1 where y = max(a, b) is a and not b; where both are equal the gradient is b's."""
+    """1 where y = max(a, b) is a and not b; where both are equal the gradient is b's, and a's where y is NaN."""
     return mathematics.positive(y if b is y.graph.symbol(0.0) else y - b)
 
 

@@ -37,8 +37,8 @@ def relu(a):
 
 
 def positive(a):
-    """1 where a > 0, else 0: the derivative of relu, in terms of its input or its output."""
-    return a.apply("positive") if isinstance(a, Symbolic) else np.greater(a, 0).astype(np.asarray(a).dtype)
+    """1 where a > 0, else 0: the derivative of relu, in terms of its input or its output. As in torch 1 for NaN."""
+    return a.apply("positive") if isinstance(a, Symbolic) else 1 - np.less_equal(a, 0).astype(np.asarray(a).dtype)
 
 
 def exp(a):

@@ -188,7 +188,7 @@ def factory(program: Program, fixed: tuple[str, ...], together: bool) -> Callabl
 CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
     **{name: getattr(np, name) for name in ("add", "subtract", "multiply", "divide", "negative", "tanh", "exp", "log")},
     "maximum": lambda a, b, out: np.maximum(a, b, out=out),  # the only one that NumPy wants to be told by keyword
-    "positive": lambda a, out: np.greater(a, 0, out=out),
+    "positive": lambda a, out: np.subtract(1, np.less_equal(a, 0, out=out), out=out),  # NaN isn't <= 0
     "rsqrt": lambda a, out: np.divide(1, np.sqrt(a, out), out),
     "mean": lambda a, out: np.divide(np.add.reduce(a, -2, keepdims=True), a.shape[-2], out),
     "where": lambda c, a, b, out: np.copyto(out, np.where(np.greater(c, 0), a, b)),

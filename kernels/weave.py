@@ -9,6 +9,7 @@ In this order, at an instant t, for one unit of one batch row:
     new_k  = zoneout_k: s_k where u_k < its probability, else new_k; or their mean, weighted so
     after  = where hold[t], the state before, else new
 
+reset[t] is a direction's own: true where it enters an episode at t, in reverse by the episode's last time step.
 Resetting is what an episode's end asks for, holding what sequences of unequal lengths do, dropout of the recurrent
 input is Gal & Ghahramani's (2016), of the candidate Semeniuta et al.'s (2016), zoneout is Krueger et al.'s (2017). The
 gradient follows by `derive`.

@@ -109,8 +109,11 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                 instead = [r[k].expand_as(s) for r, s in zip(as_tuple(reset_state), state)]
             for t in reversed(range(len(x))) if end else range(len(x)):
                 s = state
-                if reset is not None:
-                    s = [torch.where(reset[t, :, None], r, old) for r, old in zip(instead, s)]
+                if reset is not None and (not end or t + 1 < len(x)):
+                    first = reset[t + 1] if end else reset[t]
+                    if end and lengths is not None:
+                        first = first & (t + 1 < lengths)
+                    s = [torch.where(first[:, None], r, old) for r, old in zip(instead, s)]
                 shown = made.recurrent_dropout if made.recurrent_dropout_on == "h" else 0.0
                 h = s[0] if seed is None else s[0] * kept(seed, 0, shown, len(s[0]), P)
                 spared = 1.0

@@ -7,9 +7,11 @@ from itertools import cycle
 
 import numpy as np
 
-from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn import plans
+from gpu_rnn.backends import cuda, numpy, sequence, stepwise
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda.launch import Launch, Unit
+from gpu_rnn.problem import Direction
 
 from .conftest import sequence_arrays
 from .host import runtime
@@ -49,6 +51,26 @@ def passed(kind: str, value):
         return value
     assert value.size == 1, "CuPy passes no other array by value"
     return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
+
+
+def in_place_of_numpy(monkeypatch, device) -> None:
+    """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
+
+    def forward(cell, x, weights, state, *, reverse, tf32=False, save, bitwise=False):
+        walk, direction = partial(cuda.walk, ready, device), Direction(x, weights, state, reverse)
+        (found,) = sequence.forwards(walk, cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
+        return found
+
+    def backward(cell, x, weights, state, y, tape, dy, dlast, dhistory=(), *, reverse, tf32=False, needs):
+        walk, direction = partial(cuda.walk_back, ready, device), Direction(x, weights, state, reverse)
+        recorded = y, tape, dy, dlast, dhistory
+        (found,) = sequence.backwards(walk, cell, [direction], [recorded], tf32=tf32, needs=[needs])
+        return found
+
+    monkeypatch.delattr(numpy, "LAYERED")
+    monkeypatch.setattr(plans, "PLANS", {})  # which were made of what NumPy takes
+    for function in (forward, backward, sequence.history, sequence.factors):
+        monkeypatch.setattr(numpy, function.__name__, function)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +99,8 @@ WRONG = {  # arguments, error, what the message contains; for layers
     "textual dropout": ({"dropout": "0.5"}, ValueError, "got '0.5'"),
     "NaN dropout": ({"dropout": float("nan")}, ValueError, "got nan"),
     "bias": ({"bias": 1}, TypeError, "bias must be a bool, got 1"),
+    "textual size": ({"input_size": "3"}, TypeError, "input_size must be an int, got '3'"),
+    "fraction of NumPy": ({"hidden_size": np.float64(4)}, TypeError, "hidden_size must be an int, got "),
     "batch_first": ({"batch_first": "yes"}, TypeError, "batch_first must be a bool, got 'yes'"),
 }  # fmt: skip
 
@@ -116,6 +119,38 @@ def test_wrong_arguments_are_refused_as_torch_refuses_them(kind, case):
 def test_wrong_projection(proj_size):
     with pytest.raises(ValueError, match=f"got proj_size={proj_size} with hidden_size=4"):
         gpu_rnn.LSTM(3, 4, proj_size=proj_size)
+
+
+@pytest.mark.parametrize("proj_size", ["2", 2.0, None, True])
+def test_a_projection_is_an_int(proj_size):
+    for kind in LAYERS:
+        with pytest.raises(TypeError, match=f"proj_size must be an int, got {proj_size!r}"):
+            getattr(gpu_rnn, kind)(3, 4, proj_size=proj_size)
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy_are_sizes(whole):
+    """As of torch.nn's cells, whose parameters and numbers are the same; and of everything that takes a number."""
+    x = torch.randn(5, 2, 3)
+    for kind in CELLS:
+        theirs, ours = (getattr(home, kind)(whole(3), whole(4)) for home in (nn, gpu_rnn))
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(x[0]), theirs(x[0]))
+        assert repr(ours) == repr(theirs)
+    for kind in LAYERS:
+        theirs = getattr(nn, kind)(3, 4, 2, bidirectional=True)
+        ours = getattr(gpu_rnn, kind)(whole(3), whole(4), num_layers=whole(2), bidirectional=True)
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert repr(ours) == repr(theirs)
+    theirs, ours = nn.LSTM(3, 4, proj_size=2), gpu_rnn.LSTM(whole(3), whole(4), proj_size=whole(2))
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    y = torch.cat([y for y, _ in gpu_rnn.tbptt(ours, x, whole(2), whole(3))])
+    torch.testing.assert_close(y, theirs(x)[0])
+    listen = gpu_rnn.stream(ours, whole(2))
+    torch.testing.assert_close(torch.stack([listen(step).clone() for step in x]), theirs(x)[0])
+    assert gpu_rnn.explain("gru", T=whole(5), B=whole(2), I=whole(3), H=whole(4), device="cpu").backend == "numpy"
 
 
 @pytest.mark.parametrize("kind", CELLS)

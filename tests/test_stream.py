@@ -10,6 +10,7 @@ from torch import nn
 
 import gpu_rnn
 from gpu_rnn import ShapeError
+from gpu_rnn.backends import numpy
 
 LAYERS = [
     ("LSTM", {}), ("LSTM", {"num_layers": 3, "bias": False, "batch_first": True}), ("LSTM", {"proj_size": 8}),
@@ -293,3 +294,65 @@ def test_a_call_becomes_part_of_a_graph_that_is_being_captured():
     first = y.clone()
     listen.reset()
     torch.testing.assert_close(listen(x), first)
+
+
+CALLED = {"num_layers": 1}  # stands for a stream that calls the layer, which NumPy's don't
+WRITES = {
+    "in place": lambda p: p.mul_(3),
+    "new data": lambda p: setattr(p, "data", 3 * p.data),
+    "in place of data": lambda p: p.data.mul_(3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *LAYERS, ("RNN", {"proj_size": 8}), ("GRU", {"proj_size": 8}), ("GRU", {"layer_norm": True}),
+        ("LSTM", {"layer_norm": True}), ("GRU", {"reset_after": False}), ("LSTM", CALLED),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_stream_has_the_weights_of_when_it_was_made(kind, options, write, monkeypatch):
+    """None of them changes with the layer's, whichever way it keeps them."""
+    if options == CALLED:  # as on a GPU
+        options = monkeypatch.setattr(numpy, "NAME", "another") or {}
+    layer, x = getattr(gpu_rnn, kind)(I, H, **options), torch.randn(5, 2, I)
+    wanted, last = whole(layer, x)
+    listen = gpu_rnn.stream(layer, 2)
+    y = followed(listen, x[:3])
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            write(parameter)
+    y = torch.cat([y, followed(listen, x[3:])])
+    torch.testing.assert_close((y, states(listen.state)), (wanted, last))
+    later = gpu_rnn.stream(layer, 2)
+    later.state = listen.state
+    torch.testing.assert_close(followed(later, x), whole(layer, x, listen.state)[0])
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_so_has_one_whose_weights_are_made_of_others(norm, options):
+    layer, x = gpu_rnn.GRU(I, H, **options), torch.randn(5, 2, I)
+    norm(layer, "weight_hh_l0")
+    wanted, _ = whole(layer, x)
+    listen = gpu_rnn.stream(layer, 2)
+    for parameter in layer.parameters():
+        parameter.data.mul_(3)
+    torch.testing.assert_close(followed(listen, x), wanted)
+
+
+@pytest.mark.parametrize("rows", [[], (), torch.tensor([]), torch.zeros(0, dtype=torch.int64), range(0)], ids=str)
+def test_none_of_the_rows_are_reset(rows):
+    listen = gpu_rnn.stream(gpu_rnn.LSTM(I, H), 2)
+    listen(torch.randn(2, I))
+    before = listen.state
+    listen.reset(rows)
+    assert all(map(torch.equal, before, listen.state))
+
+
+def test_rows_are_ints_or_bools():
+    with pytest.raises(TypeError, match=r"rows must be ints, or bools, got torch\.float32"):
+        gpu_rnn.stream(gpu_rnn.LSTM(I, H), 2).reset([0.5])

@@ -558,7 +558,7 @@ class More:
         """[learned, H, B] -> [N, R, H]."""
         N, R, H = self.extra.units.shape
         found = np.zeros((N, R, H), dunits.dtype)
-        found[: len(dunits)] = dunits.swapaxes(1, 2) if R > 1 else dunits.sum(2)[:, None]
+        found[: len(dunits)] = dunits.sum(2)[:, None] if R == 1 else dunits.swapaxes(1, 2)
         return found
 
 

@@ -52,8 +52,8 @@ DEVICE real maximum(real a, real b) { return a > b || a != a ? a : b; }
 
 DEVICE real relu(real a) { return maximum(a, 0); }
 
-// 1 where a > 0, else 0: the derivative of relu, in terms of its input or its output.
-DEVICE real positive(real a) { return a > 0 ? 1 : 0; }
+// 1 where a > 0 or NaN, else 0: the derivative of relu, in terms of its input or its output.
+DEVICE real positive(real a) { return a <= 0 ? 0 : 1; }
 
 // a where condition > 0, else b.
 DEVICE real where(real condition, real a, real b) { return condition > 0 ? a : b; }

@@ -81,7 +81,7 @@ def relu(a):
 
 @triton.jit
 def positive(a):
-    return tl.where(a > 0, 1.0, 0.0).to(a.dtype)
+    return tl.where(a <= 0, 0.0, 1.0).to(a.dtype)  # 1 for NaN
 
 
 @triton.jit
