@@ -17,6 +17,7 @@ Letters, everywhere in code, comments and documentation:
     h0 hT c0 cT first and last states   dx dW dR db dh0 gradients
 """
 
+from contextlib import suppress as _suppress
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 if not (_Path(__file__).parent / "kernels").is_dir():  # a bare checkout: the folder kernels/ stands beside this one
     __path__.append(str(_Path(__file__).parents[1]))
 
+from .compat import when_imported as _when_imported
 from .dispatch import BackendError
 from .functional import ShapeError, gru, lstm, rnn, vjp
 from .version import VERSION as __version__
@@ -47,6 +49,18 @@ _LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), 
 _LAZY |= dict.fromkeys(("replace_", "restore_"), "conversion")
 _LAZY |= dict.fromkeys(("explain", "inspect", "warmup"), "inspection") | {"cell": "custom", "stream": "streaming"}
 _LAZY |= {"tbptt": "truncated"}
+
+
+def _operators() -> None:
+    """Register the operators that programs saved by torch.export and torch.jit name.
+
+    Errors are kept for the layers, which need that module as well: importing torch must not fail by them.
+    """
+    with _suppress(Exception):
+        _import_module(".operators", __name__)
+
+
+_when_imported("torch", _operators)
 
 
 def __getattr__(name: str):

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from threading import RLock
 from typing import Any
 
@@ -13,6 +13,17 @@ from gpu_rnn.kernels.derive import OPERATIONS
 
 HALVES = ("float16", "bfloat16")
 DTYPES = ("float64", "float32", *HALVES)
+
+TRACERS = {  # package and name of classes that stand for arrays while a library traces a call
+    ("jax", "Tracer"): (
+        ": a transformation of JAX (jit, grad, vmap) is tracing the call, but gpu_rnn computes with values. Call it "
+        "through jax.pure_callback, and for gradients gpu_rnn.vjp in a jax.custom_vjp"
+    ),
+    ("torch.fx", "Proxy"): (
+        ": torch.fx is tracing the call. Layers of gpu_rnn are leaves of its graphs; a function that calls gpu_rnn's "
+        "functions becomes one by torch.fx.wrap"
+    ),
+}
 
 
 def library(array: Any, label: str | None = None) -> str:
@@ -42,7 +53,18 @@ def library_of(kind: type) -> str:
             )
         if (root, base.__name__) in (("numpy", "ndarray"), ("torch", "Tensor"), ("cupy", "ndarray")):
             return root
-    raise TypeError(f"expected a NumPy, torch or CuPy array, got {kind.__name__}")
+    raise TypeError(f"gpu_rnn expected a NumPy, torch or CuPy array, got {kind.__name__}{advice(kind)}")
+
+
+def advice(kind: type) -> str:
+    """How to call gpu_rnn where a tracer's class stands for arrays; "" for any other class."""
+    bases = [(base.__module__, base.__name__) for base in kind.__mro__]
+    found = (
+        text
+        for (package, name), text in TRACERS.items()
+        if any(module.startswith(package) and base == name for module, base in bases)
+    )
+    return next(found, "")
 
 
 def module(kind: str) -> Any:
@@ -100,6 +122,30 @@ def ensured(condition: Any, message: str) -> None:
         torch._assert_async(condition, message)
 
 
+def unrecorded(check: Callable) -> Callable:
+    """A function whose arithmetic with sizes torch.jit.trace doesn't record, nor warn about: of checks."""
+
+    @wraps(check)
+    def run(*args: Any, **keywords: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.jit.is_tracing():
+            return check(*args, **keywords)
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)
+        try:
+            return check(*args, **keywords)
+        finally:
+            torch._C._set_tracing_state(state)
+
+    return run
+
+
+@unrecorded
+def sizes(array: Any) -> tuple[int, ...]:
+    """The shape of what has the same one in every call, as weights have."""
+    return tuple(array.shape)
+
+
 def zeros(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     """A new array of zeros, of the library and device of `like`, and of its dtype unless another is named."""
     kind = library(like)
@@ -152,6 +198,13 @@ def integer(value: int, like: Any) -> Any:
     if library(like) == "torch":
         return module("torch").full((1,), value, dtype=module("torch").int64, device=like.device)
     return module(library(like)).full((1,), value, "int64")
+
+
+def constant(value: float, like: Any) -> float:
+    """The number itself, which torch.compile(dynamic=True) would take for a variable, though it decides on the cell."""
+    if library(like) != "torch" or not module("torch").compiler.is_compiling():
+        return value
+    return module("torch").fx.experimental.symbolic_shapes.guard_scalar(value)
 
 
 def operations(array: Any) -> Mapping[str, Callable]:

@@ -1,8 +1,8 @@
 """The functions as torch's autograd, its transforms (torch.func) and its compiler see them, whichever looks on.
 
 Eager     `nodes`: autograd.Functions around the chosen backend
-Captured  `operators`: operators for torch.compile and torch.export. A program that torch.export saved needs this module
-          imported before it is loaded.
+Captured  `operators`: operators for torch.compile, torch.export, torch.jit.trace, make_fx and any other mode. A program
+          that was saved needs `import gpu_rnn` before it is loaded.
 
 First derivatives are the backend's; second and higher ones, and forward mode, those of `derivatives`.
 """
@@ -18,7 +18,7 @@ from . import arrays, dispatch
 from .arguments import prepared
 from .derivatives import required, transformed
 from .nodes import Sequence, Stack, above, parts, recorded
-from .operators import captured, captured_stack, capturing
+from .operators import captured, captured_stack, capturing, exporting
 from .plans import Plan, planned
 from .problem import Direction, Options, Weights
 
@@ -72,12 +72,10 @@ def stacked(
     name: str, x: Tensor, layers: List[tuple[Weights, List[Tensor | None]]], options: Options
 ) -> list[tuple[Tensor, tuple]] | None:
     """`sequence` for each layer of a stack, as one node; None where nothing would go at once."""
-    if options.recompute:  # which would not get the same bits again
+    if options.recompute or transformed():  # recomputed, it would not get the same bits; transforms know single layers
         return None
     if capturing() or unreal(x):
-        return None if torch.compiler.is_exporting() else captured_stack(name, x, layers, options)
-    if transformed():
-        return None
+        return None if exporting() else captured_stack(name, x, layers, options)
     wanted = required(x, *(tensor for weights, state in layers for tensor in (*weights, *state)))
     backend, problem, state = prepared(name, x, *layers[0], options, wanted)
     if not any(dispatch.stacks(backend, problem, backward=way) for way in (False, True)[: 1 + wanted]):

@@ -4,9 +4,14 @@ The one place that tries an import; `import gpu_rnn` itself loads NumPy only.
 """
 
 import importlib
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 EXTRAS = {
     "torch": "gpu-rnn[torch]",
@@ -34,6 +39,42 @@ def require(name: str, purpose: str) -> ModuleType:
         raise ImportError(
             f"{purpose} needs {name}, which could not be imported ({error}); pip install '{EXTRAS.get(name, name)}'"
         ) from error
+
+
+def when_imported(name: str, then: Callable[[], object]) -> None:
+    """Run `then` now if the module is loaded, else right after it has been; don't load it."""
+    if name in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, Watch(name, then))
+
+
+class Watch(MetaPathFinder):
+    """Find a module as the others do, and run something once it is loaded."""
+
+    def __init__(self, name: str, then: Callable[[], object]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
+        if (
+            spec is not None and spec.loader is not None
+        ):  # a spec of its own in every call: some only ask, as `installed`
+            loader: Any = spec.loader
+            load = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                del loader.exec_module
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.then()
+
+            loader.exec_module = exec_module
+        return spec
 
 
 @cache

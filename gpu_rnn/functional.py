@@ -259,6 +259,10 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     if foreign(given["x"]):
         outputs, lent_pullback = vjp(function, *map(lent, bound.args), **{k: lent(a) for k, a in bound.kwargs.items()})
         return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
+    if arrays.library(given["x"]) == "torch":
+        from .operators import refuse_watched
+
+        refuse_watched("gpu_rnn.vjp", "use torch.func.vjp, or torch.autograd.grad, of the function itself")
     name = named(function, given)
     weights = Weights(*(given.get(field) for field in Weights._fields))
     cell = cells.get(name)
@@ -348,7 +352,7 @@ KNOWN = ("numpy", "torch", "cupy")
 
 def foreign(x: Any) -> bool:
     root = type(x).__module__.partition(".")[0]
-    return root not in KNOWN and hasattr(x, "__dlpack__") and hasattr(x, "__array_namespace__")
+    return root not in KNOWN and hasattr(x, "__dlpack_device__") and hasattr(x, "__array_namespace__")
 
 
 def lent(given: Any) -> Any:

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import dropout as dropped
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional
 from .arguments import check_flags, told
+from .arrays import unrecorded
 from .autograd import stacked, unreal
 from .derivatives import transformed
 from .functional import ShapeError
@@ -179,6 +180,9 @@ class RecurrentLayer(Recurrent):
             if found is not None:
                 y, last = found
                 return y.transpose(0, 1) if self.batch_first else y, as_hx(last)
+        if isinstance(input, fx.Proxy):
+            keywords = {"lengths": lengths, "starts": starts, "return_states": return_states, "generator": generator}
+            return self._leaf(RecurrentLayer.forward, input, hx, reset=reset, reset_state=reset_state, **keywords)  # type: ignore[return-value]
         batch, initial = self._taken(input, hx)
         transposed = self.batch_first and bool(batch)
         call = PLAIN
@@ -211,6 +215,7 @@ class RecurrentLayer(Recurrent):
             y, groups[1:] = y.transpose(0, 1), [[s.transpose(1, 2) for s in states] for states in groups[1:]]
         return y, *map(as_hx, groups)
 
+    @unrecorded
     def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         batch = self._batch(input, "BTI" if self.batch_first else "TBI", "TI")
         sizes = (self.num_layers * self._directions, *batch)
@@ -261,7 +266,8 @@ class RecurrentLayer(Recurrent):
             )
         return tuple(given)
 
-    @torch.compiler.disable  # batch sizes are data, and a graph for each would be compiled anew
+    # Batch sizes are data, and a graph for each would be compiled anew. torch.compiler.disable would load the compiler.
+    @torch._disable_dynamo
     def _forward_packed(
         self, packed: PackedSequence, hx: Any, generator: torch.Generator | None
     ) -> tuple[PackedSequence, Any]:
@@ -273,7 +279,8 @@ class RecurrentLayer(Recurrent):
         if sorting is not None:
             initial = [state if state is None else state.index_select(1, sorting) for state in initial]
         x, ends = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        ragged = PLAIN if len(data) == T * B else Call(lengths=ends.to(data.device, non_blocking=True))
+        full = len(data) == T * B and not capturing()  # else that of other lengths in a recorded program
+        ragged = PLAIN if full else Call(lengths=ends.to(data.device, non_blocking=True))
         call = ragged if generator is None else ragged._replace(generator=generator)
 
         def as_torch_drops(x: Tensor, p: float) -> Tensor:
@@ -458,6 +465,8 @@ class RecurrentCell(Recurrent):
             found = self._again(NAMES[:5], input, hx)
             if found is not None:
                 return as_hx(found[1])
+        if isinstance(input, fx.Proxy):
+            return self._leaf(RecurrentCell.forward, input, hx, generator=generator)
         batch, initial = self._taken(input, hx)
         if not batch:
             input, initial = input.unsqueeze(0), [state if state is None else state.unsqueeze(0) for state in initial]
@@ -465,6 +474,7 @@ class RecurrentCell(Recurrent):
         ((_, last, *_),) = self._run(input.unsqueeze(0), [""], [initial], call, 0)
         return as_hx(last if batch else [state.squeeze(0) for state in last])
 
+    @unrecorded
     def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         batch = self._batch(input, "BI", "I")
         return batch, self._initial(hx, batch, "B" if batch else "", input)

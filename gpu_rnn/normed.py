@@ -28,7 +28,7 @@ class Norm(NamedTuple):
     @classmethod
     def of(cls, x: Any, weights: Weights, gains: tuple, gates: str, together: tuple[str, ...], units: tuple) -> "Norm":
         """By what a page says: gates that it normalizes `together`, the names of its `units`."""
-        H = gains[0].shape[0] // len(gates)
+        H = arrays.sizes(gains[0])[0] // len(gates)
         ends = ((gates.index(group[0]), gates.index(group[-1]) + 1) for group in together)
         alone = "".join(gate for gate in gates if f"{gate}_bias" in units)
         return cls(x, weights, gains, gates, tuple(slice(a * H, b * H) for a, b in ends), alone)
@@ -46,7 +46,8 @@ class Norm(NamedTuple):
 
     def units(self) -> list[Any]:
         """The page's values per unit, [1, H] each."""
-        G, H, b_hh = len(self.gates), self.gains[0].shape[0] // len(self.gates), self.weights.b_hh
+        G, b_hh = len(self.gates), self.weights.b_hh
+        H = arrays.sizes(self.gains[0])[0] // G
         zero = arrays.zeros((H,), like=self.gains[0])
         biases = [zero if b_hh is None else self.rows(b_hh, self.gates.index(gate)) for gate in self.alone]
         own = [*biases, *(zero if array is None else array for array in self.gains[2:])]
@@ -84,7 +85,7 @@ class Norm(NamedTuple):
         return b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
 
     def rows(self, array: Any, gate: int) -> Any:
-        H = array.shape[0] // len(self.gates)
+        H = arrays.sizes(array)[0] // len(self.gates)
         return array[gate * H : (gate + 1) * H]
 
     def by_group(self, function: Any, *many: Any) -> Any:

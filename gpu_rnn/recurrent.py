@@ -2,13 +2,13 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import NoneType
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gpu_rnn.kernels import cells
 
@@ -210,6 +210,33 @@ class Recurrent(nn.Module):
     def _norm(self) -> list[str]:
         """The names of a normalization's parameters."""
         return [name for name in NORM if "c" in PAGES[self.page].states or name in NORM[:2]][: None if self.bias else 3]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Tell what to do instead: torch.jit.script asks here for a module whose source it can compile."""
+        raise NotImplementedError(
+            f"torch.jit.script compiles Python, but gpu_rnn.{self._get_name()} calls kernels that aren't Python. "
+            "Record the layer by torch.jit.trace, and script what is around the traced module; or use torch.export"
+        )
+
+    def _leaf(self, forward: Callable, input: fx.Proxy, hx: Any, **keywords: Any) -> fx.Proxy:
+        """Record a call as one node of a torch.fx graph, as torch.fx does it for a layer of torch.nn.
+
+        `forward` asks for it. The node calls the module, so what is around that method would be recorded a second time.
+        """
+        name = input.tracer.path_of_module(self)
+        around = {
+            "it is the root of what is traced": not name,
+            "it has a forward of its own": type(self).forward is not forward or "forward" in vars(self),
+            "it has hooks": self._forward_pre_hooks or self._forward_hooks,
+        }
+        for reason, holds in around.items():
+            if holds:
+                raise fx.proxy.TraceError(
+                    f"gpu_rnn.{self._get_name()} {name!r} is no leaf for torch.fx, since {reason}; trace a model that "
+                    "contains it, by a torch.fx.Tracer whose is_leaf_module says that it is one"
+                )
+        given = {label: value for label, value in keywords.items() if value is not None and value is not False}
+        return input.tracer.create_proxy("call_module", name, (input,) if hx is None else (input, hx), given)
 
     def _weights(self, suffix: str) -> Weights:
         return self._named([name + suffix for name in NAMES[:5]])

@@ -13,6 +13,7 @@ from .backends import numpy
 from .functional import ShapeError
 from .inspection import as_ours, driven, shallow
 from .layers import RecurrentLayer, as_hx
+from .operators import refuse_watched
 from .problem import Options, Weights
 
 
@@ -28,7 +29,8 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
     later, the stream's don't, on any device. For new ones make another stream and hand it `state`. There are no
     gradients. After it was made a call allocates no memory for arrays. On a CPU the weights are arranged once, which is
     most of what a call of the layer for one time step takes. On a GPU a time step is captured as a CUDA graph, which a
-    call replays; while a graph is being captured, a call becomes part of that one.
+    call replays; while a graph is being captured, a call becomes part of that one. So it
+    does under torch.compile. torch.jit.trace, make_fx and torch.func can't keep states: take `layer.step` there.
 
     The numbers are those of the layer over the whole sequence: bit for bit if it has bitwise=True, else to rounding,
     since a product for the inputs of many instants at once adds in another order than that for one. A GRU with
@@ -87,6 +89,9 @@ class Stream:
             raise ShapeError(f"x has shape {shape(x)}; expected [B, I] = {shape(self._x)}")
         if (x.dtype, x.device) != (self._x.dtype, self._x.device):
             raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
+        if torch.compiler.is_compiling():
+            return stepped(self._layer, x, self._y, self._states)
+        refuse_watched("a stream", "use layer.step, which takes the states and returns them")
         self._x.copy_(x.detach())
         self._advance()
         return self._y
@@ -132,14 +137,22 @@ def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], 
     sizes = [y.shape[1], *[layer.hidden_size] * (cell.S - 1)]
     states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]
 
-    @torch.no_grad()
-    def advance() -> None:
-        found, after = layer.step(x, as_hx(states))
-        y.copy_(found)
-        for state, new in zip(states, after if cell.S > 1 else (after,)):
-            state.copy_(new)
+    layers = [state.unbind(0) for state in states]
 
-    return captured(advance, states) if x.is_cuda else advance, [state.unbind(0) for state in states]
+    def advance() -> None:
+        stepped(layer, x, y, layers)
+
+    return captured(advance, states) if x.is_cuda else advance, layers
+
+
+@torch.no_grad()
+def stepped(layer: RecurrentLayer, x: Tensor, y: Tensor, states: States) -> Tensor:
+    """Write y and the states after one time step, in torch's operations, which torch.compile and CUDA graphs record."""
+    found, after = layer.step(x, as_hx([torch.stack(tuple(layers)) for layers in states]))
+    for layers, new in zip(states, after if len(states) > 1 else (after,)):
+        for k, state in enumerate(layers):
+            state.copy_(new[k])
+    return y.copy_(found)
 
 
 def frozen(layer: RecurrentLayer) -> RecurrentLayer:

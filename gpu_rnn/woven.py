@@ -18,6 +18,7 @@ and for other arrays `Applied.pulled` does.
 
 import numbers
 from collections.abc import Sequence
+from operator import eq
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels import cells
@@ -112,11 +113,12 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
     options: dict[str, Any] = {word: True for word, asked in variants.items() if asked}
     if around.cell_clip is not None:
         positive("cell_clip", around.cell_clip)
-        options["clip"] = (float(around.cell_clip),)
+        options["clip"] = (arrays.constant(float(around.cell_clip), like=x),)
     if around.peephole is not None:
         options["peephole"] = True
     cell = page(name, **options)
-    H, P = weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
+    rows, P = arrays.sizes(weights.w_hh)
+    H = rows // cell.G
     valid = None
     if around.lengths is not None or around.starts is not None:
         valid = within(around.starts, around.lengths, x)[..., None]
@@ -171,7 +173,8 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
             f"zoneout of h needs h itself, but it is projected from {H} to {P} units; give (0, p) for a state beside it"
         )
     if any(zoneout):
-        options["zoneout"], options["mean"] = tuple(map(float, zoneout)), not around.training
+        options["zoneout"] = tuple(arrays.constant(float(p), like=x) for p in zoneout)
+        options["mean"] = not around.training
         if around.training:
             seed = seeded(around.seed, x, "zoneout")
     woven = page(name, **options)
@@ -231,7 +234,7 @@ def check_bound(label: str, bound: Any, sizes: tuple[int, ...], T: int, x: Any) 
 
 def normalizing(cell: Page, x: Any, weights: Weights, given: Any) -> Norm:
     """Every array that is used up before the call fits."""
-    rows, sizes = weights.w_hh.shape[0], tuple(x.shape)
+    rows, sizes = arrays.sizes(weights.w_hh)[0], tuple(x.shape)
     others = [name for name in cell.units if name in ("c_gain", "c_bias")]
     labels = "of the input part", "of the recurrent part", *(name.replace("_", "'s ") for name in others)
     if not isinstance(given, (tuple, list)) or len(given) != len(labels):
@@ -305,6 +308,7 @@ def dropout_mask(seed: Any, p: float, sizes: tuple[int, int], x: Any, which: int
 # ---- what is given --------------------------------------------------------------------------------------------------
 
 
+@arrays.unrecorded
 def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, *dtypes: str) -> None:
     """An error unless the array lies where x does and has one of the shapes and one of the dtypes."""
     wanted = f"{' or '.join(dtypes)} of {arrays.library(x)} {arrays.device(x)}"
@@ -313,7 +317,7 @@ def fitting(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: Any, *
     kind = arrays.library(array, label), arrays.dtype(array), arrays.device(array)
     if (kind[0], kind[2]) != (arrays.library(x), arrays.device(x)) or kind[1] not in dtypes:
         raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {wanted}")
-    if tuple(array.shape) not in shapes:
+    if not any(len(array.shape) == len(sizes) and all(map(eq, array.shape, sizes)) for sizes in shapes):
         expected = " or ".join(str(list(sizes)) for sizes in shapes)
         raise ShapeError(f"{label} has shape {shape(array)}; expected {expected}, with x {shape(x)}")
 

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -251,7 +251,7 @@ def test_export_has_one_node_per_layer_and_runs_elsewhere(strict, tmp_path):
     torch.export.save(program, tmp_path / "model.pt2")
     torch.save((x, layer(x)[0].detach()), tmp_path / "data.pt")
     script = f"""
-import gpu_rnn.autograd, torch
+import gpu_rnn, torch
 x, y = torch.load({str(tmp_path / "data.pt")!r})
 assert torch.equal(torch.export.load({str(tmp_path / "model.pt2")!r}).module()(x)[0], y)
 """
@@ -265,3 +265,164 @@ def test_an_exported_layer_still_trains():
     layer(x)[0].square().sum().backward()
     for found, parameter in zip(module.parameters(), layer.parameters(), strict=True):
         torch.testing.assert_close(found.grad, parameter.grad)
+
+
+# ---- every keyword --------------------------------------------------------------------------------------------------
+
+SIZES = [(5, 2), (7, 3), (9, 4), (11, 5), (4, 6), (6, 7), (8, 8), (3, 9), (12, 10), (2, 11)]
+KEYWORDS = {
+    "LSTM": {
+        "zoneout": 0.2, "recurrent_dropout": 0.3, "input_dropout": 0.2, "weight_dropout": 0.2, "recompute": True,
+        "bitwise": True, "proj_size": 2, "layer_norm": True, "peephole": True, "coupled": True, "cell_clip": 0.5,
+        "recurrent_dropout_on": "candidate", "forget_bias": 1.0, "num_layers": 2, "bidirectional": True,
+        "batch_first": True,
+    },
+    "GRU": {"zoneout": (0.2,), "layer_norm": True, "reset_after": False, "recurrent_dropout": 0.3, "proj_size": 2},
+    "RNN": {"zoneout": 0.2, "recurrent_dropout": 0.3, "nonlinearity": "relu"},
+}  # fmt: skip
+CALLS = ("reset", "reset_state", "lengths", "starts", "return_states", "hx")
+ALONE = [(kind, (name,)) for kind, keywords in KEYWORDS.items() for name in (*keywords, *CALLS)]
+PAIRS = [(kind, pair) for kind, keywords in KEYWORDS.items() for pair in combinations((*keywords, *CALLS), 2)][::5]
+
+
+def drawn(layer, names, T, B):
+    """x, and the keywords of a call."""
+    lead = (B, T) if layer.batch_first else (T, B)
+    many = layer.num_layers * (2 if layer.bidirectional else 1)
+
+    def states():
+        sizes = [layer.proj_size or 4, *[4] * (len(cells.get(layer.page).states) - 1)]
+        drawn = tuple(torch.randn(many, B, size) for size in sizes)
+        return drawn if len(drawn) > 1 else drawn[0]
+
+    keywords = {
+        "reset": lambda: torch.rand(lead) < 0.3, "reset_state": states, "return_states": lambda: True, "hx": states,
+        "lengths": lambda: torch.randint(1, T + 1, (B,)), "starts": lambda: torch.randint(0, T, (B,)),
+    }  # fmt: skip
+    wanted = {*names, "reset"} if "reset_state" in names else {*names}
+    return torch.randn(*lead, 3), {name: draw() for name, draw in keywords.items() if name in wanted}
+
+
+def one_graph(kind, names, dynamic, sizes, backend):
+    torch._dynamo.reset()
+    try:
+        layer = getattr(gpu_rnn, kind)(3, 4, **{k: v for k, v in KEYWORDS[kind].items() if k in names})
+        layer(*drawn(layer, names, 5, 2)[:1])
+    except ValueError:
+        return  # these two don't go together
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
+    for T, B in sizes:
+        x, keywords = drawn(layer, names, T, B)
+        found = []
+        for run in (compiled, layer):
+            torch.manual_seed(T)
+            found.append(tree_leaves(run(x, **keywords)))
+        for ours, eager in zip(*found, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("kind", "names"), ALONE, ids=str)
+def test_every_keyword_is_one_graph_for_ten_sizes(kind, names, dynamic):
+    """Compiled anew once at most, when sizes turn out to differ."""
+    one_graph(kind, names, dynamic, SIZES, "aot_eager")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("kind", "names"), PAIRS, ids=str)
+def test_pairs_of_keywords_are_one_graph(kind, names, dynamic):
+    """Every fifth pair: each keyword is in some."""
+    one_graph(kind, names, dynamic, SIZES[:3], "eager")
+
+
+# ---- torch.func, compiled -------------------------------------------------------------------------------------------
+
+
+def loss(model, parameters, x):
+    return torch.func.functional_call(model, parameters, (x,))[0].square().sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, p, x: torch.func.grad(f)(p, x),
+    "grad of x": lambda f, p, x: torch.func.grad(f, 1)(p, x),
+    "vmap": lambda f, p, x: torch.vmap(f, (None, 0))(p, torch.stack([x, 2 * x, 3 * x])),
+    "ensemble": lambda f, p, x: torch.vmap(f, (0, None))({k: torch.stack([w, 2 * w]) for k, w in p.items()}, x),
+    "each one's gradient": lambda f, p, x: torch.vmap(torch.func.grad(f), (None, 0))(p, torch.stack([x, 2 * x])),
+    "jacrev": lambda f, p, x: torch.func.jacrev(f, 1)(p, x),
+    "hessian": lambda f, p, x: torch.func.grad(lambda x: torch.func.grad(f, 1)(p, x).square().sum())(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("LSTM", {}), ("GRU", {"bidirectional": True}), ("RNN", {"num_layers": 2})], ids=str
+)
+def test_transforms_compile_as_torch_nn_is_transformed(kind, arguments, name):
+    """Against torch.nn's layer on float64, member by member where it has no rule for vmap."""
+    theirs = getattr(nn, kind)(3, 4, **arguments).double()
+    ours = getattr(gpu_rnn, kind)(3, 4, **arguments).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    parameters = {key: weight.detach() for key, weight in theirs.named_parameters()}
+
+    def run(parameters, x):
+        return TRANSFORMS[name](lambda p, x: loss(ours, p, x), parameters, x)
+
+    found = tree_leaves(torch.compile(run, fullgraph=True, backend="aot_eager")(parameters, x))
+    for each, expected in zip(found, tree_leaves(by_torch_nn(name, theirs, parameters, x)), strict=True):
+        torch.testing.assert_close(each, expected, rtol=1e-9, atol=1e-9)
+
+
+def by_torch_nn(name, model, parameters, x):
+    def gradient(wanted, parameters, x, **options):
+        return torch.autograd.grad(loss(model, parameters, x), wanted, **options)
+
+    tracked = {key: weight.clone().requires_grad_() for key, weight in parameters.items()}
+    xs, x = [x, 2 * x, 3 * x], x.clone().requires_grad_()
+    if name == "grad":
+        return dict(zip(tracked, gradient([*tracked.values()], tracked, x)))
+    if name in ("grad of x", "jacrev"):
+        return gradient(x, parameters, x)
+    if name == "vmap":
+        return torch.stack([loss(model, parameters, each) for each in xs])
+    if name == "ensemble":
+        return torch.stack([loss(model, {k: n * w for k, w in parameters.items()}, x) for n in (1, 2)]).detach()
+    if name == "each one's gradient":
+        rows = [gradient([*tracked.values()], tracked, each) for each in xs[:2]]
+        return {key: torch.stack(each) for key, *each in zip(tracked, *rows)}
+    (dx,) = gradient(x, parameters, x, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), x)
+
+
+def test_the_operators_are_differentiated_twice_by_torch_func_and_autograd_alike():
+    theirs, x = nn.GRU(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    weights, zeros = [weight.detach() for weight in theirs.parameters()], x.new_zeros(2, 4)
+    for save in (True, False):
+
+        def run(x, save=save):
+            options = "w_ih w_hh b_ih b_hh", [0], "auto", None, False, False, save
+            return torch.ops.gpu_rnn.forward("gru", [x, *weights, zeros], *options)[0].square().sum()
+
+        def squared(x, run=run):
+            return torch.func.grad(run)(x).square().sum()
+
+        tracked = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(run(tracked), tracked, create_graph=True)
+        expected = by_torch_nn("hessian", theirs, dict(theirs.named_parameters()), x)[0]
+        torch.testing.assert_close(torch.func.grad(squared)(x), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(torch.autograd.grad(dx.square().sum(), tracked)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_stream_compiles_and_keeps_its_state(kind):
+    theirs = getattr(nn, kind)(3, 4, num_layers=2)
+    ours = getattr(gpu_rnn, kind)(3, 4, num_layers=2)
+    ours.load_state_dict(theirs.state_dict())
+    stream, x = gpu_rnn.stream(ours, 2), torch.randn(6, 2, 3)
+    compiled = torch.compile(stream, fullgraph=True, backend="aot_eager")
+    y = torch.stack([run(step).clone() for run, step in zip([compiled, compiled, stream] * 2, x)])
+    expected, last = theirs(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(stream.state, last)
