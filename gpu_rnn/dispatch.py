@@ -13,7 +13,7 @@ from .backends.phased import Phased
 from .problem import Direction, Problem, Weights
 
 Backend = ModuleType | Phased
-ORDER = ("cuda", "triton", "numpy")  # fastest first
+ORDER = ("cuda", "triton", "native", "numpy")  # fastest first
 VARIABLE = "GPU_RNN_BACKEND"
 
 
@@ -45,8 +45,8 @@ def forced(name: str | None = None) -> str | None:
 
 
 def order(problem: Problem) -> tuple[str, ...]:
-    """Fastest first. On the CPU nobody is asked before NumPy, since asking may import their library."""
-    return ORDER[::-1] if problem.device == "cpu" else ORDER
+    """Fastest first. On the CPU none is asked before NumPy whose library would be imported by that."""
+    return ("numpy", "native", "triton", "cuda") if problem.device == "cpu" else ORDER
 
 
 def serving(name: str, problem: Problem) -> Backend:

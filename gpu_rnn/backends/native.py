@@ -1,0 +1,256 @@
+"""Native code for the CPU: a whole sequence in one call of C++ (kernels/native), compiled by the system's compiler.
+
+The products and the time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32;
+halves are computed in float32. What the kernels read lies as the caller has it, contiguous; the products after the loop
+that give the gradients of weights and inputs are the library's whose arrays they are.
+"""
+
+import ctypes
+import os
+import struct
+import sys
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_rnn import kernels
+from gpu_rnn.kernels.cells import Cell
+from gpu_rnn.kernels.cuda.page import page
+from gpu_rnn.kernels.native import isa as instruction_sets
+from gpu_rnn.kernels.weave import HOLD
+
+from .. import arrays, compiler
+from ..extra import Extra
+from ..problem import Problem, Weights
+from . import sequence
+
+NAME = "native"
+MAX_STATES = 16  # as in sequence.h
+FLAGS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
+)  # fmt: skip
+FORWARD, BACKWARD = struct.Struct(f"{23 + 2 * MAX_STATES}Q"), struct.Struct(f"{24 + 3 * MAX_STATES}Q")
+SOURCES = Path(kernels.__file__).parent / "native"
+
+
+def reasons(problem: Problem) -> list[str]:
+    why = []
+    if problem.device != "cpu":
+        why.append(f"the arrays are on {problem.device}; native code runs on the CPU and nothing is moved silently")
+    if problem.library == "cupy":
+        why.append("CuPy arrays are on a GPU")
+    if problem.library == "numpy" and problem.dtype not in ("float32", "float64"):
+        why.append(f"{problem.dtype} NumPy arrays are not computed; give float32 or float64")
+    if problem.cell.S > MAX_STATES:
+        why.append(f"{problem.cell.name} has {problem.cell.S} states; at most {MAX_STATES} are served")
+    if not why:
+        try:
+            code(problem.cell, real_of(problem.dtype))
+        except compiler.CompileError as error:
+            why.append(str(error))
+    return why
+
+
+def plan(problem: Problem) -> str:
+    real, isa = real_of(problem.dtype), instruction_set()
+    how = (
+        f"{real}, {isa.name}, {isa.lanes(real)} lanes, tiles of {isa.tile(problem.cell.G)}, {threads()} threads at most"
+    )
+    return f"{how}; " + ("x is the input part already" if problem.I is None else "input projection by chunks")
+
+
+def warmup(problem: Problem) -> tuple[str, ...]:
+    code(problem.cell, real_of(problem.dtype))
+    return (f"{problem.cell.name}, compiled for {instruction_set().name}",)
+
+
+def forward(
+    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
+    bitwise: bool = False,
+) -> tuple[Any, tuple, tuple]:  # fmt: skip
+    """bitwise: every sum has one order and nothing depends on T, so it always is."""
+    given = Given.of(x, weights, state)
+    x_, w, initial = given
+    (T, B, width), P = x_.shape, w.w_hh.shape[1]
+    H = w.w_hh.shape[0] // cell.G
+    real = arrays.dtype(x_)
+    y, last = arrays.empty((T, B, P), like=x_), [arrays.empty((B, P if k == 0 else H), like=x_) for k in range(cell.S)]
+    tape = (
+        [arrays.empty(shape, like=x_) for shape in tape_shapes(cell, T, B, H, w.w_hr is not None, real)] if save else []
+    )
+    saved, cell_states, hidden = (*tape, None, None, None)[:3]
+    values = FORWARD.pack(
+        code(cell, real), T, B, width, H, P, reverse, threads(), save,
+        *map(arrays.pointer, (x_, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr)), *auxiliary(w),
+        *map(arrays.pointer, (y, saved, cell_states, hidden)),
+        *pointers(initial), *pointers(last),
+    )  # fmt: skip
+    call(library(real).forward, values)
+    if (dtype := arrays.dtype(x)) != real:
+        y, last = arrays.converted(y, dtype), [arrays.converted(array, dtype) for array in last]
+    return y, tuple(last), tuple(tape)
+
+
+def backward(
+    cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
+    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
+) -> dict[str, Any]:  # fmt: skip
+    given = Given.of(x, weights, state)
+    x_, w, initial = given
+    (T, B, _), P, G, projected = y.shape, w.w_hh.shape[1], cell.G, w.w_hr is not None
+    H, real = w.w_hh.shape[0] // G, arrays.dtype(x_)
+    y, dy, *dlast = (plain(array) for array in (y, dy, *dlast))
+    dhistory = [plain(array) for array in dhistory]
+    saved, cell_states, *hidden = map(arrays.plain, tape)
+    dWx = arrays.empty((T, B, G * H), like=x_)
+    dRh = arrays.empty((T, B, G * H), like=x_) if any(cell.separate) else dWx
+    total = arrays.empty((T, B, P), like=x_) if projected else None
+    dunits = arrays.zeros((cell.learned, B, H), like=x_)
+    dfirst = [arrays.empty(tuple(array.shape), like=x_) for array in initial]
+    values = BACKWARD.pack(
+        code(cell, real), T, B, 0, H, P, reverse, threads(), *map(arrays.pointer, (w.w_hh, w.w_hr)), *auxiliary(w),
+        *map(arrays.pointer, (y, saved, cell_states, *(hidden or [None]), initial[0], dy, dWx, dRh, total, dunits)),
+        *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
+    )  # fmt: skip
+    call(library(real).backward, values)
+
+    found = sequence.of_input(dWx, x_, w, set(needs) - {"b_ih"})
+    if "w_hh" in needs:
+        seen = sequence.seen_by_weights(cell, y, initial[0], Extra.of(w), reverse)
+        found["w_hh"] = sequence.recurrent_gradient(dRh, seen, reverse)
+    for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
+        if name in needs:
+            found[name] = row_sum(gradient.reshape(T * B, G * H), real)
+    if projected and "w_hr" in needs:
+        found["w_hr"] = sequence.product(total.reshape(T * B, P).T, hidden[0].reshape(T * B, H), like=x_)
+    if "units" in needs:
+        found["units"] = arrays.zeros(tuple(w.units.shape), like=x_)
+        found["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
+    dtype = arrays.dtype(x)
+    found = {name: arrays.converted(array, dtype) for name, array in found.items()}
+    return found | {"state": tuple(arrays.converted(array, dtype) for array in dfirst)}
+
+
+def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
+    """The other states after every time step, each [T, B, H], in the dtype of `like`."""
+    after = arrays.flipped(tape[1][1:]) if reverse else tape[1][1:]
+    return tuple(sequence.stored(after[:, k], like) for k in range(cell.S - 1))
+
+
+def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:
+    return arrays.computed(x), Weights(*map(arrays.computed, weights[:5]), *weights[5:])
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """What the kernels read, contiguous and in the dtype of computing."""
+
+    x: Any
+    weights: Weights
+    state: tuple
+
+    @classmethod
+    def of(cls, x: Any, weights: Weights, state: Sequence[Any]) -> "Given":
+        flags, seed = arrays.plain(weights.flags), arrays.plain(weights.seed)
+        return cls(plain(x), Weights(*map(plain, weights[:6]), flags, seed), tuple(map(plain, state)))
+
+
+def plain(array: Any) -> Any:
+    return None if array is None else arrays.plain(arrays.computed(array))
+
+
+def auxiliary(weights: Weights) -> tuple[int, ...]:
+    """The struct Auxiliary."""
+    units, flags, seed = weights[5:]
+    return *map(arrays.pointer, (units, flags, seed)), 1 if units is None else units.shape[1]
+
+
+def pointers(many: Sequence[Any]) -> tuple[int, ...]:
+    return *map(arrays.pointer, many), *[0] * (MAX_STATES - len(many))
+
+
+def tape_shapes(cell: Cell, T: Any, B: Any, H: int, projected: bool, real: str) -> list[tuple]:
+    lanes = instruction_set().lanes(real)
+    shapes = [(T, B, -(-H // lanes), cell.K, lanes), (T + 1, cell.S - 1, B, H)]
+    return [*shapes, (T, B, H)] if projected else shapes
+
+
+def threads() -> int:
+    """As many as torch is set to, or OMP_NUM_THREADS, or the cores of this process."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_num_threads"):
+        return torch.get_num_threads()
+    return cores()
+
+
+@cache
+def cores() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def row_sum(array: Any, real: str) -> Any:
+    """[rows, columns] -> [columns], as exact as the dtype."""
+    out = arrays.empty((array.shape[1],), like=array)
+    library(real).sum_rows(arrays.pointer(array), *array.shape, arrays.pointer(out))
+    return out
+
+
+def call(function: Callable[[bytes], int], values: bytes) -> None:
+    if function(values):
+        raise MemoryError("there is no memory for packed weights")
+
+
+# ---- Code -----------------------------------------------------------------------------------------------------------
+
+
+def real_of(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+@cache
+def instruction_set() -> instruction_sets.ISA:
+    return instruction_sets.best(compiler.cpu()[1])
+
+
+def flags(real: str) -> tuple[str, ...]:
+    isa = instruction_set()
+    scalar = {"float32": "float", "float64": "double"}[real]
+    return *FLAGS, *isa.flags, f"-DSCALAR={scalar}", f"-DVECTOR_BYTES={isa.bytes}", f"-DREGISTERS={isa.registers}"
+
+
+@cache
+def text(*names: str) -> str:
+    return "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in names)
+
+
+@lru_cache(16)
+def library(real: str) -> Any:
+    """Products and time loop."""
+    found = compiler.load(f"sequence-{real}", text("simd.h", "sequence.h", "sequence.cpp"), flags(real))
+    for function in (found.forward, found.backward):
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    found.sum_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    found.sum_rows.restype = None
+    return found
+
+
+@cache
+def code(cell: Cell, real: str) -> int:
+    """The address of a cell's `Code`."""
+    library(real)
+    found = compiler.load(f"{cell.name}-{real}", source(cell), flags(real))
+    return ctypes.addressof(ctypes.c_char.in_dll(found, "code"))
+
+
+def source(cell: Cell) -> str:
+    held = cell.flags.index(HOLD) if HOLD in cell.flags else -1
+    definition = f'#line 1 "{cell.name}"\n{page(cell)}#define HOLD_FLAG {held}\n'
+    return text("simd.h", "sequence.h") + definition + text("cell.cpp")

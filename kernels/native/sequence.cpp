@@ -1,0 +1,494 @@
+// sequence.cpp: a whole sequence forward or backward in one call, for any cell: products, time loop, threads.
+//
+// A product is a tile of M batch rows x N blocks of V hidden units x G gates of accumulators in registers. Weights are
+// packed so that a tile reads them one after the other: panels of [K][G][V], one for each block of units. What a tile
+// gives stays in the nearest cache, where the cell's elementwise code (cell.cpp) takes it up before the next block.
+// All rows go through a panel by pieces of K that fit into L1.
+//
+// Every sum runs over the k of a piece in order, by fused multiply-additions from zero on, and then is added to the bias
+// and the pieces before: its bits depend neither on the tile nor on how many rows, time steps or threads there are, and
+// its error grows with the length of a piece rather than with K.
+//
+// Threads have batch rows of their own and never wait; with fewer rows than threads they have units of their own, and
+// wait for each other after every part of a time step. One that has nothing to do sleeps.
+//
+// Not the obvious: one large product for the input part of all time steps would write T B G H values to memory and read
+// them again; here it is made for as many time steps as give a product enough rows.
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;  // registers of a tile; the others hold weights and inputs
+constexpr int COLUMNS = 4;                               // vectors side by side of a full tile: gates, or blocks of units
+constexpr int MOST_BLOCKS = 8;                           // of units side by side, where rows are few
+constexpr Index PIECE = 128;                             // of K: 4 vectors of it take half of an L1 of 32 KB or more
+constexpr Index CHUNK_ROWS = 48;                         // of the input's product, at least
+
+DEVICE Index least(Index a, Index b) { return a < b ? a : b; }
+DEVICE Index most(Index a, Index b) { return a > b ? a : b; }
+
+// ---- Memory --------------------------------------------------------------------------------------------------------
+
+struct Scratch {  // of `scalar`, on cache lines of its own; empty where there is no memory
+    scalar* data;
+    explicit Scratch(Index size) : data(nullptr) {
+        void* found = nullptr;
+        if (posix_memalign(&found, 64, most(size, 1) * sizeof(scalar)) == 0) data = static_cast<scalar*>(found);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { free(data); }
+};
+
+// ---- Threads -------------------------------------------------------------------------------------------------------
+
+// Threads that sleep until a call wakes them. One call at a time has them; others do without.
+struct Pool {
+    static constexpr int MOST = 64;
+    pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, mutex = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
+    int started = 0, wanted = 0, running = 0;
+    uint64_t call = 0, joined[MOST] = {};  // the call that was the last one when a thread was started
+    void (*body)(void*, int) = nullptr;
+    void* context = nullptr;
+};
+static Pool pool;
+
+static void* serve(void* argument) {
+    const int own = static_cast<int>(reinterpret_cast<intptr_t>(argument));
+    pthread_mutex_lock(&pool.mutex);
+    for (uint64_t seen = pool.joined[own];;) {
+        while (pool.call == seen || own >= pool.wanted) {
+            seen = pool.call;
+            pthread_cond_wait(&pool.wake, &pool.mutex);
+        }
+        seen = pool.call;
+        pthread_mutex_unlock(&pool.mutex);
+        pool.body(pool.context, own);
+        pthread_mutex_lock(&pool.mutex);
+        if (--pool.running == 0) pthread_cond_signal(&pool.done);
+    }
+    return nullptr;
+}
+
+// As many threads as are wanted and there are, for `run`; 1 is the caller alone. `release` gives them back.
+static int acquire(Index wanted) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (wanted < 2 || pthread_mutex_trylock(&pool.owner) != 0) return 1;
+    pthread_once(&once, [] { pthread_atfork(nullptr, nullptr, [] { pool = Pool(); }); });  // a child has no threads
+    wanted = least(wanted, Pool::MOST);
+    sigset_t every, before;
+    sigfillset(&every);
+    pthread_sigmask(SIG_SETMASK, &every, &before);  // signals are for the threads of the process itself
+    while (pool.started + 1 < wanted) {
+        const int own = pool.started + 1;
+        pthread_t thread;
+        pool.joined[own] = pool.call;
+        if (pthread_create(&thread, nullptr, serve, reinterpret_cast<void*>(static_cast<intptr_t>(own))) != 0) break;
+        pthread_detach(thread);
+        pool.started = own;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return static_cast<int>(least(wanted, pool.started + 1));
+}
+
+static void release(int threads) {
+    if (threads > 1) pthread_mutex_unlock(&pool.owner);
+}
+
+// Have body(0) to body(threads - 1) run at the same time; the caller is thread 0.
+template <class Body>
+static void run(int threads, Body& body) {
+    if (threads == 1) return body(0);
+    pthread_mutex_lock(&pool.mutex);
+    pool.body = [](void* context, int thread) { (*static_cast<Body*>(context))(thread); };
+    pool.context = &body;
+    pool.running = threads - 1;
+    pool.wanted = threads;
+    ++pool.call;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.mutex);
+    body(0);
+    pthread_mutex_lock(&pool.mutex);
+    while (pool.running > 0) pthread_cond_wait(&pool.done, &pool.mutex);
+    pthread_mutex_unlock(&pool.mutex);
+}
+
+// All of a call's threads wait here for each other, many times.
+struct Barrier {
+    int threads;
+    int arrived = 0, round = 0;
+    void wait() {
+        if (threads == 1) return;
+        const int now = __atomic_load_n(&round, __ATOMIC_RELAXED);
+        if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+            __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&round, now + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int turns = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == now; ++turns) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+            if (turns > 4000) sched_yield();  // its thread may need this core
+        }
+    }
+};
+
+// What a thread does: batch rows [b0, b1), and of `blocks` blocks those from first to last.
+struct Part {
+    Index b0, b1;
+    int thread, threads;  // that share these rows
+    Index first(Index blocks) const { return blocks * thread / threads; }
+    Index last(Index blocks) const { return blocks * (thread + 1) / threads; }
+};
+
+static Part part_of(int thread, int threads, Index B, bool by_rows) {
+    if (!by_rows) return {0, B, thread, threads};
+    return {B * thread / threads, B * (thread + 1) / threads, 0, 1};
+}
+
+// ---- Products ------------------------------------------------------------------------------------------------------
+
+// Weights as a product reads them, `panels` [blocks][K][G][V], further lanes zero.
+struct Matrix {
+    Index units, K, G;
+    Scratch panels;
+    Matrix(Index units, Index K, Index G, bool there = true)
+        : units(units), K(K), G(G), panels(there ? blocks_of(units) * K * G * V : 0) {}
+    const scalar* panel(Index u) const { return panels.data + u * K * G * V; }
+
+    // Blocks [u0, u1) from weights whose element (g, unit, k) lies at g * of_gate + unit * of_unit + k * of_k.
+    void pack(const scalar* from, Index of_gate, Index of_unit, Index of_k, Index u0, Index u1) {
+        for (Index u = u0; u < u1; ++u) {
+            const int lanes = lanes_of(u, units);
+            for (Index g = 0; g < G; ++g) {
+                const scalar* source = from + g * of_gate + u * V * of_unit;
+                scalar* to = panels.data + (u * K * G + g) * V;
+                if (of_unit == 1) {
+                    for (Index k = 0; k < K; ++k) store(to + k * G * V, load(source + k * of_k, lanes));
+                    continue;
+                }
+                for (Index k = 0; k < K; ++k)
+                    for (int i = 0; i < V; ++i) to[k * G * V + i] = i < lanes ? source[i * of_unit + k * of_k] : 0;
+            }
+        }
+    }
+};
+
+// out[m][n][C vectors] = (start, or what is there) + sum over k of rows[m][k] * panel n [k][C vectors].
+// step: from one k to the next, of a panel; next: from one panel to the next; both in elements.
+template <int M, int N, int C>
+static void tile(const scalar* const* rows, const scalar* panel, Index step, Index next, Index K, const scalar* start,
+                 scalar* out, Index out_row, Index out_block) {
+    vec sum[M][N][C];
+    const scalar* in[M];
+    for (int m = 0; m < M; ++m) {
+        in[m] = rows[m];
+        for (int n = 0; n < N; ++n)
+            for (int c = 0; c < C; ++c) sum[m][n][c] = vec{};
+    }
+#pragma GCC unroll 2
+    for (Index k = 0; k < K; ++k, panel += step) {
+        if constexpr (M <= N * C) {  // what there is less of stays in registers for this k
+            vec value[M];
+            for (int m = 0; m < M; ++m) value[m] = all(in[m][k]);
+            for (int n = 0; n < N; ++n)
+                for (int c = 0; c < C; ++c) {
+                    const vec weight = load(panel + n * next + c * V);
+                    for (int m = 0; m < M; ++m) sum[m][n][c] = fma(value[m], weight, sum[m][n][c]);
+                }
+        } else {
+            vec weight[N][C];
+            for (int n = 0; n < N; ++n)
+                for (int c = 0; c < C; ++c) weight[n][c] = load(panel + n * next + c * V);
+            for (int m = 0; m < M; ++m) {
+                const vec value = all(in[m][k]);
+                for (int n = 0; n < N; ++n)
+                    for (int c = 0; c < C; ++c) sum[m][n][c] = fma(value, weight[n][c], sum[m][n][c]);
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n)
+            for (int c = 0; c < C; ++c) {
+                scalar* to = out + m * out_row + n * out_block + c * V;
+                store(to, load(start ? start + n * out_block + c * V : to) + sum[m][n][c]);
+            }
+}
+
+typedef void (*Tile)(const scalar* const*, const scalar*, Index, Index, Index, const scalar*, scalar*, Index, Index);
+
+// The rows of a full tile of C vectors: such that about COLUMNS vectors stand side by side.
+DEVICE constexpr int full_rows(int C) { return C >= 3 ? ACCUMULATORS / C : ACCUMULATORS / COLUMNS; }
+
+template <int M, int N, int C>
+static Tile tile_of_blocks(int& blocks) {  // as many as there are registers for, at most `blocks`
+    if constexpr (N == 1) {
+        blocks = 1;
+        return tile<M, 1, C>;
+    } else {
+        if constexpr (M * N * C <= ACCUMULATORS)
+            if (blocks >= N) {
+                blocks = N;
+                return tile<M, N, C>;
+            }
+        return tile_of_blocks<M, N / 2, C>(blocks);
+    }
+}
+
+template <int M, int C>
+static Tile tile_of_rows(int rows, int& blocks) {
+    if constexpr (M > 1)
+        if (rows < M) return tile_of_rows<M - 1, C>(rows, blocks);
+    return tile_of_blocks<M, MOST_BLOCKS, C>(blocks);
+}
+
+static Tile tile_for(int rows, int columns, int& blocks) {
+    if (columns == 1) return tile_of_rows<full_rows(1), 1>(rows, blocks);
+    if (columns == 2) return tile_of_rows<full_rows(2), 2>(rows, blocks);
+    if (columns == 3) return tile_of_rows<full_rows(3), 3>(rows, blocks);
+    return tile_of_rows<full_rows(4), 4>(rows, blocks);
+}
+
+// The same for `count` rows, at most those of a full tile, and blocks [u, u + blocks) of a piece of K from k on.
+static void compute(const Matrix& w, const scalar* const* rows, int count, Index u, int blocks, Index k, Index piece,
+                    const scalar* start, scalar* out, Index out_row) {
+    const Index block = w.G * V;
+    for (Index g = 0; g < w.G; g += COLUMNS) {
+        const int columns = static_cast<int>(least(COLUMNS, w.G - g));
+        for (int n = 0, some; n < blocks; n += some) {
+            some = blocks - n;
+            const Tile tile = tile_for(count, columns, some);
+            tile(rows, w.panel(u + n) + (k * w.G + g) * V, block, w.K * block, piece,
+                 k == 0 ? start + (u + n) * block + g * V : nullptr, out + n * block + g * V, out_row, block);
+        }
+    }
+}
+
+// Blocks [u0, u1) of a product for R rows; row(r) is where the K inputs of row r lie. start: [blocks][G][V], the bias.
+// out: [R] rows of `width` blocks, the first of which is u0; or `width` is 0, and `out` has a few blocks of each row for
+// the time being. Then comes done(r, u, u', values [u' - u][G][V]), for every row and all blocks in turn.
+template <class Row, class Done>
+static void multiply(const Matrix& w, Index R, Index u0, Index u1, Row row, const scalar* start, scalar* out, Index width,
+                     Done done) {
+    const Index block = w.G * V;
+    const int columns = static_cast<int>(least(w.G, COLUMNS)), full = full_rows(columns);
+    const Index turns = (R + full - 1) / full;  // with about as many rows each
+    for (Index u = u0; u < u1 && R > 0;) {
+        int blocks = static_cast<int>(least(u1 - u, MOST_BLOCKS));
+        tile_for(static_cast<int>((R + turns - 1) / turns), columns, blocks);
+        const Index out_row = (width ? width : blocks) * block;
+        scalar* to = out + (width ? (u - u0) * block : 0);
+        for (Index k = 0; k == 0 || k < w.K; k += PIECE) {
+            for (Index turn = 0; turn < turns; ++turn) {
+                const Index first = R * turn / turns, last = R * (turn + 1) / turns;
+                const scalar* rows[ACCUMULATORS];
+                for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
+                compute(w, rows, static_cast<int>(last - first), u, blocks, k, least(PIECE, w.K - k), start,
+                        to + first * out_row, out_row);
+                if (k + PIECE < w.K) continue;
+                for (Index r = first; r < last; ++r) done(r, u, u + blocks, to + r * out_row);
+            }
+        }
+        u += blocks;
+    }
+}
+
+// `out` needs so much for R rows of which nothing is kept.
+DEVICE Index passing(const Matrix& w, Index R) { return R * MOST_BLOCKS * w.G * V; }
+
+// [G, units] -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
+static void pack_bias(const scalar* bias, Index G, Index units, Index gates, scalar* to, bool add) {
+    for (Index u = 0; u < blocks_of(units); ++u)
+        for (Index g = 0; g < G; ++g) {
+            vec value = bias && (gates >> g & 1) ? load(bias + g * units + u * V, lanes_of(u, units)) : vec{};
+            scalar* at = to + (u * G + g) * V;
+            store(at, add ? load(at) + value : value);
+        }
+}
+
+// ---- Forward -------------------------------------------------------------------------------------------------------
+
+// 0, or 1 where there is no memory.
+extern "C" int forward(const Forward& f) {
+    const Code& cell = *f.cell;
+    const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G, GV = G * V, every = (Index(1) << G) - 1;
+    const Index blocks = blocks_of(H), outputs = blocks_of(P);
+    const int threads = acquire(f.threads);
+    const bool by_rows = B >= 2 * threads || cell.REDUCES;
+    const int sharing = by_rows ? 1 : threads;
+
+    Matrix W(H, f.I, G, f.W != nullptr), R(H, P, G), W_hr(P, H, 1, f.W_hr != nullptr);
+    Scratch bias_x(blocks * GV), bias_h(blocks * GV), zero(outputs * V), seen(cell.OPERAND ? B * P : 0);
+    Scratch unprojected(f.W_hr && !f.save ? B * H : 0);
+    const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
+    const Index chunk = least(T, most(1, CHUNK_ROWS / most(rows, 1)));
+    const Index gates = cell.REDUCES ? rows * blocks * GV : passing(R, rows);
+    const Index own = chunk * rows * width * GV + gates + passing(W_hr, rows);
+    Scratch scratch(threads * own);
+    if (!W.panels.data || !R.panels.data || !W_hr.panels.data || !bias_x.data || !bias_h.data || !zero.data ||
+        !seen.data || !unprojected.data || !scratch.data) {
+        release(threads);
+        return 1;
+    }
+    // Where a gate's parts just meet as a sum, the recurrent bias goes with the other one.
+    pack_bias(f.b_x, G, H, every, bias_x.data, false);
+    pack_bias(f.b_h, G, H, every & ~cell.SEPARATE, bias_x.data, true);
+    pack_bias(f.b_h, G, H, cell.SEPARATE, bias_h.data, false);
+    pack_bias(nullptr, 1, P, 0, zero.data, false);
+    for (Index s = 1; s < cell.S; ++s) memcpy(f.save ? f.cell_states + (s - 1) * B * H : f.last[s], f.first[s], B * H * sizeof(scalar));
+
+    const auto time_of = [&](Index n) { return f.reverse ? T - 1 - n : n; };
+    const auto h_before = [&](Index n) { return n == 0 ? f.first[0] : f.y + time_of(n - 1) * B * P; };
+    Barrier packed{threads}, barrier{sharing};
+    auto body = [&](int thread) {
+        const Part all_of{0, 0, thread, threads}, part = part_of(thread, threads, B, by_rows);
+        if (f.W) W.pack(f.W, H * f.I, f.I, 1, all_of.first(blocks), all_of.last(blocks));
+        R.pack(f.R, H * P, P, 1, all_of.first(blocks), all_of.last(blocks));
+        if (f.W_hr) W_hr.pack(f.W_hr, 0, H, 1, all_of.first(outputs), all_of.last(outputs));
+        packed.wait();
+
+        const Index b0 = part.b0, mine = part.b1 - b0, u0 = part.first(blocks), u1 = part.last(blocks), some = u1 - u0;
+        const Index p0 = part.first(outputs), p1 = part.last(outputs);
+        scalar* Wx = scratch.data + thread * own;            // [chunk][mine][some][G][V]
+        scalar* Rh = Wx + chunk * rows * width * GV;         // [mine][blocks][G][V], or for the time being
+        scalar* h = Rh + gates;                              // for the time being
+        for (Index begin = 0; begin < T; begin += chunk) {
+            const Index steps = least(chunk, T - begin);
+            const auto input = [&](Index r) { return f.x + (time_of(begin + r / mine) * B + b0 + r % mine) * (f.W ? f.I : G * H); };
+            if (f.W) multiply(W, steps * mine, u0, u1, input, bias_x.data, Wx, some, [](Index, Index, Index, scalar*) {});
+            else
+                for (Index r = 0; r < steps * mine; ++r)
+                    for (Index u = u0; u < u1; ++u)
+                        for (Index g = 0; g < G; ++g)
+                            store(Wx + (r * some + u - u0) * GV + g * V,
+                                  load(input(r) + g * H + u * V, lanes_of(u, H)) + load(bias_x.data + u * GV + g * V));
+            for (Index n = begin; n < begin + steps; ++n) {
+                const Index t = time_of(n);
+                const scalar* before = h_before(n);
+                const scalar* shown = before;  // to the recurrent weights
+                if (cell.OPERAND) {
+                    for (Index b = b0; b < b0 + mine; ++b) cell.operand(f, n, b, p0, p1, before + b * P, seen.data + b * P);
+                    shown = seen.data;
+                    barrier.wait();
+                }
+                scalar* to = !f.W_hr ? f.y + t * B * P : f.save ? f.h_unprojected + t * B * H : unprojected.data;
+                const scalar* x = Wx + (n - begin) * mine * some * GV;
+                const auto step = [&](Index r, Index u, Index end, const scalar* gates) {
+                    if (!cell.REDUCES)
+                        cell.step(f, n, b0 + r, u, end, x + (r * some + u - u0) * GV, gates, to + (b0 + r) * H);
+                    else if (end == blocks)
+                        cell.step(f, n, b0 + r, 0, blocks, x + r * some * GV, Rh + r * blocks * GV, to + (b0 + r) * H);
+                };
+                multiply(R, mine, u0, u1, [&](Index r) { return shown + (b0 + r) * P; }, bias_h.data, Rh,
+                         cell.REDUCES ? blocks : 0, step);
+                barrier.wait();
+                if (!f.W_hr) continue;
+                multiply(W_hr, mine, p0, p1, [&](Index r) { return to + (b0 + r) * H; }, zero.data, h, 0,
+                         [&](Index r, Index u, Index end, const scalar* values) {
+                             const Index b = b0 + r;
+                             // Where states are held, a projected h stays what it was before.
+                             const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
+                             for (; u < end; ++u, values += V)
+                                 store(f.y + (t * B + b) * P + u * V,
+                                       held ? load(before + b * P + u * V, lanes_of(u, P)) : load(values), lanes_of(u, P));
+                         });
+                barrier.wait();
+            }
+        }
+    };
+    run(threads, body);
+    release(threads);
+    memcpy(f.last[0], f.y + time_of(T - 1) * B * P, B * P * sizeof(scalar));
+    for (Index s = 1; s < cell.S && f.save; ++s)
+        memcpy(f.last[s], f.cell_states + (T * (cell.S - 1) + s - 1) * B * H, B * H * sizeof(scalar));
+    return 0;
+}
+
+// ---- Backward ------------------------------------------------------------------------------------------------------
+
+// 0, or 1 where there is no memory.
+extern "C" int backward(const Backward& f) {
+    const Code& cell = *f.cell;
+    const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G;
+    const Index blocks = blocks_of(H), outputs = blocks_of(P);
+    const int threads = acquire(f.threads);
+    const bool by_rows = B >= 2 * threads || cell.REDUCES;
+    const int sharing = by_rows ? 1 : threads;
+
+    Matrix R(P, G * H, 1), W_hr(H, P, 1, f.W_hr != nullptr);  // both the other way round
+    const Index rows = by_rows ? (B + threads - 1) / threads : B;
+    const Index unprojected = cell.REDUCES ? rows * blocks * V : passing(W_hr, rows), own = unprojected + passing(R, rows);
+    Scratch zero(most(blocks, outputs) * V), scratch(threads * own);
+    if (!R.panels.data || !W_hr.panels.data || !zero.data || !scratch.data) {
+        release(threads);
+        return 1;
+    }
+    memset(zero.data, 0, most(blocks, outputs) * V * sizeof(scalar));
+    for (Index s = 0; s < cell.S; ++s) memcpy(f.dfirst[s], f.dlast[s], B * (s ? H : P) * sizeof(scalar));
+
+    Barrier packed{threads}, barrier{sharing};
+    auto body = [&](int thread) {
+        const Part all_of{0, 0, thread, threads}, part = part_of(thread, threads, B, by_rows);
+        R.pack(f.R, 0, 1, P, all_of.first(outputs), all_of.last(outputs));
+        if (f.W_hr) W_hr.pack(f.W_hr, 0, 1, H, all_of.first(blocks), all_of.last(blocks));
+        packed.wait();
+
+        const Index b0 = part.b0, b1 = part.b1, u0 = part.first(blocks), u1 = part.last(blocks);
+        const Index p0 = part.first(outputs), p1 = part.last(outputs);
+        scalar* dh = scratch.data + thread * own;  // of h before its projection: [mine][blocks][V], or for the time being
+        scalar* back = dh + unprojected;           // through the recurrent weights, for the time being
+        for (Index n = T - 1; n >= 0; --n) {
+            const Index t = f.reverse ? T - 1 - n : n;
+            if (!f.W_hr) {
+                for (Index b = b0; b < b1; ++b) cell.grad(f, n, b, u0, u1, nullptr);
+            } else {
+                scalar* total = f.dy_total + t * B * P;
+                for (Index b = b0; b < b1; ++b) {  // a held h hands its gradient on to the one before
+                    const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
+                    for (Index p = p0; p < p1; ++p) {
+                        const int lanes = lanes_of(p, P);
+                        const Index at = b * P + p * V;
+                        const vec sum = load(f.dy + t * B * P + at, lanes) + load(f.dfirst[0] + at, lanes);
+                        store(total + at, held ? vec{} : sum, lanes);
+                        store(f.dfirst[0] + at, held ? sum : vec{}, lanes);
+                    }
+                }
+                barrier.wait();
+                multiply(W_hr, b1 - b0, u0, u1, [&](Index r) { return total + (b0 + r) * P; }, zero.data, dh,
+                         cell.REDUCES ? blocks : 0, [&](Index r, Index u, Index end, const scalar* values) {
+                             if (!cell.REDUCES) cell.grad(f, n, b0 + r, u, end, values);
+                             else if (end == blocks) cell.grad(f, n, b0 + r, 0, blocks, dh + r * blocks * V);
+                         });
+            }
+            barrier.wait();
+            multiply(R, b1 - b0, p0, p1, [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; }, zero.data, back, 0,
+                     [&](Index r, Index u, Index end, const scalar* values) {
+                         cell.operand_grad(f, n, b0 + r, u, end, values);
+                     });
+            barrier.wait();
+        }
+    };
+    run(threads, body);
+    release(threads);
+    return 0;
+}
+
+// out [columns] = the sum of a [rows, columns] over rows, as exact as `scalar`: a plain sum would lose digits.
+extern "C" void sum_rows(const scalar* a, Index rows, Index columns, scalar* out) {
+    constexpr Index RUN = 32;  // rows that are added up in `scalar`
+    double total[64];
+    for (Index first = 0; first < columns; first += 64) {
+        const Index some = least(64, columns - first);
+        for (Index c = 0; c < some; ++c) total[c] = 0;
+        for (Index begin = 0; begin < rows; begin += RUN) {
+            scalar sum[64] = {};
+            for (Index r = begin; r < least(begin + RUN, rows); ++r)
+                for (Index c = 0; c < some; ++c) sum[c] += a[r * columns + first + c];
+            for (Index c = 0; c < some; ++c) total[c] += sum[c];
+        }
+        for (Index c = 0; c < some; ++c) out[first + c] = static_cast<scalar>(total[c]);
+    }
+}

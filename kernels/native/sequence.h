@@ -1,0 +1,71 @@
+// sequence.h: what a sequence reads and writes, and the functions of a cell that its time loop calls.
+//
+// A time step n counts in the order of computation, t is its place in [T, ...]; with `reverse` t = T - 1 - n. Units come
+// in blocks of V, the lanes of a vector; the last block of H or P may be ragged, and its further lanes are zero.
+// State index n is before time step n, as in FlashRNN's states. All fields have 8 bytes, as Python packs them.
+
+constexpr int MAX_STATES = 16;
+
+DEVICE Index blocks_of(Index units) { return (units + V - 1) / V; }
+DEVICE int lanes_of(Index block, Index units) {
+    const Index rest = units - block * V;
+    return rest < V ? static_cast<int>(rest) : V;
+}
+
+// Values that a cell takes in addition to gates and states (gpu_rnn/extra.py).
+struct Auxiliary {
+    const scalar* units;   // [N, unit_rows, H]; unit_rows is B, or 1 where all batch rows have the same
+    const uint8_t* flags;  // [T, B], bit k is flag k
+    const uint64_t* seed;  // [1]
+    Index unit_rows;
+};
+
+struct Code;  // of a cell, below
+
+struct Forward {
+    const Code* cell;
+    Index T, B, I, H, P, reverse, threads, save;
+    const scalar* x;        // [T, B, I]; [T, B, G, H], the input part of all gates, where W is null
+    const scalar* W;        // [G, H, I] input weights, or null
+    const scalar* R;        // [G, H, P] recurrent weights
+    const scalar* b_x;      // [G, H] or null
+    const scalar* b_h;      // [G, H] or null
+    const scalar* W_hr;     // [P, H] projects h, or null: then P = H
+    Auxiliary aux;
+    scalar* y;              // [T, B, P] written
+    scalar* saved;          // [T, B, blocks of H, K, V] by n, written if save
+    scalar* cell_states;    // [T+1, S-1, B, H] by state index, written if save
+    scalar* h_unprojected;  // [T, B, H] written if save; only with W_hr
+    const scalar* first[MAX_STATES];  // [B, P], then [B, H]: the states before
+    scalar* last[MAX_STATES];         // the same, written: the states after
+};
+
+struct Backward {
+    const Code* cell;
+    Index T, B, I, H, P, reverse, threads;
+    const scalar* R;              // [G, H, P]
+    const scalar* W_hr;           // [P, H] or null
+    Auxiliary aux;
+    const scalar* y;              // [T, B, P]
+    const scalar* saved;          // as in Forward
+    const scalar* cell_states;    // as in Forward
+    const scalar* h_unprojected;  // as in Forward
+    const scalar* h0;             // [B, P]
+    const scalar* dy;             // [T, B, P]
+    scalar* dWx;                  // [T, B, G, H] written: gradient of the input part of all gates
+    scalar* dRh;                  // the same of the recurrent part; it is dWx where the two are equal
+    scalar* dy_total;             // [T, B, P] written: gradient of y, later time steps included; null without W_hr
+    scalar* dunits;               // [LEARNED, B, H] added to
+    const scalar* dlast[MAX_STATES];     // gradients of the states after
+    scalar* dfirst[MAX_STATES];          // gradients of the states before, written; on the way those at state index n
+    const scalar* dhistory[MAX_STATES];  // [T, B, H] gradients of the cell states after every time step, or null
+};
+
+// A cell, compiled for one CPU (cell.cpp). `blocks`: [u0, u1) of one batch row; gate vectors are [u1 - u0][G][V].
+struct Code {
+    Index G, S, K, OPERAND, REDUCES, HOLD, LEARNED, SEPARATE;  // HOLD: bit of the flag that keeps the states, or -1
+    void (*step)(const Forward&, Index n, Index b, Index u0, Index u1, const scalar* Wx, const scalar* Rh, scalar* h);
+    void (*operand)(const Forward&, Index n, Index b, Index u0, Index u1, const scalar* h, scalar* out);
+    void (*grad)(const Backward&, Index n, Index b, Index u0, Index u1, const scalar* dh);
+    void (*operand_grad)(const Backward&, Index n, Index b, Index u0, Index u1, const scalar* dh);
+};
