@@ -1,8 +1,8 @@
 """Native code for the CPU: a whole sequence in one call of C++ (kernels/native), compiled by the system's compiler.
 
-The products and the time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32;
-halves are computed in float32. What the kernels read lies as the caller has it, contiguous; the products after the loop
-that give the gradients of weights and inputs are the library's whose arrays they are.
+Products and time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32; halves
+are computed in float32. What the kernels read lies as the caller has it, contiguous; the products after the loop that
+give the gradients of weights and inputs are the library's whose arrays they are.
 """
 
 import ctypes
@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from gpu_rnn import kernels
 from gpu_rnn.kernels.cells import Cell

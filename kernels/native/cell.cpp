@@ -1,9 +1,9 @@
 // cell.cpp: the elementwise part of a time step, forward and backward, for any cell: `Cell` is generated from its
 // definition. Compiled once a cell; the products and the time loop (sequence.cpp) know no cell and are compiled once.
 //
-// A call does some blocks of units of one batch row. Gates come in vectors straight from the product, everything else
-// lies as the caller has it. Where the cell takes means over units (Cell::*_LEVELS), a call has a whole row and goes
-// through it once for each level of means and once more for the result, in one order of additions.
+// A call does some blocks of units of some batch rows. Gates come in vectors straight from the product, everything else
+// lies as the caller has it. Where the cell takes means over units (Cell::*_LEVELS), a call has whole rows and goes
+// through each once for every level of means and once more for the result, in one order of additions.
 
 constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
 constexpr int PER_UNIT = Cell::PER_UNIT, FLAGS = Cell::FLAGS, UNIFORMS = Cell::UNIFORMS;
@@ -29,52 +29,72 @@ static void philox(uint32_t (&counter)[4][V], uint64_t seed) {
     }
 }
 
-// All of them for block u of row b at time t; `width` is how many units the values per unit are for.
+// All of them for block u of row b at time t, in vector i; `width` is how many units the values per unit are for.
 template <class Problem>
-DEVICE void load_aux(const Problem& problem, Index t, Index b, Index u, Index width, real (&aux)[or_1(AUX)]) {
+DEVICE void load_aux(real (&aux)[or_1(AUX)], int i, const Problem& problem, Index t, Index b, Index u, Index width) {
     const Auxiliary& from = problem.aux;
     const int lanes = lanes_of(u, width);
     for (int n = 0; n < PER_UNIT; ++n)
-        aux[n] = load(from.units + (n * from.unit_rows + (from.unit_rows > 1 ? b : 0)) * problem.H + u * V, lanes);
-    for (int n = 0; n < FLAGS; ++n) aux[PER_UNIT + n] = double(from.flags[t * problem.B + b] >> n & 1);
+        aux[n].v[i] = load(from.units + (n * from.unit_rows + (from.unit_rows > 1 ? b : 0)) * problem.H + u * V, lanes);
+    for (int n = 0; n < FLAGS; ++n)
+        aux[PER_UNIT + n].v[i] = all(static_cast<scalar>(from.flags[t * problem.B + b] >> n & 1));
     for (int n = 0; n < UNIFORMS; n += 4) {
         uint32_t words[4][V];
-        for (int i = 0; i < V; ++i) {
-            words[0][i] = static_cast<uint32_t>(u * V + i), words[1][i] = static_cast<uint32_t>(b);
-            words[2][i] = static_cast<uint32_t>(t), words[3][i] = static_cast<uint32_t>(n / 4);
+        for (int k = 0; k < V; ++k) {
+            words[0][k] = static_cast<uint32_t>(u * V + k), words[1][k] = static_cast<uint32_t>(b);
+            words[2][k] = static_cast<uint32_t>(t), words[3][k] = static_cast<uint32_t>(n / 4);
         }
         philox(words, *from.seed);
-        for (int k = 0; k < 4 && n + k < UNIFORMS; ++k) {
+        for (int j = 0; j < 4 && n + j < UNIFORMS; ++j) {
             vec uniform;
-            for (int i = 0; i < V; ++i) uniform[i] = static_cast<scalar>(static_cast<int32_t>(words[k][i] >> 8));
-            aux[PER_UNIT + FLAGS + n + k] = uniform * all(scalar(1.0 / 16777216));
+            for (int k = 0; k < V; ++k) uniform[k] = static_cast<scalar>(static_cast<int32_t>(words[j][k] >> 8));
+            aux[PER_UNIT + FLAGS + n + j].v[i] = uniform * all(scalar(1.0 / 16777216));
         }
     }
 }
 
-// ---- Means over the units of a row ---------------------------------------------------------------------------------
+// ---- Going through a range -----------------------------------------------------------------------------------------
 
-// values_of(level, u, values) gives what is averaged; lanes past the last unit don't count.
+// The blocks of a range, row after row, PAIR at a time: body(count, b, u). Past the last one stand copies of it.
+template <class Body>
+DEVICE void each_pair(Range range, Body body) {
+    const Index across = range.u1 - range.u0, total = (range.b1 - range.b0) * across;
+    Index row = range.b0, unit = range.u0;
+    for (Index begin = 0; begin < total; begin += PAIR) {
+        const int count = total - begin < PAIR ? static_cast<int>(total - begin) : PAIR;
+        Index b[PAIR], u[PAIR];
+        for (int i = 0; i < PAIR; ++i) {
+            b[i] = row, u[i] = unit;
+            if (begin + i + 1 < total && ++unit == range.u1) unit = range.u0, ++row;
+        }
+        body(count, b, u);
+    }
+}
+
+// Means over the units of row b. values_of(level, b, u, values) gives what is averaged of PAIR blocks; lanes past the last
+// unit don't count.
 template <int LEVELS, int MEANS, class Values>
-DEVICE void reduce_over_units(real (&means)[MEANS], Index H, int (*before)(int), Values values_of) {
+DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index H, int (*before)(int), Values values_of) {
     for (int level = 0; level < LEVELS; ++level) {
         const int first = before(level), last = before(level + 1);
         vec sums[MEANS];
         for (int n = first; n < last; ++n) sums[n] = vec{};
-        for (Index u = 0; u < blocks_of(H); ++u) {
+        each_pair({row, row + 1, 0, blocks_of(H)}, [&](int count, const Index* b, const Index* u) {
             real values[MEANS];
-            values_of(level, u, values);
-            const int lanes = lanes_of(u, H);
-            for (int n = first; n < last; ++n) {
-                vec value = values[n - first].v;
-                for (int i = lanes; i < V; ++i) value[i] = 0;
-                sums[n] += value;
+            values_of(level, b, u, values);
+            for (int i = 0; i < count; ++i) {
+                const int lanes = lanes_of(u[i], H);
+                for (int n = first; n < last; ++n) {
+                    vec value = values[n - first].v[i];
+                    for (int k = lanes; k < V; ++k) value[k] = 0;
+                    sums[n] += value;
+                }
             }
-        }
+        });
         for (int n = first; n < last; ++n) {
             scalar sum = 0;
-            for (int i = 0; i < V; ++i) sum += sums[n][i];
-            means[n] = all(sum / static_cast<scalar>(H));
+            for (int k = 0; k < V; ++k) sum += sums[n][k];
+            means[n] = static_cast<double>(sum / static_cast<scalar>(H));
         }
     }
 }
@@ -84,137 +104,162 @@ DEVICE void reduce_over_units(real (&means)[MEANS], Index H, int (*before)(int),
 template <class Problem>
 DEVICE Index time_of(const Problem& problem, Index n) { return problem.reverse ? problem.T - 1 - n : n; }
 
-// h: where h after the step goes, [H] of this row: y, or what the projection takes.
-static void step(const Forward& f, Index n, Index b, Index u0, Index u1, const scalar* Wx, const scalar* Rh, scalar* h) {
+// h: [B, H] where h after the step goes: y, or what the projection takes.
+static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, scalar* h) {
     const Index t = time_of(f, n), H = f.H, plane = f.B * H;
     const scalar* before[S];
     scalar* after[S];
-    if (n == 0) before[0] = f.first[0] + b * f.P;
-    else before[0] = f.y + (time_of(f, n - 1) * f.B + b) * f.P;
+    before[0] = n == 0 ? f.first[0] : f.y + time_of(f, n - 1) * f.B * f.P;
     for (int s = 1; s < S; ++s) {
-        before[s] = after[s] = f.last[s] + b * H;
-        if (!f.save) continue;
-        before[s] = f.cell_states + (n * (S - 1) + s - 1) * plane + b * H;
-        after[s] = f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + b * H;
+        before[s] = f.save ? f.cell_states + (n * (S - 1) + s - 1) * plane : f.last[s];
+        after[s] = f.save ? f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane : f.last[s];
     }
     struct Given {
         real x[G], h[G], state[S], aux[or_1(AUX)];
     };
-    auto take = [&](Given& its, Index u) {
-        const int lanes = lanes_of(u, H);
-        for (int g = 0; g < G; ++g) {
-            its.x[g] = load(Wx + ((u - u0) * G + g) * V);
-            its.h[g] = load(Rh + ((u - u0) * G + g) * V);
+    auto take = [&](Given& its, const Index* b, const Index* u) {
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIR; ++i) {
+            const int lanes = lanes_of(u[i], H);
+            const Index gate = (u[i] - range.u0) * G * V;
+            for (int g = 0; g < G; ++g) {
+                its.x[g].v[i] = load(Wx.data + (b[i] - range.b0) * Wx.row + gate + g * V);
+                its.h[g].v[i] = load(Rh.data + (b[i] - range.b0) * Rh.row + gate + g * V);
+            }
+            // A cell whose h is projected can't see its own.
+            its.state[0].v[i] = f.W_hr ? vec{} : load(before[0] + b[i] * H + u[i] * V, lanes);
+            for (int s = 1; s < S; ++s) its.state[s].v[i] = load(before[s] + b[i] * H + u[i] * V, lanes);
+            load_aux(its.aux, i, f, t, b[i], u[i], H);
         }
-        // A cell whose h is projected can't see its own.
-        its.state[0] = f.W_hr ? real(0.0) : real(load(before[0] + u * V, lanes));
-        for (int s = 1; s < S; ++s) its.state[s] = load(before[s] + u * V, lanes);
-        load_aux(f, t, b, u, H, its.aux);
     };
-    real means[or_1(Cell::STEP_MEANS)];
-    if constexpr (Cell::STEP_LEVELS > 0) {
-        reduce_over_units<Cell::STEP_LEVELS>(means, H, Cell::step_before, [&](int level, Index u, real* values) {
+    auto pass = [&](Range some, const real* means) {
+        each_pair(some, [&](int count, const Index* b, const Index* u) {
             Given its;
-            take(its, u);
+            real saved[or_1(K)];
+            take(its, b, u);
+            Cell::step(its.x, its.h, its.state, saved, its.aux, means);
+#pragma GCC unroll 4
+            for (int i = 0; i < PAIR; ++i) {
+                if (i >= count) break;
+                const int lanes = lanes_of(u[i], H);
+                const Index at = b[i] * H + u[i] * V;
+                store(h + at, its.state[0].v[i], lanes);
+                for (int s = 1; s < S; ++s) store(after[s] + at, its.state[s].v[i], lanes);
+                if (!f.save) continue;
+                scalar* to = f.saved + ((n * f.B + b[i]) * blocks_of(H) + u[i]) * K * V;
+                for (int k = 0; k < K; ++k) store(to + k * V, saved[k].v[i]);
+            }
+        });
+    };
+    if constexpr (Cell::STEP_LEVELS == 0) return pass(range, nullptr);
+    for (Index row = range.b0; row < range.b1; ++row) {
+        real means[or_1(Cell::STEP_MEANS)];
+        reduce_over_units<Cell::STEP_LEVELS>(means, row, H, Cell::step_before,
+                                             [&](int level, const Index* b, const Index* u, real* values) {
+            Given its;
+            take(its, b, u);
             Cell::step_level(level, its.x, its.h, its.state, its.aux, means, values);
         });
-    }
-    for (Index u = u0; u < u1; ++u) {
-        Given its;
-        real saved[or_1(K)];
-        take(its, u);
-        Cell::step(its.x, its.h, its.state, saved, its.aux, means);
-        const int lanes = lanes_of(u, H);
-        store(h + u * V, its.state[0].v, lanes);
-        for (int s = 1; s < S; ++s) store(after[s] + u * V, its.state[s].v, lanes);
-        if (!f.save) continue;
-        scalar* to = f.saved + ((n * f.B + b) * blocks_of(H) + u) * K * V;
-        for (int k = 0; k < K; ++k) store(to + k * V, saved[k].v);
+        pass({row, row + 1, range.u0, range.u1}, means);
     }
 }
 
-// What the recurrent weights see of h [P], at time step n.
-static void operand(const Forward& f, Index n, Index b, Index u0, Index u1, const scalar* h, scalar* out) {
-    for (Index u = u0; u < u1; ++u) {
-        const int lanes = lanes_of(u, f.P);
-        real seen[1] = {load(h + u * V, lanes)}, aux[or_1(AUX)];
-        load_aux(f, time_of(f, n), b, u, f.P, aux);
+// What the recurrent weights see of h [B, P], at time step n.
+static void operand(const Forward& f, Index n, Range range, const scalar* h, scalar* out) {
+    each_pair(range, [&](int count, const Index* b, const Index* u) {
+        real seen[1], aux[or_1(AUX)];
+        for (int i = 0; i < PAIR; ++i) {
+            seen[0].v[i] = load(h + b[i] * f.P + u[i] * V, lanes_of(u[i], f.P));
+            load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.P);
+        }
         Cell::operand(seen, aux);
-        store(out + u * V, seen[0].v, lanes);
-    }
+        for (int i = 0; i < count; ++i) store(out + b[i] * f.P + u[i] * V, seen[0].v[i], lanes_of(u[i], f.P));
+    });
 }
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-// dh: [u1 - u0][V] gradient of h before its projection; null without one: then it is dy plus what is in dfirst[0].
-static void grad(const Backward& f, Index n, Index b, Index u0, Index u1, const scalar* dh) {
-    const Index t = time_of(f, n), H = f.H, plane = f.B * H, row = t * f.B + b;
+DEVICE void add_to(scalar* sum, vec a, int lanes) { store(sum, load(sum, lanes) + a, lanes); }
+
+// dh: gradient of h before its projection; without one it is dy plus what is in dfirst[0].
+static void grad(const Backward& f, Index n, Range range, Gates dh) {
+    const Index t = time_of(f, n), H = f.H, plane = f.B * H;
     const bool projected = f.W_hr != nullptr;
-    const scalar* h_before = n == 0 ? f.h0 + b * f.P : f.y + (time_of(f, n - 1) * f.B + b) * f.P;
-    const scalar* h_after = (projected ? f.h_unprojected : f.y) + row * H;
+    const scalar* h_before = n == 0 ? f.h0 : f.y + time_of(f, n - 1) * f.B * f.P;
+    const scalar* h_after = (projected ? f.h_unprojected : f.y) + t * plane;
     struct Given {
         real dnew[S], next[S], state[S], saved[or_1(K)], aux[or_1(AUX)];
     };
-    auto take = [&](Given& its, Index u) {
-        const int lanes = lanes_of(u, H);
-        const Index at = b * H + u * V;
-        if (projected) its.dnew[0] = load(dh + (u - u0) * V);
-        else its.dnew[0] = load(f.dy + row * H + u * V, lanes) + load(f.dfirst[0] + at, lanes);
-        its.next[0] = load(h_after + u * V, lanes);
-        its.state[0] = projected ? real(0.0) : real(load(h_before + u * V, lanes));
-        for (int s = 1; s < S; ++s) {
-            its.dnew[s] = load(f.dfirst[s] + at, lanes);
-            if (f.dhistory[s]) its.dnew[s] = its.dnew[s] + real(load(f.dhistory[s] + row * H + u * V, lanes));
-            its.next[s] = load(f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + at, lanes);
-            its.state[s] = load(f.cell_states + (n * (S - 1) + s - 1) * plane + at, lanes);
+    auto take = [&](Given& its, const Index* b, const Index* u) {
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIR; ++i) {
+            const int lanes = lanes_of(u[i], H);
+            const Index at = b[i] * H + u[i] * V;
+            if (projected) its.dnew[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
+            else its.dnew[0].v[i] = load(f.dy + t * plane + at, lanes) + load(f.dfirst[0] + at, lanes);
+            its.next[0].v[i] = load(h_after + at, lanes);
+            its.state[0].v[i] = projected ? vec{} : load(h_before + at, lanes);
+            for (int s = 1; s < S; ++s) {
+                its.dnew[s].v[i] = load(f.dfirst[s] + at, lanes);
+                if (f.dhistory[s]) its.dnew[s].v[i] += load(f.dhistory[s] + t * plane + at, lanes);
+                its.next[s].v[i] = load(f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + at, lanes);
+                its.state[s].v[i] = load(f.cell_states + (n * (S - 1) + s - 1) * plane + at, lanes);
+            }
+            const scalar* from = f.saved + ((n * f.B + b[i]) * blocks_of(H) + u[i]) * K * V;
+            for (int k = 0; k < K; ++k) its.saved[k].v[i] = load(from + k * V);
+            load_aux(its.aux, i, f, t, b[i], u[i], H);
         }
-        const scalar* from = f.saved + ((n * f.B + b) * blocks_of(H) + u) * K * V;
-        for (int k = 0; k < K; ++k) its.saved[k] = load(from + k * V);
-        load_aux(f, t, b, u, H, its.aux);
     };
-    real means[or_1(Cell::GRAD_MEANS)];
-    if constexpr (Cell::GRAD_LEVELS > 0) {
-        reduce_over_units<Cell::GRAD_LEVELS>(means, H, Cell::grad_before, [&](int level, Index u, real* values) {
+    auto pass = [&](Range some, const real* means) {
+        each_pair(some, [&](int count, const Index* b, const Index* u) {
             Given its;
-            take(its, u);
+            real dx[G], dr[G], dstate[S], dunits[or_1(LEARNED)];
+            take(its, b, u);
+            Cell::grad(its.dnew, its.next, its.state, its.saved, dx, dr, dstate, dunits, its.aux, means);
+#pragma GCC unroll 4
+            for (int i = 0; i < PAIR; ++i) {
+                if (i >= count) break;
+                const int lanes = lanes_of(u[i], H);
+                const Index at = b[i] * H + u[i] * V, gate = (t * f.B + b[i]) * G * H + u[i] * V;
+                for (int k = 0; k < LEARNED; ++k) add_to(f.dunits + k * plane + at, dunits[k].v[i], lanes);
+                if (!projected) store(f.dfirst[0] + at, dstate[0].v[i], lanes);
+                for (int s = 1; s < S; ++s) store(f.dfirst[s] + at, dstate[s].v[i], lanes);
+                for (int g = 0; g < G; ++g) store(f.dWx + gate + g * H, dx[g].v[i], lanes);
+                if (f.dRh == f.dWx) continue;
+                for (int g = 0; g < G; ++g) store(f.dRh + gate + g * H, dr[g].v[i], lanes);
+            }
+        });
+    };
+    if constexpr (Cell::GRAD_LEVELS == 0) return pass(range, nullptr);
+    for (Index row = range.b0; row < range.b1; ++row) {
+        real means[or_1(Cell::GRAD_MEANS)];
+        reduce_over_units<Cell::GRAD_LEVELS>(means, row, H, Cell::grad_before,
+                                             [&](int level, const Index* b, const Index* u, real* values) {
+            Given its;
+            take(its, b, u);
             Cell::grad_level(level, its.dnew, its.next, its.state, its.saved, its.aux, means, values);
         });
-    }
-    for (Index u = u0; u < u1; ++u) {
-        Given its;
-        real dx[G], dr[G], dstate[S], dunits[or_1(LEARNED)];
-        take(its, u);
-        Cell::grad(its.dnew, its.next, its.state, its.saved, dx, dr, dstate, dunits, its.aux, means);
-        const int lanes = lanes_of(u, H);
-        for (int k = 0; k < LEARNED; ++k) {
-            scalar* sum = f.dunits + (k * f.B + b) * H + u * V;
-            store(sum, load(sum, lanes) + dunits[k].v, lanes);
-        }
-        if (!projected) store(f.dfirst[0] + b * H + u * V, dstate[0].v, lanes);
-        for (int s = 1; s < S; ++s) store(f.dfirst[s] + b * H + u * V, dstate[s].v, lanes);
-        for (int g = 0; g < G; ++g) store(f.dWx + (row * G + g) * H + u * V, dx[g].v, lanes);
-        if (f.dRh == f.dWx) continue;
-        for (int g = 0; g < G; ++g) store(f.dRh + (row * G + g) * H + u * V, dr[g].v, lanes);
+        pass({row, row + 1, range.u0, range.u1}, means);
     }
 }
 
-// dh: [u1 - u0][V] gradient of what the recurrent weights saw at time step n. Added to dfirst[0], that of h.
-static void operand_grad(const Backward& f, Index n, Index b, Index u0, Index u1, const scalar* dh) {
-    for (Index u = u0; u < u1; ++u) {
-        const int lanes = lanes_of(u, f.P);
-        real found[1] = {load(dh + (u - u0) * V)};
-        if constexpr (Cell::OPERAND != 0) {
-            real aux[or_1(AUX)], dunits[or_1(LEARNED)];
-            load_aux(f, time_of(f, n), b, u, f.P, aux);
-            Cell::operand_grad(found, dunits, aux);
-            for (int k = 0; k < LEARNED; ++k) {
-                scalar* sum = f.dunits + (k * f.B + b) * f.H + u * V;
-                store(sum, load(sum, lanes) + dunits[k].v, lanes);
-            }
+// dh: gradient of what the recurrent weights saw at time step n. Added to dfirst[0], that of h.
+static void operand_grad(const Backward& f, Index n, Range range, Gates dh) {
+    each_pair(range, [&](int count, const Index* b, const Index* u) {
+        real found[1], aux[or_1(AUX)], dunits[or_1(LEARNED)];
+        for (int i = 0; i < PAIR; ++i) {
+            found[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
+            if constexpr (Cell::OPERAND != 0) load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.P);
         }
-        scalar* to = f.dfirst[0] + b * f.P + u * V;
-        store(to, load(to, lanes) + found[0].v, lanes);
-    }
+        if constexpr (Cell::OPERAND != 0) Cell::operand_grad(found, dunits, aux);
+        for (int i = 0; i < count; ++i) {
+            const int lanes = lanes_of(u[i], f.P);
+            add_to(f.dfirst[0] + b[i] * f.P + u[i] * V, found[0].v[i], lanes);
+            if constexpr (Cell::OPERAND != 0)
+                for (int k = 0; k < LEARNED; ++k)
+                    add_to(f.dunits + (k * f.B + b[i]) * f.H + u[i] * V, dunits[k].v[i], lanes);
+        }
+    });
 }
 
 #ifndef HOLD_FLAG

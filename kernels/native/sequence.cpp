@@ -269,7 +269,7 @@ static void compute(const Matrix& w, const scalar* const* rows, int count, Index
 
 // Blocks [u0, u1) of a product for R rows; row(r) is where the K inputs of row r lie. start: [blocks][G][V], the bias.
 // out: [R] rows of `width` blocks, the first of which is u0; or `width` is 0, and `out` has a few blocks of each row for
-// the time being. Then comes done(r, u, u', values [u' - u][G][V]), for every row and all blocks in turn.
+// the time being. Then comes done(u, u', gates), for blocks [u, u') of all rows.
 template <class Row, class Done>
 static void multiply(const Matrix& w, Index R, Index u0, Index u1, Row row, const scalar* start, scalar* out, Index width,
                      Done done) {
@@ -288,10 +288,9 @@ static void multiply(const Matrix& w, Index R, Index u0, Index u1, Row row, cons
                 for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
                 compute(w, rows, static_cast<int>(last - first), u, blocks, k, least(PIECE, w.K - k), start,
                         to + first * out_row, out_row);
-                if (k + PIECE < w.K) continue;
-                for (Index r = first; r < last; ++r) done(r, u, u + blocks, to + r * out_row);
             }
         }
+        done(u, u + blocks, Gates{to, out_row});
         u += blocks;
     }
 }
@@ -350,7 +349,7 @@ extern "C" int forward(const Forward& f) {
         if (f.W_hr) W_hr.pack(f.W_hr, 0, H, 1, all_of.first(outputs), all_of.last(outputs));
         packed.wait();
 
-        const Index b0 = part.b0, mine = part.b1 - b0, u0 = part.first(blocks), u1 = part.last(blocks), some = u1 - u0;
+        const Index b0 = part.b0, b1 = part.b1, mine = b1 - b0, u0 = part.first(blocks), u1 = part.last(blocks), some = u1 - u0;
         const Index p0 = part.first(outputs), p1 = part.last(outputs);
         scalar* Wx = scratch.data + thread * own;            // [chunk][mine][some][G][V]
         scalar* Rh = Wx + chunk * rows * width * GV;         // [mine][blocks][G][V], or for the time being
@@ -358,7 +357,7 @@ extern "C" int forward(const Forward& f) {
         for (Index begin = 0; begin < T; begin += chunk) {
             const Index steps = least(chunk, T - begin);
             const auto input = [&](Index r) { return f.x + (time_of(begin + r / mine) * B + b0 + r % mine) * (f.W ? f.I : G * H); };
-            if (f.W) multiply(W, steps * mine, u0, u1, input, bias_x.data, Wx, some, [](Index, Index, Index, scalar*) {});
+            if (f.W) multiply(W, steps * mine, u0, u1, input, bias_x.data, Wx, some, [](Index, Index, Gates) {});
             else
                 for (Index r = 0; r < steps * mine; ++r)
                     for (Index u = u0; u < u1; ++u)
@@ -370,30 +369,32 @@ extern "C" int forward(const Forward& f) {
                 const scalar* before = h_before(n);
                 const scalar* shown = before;  // to the recurrent weights
                 if (cell.OPERAND) {
-                    for (Index b = b0; b < b0 + mine; ++b) cell.operand(f, n, b, p0, p1, before + b * P, seen.data + b * P);
+                    cell.operand(f, n, {b0, b1, p0, p1}, before, seen.data);
                     shown = seen.data;
                     barrier.wait();
                 }
                 scalar* to = !f.W_hr ? f.y + t * B * P : f.save ? f.h_unprojected + t * B * H : unprojected.data;
                 const scalar* x = Wx + (n - begin) * mine * some * GV;
-                const auto step = [&](Index r, Index u, Index end, const scalar* gates) {
-                    if (!cell.REDUCES)
-                        cell.step(f, n, b0 + r, u, end, x + (r * some + u - u0) * GV, gates, to + (b0 + r) * H);
-                    else if (end == blocks)
-                        cell.step(f, n, b0 + r, 0, blocks, x + r * some * GV, Rh + r * blocks * GV, to + (b0 + r) * H);
+                const auto step = [&](Index u, Index end, Gates gates) {
+                    const Gates input{x + (u - u0) * GV, some * GV};
+                    if (!cell.REDUCES) cell.step(f, n, {b0, b1, u, end}, input, gates, to);
+                    else if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, {x, some * GV}, {Rh, blocks * GV}, to);
                 };
                 multiply(R, mine, u0, u1, [&](Index r) { return shown + (b0 + r) * P; }, bias_h.data, Rh,
                          cell.REDUCES ? blocks : 0, step);
                 barrier.wait();
                 if (!f.W_hr) continue;
                 multiply(W_hr, mine, p0, p1, [&](Index r) { return to + (b0 + r) * H; }, zero.data, h, 0,
-                         [&](Index r, Index u, Index end, const scalar* values) {
-                             const Index b = b0 + r;
-                             // Where states are held, a projected h stays what it was before.
-                             const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
-                             for (; u < end; ++u, values += V)
-                                 store(f.y + (t * B + b) * P + u * V,
-                                       held ? load(before + b * P + u * V, lanes_of(u, P)) : load(values), lanes_of(u, P));
+                         [&](Index u, Index end, Gates values) {
+                             for (Index b = b0; b < b1; ++b) {
+                                 // Where states are held, a projected h stays what it was before.
+                                 const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
+                                 for (Index p = u; p < end; ++p) {
+                                     const scalar* made = values.data + (b - b0) * values.row + (p - u) * V;
+                                     const int lanes = lanes_of(p, P);
+                                     store(f.y + (t * B + b) * P + p * V, held ? load(before + b * P + p * V, lanes) : load(made), lanes);
+                                 }
+                             }
                          });
                 barrier.wait();
             }
@@ -443,7 +444,7 @@ extern "C" int backward(const Backward& f) {
         for (Index n = T - 1; n >= 0; --n) {
             const Index t = f.reverse ? T - 1 - n : n;
             if (!f.W_hr) {
-                for (Index b = b0; b < b1; ++b) cell.grad(f, n, b, u0, u1, nullptr);
+                cell.grad(f, n, {b0, b1, u0, u1}, {nullptr, 0});
             } else {
                 scalar* total = f.dy_total + t * B * P;
                 for (Index b = b0; b < b1; ++b) {  // a held h hands its gradient on to the one before
@@ -458,16 +459,14 @@ extern "C" int backward(const Backward& f) {
                 }
                 barrier.wait();
                 multiply(W_hr, b1 - b0, u0, u1, [&](Index r) { return total + (b0 + r) * P; }, zero.data, dh,
-                         cell.REDUCES ? blocks : 0, [&](Index r, Index u, Index end, const scalar* values) {
-                             if (!cell.REDUCES) cell.grad(f, n, b0 + r, u, end, values);
-                             else if (end == blocks) cell.grad(f, n, b0 + r, 0, blocks, dh + r * blocks * V);
+                         cell.REDUCES ? blocks : 0, [&](Index u, Index end, Gates values) {
+                             if (!cell.REDUCES) cell.grad(f, n, {b0, b1, u, end}, values);
+                             else if (end == blocks) cell.grad(f, n, {b0, b1, 0, blocks}, {dh, blocks * V});
                          });
             }
             barrier.wait();
             multiply(R, b1 - b0, p0, p1, [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; }, zero.data, back, 0,
-                     [&](Index r, Index u, Index end, const scalar* values) {
-                         cell.operand_grad(f, n, b0 + r, u, end, values);
-                     });
+                     [&](Index u, Index end, Gates values) { cell.operand_grad(f, n, {b0, b1, u, end}, values); });
             barrier.wait();
         }
     };

@@ -61,11 +61,22 @@ struct Backward {
     const scalar* dhistory[MAX_STATES];  // [T, B, H] gradients of the cell states after every time step, or null
 };
 
-// A cell, compiled for one CPU (cell.cpp). `blocks`: [u0, u1) of one batch row; gate vectors are [u1 - u0][G][V].
+// Gates of some batch rows and blocks of units as a product gives them: [rows][blocks][G][V], of rows so far apart.
+struct Gates {
+    const scalar* data;
+    Index row;
+};
+
+// Batch rows [b0, b1) and blocks of units [u0, u1).
+struct Range {
+    Index b0, b1, u0, u1;
+};
+
+// A cell, compiled for one CPU (cell.cpp). Where it REDUCES, a range has whole rows.
 struct Code {
-    Index G, S, K, OPERAND, REDUCES, HOLD, LEARNED, SEPARATE;  // HOLD: bit of the flag that keeps the states, or -1
-    void (*step)(const Forward&, Index n, Index b, Index u0, Index u1, const scalar* Wx, const scalar* Rh, scalar* h);
-    void (*operand)(const Forward&, Index n, Index b, Index u0, Index u1, const scalar* h, scalar* out);
-    void (*grad)(const Backward&, Index n, Index b, Index u0, Index u1, const scalar* dh);
-    void (*operand_grad)(const Backward&, Index n, Index b, Index u0, Index u1, const scalar* dh);
+    Index G, S, K, OPERAND, REDUCES, HOLD, LEARNED, SEPARATE;  // HOLD: the bit of the flag that keeps the states, or -1
+    void (*step)(const Forward&, Index n, Range, Gates Wx, Gates Rh, scalar* h);
+    void (*operand)(const Forward&, Index n, Range, const scalar* h, scalar* out);
+    void (*grad)(const Backward&, Index n, Range, Gates dh);
+    void (*operand_grad)(const Backward&, Index n, Range, Gates dh);
 };

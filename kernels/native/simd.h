@@ -7,10 +7,10 @@
 // exp, sigmoid, tanh, log and rsqrt are right to 4 ulp for all finite arguments, denormal results included; infinities
 // give the limits and NaN stays NaN. Their polynomials are Taylor series on intervals so short that these suffice.
 #include <stdint.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
+#if defined(__ARM_NEON)
 #include <arm_neon.h>
+#elif defined(__clang__) && defined(__AVX2__)
+#include <immintrin.h>
 #endif
 
 #define DEVICE __attribute__((always_inline)) inline
@@ -30,29 +30,42 @@ typedef scalar unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeo
 
 // ---- What each instruction set has a word for -----------------------------------------------------------------------
 
-#if VECTOR_BYTES == 64
-DEVICE vec all(float a) { return (vec)_mm512_set1_ps(a); }
+// Fused multiply-addition a * b + c, and the square root. Of GCC they are builtins: <immintrin.h> would take it as long
+// to read as the rest of a cell to compile.
+
+DEVICE vec all(scalar a) { return a - vec{}; }  // which is a, -0 too: one load that fills all lanes
+
+#if VECTOR_BYTES == 64 && defined(__clang__)
 DEVICE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 DEVICE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 DEVICE __m512 square_root(__m512 a) { return _mm512_sqrt_ps(a); }
 DEVICE __m512d square_root(__m512d a) { return _mm512_sqrt_pd(a); }
-DEVICE vec all(double a) { return (vec)_mm512_set1_pd(a); }
-#elif VECTOR_BYTES == 32
-DEVICE vec all(float a) { return (vec)_mm256_set1_ps(a); }
-DEVICE vec all(double a) { return (vec)_mm256_set1_pd(a); }
+#elif VECTOR_BYTES == 64
+constexpr int ROUND = 4;  // as the thread's setting says, to nearest
+typedef float floats __attribute__((vector_size(64)));
+typedef double doubles __attribute__((vector_size(64)));
+DEVICE floats fma(floats a, floats b, floats c) { return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, ROUND); }
+DEVICE doubles fma(doubles a, doubles b, doubles c) { return __builtin_ia32_vfmaddpd512_mask(a, b, c, -1, ROUND); }
+DEVICE floats square_root(floats a) { return __builtin_ia32_sqrtps512_mask(a, a, -1, ROUND); }
+DEVICE doubles square_root(doubles a) { return __builtin_ia32_sqrtpd512_mask(a, a, -1, ROUND); }
+#elif VECTOR_BYTES == 32 && defined(__clang__)
 DEVICE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 DEVICE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 DEVICE __m256 square_root(__m256 a) { return _mm256_sqrt_ps(a); }
 DEVICE __m256d square_root(__m256d a) { return _mm256_sqrt_pd(a); }
+#elif VECTOR_BYTES == 32
+typedef float floats __attribute__((vector_size(32)));
+typedef double doubles __attribute__((vector_size(32)));
+DEVICE floats fma(floats a, floats b, floats c) { return __builtin_ia32_vfmaddps256(a, b, c); }
+DEVICE doubles fma(doubles a, doubles b, doubles c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
+DEVICE floats square_root(floats a) { return __builtin_ia32_sqrtps256(a); }
+DEVICE doubles square_root(doubles a) { return __builtin_ia32_sqrtpd256(a); }
 #elif defined(__ARM_NEON)
-DEVICE vec all(float a) { return (vec)vdupq_n_f32(a); }
-DEVICE vec all(double a) { return (vec)vdupq_n_f64(a); }
 DEVICE float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 DEVICE float64x2_t fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
 DEVICE float32x4_t square_root(float32x4_t a) { return vsqrtq_f32(a); }
 DEVICE float64x2_t square_root(float64x2_t a) { return vsqrtq_f64(a); }
 #else
-DEVICE vec all(scalar a) { return vec{} + a; }
 DEVICE vec fma(vec a, vec b, vec c) { return a * b + c; }
 DEVICE vec square_root(vec a) {
     for (int i = 0; i < V; ++i) a[i] = DOUBLE ? __builtin_sqrt(a[i]) : __builtin_sqrtf(a[i]);
@@ -77,107 +90,151 @@ DEVICE void store(scalar* to, vec a, int lanes) {
 
 // ---- What a cell computes with -------------------------------------------------------------------------------------
 
+// A value of PAIR vectors, each of a block of units. A cell's functions are chains of dependent operations, of which a
+// CPU can look through a few dozen; so the next block's operation comes right after this one's.
+constexpr int PAIR = 2;
+
 struct real {
-    vec v;
+    vec v[PAIR];
     real() = default;
-    DEVICE real(vec a) : v(a) {}
-    DEVICE real(double a) : v(all(static_cast<scalar>(a))) {}
+    DEVICE real(double a) {
+        v[0] = v[1] = all(static_cast<scalar>(a));
+    }
 };
-DEVICE real operator+(real a, real b) { return a.v + b.v; }
-DEVICE real operator-(real a, real b) { return a.v - b.v; }
-DEVICE real operator*(real a, real b) { return a.v * b.v; }
-DEVICE real operator/(real a, real b) { return a.v / b.v; }
-DEVICE real operator-(real a) { return -a.v; }
+
+struct whole {  // numbers of as many bits
+    ints v[PAIR];
+};
+
+// One operation on all vectors of its operands.
+template <class Result, class Operation, class... Operands>
+DEVICE Result each(Operation operation, const Operands&... operands) {
+    Result result;  // without a loop, which would be unrolled too late for values to stay in registers
+    result.v[0] = operation(operands.v[0]...);
+    result.v[1] = operation(operands.v[1]...);
+    return result;
+}
+
+DEVICE real operator+(const real& a, const real& b) { return each<real>([](vec x, vec y) { return x + y; }, a, b); }
+DEVICE real operator-(const real& a, const real& b) { return each<real>([](vec x, vec y) { return x - y; }, a, b); }
+DEVICE real operator*(const real& a, const real& b) { return each<real>([](vec x, vec y) { return x * y; }, a, b); }
+DEVICE real operator/(const real& a, const real& b) { return each<real>([](vec x, vec y) { return x / y; }, a, b); }
+DEVICE real operator-(const real& a) { return each<real>([](vec x) { return -x; }, a); }
+DEVICE real fma(const real& a, const real& b, const real& c) {
+    return each<real>([](vec x, vec y, vec z) { return fma(x, y, z); }, a, b, c);
+}
 
 // a where condition > 0, else b.
-DEVICE real where(real condition, real a, real b) { return condition.v > all(scalar(0)) ? a.v : b.v; }
+DEVICE real where(const real& condition, const real& a, const real& b) {
+    return each<real>([](vec c, vec x, vec y) { return c > vec{} ? x : y; }, condition, a, b);
+}
 
 // The larger of the two; NaN wins.
-DEVICE real maximum(real a, real b) { return ((a.v > b.v) | (a.v != a.v)) ? a.v : b.v; }
+DEVICE real maximum(const real& a, const real& b) {
+    return each<real>([](vec x, vec y) { return (x > y) | (x != x) ? x : y; }, a, b);
+}
 
 // 1 where a > 0, else 0.
-DEVICE real positive(real a) { return a.v > all(scalar(0)) ? all(scalar(1)) : vec{}; }
+DEVICE real positive(const real& a) {
+    return each<real>([](vec x) { return x > vec{} ? all(scalar(1)) : vec{}; }, a);
+}
+
+DEVICE real rsqrt(const real& a) {
+    return 1.0 / each<real>([](vec x) { return (vec)square_root(x); }, a);
+}
+
+// ---- exp and what is made of it ------------------------------------------------------------------------------------
 
 constexpr int MANTISSA = DOUBLE ? 52 : 23, BIAS = DOUBLE ? 1023 : 127;
-constexpr scalar LOG2_E = 1.44269504088896340736;
+constexpr double LOG2_E = 1.44269504088896340736;
 // ln 2 in two parts, the first with so few bits that n times it is exact.
-constexpr scalar LN2_HIGH = DOUBLE ? 6.93147180369123816490e-01 : 0.693359375;
-constexpr scalar LN2_LOW = DOUBLE ? 1.90821492927058770002e-10 : -2.121944400546905827679e-4;
+constexpr double LN2_HIGH = DOUBLE ? 6.93147180369123816490e-01 : 0.693359375;
+constexpr double LN2_LOW = DOUBLE ? 1.90821492927058770002e-10 : -2.121944400546905827679e-4;
+constexpr double EXP_IS_0 = DOUBLE ? -746 : -104, EXP_IS_INFINITE = DOUBLE ? 710 : 89;
 
-DEVICE vec power_of_2(ints n) { return (vec)((n + BIAS) << MANTISSA); }
-
-// x = n ln 2 + r with |r| <= ln 2 / 2, for |n| < 2^(MANTISSA - 1); -> e^r - 1, right relative to itself.
-DEVICE vec exp_minus_1_of_rest(vec x, ints& n) {
-    const vec magic = all(scalar(1.5) * (Index(1) << MANTISSA));  // added, it leaves whole numbers, in the lowest bits
-    const vec shifted = fma(x, all(LOG2_E), magic);
-    const vec whole = shifted - magic;
-    n = (ints)shifted - (ints)magic;
-    const vec r = fma(whole, all(-LN2_LOW), fma(whole, all(-LN2_HIGH), x));
-    double factorial = 1;  // a constant of the compiler's, as the whole loop is
-    constexpr int TERMS = DOUBLE ? 13 : 7;
-    for (int k = 2; k <= TERMS; ++k) factorial *= k;
-    vec p = all(scalar(1 / factorial));
-#pragma GCC unroll 16
-    for (int k = TERMS; k > 2; --k) {
-        factorial /= k;
-        p = fma(p, r, all(scalar(1 / factorial)));
+struct Taylor {  // of e^x
+    double coefficient[14] = {1};
+    constexpr Taylor() {
+        for (int k = 1; k < 14; ++k) coefficient[k] = coefficient[k - 1] / k;
     }
+};
+constexpr Taylor EXP;
+
+DEVICE ints sign_bits() { return (ints){} + (integer(1) << (8 * sizeof(scalar) - 1)); }
+DEVICE real magnitude(const real& a) { return each<real>([](vec x) { return (vec)((ints)x & ~sign_bits()); }, a); }
+DEVICE real at_least(double least, const real& a) {  // NaN stays
+    return each<real>([=](vec x) { return x < all(scalar(least)) ? all(scalar(least)) : x; }, a);
+}
+DEVICE real at_most(double most, const real& a) {
+    return each<real>([=](vec x) { return x > all(scalar(most)) ? all(scalar(most)) : x; }, a);
+}
+DEVICE whole plus(const whole& n, int k) { return each<whole>([=](ints i) { return i + k; }, n); }
+DEVICE real power_of_2(const whole& n) {
+    return each<real>([](ints i) { return (vec)((i + BIAS) << MANTISSA); }, n);
+}
+
+// a = n ln 2 + r with |r| <= ln 2 / 2, for |n| < 2^(MANTISSA - 1); -> e^r - 1, right relative to itself.
+DEVICE real exp_minus_1_of_rest(const real& a, whole& n) {
+    const real magic = 1.5 * (Index(1) << MANTISSA);  // added, it leaves whole numbers, in the lowest bits
+    const real shifted = fma(a, LOG2_E, magic), k = shifted - magic;
+    n = each<whole>([](vec x, vec y) { return (ints)x - (ints)y; }, shifted, magic);
+    const real r = fma(k, -LN2_LOW, fma(k, -LN2_HIGH, a));
+    constexpr int TERMS = DOUBLE ? 13 : 7;
+    real p = EXP.coefficient[TERMS];
+#pragma GCC unroll 16
+    for (int i = TERMS - 1; i > 1; --i) p = fma(p, r, EXP.coefficient[i]);
     return fma(p, r * r, r);
 }
 
-DEVICE real exp(real a) {
-    const vec low = all(scalar(DOUBLE ? -746 : -104)), high = all(scalar(DOUBLE ? 710 : 89));  // 0 and inf from there
-    vec x = a.v < low ? low : a.v;
-    x = x > high ? high : x;
-    ints n;
-    const vec p = exp_minus_1_of_rest(x, n) + all(scalar(1));
-    const ints half = n >> 1;  // 2^n itself may be out of range where the result is not
-    return p * power_of_2(half) * power_of_2(n - half);
+DEVICE real exp(const real& a) {
+    whole n;
+    const real p = exp_minus_1_of_rest(at_most(EXP_IS_INFINITE, at_least(EXP_IS_0, a)), n) + 1.0;
+    const whole half = each<whole>([](ints i) { return i >> 1; }, n);  // 2^n may be out of range where e^a is not
+    return p * power_of_2(half) * power_of_2(each<whole>([](ints i, ints j) { return i - j; }, n, half));
 }
 
-DEVICE ints sign_bits() { return (ints){} + (integer(1) << (8 * sizeof(scalar) - 1)); }
-
-DEVICE real magnitude(real a) { return (vec)((ints)a.v & ~sign_bits()); }
-
-// By e^-|a|, which can't overflow, and so that small results keep their digits.
-DEVICE real sigmoid(real a) {
-    const vec one = all(scalar(1)), e = exp(-magnitude(a)).v;
-    return (a.v < vec{} ? e : one) / (one + e);
+// By e = e^-|a|, which can't overflow, and so that small results keep their digits.
+DEVICE real sigmoid(const real& a) {
+    whole n;
+    const real p = exp_minus_1_of_rest(at_least(EXP_IS_0, -magnitude(a)), n) + 1.0;
+    constexpr int UP = MANTISSA + 1;  // e may be denormal, which 2^n can't be
+    const real e = p * power_of_2(plus(n, UP)) * (1.0 / (Index(1) << UP));
+    return each<real>([](vec x, vec y) { return x < vec{} ? y : all(scalar(1)); }, a, e) / (1.0 + e);
 }
 
 // e / (e + 2) with e = e^(2 |a|) - 1, which keeps its digits near 0; and the sign of a.
-DEVICE real tanh(real a) {
-    const vec most = all(scalar(DOUBLE ? 20 : 10));  // tanh is 1 from there on
-    const vec x = magnitude(a).v;
-    ints n;
-    const vec limited = x > most ? most : x;
-    const vec rest = exp_minus_1_of_rest(limited + limited, n), p = power_of_2(n);
-    const vec e = fma(p, rest, p - all(scalar(1))), result = e / (e + all(scalar(2)));
-    return (vec)((ints)result | ((ints)a.v & sign_bits()));
+DEVICE real tanh(const real& a) {
+    const real x = at_most(DOUBLE ? 20 : 10, magnitude(a));  // it is 1 from there on
+    whole n;
+    const real rest = exp_minus_1_of_rest(x + x, n), p = power_of_2(n);
+    const real e = fma(p, rest, p - 1.0);
+    return each<real>([](vec x, vec y) { return (vec)((ints)x | ((ints)y & sign_bits())); }, e / (e + 2.0), a);
 }
 
 // a = 2^n (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); log(1 + f) by the series of atanh(f / (2 + f)).
-DEVICE real log(real a) {
-    const vec one = all(scalar(1)), zero = {}, infinity = all(scalar(__builtin_inf()));
-    const vec smallest = power_of_2((ints){} + (1 - BIAS));
-    const ints denormal = a.v < smallest;
-    const vec x = denormal ? a.v * power_of_2((ints){} + MANTISSA + 2) : a.v;
-    const integer root = DOUBLE ? integer(0x3FE6A09E667F3BCD) : integer(0x3F3504F3);  // the bits of sqrt(1/2)
-    const ints bits = (ints)x - root;
-    ints n = bits >> MANTISSA;
-    const vec f = (vec)(bits - (n << MANTISSA) + root) - one;
-    n -= denormal & (MANTISSA + 2);
-    const vec s = f / (all(scalar(2)) + f), z = s * s, half = all(scalar(0.5)) * f * f;
+DEVICE real log(const real& a) {
+    constexpr integer ROOT = DOUBLE ? integer(0x3FE6A09E667F3BCD) : integer(0x3F3504F3);  // the bits of sqrt(1/2)
+    constexpr int UP = MANTISSA + 2;                                                      // of what is denormal
+    constexpr double SMALLEST = DOUBLE ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
+    constexpr double INFINITE = __builtin_inf();
+    const real scaled = each<real>([](vec x) { return x < all(scalar(SMALLEST)) ? x * all(scalar(Index(1) << UP)) : x; }, a);
+    const whole bits = each<whole>([](vec x) { return (ints)x - ROOT; }, scaled);
+    const whole n = each<whole>([](ints i) { return i >> MANTISSA; }, bits);
+    const real f = each<real>([](ints i, ints k) { return (vec)(i - (k << MANTISSA) + ROOT); }, bits, n) - 1.0;
+    const real k = each<real>([](ints i, vec x) {
+        const ints corrected = i - ((x < all(scalar(SMALLEST))) & UP);
+        vec number;
+        for (int j = 0; j < V; ++j) number[j] = static_cast<scalar>(corrected[j]);
+        return number;
+    }, n, a);
+    const real s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
     constexpr int TERMS = DOUBLE ? 11 : 5;
-    vec p = all(scalar(2.0 / (2 * TERMS + 1)));
+    real p = 2.0 / (2 * TERMS + 1);
 #pragma GCC unroll 16
-    for (int k = TERMS - 1; k > 0; --k) p = fma(p, z, all(scalar(2.0 / (2 * k + 1))));
-    vec whole;
-    for (int i = 0; i < V; ++i) whole[i] = static_cast<scalar>(n[i]);
-    const vec found = whole * all(LN2_HIGH) - ((half - (s * (half + p * z) + whole * all(LN2_LOW))) - f);
-    const vec limits = a.v == zero ? -infinity : (a.v < zero) | (a.v != a.v) ? all(scalar(__builtin_nan(""))) : a.v;
-    return (a.v > zero) & (a.v < infinity) ? found : limits;
+    for (int i = TERMS - 1; i > 0; --i) p = fma(p, z, 2.0 / (2 * i + 1));
+    const real found = k * LN2_HIGH - ((half - (s * (half + p * z) + k * LN2_LOW)) - f);
+    return each<real>([](vec x, vec y) {
+        const vec limit = x == vec{} ? all(scalar(-INFINITE)) : (x < vec{}) | (x != x) ? all(scalar(__builtin_nan(""))) : x;
+        return (x > vec{}) & (x < all(scalar(INFINITE))) ? y : limit;
+    }, a, found);
 }
-
-// 1 / sqrt(a).
-DEVICE real rsqrt(real a) { return all(scalar(1)) / (vec)square_root(a.v); }
