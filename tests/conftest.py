@@ -1,6 +1,8 @@
 """What all tests share: random arrays that are never zero and never alike, and the mark for GPU tests."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import pytest
 from gpu_rnn.compat import no_gpu
 from gpu_rnn.kernels import cells
 from gpu_rnn.problem import Weights
+
+# Native code that tests compile is kept from run to run, and not among the user's own.
+os.environ.setdefault("GPU_RNN_CACHE", str(Path(__file__).parents[1] / ".build" / "native"))
 
 
 def pytest_collection_modifyitems(items):

@@ -32,6 +32,7 @@ FLAGS = (
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
 FORWARD, BACKWARD = struct.Struct(f"{23 + 2 * MAX_STATES}Q"), struct.Struct(f"{24 + 3 * MAX_STATES}Q")
+WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 SOURCES = Path(kernels.__file__).parent / "native"
 
 
@@ -82,7 +83,7 @@ def forward(
     )
     saved, cell_states, hidden = (*tape, None, None, None)[:3]
     values = FORWARD.pack(
-        code(cell, real), T, B, width, H, P, reverse, threads(), save,
+        code(cell, real), T, B, width, H, P, reverse, helpful(T, B, B * cell.G * H * (width + P)), save,
         *map(arrays.pointer, (x_, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr)), *auxiliary(w),
         *map(arrays.pointer, (y, saved, cell_states, hidden)),
         *pointers(initial), *pointers(last),
@@ -110,7 +111,7 @@ def backward(
     dunits = arrays.zeros((cell.learned, B, H), like=x_)
     dfirst = [arrays.empty(tuple(array.shape), like=x_) for array in initial]
     values = BACKWARD.pack(
-        code(cell, real), T, B, 0, H, P, reverse, threads(), *map(arrays.pointer, (w.w_hh, w.w_hr)), *auxiliary(w),
+        code(cell, real), T, B, 0, H, P, reverse, helpful(T, B, B * G * H * P), *map(arrays.pointer, (w.w_hh, w.w_hr)), *auxiliary(w),
         *map(arrays.pointer, (y, saved, cell_states, *(hidden or [None]), initial[0], dy, dWx, dRh, total, dunits)),
         *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
     )  # fmt: skip
@@ -184,6 +185,16 @@ def threads() -> int:
     if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_num_threads"):
         return torch.get_num_threads()
     return cores()
+
+
+def helpful(T: int, B: int, step: int) -> int:
+    """How many threads a call takes, of whose time steps each has so many multiply-adds.
+
+    With rows of its own a thread waits once, at the end, but has to wake up before.
+    """
+    most = threads()
+    between = T * step // 5 if B >= 2 * most else step
+    return most if most > 1 and between >= WORTH_A_THREAD else 1
 
 
 @cache

@@ -117,18 +117,18 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
     struct Given {
         real x[G], h[G], state[S], aux[or_1(AUX)];
     };
+    const bool projected = f.W_hr != nullptr, save = f.save;
+    const Index blocks = blocks_of(H), saved_row = n * f.B * blocks * K * V;
     auto take = [&](Given& its, const Index* b, const Index* u) {
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR; ++i) {
             const int lanes = lanes_of(u[i], H);
-            const Index gate = (u[i] - range.u0) * G * V;
-            for (int g = 0; g < G; ++g) {
-                its.x[g].v[i] = load(Wx.data + (b[i] - range.b0) * Wx.row + gate + g * V);
-                its.h[g].v[i] = load(Rh.data + (b[i] - range.b0) * Rh.row + gate + g * V);
-            }
-            // A cell whose h is projected can't see its own.
-            its.state[0].v[i] = f.W_hr ? vec{} : load(before[0] + b[i] * H + u[i] * V, lanes);
-            for (int s = 1; s < S; ++s) its.state[s].v[i] = load(before[s] + b[i] * H + u[i] * V, lanes);
+            const Index at = b[i] * H + u[i] * V, gate = (u[i] - range.u0) * G * V;
+            const scalar* x = Wx.data + (b[i] - range.b0) * Wx.row + gate;
+            const scalar* h = Rh.data + (b[i] - range.b0) * Rh.row + gate;
+            for (int g = 0; g < G; ++g) its.x[g].v[i] = load(x + g * V), its.h[g].v[i] = load(h + g * V);
+            its.state[0].v[i] = projected ? vec{} : load(before[0] + at, lanes);  // it can't see a projected h
+            for (int s = 1; s < S; ++s) its.state[s].v[i] = load(before[s] + at, lanes);
             load_aux(its.aux, i, f, t, b[i], u[i], H);
         }
     };
@@ -145,8 +145,8 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
                 const Index at = b[i] * H + u[i] * V;
                 store(h + at, its.state[0].v[i], lanes);
                 for (int s = 1; s < S; ++s) store(after[s] + at, its.state[s].v[i], lanes);
-                if (!f.save) continue;
-                scalar* to = f.saved + ((n * f.B + b[i]) * blocks_of(H) + u[i]) * K * V;
+                if (!save) continue;
+                scalar* to = f.saved + saved_row + (b[i] * blocks + u[i]) * K * V;
                 for (int k = 0; k < K; ++k) store(to + k * V, saved[k].v[i]);
             }
         });

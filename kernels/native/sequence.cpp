@@ -267,36 +267,41 @@ static void compute(const Matrix& w, const scalar* const* rows, int count, Index
     }
 }
 
-// Blocks [u0, u1) of a product for R rows; row(r) is where the K inputs of row r lie. start: [blocks][G][V], the bias.
-// out: [R] rows of `width` blocks, the first of which is u0; or `width` is 0, and `out` has a few blocks of each row for
-// the time being. Then comes done(u, u', gates), for blocks [u, u') of all rows.
-template <class Row, class Done>
-static void multiply(const Matrix& w, Index R, Index u0, Index u1, Row row, const scalar* start, scalar* out, Index width,
-                     Done done) {
-    const Index block = w.G * V;
-    const int columns = static_cast<int>(least(w.G, COLUMNS)), full = full_rows(columns);
-    const Index turns = (R + full - 1) / full;  // with about as many rows each
-    for (Index u = u0; u < u1 && R > 0;) {
-        int blocks = static_cast<int>(least(u1 - u, MOST_BLOCKS));
-        tile_for(static_cast<int>((R + turns - 1) / turns), columns, blocks);
-        const Index out_row = (width ? width : blocks) * block;
-        scalar* to = out + (width ? (u - u0) * block : 0);
-        for (Index k = 0; k == 0 || k < w.K; k += PIECE) {
-            for (Index turn = 0; turn < turns; ++turn) {
-                const Index first = R * turn / turns, last = R * (turn + 1) / turns;
-                const scalar* rows[ACCUMULATORS];
-                for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
-                compute(w, rows, static_cast<int>(last - first), u, blocks, k, least(PIECE, w.K - k), start,
-                        to + first * out_row, out_row);
-            }
-        }
-        done(u, u + blocks, Gates{to, out_row});
-        u += blocks;
+// How R rows of a product are cut: into tiles of about as many rows each, and so many blocks of units side by side.
+struct Cut {
+    Index rows, turns;
+    int blocks;
+    Cut(const Matrix& w, Index R) : rows(R) {
+        const int columns = static_cast<int>(least(w.G, COLUMNS)), full = full_rows(columns);
+        turns = (R + full - 1) / full;
+        blocks = MOST_BLOCKS;
+        tile_for(turns ? static_cast<int>((R + turns - 1) / turns) : full, columns, blocks);
     }
+};
+
+// Blocks [u, u1), at most those of the cut, of a product for all its rows; row(r) is where the K inputs of row r lie.
+// start: [blocks][G][V], the bias. out: [rows][u1 - u][G][V], of rows out_row apart.
+template <class Row>
+static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row, const scalar* start, scalar* out,
+                     Index out_row) {
+    for (Index k = 0; k == 0 || k < w.K; k += PIECE)
+        for (Index turn = 0; turn < cut.turns; ++turn) {
+            const Index first = cut.rows * turn / cut.turns, last = cut.rows * (turn + 1) / cut.turns;
+            const scalar* rows[ACCUMULATORS];
+            for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
+            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, least(PIECE, w.K - k), start,
+                    out + first * out_row, out_row);
+        }
+}
+
+// Go through blocks [u0, u1) by as many as the cut has side by side: body(u, u').
+template <class Body>
+DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
+    for (Index u = u0; u < u1; u += cut.blocks) body(u, least(u1, u + cut.blocks));
 }
 
 // `out` needs so much for R rows of which nothing is kept.
-DEVICE Index passing(const Matrix& w, Index R) { return R * MOST_BLOCKS * w.G * V; }
+DEVICE Index passing(const Matrix& w, Index R) { return R * Cut(w, R).blocks * w.G * V; }
 
 // [G, units] -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
 static void pack_bias(const scalar* bias, Index G, Index units, Index gates, scalar* to, bool add) {
@@ -323,9 +328,11 @@ extern "C" int forward(const Forward& f) {
     Scratch bias_x(blocks * GV), bias_h(blocks * GV), zero(outputs * V), seen(cell.OPERAND ? B * P : 0);
     Scratch unprojected(f.W_hr && !f.save ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
-    const Index chunk = least(T, most(1, CHUNK_ROWS / most(rows, 1)));
+    // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
+    const Index chunk = rows < CHUNK_ROWS ? least(T, CHUNK_ROWS / most(rows, 1)) : 0;
+    const Index inputs = chunk || cell.REDUCES ? most(chunk, 1) * rows * width * GV : passing(R, rows);
     const Index gates = cell.REDUCES ? rows * blocks * GV : passing(R, rows);
-    const Index own = chunk * rows * width * GV + gates + passing(W_hr, rows);
+    const Index own = inputs + gates + passing(W_hr, rows);
     Scratch scratch(threads * own);
     if (!W.panels.data || !R.panels.data || !W_hr.panels.data || !bias_x.data || !bias_h.data || !zero.data ||
         !seen.data || !unprojected.data || !scratch.data) {
@@ -351,53 +358,68 @@ extern "C" int forward(const Forward& f) {
 
         const Index b0 = part.b0, b1 = part.b1, mine = b1 - b0, u0 = part.first(blocks), u1 = part.last(blocks), some = u1 - u0;
         const Index p0 = part.first(outputs), p1 = part.last(outputs);
-        scalar* Wx = scratch.data + thread * own;            // [chunk][mine][some][G][V]
-        scalar* Rh = Wx + chunk * rows * width * GV;         // [mine][blocks][G][V], or for the time being
-        scalar* h = Rh + gates;                              // for the time being
-        for (Index begin = 0; begin < T; begin += chunk) {
-            const Index steps = least(chunk, T - begin);
-            const auto input = [&](Index r) { return f.x + (time_of(begin + r / mine) * B + b0 + r % mine) * (f.W ? f.I : G * H); };
-            if (f.W) multiply(W, steps * mine, u0, u1, input, bias_x.data, Wx, some, [](Index, Index, Gates) {});
-            else
-                for (Index r = 0; r < steps * mine; ++r)
-                    for (Index u = u0; u < u1; ++u)
-                        for (Index g = 0; g < G; ++g)
-                            store(Wx + (r * some + u - u0) * GV + g * V,
-                                  load(input(r) + g * H + u * V, lanes_of(u, H)) + load(bias_x.data + u * GV + g * V));
-            for (Index n = begin; n < begin + steps; ++n) {
-                const Index t = time_of(n);
-                const scalar* before = h_before(n);
-                const scalar* shown = before;  // to the recurrent weights
-                if (cell.OPERAND) {
-                    cell.operand(f, n, {b0, b1, p0, p1}, before, seen.data);
-                    shown = seen.data;
-                    barrier.wait();
-                }
-                scalar* to = !f.W_hr ? f.y + t * B * P : f.save ? f.h_unprojected + t * B * H : unprojected.data;
-                const scalar* x = Wx + (n - begin) * mine * some * GV;
-                const auto step = [&](Index u, Index end, Gates gates) {
-                    const Gates input{x + (u - u0) * GV, some * GV};
-                    if (!cell.REDUCES) cell.step(f, n, {b0, b1, u, end}, input, gates, to);
-                    else if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, {x, some * GV}, {Rh, blocks * GV}, to);
-                };
-                multiply(R, mine, u0, u1, [&](Index r) { return shown + (b0 + r) * P; }, bias_h.data, Rh,
-                         cell.REDUCES ? blocks : 0, step);
-                barrier.wait();
-                if (!f.W_hr) continue;
-                multiply(W_hr, mine, p0, p1, [&](Index r) { return to + (b0 + r) * H; }, zero.data, h, 0,
-                         [&](Index u, Index end, Gates values) {
-                             for (Index b = b0; b < b1; ++b) {
-                                 // Where states are held, a projected h stays what it was before.
-                                 const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
-                                 for (Index p = u; p < end; ++p) {
-                                     const scalar* made = values.data + (b - b0) * values.row + (p - u) * V;
-                                     const int lanes = lanes_of(p, P);
-                                     store(f.y + (t * B + b) * P + p * V, held ? load(before + b * P + p * V, lanes) : load(made), lanes);
-                                 }
-                             }
-                         });
+        scalar* Wx = scratch.data + thread * own;  // of a chunk: [chunk][mine][some][G][V]; else as Rh
+        scalar* Rh = Wx + inputs;                  // [mine][blocks][G][V], or a few blocks for the time being
+        scalar* h = Rh + gates;                    // a few blocks for the time being
+
+        // Blocks [u, end) of the input part of `steps` time steps from n on.
+        const auto project = [&](Index n, Index steps, Index u, Index end, scalar* out, Index out_row) {
+            const auto input = [&](Index r) {
+                return f.x + (time_of(n + r / mine) * B + b0 + r % mine) * (f.W ? f.I : G * H);
+            };
+            if (f.W) return multiply(W, Cut(W, steps * mine), u, end, input, bias_x.data, out, out_row);
+            for (Index r = 0; r < steps * mine; ++r)
+                for (Index block = u; block < end; ++block)
+                    for (Index g = 0; g < G; ++g)
+                        store(out + r * out_row + (block - u) * GV + g * V,
+                              load(input(r) + g * H + block * V, lanes_of(block, H)) + load(bias_x.data + block * GV + g * V));
+        };
+        const Cut recurrent(R, mine), output(W_hr, mine);
+        for (Index n = 0; n < T; ++n) {
+            if (chunk && n % chunk == 0) {
+                const Index steps = least(chunk, T - n);
+                each_blocks(Cut(W, steps * mine), u0, u1, [&](Index u, Index end) {
+                    project(n, steps, u, end, Wx + (u - u0) * GV, some * GV);
+                });
+            }
+            const Index t = time_of(n);
+            const scalar* before = h_before(n);
+            const scalar* seen_by_weights = before;
+            if (cell.OPERAND) {
+                cell.operand(f, n, {b0, b1, p0, p1}, before, seen.data);
+                seen_by_weights = seen.data;
                 barrier.wait();
             }
+            scalar* to = !f.W_hr ? f.y + t * B * P : f.save ? f.h_unprojected + t * B * H : unprojected.data;
+            const scalar* x = Wx + (chunk ? n % chunk : 0) * mine * some * GV;
+            each_blocks(recurrent, u0, u1, [&](Index u, Index end) {
+                const Index across = cell.REDUCES ? blocks : recurrent.blocks;
+                const auto row = [&](Index r) { return seen_by_weights + (b0 + r) * P; };
+                multiply(R, recurrent, u, end, row, bias_h.data, cell.REDUCES ? Rh + u * GV : Rh, across * GV);
+                Gates input{x + (u - u0) * GV, some * GV};
+                if (!chunk) {
+                    input = cell.REDUCES ? Gates{x + u * GV, blocks * GV} : Gates{x, across * GV};
+                    project(n, 1, u, end, const_cast<scalar*>(input.data), input.row);
+                }
+                if (!cell.REDUCES) cell.step(f, n, {b0, b1, u, end}, input, {Rh, across * GV}, to);
+                else if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, {x, blocks * GV}, {Rh, blocks * GV}, to);
+            });
+            barrier.wait();
+            if (!f.W_hr) continue;
+            each_blocks(output, p0, p1, [&](Index u, Index end) {
+                const Index out_row = output.blocks * V;
+                multiply(W_hr, output, u, end, [&](Index r) { return to + (b0 + r) * H; }, zero.data, h, out_row);
+                for (Index b = b0; b < b1; ++b) {
+                    // Where states are held, a projected h stays what it was before.
+                    const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
+                    for (Index p = u; p < end; ++p) {
+                        const int lanes = lanes_of(p, P);
+                        const vec made = load(h + (b - b0) * out_row + (p - u) * V);
+                        store(f.y + (t * B + b) * P + p * V, held ? load(before + b * P + p * V, lanes) : made, lanes);
+                    }
+                }
+            });
+            barrier.wait();
         }
     };
     run(threads, body);
@@ -441,6 +463,7 @@ extern "C" int backward(const Backward& f) {
         const Index p0 = part.first(outputs), p1 = part.last(outputs);
         scalar* dh = scratch.data + thread * own;  // of h before its projection: [mine][blocks][V], or for the time being
         scalar* back = dh + unprojected;           // through the recurrent weights, for the time being
+        const Cut recurrent(R, b1 - b0), output(W_hr, b1 - b0);
         for (Index n = T - 1; n >= 0; --n) {
             const Index t = f.reverse ? T - 1 - n : n;
             if (!f.W_hr) {
@@ -458,15 +481,20 @@ extern "C" int backward(const Backward& f) {
                     }
                 }
                 barrier.wait();
-                multiply(W_hr, b1 - b0, u0, u1, [&](Index r) { return total + (b0 + r) * P; }, zero.data, dh,
-                         cell.REDUCES ? blocks : 0, [&](Index u, Index end, Gates values) {
-                             if (!cell.REDUCES) cell.grad(f, n, {b0, b1, u, end}, values);
-                             else if (end == blocks) cell.grad(f, n, {b0, b1, 0, blocks}, {dh, blocks * V});
-                         });
+                each_blocks(output, u0, u1, [&](Index u, Index end) {
+                    const Index across = cell.REDUCES ? blocks : output.blocks;
+                    const auto row = [&](Index r) { return total + (b0 + r) * P; };
+                    multiply(W_hr, output, u, end, row, zero.data, cell.REDUCES ? dh + u * V : dh, across * V);
+                    if (!cell.REDUCES) cell.grad(f, n, {b0, b1, u, end}, {dh, across * V});
+                    else if (end == blocks) cell.grad(f, n, {b0, b1, 0, blocks}, {dh, blocks * V});
+                });
             }
             barrier.wait();
-            multiply(R, b1 - b0, p0, p1, [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; }, zero.data, back, 0,
-                     [&](Index u, Index end, Gates values) { cell.operand_grad(f, n, {b0, b1, u, end}, values); });
+            each_blocks(recurrent, p0, p1, [&](Index u, Index end) {
+                const auto row = [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; };
+                multiply(R, recurrent, u, end, row, zero.data, back, recurrent.blocks * V);
+                cell.operand_grad(f, n, {b0, b1, u, end}, {back, recurrent.blocks * V});
+            });
             barrier.wait();
         }
     };

@@ -26,12 +26,12 @@ template <> struct Integer<8> { typedef int64_t type; };
 typedef Integer<sizeof(scalar)>::type integer;
 typedef scalar vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef integer ints __attribute__((vector_size(VECTOR_BYTES)));
-typedef scalar unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(scalar)), may_alias));
+typedef scalar unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(scalar))));
 
 // ---- What each instruction set has a word for -----------------------------------------------------------------------
 
-// Fused multiply-addition a * b + c, and the square root. Of GCC they are builtins: <immintrin.h> would take it as long
-// to read as the rest of a cell to compile.
+// Fused multiply-addition a * b + c, the square root, and the larger or smaller one of a limit and what may be NaN, which
+// stays. Of GCC they are builtins: <immintrin.h> would take it as long to read as the rest of a cell to compile.
 
 DEVICE vec all(scalar a) { return a - vec{}; }  // which is a, -0 too: one load that fills all lanes
 
@@ -40,6 +40,10 @@ DEVICE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c
 DEVICE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 DEVICE __m512 square_root(__m512 a) { return _mm512_sqrt_ps(a); }
 DEVICE __m512d square_root(__m512d a) { return _mm512_sqrt_pd(a); }
+DEVICE __m512 at_least(__m512 limit, __m512 a) { return _mm512_max_ps(limit, a); }
+DEVICE __m512d at_least(__m512d limit, __m512d a) { return _mm512_max_pd(limit, a); }
+DEVICE __m512 at_most(__m512 limit, __m512 a) { return _mm512_min_ps(limit, a); }
+DEVICE __m512d at_most(__m512d limit, __m512d a) { return _mm512_min_pd(limit, a); }
 #elif VECTOR_BYTES == 64
 constexpr int ROUND = 4;  // as the thread's setting says, to nearest
 typedef float floats __attribute__((vector_size(64)));
@@ -48,11 +52,19 @@ DEVICE floats fma(floats a, floats b, floats c) { return __builtin_ia32_vfmaddps
 DEVICE doubles fma(doubles a, doubles b, doubles c) { return __builtin_ia32_vfmaddpd512_mask(a, b, c, -1, ROUND); }
 DEVICE floats square_root(floats a) { return __builtin_ia32_sqrtps512_mask(a, a, -1, ROUND); }
 DEVICE doubles square_root(doubles a) { return __builtin_ia32_sqrtpd512_mask(a, a, -1, ROUND); }
+DEVICE floats at_least(floats limit, floats a) { return __builtin_ia32_maxps512_mask(limit, a, a, -1, ROUND); }
+DEVICE doubles at_least(doubles limit, doubles a) { return __builtin_ia32_maxpd512_mask(limit, a, a, -1, ROUND); }
+DEVICE floats at_most(floats limit, floats a) { return __builtin_ia32_minps512_mask(limit, a, a, -1, ROUND); }
+DEVICE doubles at_most(doubles limit, doubles a) { return __builtin_ia32_minpd512_mask(limit, a, a, -1, ROUND); }
 #elif VECTOR_BYTES == 32 && defined(__clang__)
 DEVICE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 DEVICE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 DEVICE __m256 square_root(__m256 a) { return _mm256_sqrt_ps(a); }
 DEVICE __m256d square_root(__m256d a) { return _mm256_sqrt_pd(a); }
+DEVICE __m256 at_least(__m256 limit, __m256 a) { return _mm256_max_ps(limit, a); }
+DEVICE __m256d at_least(__m256d limit, __m256d a) { return _mm256_max_pd(limit, a); }
+DEVICE __m256 at_most(__m256 limit, __m256 a) { return _mm256_min_ps(limit, a); }
+DEVICE __m256d at_most(__m256d limit, __m256d a) { return _mm256_min_pd(limit, a); }
 #elif VECTOR_BYTES == 32
 typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(32)));
@@ -60,17 +72,25 @@ DEVICE floats fma(floats a, floats b, floats c) { return __builtin_ia32_vfmaddps
 DEVICE doubles fma(doubles a, doubles b, doubles c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
 DEVICE floats square_root(floats a) { return __builtin_ia32_sqrtps256(a); }
 DEVICE doubles square_root(doubles a) { return __builtin_ia32_sqrtpd256(a); }
+DEVICE floats at_least(floats limit, floats a) { return __builtin_ia32_maxps256(limit, a); }
+DEVICE doubles at_least(doubles limit, doubles a) { return __builtin_ia32_maxpd256(limit, a); }
+DEVICE floats at_most(floats limit, floats a) { return __builtin_ia32_minps256(limit, a); }
+DEVICE doubles at_most(doubles limit, doubles a) { return __builtin_ia32_minpd256(limit, a); }
 #elif defined(__ARM_NEON)
 DEVICE float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 DEVICE float64x2_t fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
 DEVICE float32x4_t square_root(float32x4_t a) { return vsqrtq_f32(a); }
 DEVICE float64x2_t square_root(float64x2_t a) { return vsqrtq_f64(a); }
+DEVICE vec at_least(vec limit, vec a) { return a < limit ? limit : a; }
+DEVICE vec at_most(vec limit, vec a) { return a > limit ? limit : a; }
 #else
 DEVICE vec fma(vec a, vec b, vec c) { return a * b + c; }
 DEVICE vec square_root(vec a) {
     for (int i = 0; i < V; ++i) a[i] = DOUBLE ? __builtin_sqrt(a[i]) : __builtin_sqrtf(a[i]);
     return a;
 }
+DEVICE vec at_least(vec limit, vec a) { return a < limit ? limit : a; }
+DEVICE vec at_most(vec limit, vec a) { return a > limit ? limit : a; }
 #endif
 
 DEVICE vec load(const scalar* from) { return *reinterpret_cast<const unaligned*>(from); }
@@ -145,7 +165,7 @@ DEVICE real rsqrt(const real& a) {
 
 // ---- exp and what is made of it ------------------------------------------------------------------------------------
 
-constexpr int MANTISSA = DOUBLE ? 52 : 23, BIAS = DOUBLE ? 1023 : 127;
+constexpr int MANTISSA = DOUBLE ? 52 : 23;
 constexpr double LOG2_E = 1.44269504088896340736;
 // ln 2 in two parts, the first with so few bits that n times it is exact.
 constexpr double LN2_HIGH = DOUBLE ? 6.93147180369123816490e-01 : 0.693359375;
@@ -162,51 +182,56 @@ constexpr Taylor EXP;
 
 DEVICE ints sign_bits() { return (ints){} + (integer(1) << (8 * sizeof(scalar) - 1)); }
 DEVICE real magnitude(const real& a) { return each<real>([](vec x) { return (vec)((ints)x & ~sign_bits()); }, a); }
-DEVICE real at_least(double least, const real& a) {  // NaN stays
-    return each<real>([=](vec x) { return x < all(scalar(least)) ? all(scalar(least)) : x; }, a);
+DEVICE real at_least(double limit, const real& a) {
+    return each<real>([=](vec x) { return (vec)at_least(all(scalar(limit)), x); }, a);
 }
-DEVICE real at_most(double most, const real& a) {
-    return each<real>([=](vec x) { return x > all(scalar(most)) ? all(scalar(most)) : x; }, a);
-}
-DEVICE whole plus(const whole& n, int k) { return each<whole>([=](ints i) { return i + k; }, n); }
-DEVICE real power_of_2(const whole& n) {
-    return each<real>([](ints i) { return (vec)((i + BIAS) << MANTISSA); }, n);
+DEVICE real at_most(double limit, const real& a) {
+    return each<real>([=](vec x) { return (vec)at_most(all(scalar(limit)), x); }, a);
 }
 
-// a = n ln 2 + r with |r| <= ln 2 / 2, for |n| < 2^(MANTISSA - 1); -> e^r - 1, right relative to itself.
-DEVICE real exp_minus_1_of_rest(const real& a, whole& n) {
-    const real magic = 1.5 * (Index(1) << MANTISSA);  // added, it leaves whole numbers, in the lowest bits
-    const real shifted = fma(a, LOG2_E, magic), k = shifted - magic;
-    n = each<whole>([](vec x, vec y) { return (ints)x - (ints)y; }, shifted, magic);
-    const real r = fma(k, -LN2_LOW, fma(k, -LN2_HIGH, a));
+// a = n ln 2 + r with |r| <= ln 2 / 2, for |n| < 2^(MANTISSA - 1); -> e^r - 1, right relative to itself. n comes in the
+// lowest bits of a number.
+DEVICE real exp_minus_1_of_rest(const real& a, real& n) {
+    const real magic = 1.5 * (Index(1) << MANTISSA);  // added, it leaves whole numbers
+    n = fma(a, LOG2_E, magic);
+    const real k = n - magic, r = fma(k, -LN2_LOW, fma(k, -LN2_HIGH, a)), square = r * r;
     constexpr int TERMS = DOUBLE ? 13 : 7;
-    real p = EXP.coefficient[TERMS];
+    const double* c = EXP.coefficient;
+    real p = fma(c[TERMS], r, c[TERMS - 1]);
 #pragma GCC unroll 16
-    for (int i = TERMS - 1; i > 1; --i) p = fma(p, r, EXP.coefficient[i]);
-    return fma(p, r * r, r);
+    for (int i = TERMS - 3; i > 1; i -= 2) p = fma(p, square, fma(c[i + 1], r, c[i]));  // by pairs: a shorter chain
+    return fma(p, square, r);
 }
+
+// a * 2^n, n as above, where that is no denormal: n goes to the exponent's bits, and what stands above it falls off.
+DEVICE real times_power_of_2(const real& a, const real& n) {
+    return each<real>([](vec x, vec y) { return (vec)((ints)x + ((ints)y << MANTISSA)); }, a, n);
+}
+
+constexpr double UP = Index(1) << (MANTISSA + 1);  // e^a times this is not denormal, if e^a is
 
 DEVICE real exp(const real& a) {
-    whole n;
-    const real p = exp_minus_1_of_rest(at_most(EXP_IS_INFINITE, at_least(EXP_IS_0, a)), n) + 1.0;
-    const whole half = each<whole>([](ints i) { return i >> 1; }, n);  // 2^n may be out of range where e^a is not
-    return p * power_of_2(half) * power_of_2(each<whole>([](ints i, ints j) { return i - j; }, n, half));
+    real n;
+    const real rest = exp_minus_1_of_rest(at_most(EXP_IS_INFINITE, at_least(EXP_IS_0, a)), n);
+    const real small = times_power_of_2(fma(rest, UP, UP), n) * (1 / UP);
+    const real large = times_power_of_2(fma(rest, 0.25, 0.25), n) * 4.0;  // 2^n may be infinite where e^a isn't
+    return where(a, large, small);
 }
 
 // By e = e^-|a|, which can't overflow, and so that small results keep their digits.
 DEVICE real sigmoid(const real& a) {
-    whole n;
-    const real p = exp_minus_1_of_rest(at_least(EXP_IS_0, -magnitude(a)), n) + 1.0;
-    constexpr int UP = MANTISSA + 1;  // e may be denormal, which 2^n can't be
-    const real e = p * power_of_2(plus(n, UP)) * (1.0 / (Index(1) << UP));
-    return each<real>([](vec x, vec y) { return x < vec{} ? y : all(scalar(1)); }, a, e) / (1.0 + e);
+    real n;
+    const real negative = each<real>([](vec x) { return (vec)((ints)x | sign_bits()); }, a);
+    const real rest = exp_minus_1_of_rest(at_least(EXP_IS_0, negative), n);
+    const real e = times_power_of_2(fma(rest, UP, UP), n) * (1 / UP);
+    return each<real>([](vec x, vec y) { return (ints)x < 0 ? y : all(scalar(1)); }, a, e) / (1.0 + e);
 }
 
 // e / (e + 2) with e = e^(2 |a|) - 1, which keeps its digits near 0; and the sign of a.
 DEVICE real tanh(const real& a) {
+    real n;
     const real x = at_most(DOUBLE ? 20 : 10, magnitude(a));  // it is 1 from there on
-    whole n;
-    const real rest = exp_minus_1_of_rest(x + x, n), p = power_of_2(n);
+    const real rest = exp_minus_1_of_rest(x + x, n), p = times_power_of_2(1.0, n);
     const real e = fma(p, rest, p - 1.0);
     return each<real>([](vec x, vec y) { return (vec)((ints)x | ((ints)y & sign_bits())); }, e / (e + 2.0), a);
 }
@@ -214,15 +239,15 @@ DEVICE real tanh(const real& a) {
 // a = 2^n (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); log(1 + f) by the series of atanh(f / (2 + f)).
 DEVICE real log(const real& a) {
     constexpr integer ROOT = DOUBLE ? integer(0x3FE6A09E667F3BCD) : integer(0x3F3504F3);  // the bits of sqrt(1/2)
-    constexpr int UP = MANTISSA + 2;                                                      // of what is denormal
+    constexpr int MORE = MANTISSA + 2;                                                    // of what is denormal
     constexpr double SMALLEST = DOUBLE ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
     constexpr double INFINITE = __builtin_inf();
-    const real scaled = each<real>([](vec x) { return x < all(scalar(SMALLEST)) ? x * all(scalar(Index(1) << UP)) : x; }, a);
+    const real scaled = each<real>([](vec x) { return x < all(scalar(SMALLEST)) ? x * all(scalar(Index(1) << MORE)) : x; }, a);
     const whole bits = each<whole>([](vec x) { return (ints)x - ROOT; }, scaled);
     const whole n = each<whole>([](ints i) { return i >> MANTISSA; }, bits);
     const real f = each<real>([](ints i, ints k) { return (vec)(i - (k << MANTISSA) + ROOT); }, bits, n) - 1.0;
     const real k = each<real>([](ints i, vec x) {
-        const ints corrected = i - ((x < all(scalar(SMALLEST))) & UP);
+        const ints corrected = i - ((x < all(scalar(SMALLEST))) & MORE);
         vec number;
         for (int j = 0; j < V; ++j) number[j] = static_cast<scalar>(corrected[j]);
         return number;

@@ -1,0 +1,421 @@
+"""The native backend: equal to torch.nn and to plain loops, whatever cell, modifier, size, thread and instruction set."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn import compiler
+from gpu_rnn.backends import native
+from gpu_rnn.backends.phased import Phased
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.native import isa
+from gpu_rnn.kernels.weave import weave
+
+from . import own, sequences, woven
+from .test_numpy import FUNCTIONS, NEEDS, torch_run
+
+
+def why_not():
+    try:
+        native.library("float32")
+    except compiler.CompileError as error:
+        return str(error)
+    return None
+
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+EVERY = pytest.mark.parametrize("name", cells.NAMES)
+BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True])
+SIZES = [  # T, B, I, H: aligned, ragged and degenerate; tiles of every number of rows, several pieces of K
+    (1, 1, 1, 1), (3, 2, 5, 3), (5, 5, 4, 31), (4, 13, 9, 64), (3, 7, 140, 150), (60, 1, 7, 33), (2, 50, 3, 8),
+]  # fmt: skip
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    """However little there is to do."""
+    monkeypatch.setattr(native, "threads", lambda: request.param)
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
+    return request.param
+
+
+def run(case):
+    return case.run(native.forward, native.backward)
+
+
+@EVERY
+@BOTH_WAYS
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_result_is_as_good_as_torchs(name, reverse, dtype, threads):
+    for size in SIZES:
+        case = sequences.draw(name, dtype, *size, reverse=reverse)
+        sequences.check(case, run(case))
+
+
+@EVERY
+@BOTH_WAYS
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("T", "B", "I", "H", "P"), [(7, 3, 5, 4, None), (5, 1, 2, 6, 5), (40, 2, 3, 9, 2)])
+def test_equals_torch_in_float64(name, reverse, bias, T, B, I, H, P, threads, rng):
+    if P is not None and name != "lstm":
+        return
+    cell = cells.get(name)
+    x, weights, state = sequences.sequence_arrays(rng, name, T, B, I, H, P)
+    if not bias:
+        weights = weights._replace(b_ih=None, b_hh=None)
+    dy, dlast = rng.standard_normal((T, B, P or H)), tuple(rng.standard_normal(s.shape) for s in state)
+    exact_y, exact_last, exact = torch_run(name, x, weights, state, dy, dlast, reverse)
+    y, last, tape = native.forward(cell, x, weights, state, reverse=reverse, save=True)
+    needs = NEEDS - {field for field, w in weights._asdict().items() if w is None}
+    ours = native.backward(cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
+    pairs = [(y, exact_y), *zip(last, exact_last), *zip(ours.pop("state"), exact.pop("state"))]
+    for found, expected in pairs + [(ours[key], exact[key]) for key in exact]:
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@EVERY
+@pytest.mark.parametrize("options", woven.OPTIONS.values(), ids=woven.OPTIONS)
+def test_modifiers(name, options, threads):
+    projected = 4 if name == "lstm" and "zoneout" not in options else None
+    for B, H, rows, P, reverse in ((3, 6, None, None, False), (2, 9, 1, None, True), (1, 17, None, projected, False)):
+        made = woven.drawn(name, options, "float32", 5, B, 4, H, P, rows=rows, reverse=reverse)
+        woven.check(made, run(made.case))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@pytest.mark.parametrize("options", woven.NORMED.values(), ids=woven.NORMED)
+def test_layer_normalization(name, options, threads):
+    for dtype, B, H, reverse in (("float32", 3, 6, False), ("float32", 1, 35, True), ("bfloat16", 2, 4, False)):
+        made = woven.drawn(name, options, dtype, 5, B, 4, H, reverse=reverse)
+        woven.check(made, run(made.case))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_dropout_of_the_candidate(name, threads):
+    made = woven.drawn(name, {"candidate": True}, "float32", 5, 3, 4, 11)
+    woven.check(made, run(made.case))
+
+
+@pytest.mark.parametrize("options", [{}, *woven.OPTIONS.values()], ids=["plain", *woven.OPTIONS])
+def test_a_second_recurrent_product(options):
+    backend = Phased(native)
+    for B, H, rows, reverse in ((3, 6, None, False), (2, 9, 1, True)):
+        made = woven.drawn("gru+before", options, "float32", 5, B, 4, H, rows=rows, reverse=reverse)
+        woven.check(made, made.case.run(backend.forward, backend.backward))
+
+
+@pytest.mark.parametrize("name", own.CELLS)
+@pytest.mark.parametrize("option", ["plain", "reset", "hold", "mean"])
+def test_custom_cells(name, option, threads, monkeypatch):
+    monkeypatch.setattr(woven, "published", own.published)
+    options = {"plain": {}, "mean": {"zoneout": (0.3,) * 4, "mean": True}}.get(option) or woven.OPTIONS.get(option, {})
+    for B, H in ((3, 6), (1, 37)):
+        made = own.case(name, options, "float32", 5, B, 4, H, reverse=option == "hold")
+        woven.check(made, run(made.case))
+
+
+@pytest.mark.parametrize("G", [2, 5, 9])
+def test_any_number_of_gates(G, threads):
+    """More gates than a tile has columns."""
+    from gpu_rnn.kernels.mathematics import tanh
+
+    def step(x, h, state):
+        total = state[0]
+        for a, b in zip(x, h):
+            total = total * tanh(a + b) + a * b
+        return (total,)
+
+    cell = cells.made(f"gates{G}", "abcdefghi"[:G], "h", step)
+    rng = np.random.default_rng(G)
+    x, w, r, b = (rng.standard_normal(s) * 0.3 for s in ((4, 3, 5), (G * 11, 5), (G * 11, 11), G * 11))
+    h = np.zeros((3, 11))
+    weights = native.Weights(w, r, b, None)
+    y, _, _ = native.forward(cell, x, weights, (h,), reverse=False, save=False)
+    for now, found in zip(x, y):
+        (h,) = step(np.split(now @ w.T + b, G, 1), np.split(h @ r.T, G, 1), (h,))
+        np.testing.assert_allclose(found, h, rtol=1e-12, atol=1e-14)
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bits_depend_on_nothing_but_the_row(name, dtype, monkeypatch, rng):
+    """Neither on T nor on B nor on threads: a step is a sequence, a row is a batch."""
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
+    cell = cells.get(name)
+    for B, H in ((7, 37), (1, 300), (64, 20)):
+        x, weights, state = sequences.sequence_arrays(rng, name, 6, B, 5, H, dtype=dtype)
+        found = []
+        for count in (1, 2, 5):
+            monkeypatch.setattr(native, "threads", lambda: count)  # noqa: B023
+            y, last, tape = native.forward(cell, x, weights, state, reverse=False, save=True)
+            needs = {"x", "w_ih", "w_hh", "b_ih", "b_hh"}
+            gradients = native.backward(
+                cell, x, weights, state, y, tape, y, last, reverse=False, needs=needs
+            )  # fmt: skip
+            found.append([y, *last, *gradients.pop("state"), *gradients.values()])
+        for others in found[1:]:
+            assert all(map(np.array_equal, found[0], others))
+        y, hx = found[0][0], state
+        for t in range(6):
+            now, hx, _ = native.forward(cell, x[t : t + 1], weights, hx, reverse=False, save=False)
+            assert np.array_equal(now[0], y[t])
+        row, _, _ = native.forward(cell, x[:, -1:], weights, tuple(s[-1:] for s in state), reverse=False, save=False)
+        assert np.array_equal(row[:, 0], y[:, -1])
+
+
+# ---- instruction sets and functions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[i for i in isa.TABLE if i.features <= compiler.cpu()[1]], ids=lambda i: i.name)
+def instruction_set(request, monkeypatch):
+    """All that this CPU has."""
+    monkeypatch.setattr(native, "instruction_set", lambda: request.param)
+    for remembered in (native.code, native.library):
+        remembered.cache_clear()
+    yield request.param
+    for remembered in (native.code, native.library):
+        remembered.cache_clear()
+
+
+def test_every_instruction_set(instruction_set):
+    for name, options in (("lstm", woven.OPTIONS["all"]), ("gru", {"norm": True}), ("rnn_tanh", {})):
+        for dtype in ("float32", "bfloat16"):
+            made = woven.drawn(name, options, dtype, 4, 7, 5, 35, reverse=True)
+            woven.check(made, run(made.case))
+
+
+def test_the_table_chooses_by_what_the_cpu_has():
+    assert isa.best(frozenset({"avx2", "fma", "sse2"})) is isa.AVX2
+    assert isa.best(frozenset({"avx2", "fma", *isa.AVX512_FEATURES})) is isa.AVX512
+    assert isa.best(frozenset({"asimd"})) is isa.NEON
+    assert isa.best(frozenset({"avx2"})) is isa.PLAIN
+    assert [i.lanes("float32") for i in isa.TABLE] == [16, 8, 4, 4]
+    assert isa.AVX512.tile(4) == "6 rows x 4 vectors"
+    assert isa.AVX2.tile(3) == "4 rows x 3 vectors"
+
+
+EXACT = {
+    "exp": np.exp,
+    "log": np.log,
+    "tanh": np.tanh,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "sigmoid": lambda a: np.where(a < 0, np.exp(-abs(a)), 1.0) / (1 + np.exp(-abs(a))),
+    "positive": lambda a: np.greater(a, 0).astype(a.dtype),
+}
+
+
+def over(name, values, real):
+    source = native.text("simd.h", "sequence.h") + (Path(__file__).parent / "native_functions.cpp").read_text()
+    function = getattr(compiler.load(f"functions-{real}", source, native.flags(real)), f"over_{name}")
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    padded = np.concatenate([values, np.ones(-len(values) % 64, real)]).astype(real)
+    out = np.empty_like(padded)
+    function(padded.ctypes.data, out.ctypes.data, len(padded))
+    return out[: len(values)]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_functions_are_right_to_4_ulp(name, instruction_set):
+    """Over all magnitudes of float32, of both signs, denormal numbers and infinities and NaN among them."""
+    values = np.arange(0, 1 << 32, 509, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    values = np.concatenate([values, np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0, -1.0], np.float32)])
+    values = np.concatenate([values, np.linspace(-110, 110, 200_001, dtype=np.float32)])
+    with np.errstate(all="ignore"):
+        exact, found = EXACT[name](values.astype(np.float64)), over(name, values, "float32")
+        rounded = exact.astype(np.float32)
+    finite = np.isfinite(rounded)
+    ulp = np.spacing(np.abs(rounded[finite])).astype(np.float64)
+    assert (np.abs(found[finite] - exact[finite]) / ulp).max() <= 4
+    np.testing.assert_array_equal(found[~finite], rounded[~finite])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_functions_in_float64(name, instruction_set):
+    """NumPy's are right to an ulp or two themselves."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([
+        rng.uniform(-750, 715, 50_000), rng.uniform(-3, 3, 50_000),
+        rng.choice([-1, 1], 50_000) * 10.0 ** rng.uniform(-320, 308, 50_000), [np.inf, -np.inf, np.nan, 0.0, -0.0],
+    ])  # fmt: skip
+    with np.errstate(all="ignore"):
+        exact, found = EXACT[name](values.astype(np.longdouble)), over(name, values, "float64")
+        rounded = exact.astype(np.float64)
+    finite = np.isfinite(rounded)
+    ulp = np.spacing(np.abs(rounded[finite])).astype(np.longdouble)
+    assert (np.abs(found[finite] - exact[finite]) / ulp).max() <= 4
+    np.testing.assert_array_equal(found[~finite], rounded[~finite])
+
+
+# ---- threads and processes ------------------------------------------------------------------------------------------
+
+
+def test_several_python_threads_at_once(monkeypatch, rng):
+    monkeypatch.setattr(native, "threads", lambda: 2)
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
+    given = [sequences.sequence_arrays(rng, "lstm", 40, 1 + k % 5, 3, 21, dtype=np.float32) for k in range(12)]
+
+    def compute(k):
+        x, weights, state = given[k % 12]
+        return native.forward(cells.get("lstm"), x, weights, state, reverse=False, save=False)[0]
+
+    expected = [compute(k) for k in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        for k, y in enumerate(pool.map(compute, range(120))):
+            assert np.array_equal(y, expected[k % 12])
+
+
+FORKED = """
+import os
+import numpy as np
+from gpu_rnn.backends import native
+from gpu_rnn.kernels import cells
+from tests.conftest import sequence_arrays
+native.threads, native.WORTH_A_THREAD = lambda: 3, 0
+x, w, s = sequence_arrays(np.random.default_rng(0), "gru", 9, 2, 3, 40)
+def run():
+    return native.forward(cells.get("gru"), x, w, s, reverse=False, save=False)[0]
+y = run()
+if (child := os.fork()) == 0:
+    os._exit(0 if np.array_equal(run(), y) else 7)
+_, status = os.waitpid(child, 0)
+assert np.array_equal(run(), y)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_has_threads_of_its_own():
+    assert subprocess.check_output([sys.executable, "-c", FORKED], timeout=120, text=True) == "0\n"
+
+
+def test_idle_threads_sleep(rng):
+    code = "import time; exec(open(0).read()); begin = time.process_time(); time.sleep(0.5)"
+    code += "; print(time.process_time() - begin < 0.1)"
+    said = subprocess.check_output(
+        [sys.executable, "-c", code], input=FORKED.partition("if (child")[0], timeout=120, text=True
+    )
+    assert said == "True\n"
+
+
+# ---- through the front door -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "function", "options"), FUNCTIONS)
+def test_gradcheck(name, function, options, rng):
+    x, weights, state = sequences.sequence_arrays(rng, name, 4, 2, 3, 3)
+    letters = [letter + "0" for letter in cells.get(name).states]
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x, *weights[:4], *state)]
+
+    def call(*tensors):
+        y, last = function(*tensors[:5], **dict(zip(letters, tensors[5:])), backend="native", **options)
+        return (y, *last) if isinstance(last, tuple) else (y, last)
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize(("name", "function", "options"), FUNCTIONS)
+def test_arguments_may_be_strided_expanded_read_only_and_stay_untouched(name, function, options, rng):
+    x, weights, state = sequences.sequence_arrays(rng, name, 4, 3, 5, 6)
+    named = {letter + "0": s for letter, s in zip(cells.get(name).states, state)}
+    expected, _ = function(x, *weights[:4], **named, backend="native", **options)
+    odd = {letter: np.repeat(s, 2, axis=1)[:, ::2] for letter, s in named.items()}
+    given = [np.asfortranarray(a) for a in (x, *weights[:4])]
+    for array in (*given, *odd.values()):
+        array.flags.writeable = False
+    (y, last), pullback = gpu_rnn.vjp(function, *given, **odd, backend="native", **options)
+    assert np.array_equal(y, expected)
+    dy = np.broadcast_to(rng.standard_normal((1, 1, 6)), y.shape)
+    nothing = [None] * len(state)
+    _, contiguous = gpu_rnn.vjp(function, x, *weights[:4], **named, backend="native", **options)
+    for key, gradient in contiguous((dy.copy(), nothing)).items():
+        np.testing.assert_array_equal(pullback((dy, nothing))[key], gradient, err_msg=key)
+
+
+@pytest.mark.parametrize(("name", "function", "options"), FUNCTIONS)
+def test_an_empty_batch_gives_empty_results(name, function, options, rng):
+    x, weights, state = sequences.sequence_arrays(rng, name, 4, 0, 3, 5)
+    (y, last), pullback = gpu_rnn.vjp(function, x, *weights[:4], backend="native", **options)
+    assert y.shape == (4, 0, 5)
+    gradients = pullback((y, None if len(state) == 1 else (None, None)))
+    assert gradients["x"].shape == x.shape
+    assert gradients["w_hh"].shape == weights.w_hh.shape
+    assert not gradients["w_hh"].any()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"recompute": True}], ids=str)
+def test_layers(kind, options):
+    torch.manual_seed(0)
+    named = {k: v for k, v in options.items() if k != "recompute"}
+    theirs = getattr(torch.nn, kind)(5, 9, **named).double()
+    ours = getattr(gpu_rnn, kind)(5, 9, **options, dtype=torch.float64, backend="native")
+    ours.load_state_dict(theirs.state_dict())
+    x, found = torch.randn(6, 3, 5, dtype=torch.float64), []
+    for layer in (ours, theirs):
+        y, _ = layer(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_histories_and_streams_and_torch_compile():
+    torch.manual_seed(0)
+    layer = gpu_rnn.LSTM(5, 9, num_layers=2, backend="native", bitwise=True)
+    x = torch.randn(6, 3, 5)
+    y, _ = layer(x)
+    listen = gpu_rnn.stream(layer, 3)
+    with torch.no_grad():
+        for now, expected in zip(x, y):
+            assert torch.equal(listen(now), expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    captured, _ = compiled(x)
+    assert torch.equal(captured, y)
+    for a, b in zip(*(torch.autograd.grad(o.sum(), list(layer.parameters())) for o in (captured, y)), strict=True):
+        torch.testing.assert_close(a, b)
+    given = [torch.randn(s) for s in ((6, 3, 5), (36, 5), (36, 9))]
+    for reverse in (False, True):
+        y, last, (h, c) = gpu_rnn.lstm(*given, reverse=reverse, return_states=True, backend="native")
+        _, _, (h_, c_) = gpu_rnn.lstm(*given, reverse=reverse, return_states=True, backend="numpy")
+        torch.testing.assert_close((h, c), (h_, c_))
+
+
+def test_long_sums_keep_their_precision(rng):
+    T, B, H = 1024, 64, 4
+    dy = rng.standard_normal((T, B, H)).astype(np.float32)
+    x, (w_ih, _, b_ih, b_hh, *_), _ = sequences.sequence_arrays(rng, "rnn_relu", T, B, 1, H, dtype=np.float32)
+    weights = np.zeros_like(w_ih), np.zeros((H, H), np.float32), np.ones_like(b_ih), np.zeros_like(b_hh)  # h = 1
+    _, pullback = gpu_rnn.vjp(gpu_rnn.rnn, x, *weights, nonlinearity="relu", backend="native")
+    exact = dy.astype(np.float64).sum((0, 1))
+    error = np.abs(pullback((dy, None))["b_ih"] - exact).max()
+    assert error <= 4 * np.spacing(np.abs(exact).max().astype(np.float32))
+
+
+@pytest.mark.parametrize("B", [1, 512])
+def test_extreme_values_stay_finite(B):
+    x = np.array([0.0, 1e4, -1e4, 1e30, -1e30], np.float32).reshape(5, 1, 1).repeat(B, 1)
+    for name, function, options in FUNCTIONS:
+        G = cells.get(name).G
+        w, r = np.ones((G * 2, 1), np.float32), np.ones((G * 2, 2), np.float32)
+        y, _ = function(x, w, r, backend="native", **options) if name != "rnn_relu" else (x, None)
+        assert np.isfinite(y).all()
+        y, _ = function(np.full_like(x, np.nan), w, r, backend="native", **options)
+        assert np.isnan(y).all(), name
+
+
+def test_it_says_what_it_does():
+    text = str(gpu_rnn.explain("lstm", T=5, B=2, I=3, H=4, device="cpu", library="numpy", backend="native"))
+    found = native.instruction_set()
+    assert f"float32, {found.name}, {found.lanes('float32')} lanes, tiles of {found.tile(4)}" in text
+    assert "threads at most" in text
+    assert native.warmup(gpu_rnn.problem.Problem(weave(cells.get("lstm"), hold=True), 1, 1, 1, 1))
