@@ -250,13 +250,6 @@ def real_dtype(array: Any) -> str:
     return "float64" if dtype(array) == "float64" else "float32"
 
 
-def computed(array: Any) -> Any:
-    """The array in the dtype to compute in, no part of an autograd graph; itself where it is. None stays None."""
-    if array is None:
-        return None
-    return converted(array.detach() if library(array) == "torch" else array, real_dtype(array))
-
-
 def flipped(array: Any) -> Any:
     """The first axis the other way round."""
     return array.flip(0) if library(array) == "torch" else array[::-1]

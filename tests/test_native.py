@@ -1,4 +1,4 @@
-"""The native backend: equal to torch.nn and to plain loops, whatever cell, modifier, size, thread and instruction set."""
+"""The native backend: equal to torch.nn and to plain loops, whatever cell, modifier, size, thread and vectors."""
 
 import ctypes
 import os

@@ -10,9 +10,11 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from gpu_rnn import kernels
 from gpu_rnn.kernels.cells import Cell
@@ -48,14 +50,14 @@ def reasons(problem: Problem) -> list[str]:
         why.append(f"{problem.cell.name} has {problem.cell.S} states; at most {MAX_STATES} are served")
     if not why:
         try:
-            code(problem.cell, real_of(problem.dtype))
+            code(problem.cell, real_of(problem))
         except compiler.CompileError as error:
             why.append(str(error))
     return why
 
 
 def plan(problem: Problem) -> str:
-    real, isa = real_of(problem.dtype), instruction_set()
+    real, isa = real_of(problem), instruction_set()
     how = (
         f"{real}, {isa.name}, {isa.lanes(real)} lanes, tiles of {isa.tile(problem.cell.G)}, {threads()} threads at most"
     )
@@ -63,7 +65,7 @@ def plan(problem: Problem) -> str:
 
 
 def warmup(problem: Problem) -> tuple[str, ...]:
-    code(problem.cell, real_of(problem.dtype))
+    code(problem.cell, real_of(problem))
     return (f"{problem.cell.name}, compiled for {instruction_set().name}",)
 
 
@@ -72,66 +74,56 @@ def forward(
     bitwise: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """bitwise: every sum has one order and nothing depends on T, so it always is."""
-    given = Given.of(x, weights, state)
-    x_, w, initial = given
-    (T, B, width), P = x_.shape, w.w_hh.shape[1]
-    H = w.w_hh.shape[0] // cell.G
-    real = arrays.dtype(x_)
-    y, last = arrays.empty((T, B, P), like=x_), [arrays.empty((B, P if k == 0 else H), like=x_) for k in range(cell.S)]
-    tape = (
-        [arrays.empty(shape, like=x_) for shape in tape_shapes(cell, T, B, H, w.w_hr is not None, real)] if save else []
-    )
-    saved, cell_states, hidden = (*tape, None, None, None)[:3]
+    given, w, first = plain(x), [plain(w) for w in weights], [plain(s) for s in state]
+    (T, B, I), (GH, P), G = given.shape, w[1].shape, cell.G
+    H, real, empty = GH // G, real_of(given), new(given)
+    y, last = empty((T, B, P)), [empty(s.shape) for s in first]
+    tape = [empty(shape) for shape in tape_shapes(cell, T, B, H, w[4] is not None, real)] if save else []
     values = FORWARD.pack(
-        code(cell, real), T, B, width, H, P, reverse, helpful(T, B, B * cell.G * H * (width + P)), save,
-        *map(arrays.pointer, (x_, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr)), *auxiliary(w),
-        *map(arrays.pointer, (y, saved, cell_states, hidden)),
-        *pointers(initial), *pointers(last),
+        code(cell, real), T, B, I, H, P, reverse, helpful(T, B, B * GH * (I + P)), save,
+        *[pointer(array) for array in (given, *w[:5])], *auxiliary(w),
+        *[pointer(array) for array in (y, *(*tape, None, None, None)[:3])], *pointers(first), *pointers(last),
     )  # fmt: skip
     call(library(real).forward, values)
-    if (dtype := arrays.dtype(x)) != real:
-        y, last = arrays.converted(y, dtype), [arrays.converted(array, dtype) for array in last]
-    return y, tuple(last), tuple(tape)
+    return like(y, x), tuple([like(array, x) for array in last]), tuple(tape)
 
 
 def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    given = Given.of(x, weights, state)
-    x_, w, initial = given
-    (T, B, _), P, G, projected = y.shape, w.w_hh.shape[1], cell.G, w.w_hr is not None
-    H, real = w.w_hh.shape[0] // G, arrays.dtype(x_)
-    y, dy, *dlast = (plain(array) for array in (y, dy, *dlast))
-    dhistory = [plain(array) for array in dhistory]
-    saved, cell_states, *hidden = map(arrays.plain, tape)
-    dWx = arrays.empty((T, B, G * H), like=x_)
-    dRh = arrays.empty((T, B, G * H), like=x_) if any(cell.separate) else dWx
-    total = arrays.empty((T, B, P), like=x_) if projected else None
-    dunits = arrays.zeros((cell.learned, B, H), like=x_)
-    dfirst = [arrays.empty(tuple(array.shape), like=x_) for array in initial]
+    given, w, first = plain(x), Weights(*map(plain, weights)), [*map(plain, state)]
+    (T, B, P), GH, G, projected = y.shape, w.w_hh.shape[0], cell.G, w.w_hr is not None
+    H, real, empty = GH // G, real_of(given), new(given)
+    y, dy, dlast, dhistory = plain(y), plain(dy), [*map(plain, dlast)], [*map(plain, dhistory)]
+    saved, cell_states, *hidden = map(plain, tape)
+    dWx = empty((T, B, GH))
+    dRh = empty((T, B, GH)) if any(cell.separate) else dWx
+    total = empty((T, B, P)) if projected else None
+    dunits = arrays.zeros((cell.learned, B, H), like=given)
+    dfirst = [empty(array.shape) for array in first]
     values = BACKWARD.pack(
-        code(cell, real), T, B, 0, H, P, reverse, helpful(T, B, B * G * H * P), *map(arrays.pointer, (w.w_hh, w.w_hr)), *auxiliary(w),
-        *map(arrays.pointer, (y, saved, cell_states, *(hidden or [None]), initial[0], dy, dWx, dRh, total, dunits)),
+        code(cell, real), T, B, 0, H, P, reverse, helpful(T, B, B * GH * P), pointer(w.w_hh), pointer(w.w_hr),
+        *auxiliary(w),
+        *map(pointer, (y, saved, cell_states, *(hidden or [None]), first[0], dy, dWx, dRh, total, dunits)),
         *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
     )  # fmt: skip
     call(library(real).backward, values)
 
-    found = sequence.of_input(dWx, x_, w, set(needs) - {"b_ih"})
+    found = sequence.of_input(dWx, given, w, set(needs) - {"b_ih"})
     if "w_hh" in needs:
-        seen = sequence.seen_by_weights(cell, y, initial[0], Extra.of(w), reverse)
+        seen = sequence.seen_by_weights(cell, y, first[0], Extra.of(w), reverse)
         found["w_hh"] = sequence.recurrent_gradient(dRh, seen, reverse)
     for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
         if name in needs:
-            found[name] = row_sum(gradient.reshape(T * B, G * H), real)
+            found[name] = empty((GH,))
+            library(real).sum_rows(pointer(gradient), T * B, GH, pointer(found[name]))
     if projected and "w_hr" in needs:
-        found["w_hr"] = sequence.product(total.reshape(T * B, P).T, hidden[0].reshape(T * B, H), like=x_)
+        found["w_hr"] = sequence.product(total.reshape(T * B, P).T, hidden[0].reshape(T * B, H), like=given)
     if "units" in needs:
-        found["units"] = arrays.zeros(tuple(w.units.shape), like=x_)
+        found["units"] = arrays.zeros(tuple(w.units.shape), like=given)
         found["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
-    dtype = arrays.dtype(x)
-    found = {name: arrays.converted(array, dtype) for name, array in found.items()}
-    return found | {"state": tuple(arrays.converted(array, dtype) for array in dfirst)}
+    return {name: like(array, x) for name, array in found.items()} | {"state": tuple(like(d, x) for d in dfirst)}
 
 
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
@@ -141,37 +133,50 @@ def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
 
 
 def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:
-    return arrays.computed(x), Weights(*map(arrays.computed, weights[:5]), *weights[5:])
+    return plain(x), Weights(*map(plain, weights))
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
-class Given(NamedTuple):
-    """What the kernels read, contiguous and in the dtype of computing."""
-
-    x: Any
-    weights: Weights
-    state: tuple
-
-    @classmethod
-    def of(cls, x: Any, weights: Weights, state: Sequence[Any]) -> "Given":
-        flags, seed = arrays.plain(weights.flags), arrays.plain(weights.seed)
-        return cls(plain(x), Weights(*map(plain, weights[:6]), flags, seed), tuple(map(plain, state)))
-
-
 def plain(array: Any) -> Any:
-    return None if array is None else arrays.plain(arrays.computed(array))
+    """As the kernels read it: contiguous, in the dtype of computing, no part of an autograd graph. None stays None."""
+    if array is None:
+        return None
+    if isinstance(array, np.ndarray):
+        return array if array.flags.c_contiguous and array.flags.aligned else np.array(array, order="C")
+    if array.dtype.itemsize == 2:
+        array = array.detach().float()
+    if array.is_neg() or not array.is_contiguous():
+        array = array.detach().resolve_neg().contiguous()
+    return array
 
 
-def auxiliary(weights: Weights) -> tuple[int, ...]:
+def new(given: Any) -> Callable[[tuple], Any]:
+    """What makes arrays of anything, of the library and dtype of a plain one."""
+    return partial(np.empty, dtype=given.dtype) if isinstance(given, np.ndarray) else given.new_empty
+
+
+def like(array: Any, x: Any) -> Any:
+    """In the caller's dtype."""
+    return array if array.dtype == x.dtype else array.to(x.dtype)
+
+
+def pointer(array: Any) -> int:
+    """0 for None."""
+    if array is None:
+        return 0
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def auxiliary(weights: Sequence[Any]) -> tuple[int, ...]:
     """The struct Auxiliary."""
     units, flags, seed = weights[5:]
-    return *map(arrays.pointer, (units, flags, seed)), 1 if units is None else units.shape[1]
+    return pointer(units), pointer(flags), pointer(seed), 1 if units is None else units.shape[1]
 
 
-def pointers(many: Sequence[Any]) -> tuple[int, ...]:
-    return *map(arrays.pointer, many), *[0] * (MAX_STATES - len(many))
+def pointers(many: Sequence[Any]) -> list[int]:
+    return [pointer(array) for array in many] + [0] * (MAX_STATES - len(many))
 
 
 def tape_shapes(cell: Cell, T: Any, B: Any, H: int, projected: bool, real: str) -> list[tuple]:
@@ -193,7 +198,7 @@ def helpful(T: int, B: int, step: int) -> int:
     With rows of its own a thread waits once, at the end, but has to wake up before.
     """
     most = threads()
-    between = T * step // 5 if B >= 2 * most else step
+    between = T * step // 5 if 2 * most <= B else step
     return most if most > 1 and between >= WORTH_A_THREAD else 1
 
 
@@ -205,13 +210,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def row_sum(array: Any, real: str) -> Any:
-    """[rows, columns] -> [columns], as exact as the dtype."""
-    out = arrays.empty((array.shape[1],), like=array)
-    library(real).sum_rows(arrays.pointer(array), *array.shape, arrays.pointer(out))
-    return out
-
-
 def call(function: Callable[[bytes], int], values: bytes) -> None:
     if function(values):
         raise MemoryError("there is no memory for packed weights")
@@ -220,8 +218,9 @@ def call(function: Callable[[bytes], int], values: bytes) -> None:
 # ---- Code -----------------------------------------------------------------------------------------------------------
 
 
-def real_of(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
+def real_of(array: Any) -> str:
+    """The dtype that is computed in, for an array or a problem."""
+    return "float64" if str(array.dtype).endswith("float64") else "float32"
 
 
 @cache

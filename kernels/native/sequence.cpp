@@ -151,6 +151,53 @@ static Part part_of(int thread, int threads, Index B, bool by_rows) {
 
 // ---- Products ------------------------------------------------------------------------------------------------------
 
+#if !defined(__clang__)
+// a and b become those of their lanes that from_a and from_b name; lanes of b count from V on.
+template <class First, class Second>
+DEVICE void exchange(vec& a, vec& b, First first, Second second) {
+    ints of_a, of_b;
+    for (int j = 0; j < V; ++j) of_a[j] = first(j), of_b[j] = second(j);
+    const vec made = __builtin_shuffle(a, b, of_a);
+    b = __builtin_shuffle(a, b, of_b), a = made;
+}
+#endif
+
+// V rows of V elements, `row` apart, become V columns, `column` apart: first within parts of 16 bytes, by words of every
+// instruction set, then such parts change places between rows whose numbers differ in one bit.
+DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
+#if defined(__clang__)
+    for (int k = 0; k < V; ++k)
+        for (int i = 0; i < V; ++i) to[k * column + i] = from[i * row + k];
+#else
+    constexpr int PART = 16 / sizeof(scalar);
+    vec rows[V];
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) rows[i] = load(from + i * row);
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i += 2)  // a0 b0 a1 b1, a2 b2 a3 b3
+        exchange(rows[i], rows[i + 1], [](int j) { return j % 2 * V + j / PART * PART + j % PART / 2; },
+                 [](int j) { return j % 2 * V + j / PART * PART + j % PART / 2 + PART / 2; });
+    if constexpr (PART == 4)
+#pragma GCC unroll 16
+        for (int i = 0; i < V; i += 4) {  // a0 b0 c0 d0, a1 b1 c1 d1, ...
+            const auto low = [](int j) { return j % 4 / 2 * V + j / 4 * 4 + j % 2; };
+            const auto high = [](int j) { return j % 4 / 2 * V + j / 4 * 4 + j % 2 + 2; };
+            exchange(rows[i], rows[i + 2], low, high), exchange(rows[i + 1], rows[i + 3], low, high);
+            const vec second = rows[i + 2];
+            rows[i + 2] = rows[i + 1], rows[i + 1] = second;
+        }
+#pragma GCC unroll 4
+    for (int bit = PART; bit < V; bit *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i)
+            if (!(i & bit))
+                exchange(rows[i], rows[i + bit], [=](int j) { return j & bit ? V + j - bit : j; },
+                         [=](int j) { return j & bit ? V + j : j + bit; });
+#pragma GCC unroll 16
+    for (int k = 0; k < V; ++k) store(to + k * column, rows[k]);
+#endif
+}
+
 // Weights as a product reads them, `panels` [blocks][K][G][V], further lanes zero.
 struct Matrix {
     Index units, K, G;
@@ -170,7 +217,9 @@ struct Matrix {
                     for (Index k = 0; k < K; ++k) store(to + k * G * V, load(source + k * of_k, lanes));
                     continue;
                 }
-                for (Index k = 0; k < K; ++k)
+                Index k = 0;
+                for (; of_k == 1 && lanes == V && k + V <= K; k += V) transpose(source + k, of_unit, to + k * G * V, G * V);
+                for (; k < K; ++k)
                     for (int i = 0; i < V; ++i) to[k * G * V + i] = i < lanes ? source[i * of_unit + k * of_k] : 0;
             }
         }

@@ -208,7 +208,7 @@ DEVICE real times_power_of_2(const real& a, const real& n) {
     return each<real>([](vec x, vec y) { return (vec)((ints)x + ((ints)y << MANTISSA)); }, a, n);
 }
 
-constexpr double UP = Index(1) << (MANTISSA + 1);  // e^a times this is not denormal, if e^a is
+constexpr double UP = Index(1) << (MANTISSA + 3);  // e^a times this is not denormal where e^a is
 
 DEVICE real exp(const real& a) {
     real n;
