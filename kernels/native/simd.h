@@ -165,7 +165,7 @@ DEVICE real rsqrt(const real& a) {
 
 // ---- exp and what is made of it ------------------------------------------------------------------------------------
 
-constexpr int MANTISSA = DOUBLE ? 52 : 23;
+constexpr int MANTISSA = DOUBLE ? 52 : 23, BIAS = DOUBLE ? 1023 : 127;
 constexpr double LOG2_E = 1.44269504088896340736;
 // ln 2 in two parts, the first with so few bits that n times it is exact.
 constexpr double LN2_HIGH = DOUBLE ? 6.93147180369123816490e-01 : 0.693359375;
@@ -203,27 +203,25 @@ DEVICE real exp_minus_1_of_rest(const real& a, real& n) {
     return fma(p, square, r);
 }
 
-// a * 2^n, n as above, where that is no denormal: n goes to the exponent's bits, and what stands above it falls off.
-DEVICE real times_power_of_2(const real& a, const real& n) {
-    return each<real>([](vec x, vec y) { return (vec)((ints)x + ((ints)y << MANTISSA)); }, a, n);
+// 2^(n + k), n as above: it goes to the exponent's bits, and what stands above it falls off.
+DEVICE real power_of_2(const real& n, int k) {
+    return each<real>([=](vec x) { return (vec)(((ints)x << MANTISSA) + (integer(BIAS + k) << MANTISSA)); }, n);
 }
 
-constexpr double UP = Index(1) << (MANTISSA + 3);  // e^a times this is not denormal where e^a is
+constexpr int UP = MANTISSA + 3;  // 2^(n + UP) is not denormal where e^a is
+constexpr double DOWN = 1.0 / (Index(1) << UP);
 
 DEVICE real exp(const real& a) {
     real n;
-    const real rest = exp_minus_1_of_rest(at_most(EXP_IS_INFINITE, at_least(EXP_IS_0, a)), n);
-    const real small = times_power_of_2(fma(rest, UP, UP), n) * (1 / UP);
-    const real large = times_power_of_2(fma(rest, 0.25, 0.25), n) * 4.0;  // 2^n may be infinite where e^a isn't
-    return where(a, large, small);
+    const real p = exp_minus_1_of_rest(at_most(EXP_IS_INFINITE, at_least(EXP_IS_0, a)), n) + 1.0;
+    return where(a, p * power_of_2(n, -2) * 4.0, p * power_of_2(n, UP) * DOWN);  // 2^n may be infinite where e^a isn't
 }
 
 // By e = e^-|a|, which can't overflow, and so that small results keep their digits.
 DEVICE real sigmoid(const real& a) {
     real n;
     const real negative = each<real>([](vec x) { return (vec)((ints)x | sign_bits()); }, a);
-    const real rest = exp_minus_1_of_rest(at_least(EXP_IS_0, negative), n);
-    const real e = times_power_of_2(fma(rest, UP, UP), n) * (1 / UP);
+    const real p = exp_minus_1_of_rest(at_least(EXP_IS_0, negative), n) + 1.0, e = p * power_of_2(n, UP) * DOWN;
     return each<real>([](vec x, vec y) { return (ints)x < 0 ? y : all(scalar(1)); }, a, e) / (1.0 + e);
 }
 
@@ -231,7 +229,7 @@ DEVICE real sigmoid(const real& a) {
 DEVICE real tanh(const real& a) {
     real n;
     const real x = at_most(DOUBLE ? 20 : 10, magnitude(a));  // it is 1 from there on
-    const real rest = exp_minus_1_of_rest(x + x, n), p = times_power_of_2(1.0, n);
+    const real rest = exp_minus_1_of_rest(x + x, n), p = power_of_2(n, 0);
     const real e = fma(p, rest, p - 1.0);
     return each<real>([](vec x, vec y) { return (vec)((ints)x | ((ints)y & sign_bits())); }, e / (e + 2.0), a);
 }
