@@ -77,7 +77,8 @@ def find() -> list[str]:
 def build(name: str, source: str, flags: Sequence[str]) -> ctypes.CDLL:
     command = find()
     status = os.stat(command[0])
-    decides = (source, *flags, *command, status.st_size, status.st_mtime_ns, *cpu())
+    model, features = cpu()
+    decides = source, *flags, *command, status.st_size, status.st_mtime_ns, model, *sorted(features)
     key = hashlib.sha256("\0".join(map(str, decides)).encode()).hexdigest()[:32]
     try:
         place = folder()
