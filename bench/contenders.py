@@ -235,6 +235,16 @@ class Ours(Contender):
         return plan_of(dispatch.backend(self.backend), case.problem(machine.tf32(case)))
 
 
+class OursNative(Ours):
+    """gpu_rnn's functions on torch tensors, by native code for the CPU."""
+
+    def absent(self, case: Case) -> str | None:
+        return next(iter(dispatch.backend("native").reasons(case.problem())), None)
+
+    def plan(self, case: Case) -> str:
+        return ""
+
+
 class OursNumpy(Contender):
     """gpu_rnn's functions on NumPy arrays, without torch."""
 
@@ -359,6 +369,7 @@ def contender(name: str) -> Contender:
         problems.NN: Torch,
         problems.CUDA: lambda: Ours("cuda"),
         problems.TRITON: lambda: Ours("triton"),
+        problems.NATIVE: lambda: OursNative("native"),
         problems.NUMPY: OursNumpy,
         problems.PRODUCTS: Products,
         problems.LAYER: Layer,

@@ -16,6 +16,7 @@ MOST_BYTES = 64 << 30  # of input, output and saved values: beyond, a problem is
 NN = "torch.nn"
 NUMPY, LAYER, CUDA, TRITON = "ours (numpy)", "ours (layer)", "ours (cuda)", "ours (triton)"
 NN_KERNEL, KERNEL = "torch.nn's kernel", "ours (kernel)"  # what those layers call, without their Python
+NATIVE = "ours (native)"
 KERNEL_OF = {NN: NN_KERNEL, LAYER: KERNEL}
 IN_TURN = "ours (layers in turn)"  # that layer without its wavefront
 BACK_IN_TURN = "ours (layers back in turn)"  # with that forward alone
@@ -60,7 +61,7 @@ KERNELS = {
 }
 
 EVERYBODY = (
-    NN, NN_KERNEL, CUDA, TRITON, NUMPY, PRODUCTS, LAYER, IN_TURN, BACK_IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES,
+    NN, NN_KERNEL, CUDA, TRITON, NATIVE, NUMPY, PRODUCTS, LAYER, IN_TURN, BACK_IN_TURN, KERNEL, STREAM, *PEERS, *FEATURES,
     *KERNELS,
 )  # fmt: skip
 TOGETHER = {"features": tuple(FEATURES), "kernels": tuple(KERNELS)}  # names for several of them

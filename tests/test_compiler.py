@@ -199,7 +199,7 @@ def test_a_full_disk(cache, monkeypatch):
 
     monkeypatch.setattr(compiler, "find", lambda: [sys.executable])
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(compiler.CompileError, match="can't be written: .*No space left on device"):
+    with pytest.raises(compiler.CompileError, match=r"can't be written: .*No space left on device"):
         answer()
 
 

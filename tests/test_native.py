@@ -20,6 +20,7 @@ from gpu_rnn.kernels.native import isa
 from gpu_rnn.kernels.weave import weave
 
 from . import own, sequences, woven
+from .host import sanitize
 from .test_numpy import FUNCTIONS, NEEDS, torch_run
 
 
@@ -419,3 +420,31 @@ def test_it_says_what_it_does():
     assert f"float32, {found.name}, {found.lanes('float32')} lanes, tiles of {found.tile(4)}" in text
     assert "threads at most" in text
     assert native.warmup(gpu_rnn.problem.Problem(weave(cells.get("lstm"), hold=True), 1, 1, 1, 1))
+
+
+# ---- sanitizers -----------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "a barrier is missing": ("thread", "barrier.wait();\n            if (!f.W_hr) continue;", "if (!f.W_hr) continue;"),
+    "an index is shifted": ("address", "load(panel + n * next + c * V)", "load(panel + n * next + (c + 1) * V)"),
+}
+
+
+def sanitized(sanitizer, *mutation):
+    if (why := sanitize.why_not(sanitizer)) is not None:
+        pytest.skip(why)
+    return sanitize.run(sanitizer, ["-m", "tests.native_sanitized", sanitizer, *mutation])
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_a_sanitizer_finds_nothing(sanitizer):
+    """All shapes and modifiers, by two threads."""
+    outcome = sanitized(sanitizer)
+    assert outcome.returncode == 0, outcome.output
+    assert not outcome.reports
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_sanitizer_finds_a_mistake(mistake):
+    outcome = sanitized(*MISTAKES[mistake])
+    assert outcome.reports, outcome.output

@@ -1,0 +1,57 @@
+"""All shapes and modifiers by native kernels that are compiled with a sanitizer; without torch, slow to load there.
+
+python -m tests.native_sanitized address|thread [text of a source, what stands in its place]
+"""
+
+import sys
+
+import numpy as np
+
+from gpu_rnn.backends import native
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.weave import weave
+from gpu_rnn.problem import Weights
+
+from .conftest import sequence_arrays
+
+SANITIZERS = {"address": ("-fsanitize=address,undefined",), "thread": ("-fsanitize=thread",)}
+EVERYTHING = {"reset": True, "given": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)}
+CASES = [  # cell, modifiers, T, B, I, H, P
+    ("lstm", {}, 3, 1, 5, 37, None), ("lstm", {}, 2, 14, 3, 8, None), ("lstm", {}, 2, 2, 130, 131, None),
+    ("lstm", EVERYTHING, 3, 2, 4, 19, None), ("lstm", {"norm": True}, 2, 3, 4, 21, None),
+    ("gru", {}, 3, 1, 4, 35, None),
+    ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
+]  # fmt: skip
+
+
+def run(name, options, T, B, I, H, P, reverse):
+    rng = np.random.default_rng(0)
+    x, weights, state = sequence_arrays(rng, name, T, B, I, H, P, dtype=np.float32)
+    cell = weave(cells.get(name), **options)
+    weights = Weights(
+        *weights[:5],
+        rng.standard_normal((len(cell.units), B, H)).astype("f") if cell.units else None,
+        rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8) if cell.flags else None,
+        np.array([7]) if cell.uniforms else None,
+    )
+    y, last, tape = native.forward(cell, x, weights, state, reverse=reverse, save=True)
+    native.forward(cell, x, weights, state, reverse=reverse, save=False)
+    native.backward(cell, x, weights, state, y, tape, y, last, reverse=reverse, needs={"b_ih"})
+
+
+def main():
+    sanitizer, *mutation = sys.argv[1:]
+    native.FLAGS = (*native.FLAGS, "-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS[sanitizer])
+    native.threads, native.WORTH_A_THREAD = lambda: 2, 0
+    if mutation:
+        text, (old, new) = native.text, mutation
+        found = text("simd.h", "sequence.h", "sequence.cpp")
+        assert old in found, old
+        native.text = lambda *names: text(*names).replace(old, new, 1)
+    for case in CASES[:1] if mutation else CASES:
+        for reverse in (False, True):
+            run(*case, reverse)
+
+
+if __name__ == "__main__":
+    main()
