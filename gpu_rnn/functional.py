@@ -115,7 +115,8 @@ def lstm(
         w_hr: [P, H] projection of the output, P < H, or None.
         h0: [B, P] first output, c0: [B, H] first cell state; zeros when None.
         reverse: run from the last instant to the first; outputs stay at their instants.
-        backend: "numpy", "triton" or "cuda" insists on one; None or "auto" takes $GPU_RNN_BACKEND or the fastest.
+        backend: "numpy", "native", "triton" or "cuda" forces one; None or "auto" takes $GPU_RNN_BACKEND or the first in
+            order that can.
         precision: of float32 products, forward and backward: "tf32" lets a GPU round their factors to TF32, "ieee"
             doesn't. None follows torch.backends.cudnn.rnn.fp32_precision, as torch.nn does, for torch tensors, and is
             "ieee" for others. Halves have the same products either way, and so has a CPU, which knows no TF32.

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.kernels import cell_struct as pages
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import page as pages
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.problem import Weights
 

@@ -11,8 +11,8 @@ import torch
 import gpu_rnn
 from gpu_rnn.backends import cuda, numpy, sequence, stepwise
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cell_struct import page as cuda_text
 from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.kernels.cuda.page import page as cuda_text
 from gpu_rnn.kernels.mathematics import centred, mean, positive, recurrent, scaled, tanh, where
 
 from . import constants, on_host, woven

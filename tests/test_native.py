@@ -212,7 +212,7 @@ EXACT = {
     "tanh": np.tanh,
     "rsqrt": lambda a: 1 / np.sqrt(a),
     "sigmoid": lambda a: np.where(a < 0, np.exp(-abs(a)), 1.0) / (1 + np.exp(-abs(a))),
-    "positive": lambda a: np.greater(a, 0).astype(a.dtype),
+    "positive": lambda a: 1 - np.less_equal(a, 0).astype(a.dtype),
 }
 
 

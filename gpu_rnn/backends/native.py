@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn import kernels
+from gpu_rnn.kernels.cell_struct import page
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.cuda.page import page
 from gpu_rnn.kernels.native import isa as instruction_sets
 from gpu_rnn.kernels.weave import HOLD
 

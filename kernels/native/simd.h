@@ -154,9 +154,9 @@ DEVICE real maximum(const real& a, const real& b) {
     return each<real>([](vec x, vec y) { return (x > y) | (x != x) ? x : y; }, a, b);
 }
 
-// 1 where a > 0, else 0.
+// 1 where a > 0 or NaN, else 0.
 DEVICE real positive(const real& a) {
-    return each<real>([](vec x) { return x > vec{} ? all(scalar(1)) : vec{}; }, a);
+    return each<real>([](vec x) { return x <= vec{} ? vec{} : all(scalar(1)); }, a);
 }
 
 DEVICE real rsqrt(const real& a) {

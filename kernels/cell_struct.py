@@ -1,12 +1,12 @@
-"""A cell's page as a C++ struct, written from its graph: what the kernels call `Cell`."""
+"""A cell's page as a C++ struct, written from its graph: what the CUDA and the native kernels call `Cell`."""
 
 from functools import cache
 from math import copysign, isfinite, isnan
 
-from ..cells import Cell, operand_grad_graph, operand_graph
-from ..emit import assignments
-from ..levels import Cut, grad_cut, step_cut
-from ..trace import Graph
+from .cells import Cell, operand_grad_graph, operand_graph
+from .emit import assignments
+from .levels import Cut, grad_cut, step_cut
+from .trace import Graph
 
 
 @cache
