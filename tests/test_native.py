@@ -391,6 +391,16 @@ def test_histories_and_streams_and_torch_compile():
         torch.testing.assert_close((h, c), (h_, c_))
 
 
+def test_vjp_of_tensors_that_need_gradients():
+    given = [torch.randn(s, requires_grad=True) for s in ((6, 3, 5), (36, 5), (36, 9), 36, 36)]
+    (y, _), pullback = gpu_rnn.vjp(gpu_rnn.lstm, *given, backend="native")
+    found = pullback((torch.ones_like(y), (None, None)))
+    y, _ = gpu_rnn.lstm(*given, backend="native")
+    expected = torch.autograd.grad(y.sum(), given)
+    for name, gradient in zip(("x", "w_ih", "w_hh", "b_ih", "b_hh"), expected):
+        assert torch.equal(found[name], gradient)
+
+
 def test_long_sums_keep_their_precision(rng):
     T, B, H = 1024, 64, 4
     dy = rng.standard_normal((T, B, H)).astype(np.float32)

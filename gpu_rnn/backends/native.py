@@ -24,7 +24,7 @@ from gpu_rnn.kernels.weave import HOLD
 
 from .. import arrays, compiler
 from ..extra import Extra
-from ..problem import Problem, Weights
+from ..problem import Direction, Problem, Weights
 from . import sequence
 
 NAME = "native"
@@ -92,6 +92,7 @@ def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
+    x, weights, state = sequence.plain(Direction(x, weights, state, reverse))[:3]  # products follow, on no graph
     given, w, first = plain(x), Weights(*map(plain, weights)), [*map(plain, state)]
     (T, B, P), GH, G, projected = y.shape, w.w_hh.shape[0], cell.G, w.w_hr is not None
     H, real, empty = GH // G, real_of(given), new(given)
