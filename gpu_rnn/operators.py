@@ -18,7 +18,7 @@ from gpu_rnn.kernels import cells
 
 from . import arrays, dispatch
 from .arguments import fitted, known
-from .backends import native, phased
+from .backends import phased
 from .custom_op import Operator, operator
 from .derivatives import FIRST_STATE, reference_gradient, spread, tracked, transformed, uncast, vjp
 from .nodes import above, any_of, folded, parts, pulled, stack_needs, stack_pulled, taped, unfolded, zero_filled
@@ -213,7 +213,7 @@ def tape_like(backend: dispatch.Backend, problem: Problem, x: Tensor) -> list[Te
     if cell.phases is not None:
         return [x.new_empty(2 * T, B, H), *tape_like(backend, phased.run(problem), x)]
     if backend.NAME == "native":
-        shapes = native.tape_shapes(cell, T, B, H, problem.P is not None, arrays.real_dtype(x))
+        shapes = backend.tape_shapes(cell, T, B, H, problem.P is not None, arrays.real_dtype(x))
         return [x.new_empty(shape, dtype=real) for shape in shapes]
     if backend.NAME == "numpy":
         tape = [x.new_empty(T + 1, cell.K + cell.S - 1, H, B, dtype=real)]

@@ -92,22 +92,22 @@ def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    x, weights, state = sequence.plain(Direction(x, weights, state, reverse))[:3]  # products follow, on no graph
-    given, w, first = plain(x), Weights(*map(plain, weights)), [*map(plain, state)]
+    leaf = sequence.plain(Direction(x, weights, state, reverse))  # products follow, on no graph
+    given, w, first = plain(leaf.x), Weights(*map(plain, leaf.weights)), [*map(plain, leaf.state)]
     (T, B, P), GH, G, projected = y.shape, w.w_hh.shape[0], cell.G, w.w_hr is not None
     H, real, empty = GH // G, real_of(given), new(given)
-    y, dy, dlast, dhistory = plain(y), plain(dy), [*map(plain, dlast)], [*map(plain, dhistory)]
+    y, dy, asked, histories = plain(y), plain(dy), [*map(plain, dlast)], [*map(plain, dhistory)]
     saved, cell_states, *hidden = map(plain, tape)
     dWx = empty((T, B, GH))
     dRh = empty((T, B, GH)) if any(cell.separate) else dWx
-    total = empty((T, B, P)) if projected else None
+    total: Any = empty((T, B, P)) if projected else None
     dunits = arrays.zeros((cell.learned, B, H), like=given)
     dfirst = [empty(array.shape) for array in first]
     values = BACKWARD.pack(
         code(cell, real), T, B, 0, H, P, reverse, helpful(T, B, B * GH * P), pointer(w.w_hh), pointer(w.w_hr),
         *auxiliary(w),
         *map(pointer, (y, saved, cell_states, *(hidden or [None]), first[0], dy, dWx, dRh, total, dunits)),
-        *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
+        *pointers(asked), *pointers(dfirst), *pointers([None, *histories]),
     )  # fmt: skip
     call(library(real).backward, values)
 
