@@ -538,7 +538,7 @@ def fitted(
     k_tiles = -(-blocks * UNIT * unit_tiles // (32 // size * k_splits))
     own = -(-UNIT * unit_tiles * rows // threads)
     row_sets = 1 if backward else gates
-    sums = max(row_sets, 2) * rows if ieee else 4 * max(row_sets * batch_tiles, 4) + 4 * (batch_tiles - 1)
+    sums = max(row_sets, 2) * rows if ieee else 4 * max(row_sets * batch_tiles, 4) + 8 * (batch_tiles - 1)
     room = min(MOST_REGISTERS, REGISTER_FILE // threads // 8 * 8) - WORK_REGISTERS[scope] - sums - own * element
     fragments = 4 * (gates + apart)  # registers of a k tile
     if layers > 1:  # two matrices; the bias of the input, or a word from above
