@@ -46,7 +46,8 @@ def forced(name: str | None = None) -> str | None:
 
 def order(problem: Problem) -> tuple[str, ...]:
     """Fastest first. On the CPU none is asked before NumPy whose library would be imported by that."""
-    return ("numpy", "native", "triton", "cuda") if problem.device == "cpu" else ORDER
+    on_cpu = ("numpy", "native", "triton", "cuda")
+    return tuple(name for name in on_cpu if name in ORDER) if problem.device == "cpu" else ORDER
 
 
 def serving(name: str, problem: Problem) -> Backend:

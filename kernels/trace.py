@@ -22,7 +22,7 @@ ARITY = {
     "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "rsqrt": 1, "positive": 1, "where": 3, "mean": 1,
 }  # fmt: skip
 MEANS = "means"  # the argument that holds means, in graphs that take them instead of making them
-UFUNCS = {np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv}
+OPERATORS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv}
 
 
 class Symbolic:
@@ -67,9 +67,9 @@ class Symbolic:
 
     def __array_ufunc__(self, ufunc, method, *operands, **keywords):
         """An operator with a NumPy number on its left side is NumPy's; no other function of NumPy's has a symbol."""
-        if ufunc not in UFUNCS or method != "__call__" or keywords:
+        if ufunc.__name__ not in OPERATORS or method != "__call__" or keywords:
             raise TypeError(refusal(f"call numpy.{ufunc.__name__} on"))
-        return UFUNCS[ufunc](*(each if isinstance(each, Symbolic) else number(each) for each in operands))
+        return OPERATORS[ufunc.__name__](*(each if isinstance(each, Symbolic) else number(each) for each in operands))
 
 
 class Symbol(Symbolic):
