@@ -193,6 +193,26 @@ def test_the_gpu_tests_meet_what_they_are_for(device):
     assert 2 * grid > DEVICES[device].multiprocessors
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(
+    ("scope", "fill"), [(scope, fill) for scope, fills in test_gpu.FILLS.items() for fill in fills]
+)
+def test_the_causes_that_gpu_tests_tell_apart(scope, fill, directions):
+    """Each plan is what the name of its case says."""
+    for precision, name in product(test_gpu.PRECISIONS, cells.NAMES):
+        problem, on = test_gpu.isolated(name, precision, directions, scope, fill, DEVICES["h200"])
+        for plan in test_gpu.plans(problem, on):
+            assert plan, problem
+            assert (plan.scope, plan.directions, plan.ieee) == (scope, directions, precision == "ieee")
+            assert (plan.launches > 1) == (fill == "launches"), plan
+            weights = plan.threads * max(1, 4 * plan.gates * plan.k_registers)
+            at_once = min(
+                2048 // plan.threads, residence.REGISTER_FILE // weights, on.shared_bytes // plan.shared_bytes
+            )
+            beyond = plan.grid > at_once * DEVICES["h200"].multiprocessors
+            assert beyond == (fill in ("waves", "crowded")), (plan, at_once)
+
+
 def test_an_older_or_shared_device_falls_to_the_next_scale():
     problem = ("lstm", "bfloat16", 256, 8)
     assert planned(*problem, DEVICES["h200"])[0].scope == "cluster"
