@@ -230,7 +230,7 @@ class Visit:
         In several processes, since most of a test's time is its compiler's; their journals become one.
         """
         earlier = sorted({*results.FOLDER.glob("*-tests.jsonl"), *self.out.glob("*-tests.jsonl")} - {self.tests.path})
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.ordered", "-q", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.ordered", "-qq", "--tb=short"]
         command += ["--continue-on-collection-errors", "-k", words, *gpu_tests()]  # a file may need what isn't here
         count = 1 if self.options.dry else TEST_PROCESSES
 
@@ -378,7 +378,12 @@ class Visit:
 
 def failures(outcomes: dict[str, dict[str, Any]]) -> list[str]:
     bad = [line for line in outcomes.values() if line["outcome"] in BAD]
-    return [f"  {line['outcome'].upper()} {line['name']}: {line['note'][-160:]}" for line in bad]
+    return [f"  {line['outcome'].upper()} {line['name']}: {both_ends(line['note'])}" for line in bad]
+
+
+def both_ends(note: str) -> str:
+    """The first of a long note says how a process ended, the last what an assertion said."""
+    return note if len(note) <= 240 else f"{note[:80]} ... {note[-160:]}"
 
 
 def gpu_tests() -> list[str]:

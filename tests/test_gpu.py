@@ -37,7 +37,8 @@ MODIFIED = {  # where the weights are, and a problem with few time steps that go
 NORMALIZED = MODIFIED | {  # and more hidden units than a block of the per-step kernel has threads
     "grid": ("lstm", 5, 8, 1100), "many units": ("gru", 3, 3, 2050),
 }  # fmt: skip
-BOTH_AT_ONCE = [(4, 3, 5, 20), (20, 17, 9, 256), (7, 4, 8, 700)]
+BOTH_AT_ONCE = {"block": (4, 3, 5, 20), "cluster": (20, 17, 9, 256), "grid": (7, 4, 8, 700)}
+LONG = {"block": 64, "cluster": 256, "grid": 768}  # H
 SEVERAL_LAUNCHES = [
     ("gru", "float32", (4, 100, 8, 700)),
     ("lstm", "bfloat16", (4, 150, 8, 600)),
@@ -153,9 +154,11 @@ def check_as_planned(problem, reverse):
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
 @pytest.mark.parametrize("option", woven.OPTIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("name", "T", "B", "H"), MODIFIED.values(), ids=MODIFIED)
-def test_modifiers(name, T, B, H, dtype, option, backend):
+@pytest.mark.parametrize("place", MODIFIED)
+def test_modifiers(place, dtype, option, backend, monkeypatch):
     """With IEEE products."""
+    (name, T, B, H), scopes = MODIFIED[place], tuple({place} & {*residence.SCOPES})
+    monkeypatch.setattr(cuda, "SCOPES", scopes)
     made = woven.drawn(name, woven.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru")
     woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
@@ -163,18 +166,22 @@ def test_modifiers(name, T, B, H, dtype, option, backend):
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
 @pytest.mark.parametrize("option", woven.NORMED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("name", "T", "B", "H"), NORMALIZED.values(), ids=NORMALIZED)
-def test_layer_normalization(name, T, B, H, dtype, option, backend):
+@pytest.mark.parametrize("place", NORMALIZED)
+def test_layer_normalization(place, dtype, option, backend, monkeypatch):
     """Where there are reductions over hidden units; with IEEE products."""
+    (name, T, B, H), scopes = NORMALIZED[place], tuple({place} & {*residence.SCOPES})
+    monkeypatch.setattr(cuda, "SCOPES", scopes)
     made = woven.drawn(name, woven.NORMED[option], dtype, T, B, 7, H, reverse=name == "gru")
     woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("size", BOTH_AT_ONCE, ids=["block", "cluster", "grid"])
-def test_both_directions_in_one_launch(size, dtype, name):
+@pytest.mark.parametrize("scope", BOTH_AT_ONCE)
+def test_both_directions_in_one_launch(scope, dtype, name, monkeypatch):
     """The numbers of a launch for each, bit for bit."""
+    monkeypatch.setattr(cuda, "SCOPES", (scope,))
+    size = BOTH_AT_ONCE[scope]
     problem = problem_of(name, dtype, size, directions=2)
     assert [plan.directions for plan in plans(problem, cuda.device()) if plan] == [2, 2], cuda.plan(problem)
     pair = [moved("torch", sequences.draw(name, dtype, *size, reverse=back, seed=back)) for back in (False, True)]
@@ -306,9 +313,10 @@ def test_a_stack_trains_as_one_graph():
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
 
 
-@pytest.mark.parametrize("H", [64, 256, 768], ids=["block", "cluster", "grid"])
-def test_a_long_persistent_sequence(H):
+@pytest.mark.parametrize(("scope", "H"), LONG.items())
+def test_a_long_persistent_sequence(scope, H, monkeypatch):
     """Exchanges go on for thousands of steps, forward and back, and stay right."""
+    monkeypatch.setattr(cuda, "SCOPES", (scope,))
     case = moved("torch", sequences.draw("gru", "float16", 3000, 4, 3, H))
     case = case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh))  # no chaos: errors die out
     sequences.check(case, case.run(cuda.forward, cuda.backward))
