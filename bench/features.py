@@ -43,7 +43,7 @@ class Launcher:
         self.cupy, self.driver = cupy, ctypes.CDLL("libcuda.so.1")
         cupy.zeros(1)  # makes the context that a module is loaded into
         self.module = cupy.cuda.Module()
-        self.module.load(cubin)
+        self.module.load(bytes(cubin))  # CuPy refuses subclasses of bytes
 
     def __call__(
         self, name: str, grid: Size, block: Size, args: Sequence[Any], *, shared: int = 0, cluster: Size = (1, 1, 1)

@@ -1,7 +1,8 @@
 """A visit to a GPU machine: minutes, no network, nothing installed, nobody watching. `python3 -m bench gpu`.
 
-What is it, how fast at best; do the instructions do what the host runtime assumes; the GPU tests, fastest first; the
-benchmarks in order of importance; on request the sanitizers and the profiler; a summary last. Every result is in a
+What is it, how fast at best; do the instructions do what the host runtime assumes; do the kernels of each scope come to
+their end (one that doesn't is left out of the rest); the benchmarks in order of importance; the GPU tests, fastest
+first; on request the sanitizers and the profiler; a summary last. Every result is in a
 file as soon as it is known. Whatever crashes or hangs runs in a process that is ended in time, and so does the visit.
 Needs torch, NumPy, CuPy or Triton, and pytest.
 """
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from .worker import Worker
 
 RESERVE_S = 10  # of the visit, for the summary
 PLANS_S = 50  # at most, of the visit
+SMOKE_S = 60  # at most, of the visit
+SMOKE = "test_persistent_kernels"  # whose parameters name the scope
 BENCH_SHARE = 0.6  # of the time that is left, when there are tests to come
 MARK = "mark.gpu"
 CASE_TIMEOUT_S = 60
@@ -41,7 +44,8 @@ TEST_PATIENCE_S, FEATURE_PATIENCE_S, TOOL_TIMEOUT_S = 60, 30, 150
 COMPILE_S = 60  # at most, of the visit; what isn't compiled by then is at its first use
 TEST_PROCESSES = 8
 SUMMARY_LINES = 100
-BAD = ("failed", "hung", "crashed")
+LOST = ("hung", "crashed")
+BAD = ("failed", *LOST)
 OUTCOMES = ("passed", *BAD, "skipped")
 
 
@@ -96,6 +100,7 @@ class Visit:
             stages["compiling"] = self.compile_kernels
         if only is None and self.options.stage == "first":
             stages["features"] = self.check_features
+            stages["smoke"] = self.try_scopes
         if only in (None, "plans"):
             stages["plans"] = self.measure_plans
         if only in (None, "bench"):
@@ -146,7 +151,8 @@ class Visit:
             self.say(f"would check on the device: {', '.join(names())}")
             return
         command = [sys.executable, "-m", "bench.features", str(self.features.path)]
-        self.supervised("features", command, self.features, FEATURE_PATIENCE_S, self.until)
+        why = supervise.supervise(command, self.features, FEATURE_PATIENCE_S, self.until, cwd=machine.ROOT)
+        self.tell("features", self.features.outcomes(), [why])
 
     def compile_kernels(self) -> None:
         """Those of the benchmarks and of the plans, on all cores, into CuPy's cache on the disk."""
@@ -181,62 +187,81 @@ class Visit:
         until = min(time.monotonic() + PLANS_S, self.until)
         for _ in range(4):
             left = until - time.monotonic()
-            process = supervise.start([sys.executable, "-m", "bench.plans", str(path), f"{left:.0f}"], cwd=machine.ROOT)
-            try:
-                code = process.wait(left + 5)
-            except subprocess.TimeoutExpired:
-                code = -1
-            supervise.end(process)
-            if code == 0 or time.monotonic() > until - 5:
+            command = [sys.executable, "-m", "bench.plans", str(path), f"{left:.0f}"]
+            with tempfile.TemporaryFile("w+") as said:
+                process = supervise.start(command, cwd=machine.ROOT, stdout=said, stderr=said)
+                try:
+                    process.wait(left + 5)
+                except subprocess.TimeoutExpired:
+                    self.note("plans", supervise.OUT_OF_TIME)
+                else:
+                    if process.returncode:
+                        self.note("plans", supervise.told(supervise.death(process), said))
+                supervise.end(process)
+            if process.returncode == 0 or time.monotonic() > until - 5:
                 break
-            self.note("plans", f"the process ended with {code}")
         for line in plans.table(path):
             self.say(line)
 
+    def try_scopes(self) -> None:
+        """Leave a scope whose kernels hang or crash out of all that follows, by name; wrong numbers are only told."""
+        from gpu_rnn.backends import cuda
+
+        if self.options.dry:
+            return
+        self.pytest("smoke", SMOKE, min(time.monotonic() + SMOKE_S, self.until), os.environ)
+        lost = [line["name"] for line in self.tests.outcomes().values() if line["outcome"] in LOST]
+        failed = [scope for scope in cuda.SCOPES if any(f"{SMOKE}[{scope}-" in name for name in lost)]
+        if failed:
+            cuda.SCOPES = tuple(scope for scope in cuda.SCOPES if scope not in failed)
+            os.environ["GPU_RNN_CUDA_SCOPES"] = ",".join(cuda.SCOPES)  # of processes to come
+            self.worker.close()
+            self.note("smoke", f"{', '.join(failed)}: left out of the rest; {' and '.join(cuda.SCOPES) or 'none'} stay")
+
     def run_tests(self) -> None:
-        """In several processes, since most of a test's time is its compiler's; their journals become one."""
-        earlier = sorted({*results.FOLDER.glob("*-tests.jsonl"), *self.out.glob("*-tests.jsonl")} - {self.tests.path})
         words = [word for word in (self.options.filter or "").split() if word.isidentifier()]
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.ordered", "-q", "--tb=short"]
-        command += ["--continue-on-collection-errors", "-k", " and ".join(words)]  # a file may need what isn't here
-        command += [str(path) for path in sorted(Path("tests").glob("test_*.py")) if MARK in path.read_text()]
-
-        def run(journal: Journal, share: str) -> None:
-            told = {
-                "BENCH_JOURNAL": str(journal.path),
-                "BENCH_SHARD": share,
-                "BENCH_EARLIER": ":".join(map(str, earlier)),
-                "GPU_RNN_CUDA_UNPROVEN": "1",
-            }
-            fine = (0, 1, 5)  # all passed, some failed, none found
-            self.supervised("tests", command, journal, TEST_PATIENCE_S, self.until, fine=fine, env=os.environ | told)
-
-        count = 1 if self.options.dry else TEST_PROCESSES
-        with tempfile.TemporaryDirectory() as folder:
-            journals = [Journal(Path(folder) / f"{n}.jsonl") for n in range(count)]
-            with ThreadPoolExecutor(count) as pool:
-                list(pool.map(run, journals, [f"{n}/{count}" for n in range(count)]))
-            for line in (line for journal in journals for line in journal.lines()):
-                self.tests.write(**line)
-        self.found["tests"] = Counter(line["outcome"] for line in self.tests.outcomes().values())
+        self.pytest("tests", " and ".join(words), self.until, os.environ | {"GPU_RNN_CUDA_UNPROVEN": "1"})
         if not self.tests.outcomes() and "tests" not in self.found.get("notes", {}) and not self.options.dry:
             self.note("tests", "no test has the mark gpu" + (" and these words" if self.options.filter else ""))
 
-    def supervised(
-        self, title: str, command: list[str], journal: Journal, patience: float, until: float, **options: Any
-    ) -> None:
-        """Run the checks of a journal and tell what failed; why, where they couldn't begin."""
-        with tempfile.TemporaryFile("w+") as said:
-            why = supervise.supervise(
-                command, journal, patience, until, cwd=machine.ROOT, stdout=said, stderr=said, **options
+    def pytest(self, title: str, words: str, until: float, env: Mapping[str, str]) -> None:
+        """Of the GPU tests those with these words that have no outcome yet.
+
+        In several processes, since most of a test's time is its compiler's; their journals become one.
+        """
+        earlier = sorted({*results.FOLDER.glob("*-tests.jsonl"), *self.out.glob("*-tests.jsonl")} - {self.tests.path})
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "bench.ordered", "-qq", "--tb=short"]
+        command += ["--continue-on-collection-errors", "-k", words, *gpu_tests()]  # a file may need what isn't here
+        count = 1 if self.options.dry else TEST_PROCESSES
+
+        def run(journal: Journal, share: int) -> str | None:
+            told = {
+                "BENCH_JOURNAL": str(journal.path),
+                "BENCH_DONE": str(self.tests.path),
+                "BENCH_SHARD": f"{share}/{count}",
+                "BENCH_EARLIER": ":".join(map(str, earlier)),
+            }
+            fine = (0, 1, 5)  # all passed, some failed, none found
+            return supervise.supervise(
+                command, journal, TEST_PATIENCE_S, until, fine=fine, cwd=machine.ROOT, env={**env, **told}
             )
-            if why:
-                said.seek(0)
-                last = [line.strip() for line in said.read()[-3000:].splitlines() if line.strip()][-3:]
-                self.note(title, f"{why}: {' | '.join(last)}" if why != "out of time" else why)
-        self.found[title] = Counter(line["outcome"] for line in journal.outcomes().values())
+
+        with tempfile.TemporaryDirectory() as folder:
+            journals = [Journal(Path(folder) / f"{n}.jsonl") for n in range(count)]
+            with ThreadPoolExecutor(count) as pool:
+                reasons = list(pool.map(run, journals, range(count)))
+            lines = [line for journal in journals for line in journal.lines()]
+        for line in lines:
+            self.tests.write(**line)
+        self.tell(title, {line["name"]: line for line in lines if "outcome" in line}, reasons)
+
+    def tell(self, title: str, outcomes: dict[str, dict[str, Any]], reasons: Iterable[str | None]) -> None:
+        """What came of checks, what failed, and why those without an outcome have none."""
+        for reason, times in Counter(filter(None, reasons)).items():
+            self.note(title, reason + f" ({times} processes)" * (times > 1))
+        self.found[title] = Counter(line["outcome"] for line in outcomes.values())
         self.say(f"{title}: " + ", ".join(f"{n} {outcome}" for outcome, n in self.found[title].items()))
-        for line in failures(journal):
+        for line in failures(outcomes):
             self.say(line)
 
     def run_benchmarks(self) -> None:
@@ -345,12 +370,21 @@ class Visit:
             counts = Counter(line["outcome"] for line in journal.outcomes().values())
             if counts:
                 lines.append(f"{title}: " + ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o]))
-                lines += failures(journal)[:15]
+                lines += failures(journal.outcomes())[:15]
         for title, notes in self.found.get("notes", {}).items():
             lines += [f"{title}: {note}" for note in notes[:6]]
         return lines + summary(self.rows)
 
 
-def failures(journal: Journal) -> list[str]:
-    bad = [line for line in journal.outcomes().values() if line["outcome"] in BAD]
-    return [f"  {line['outcome'].upper()} {line['name']}: {line['note'][-160:]}" for line in bad]
+def failures(outcomes: dict[str, dict[str, Any]]) -> list[str]:
+    bad = [line for line in outcomes.values() if line["outcome"] in BAD]
+    return [f"  {line['outcome'].upper()} {line['name']}: {both_ends(line['note'])}" for line in bad]
+
+
+def both_ends(note: str) -> str:
+    """The first of a long note says how a process ended, the last what an assertion said."""
+    return note if len(note) <= 240 else f"{note[:80]} ... {note[-160:]}"
+
+
+def gpu_tests() -> list[str]:
+    return [str(path) for path in sorted(Path("tests").glob("test_*.py")) if MARK in path.read_text()]

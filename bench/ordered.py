@@ -1,10 +1,12 @@
 """A pytest plugin (`-p bench.ordered`): fastest first, each outcome in a journal, those that have one left out.
 
-$BENCH_JOURNAL is the journal; $BENCH_EARLIER, older ones, separated by colons, from which it knows what is fast. Of
-tests that it doesn't know every function's first case comes before anyone's second: the time may end before the list.
+$BENCH_JOURNAL is the journal; $BENCH_DONE, one of tests that are done as well; $BENCH_EARLIER, older ones, separated by
+colons, from which it knows what is fast. Of tests that it doesn't know every function's first case comes before the
+second of any: the time may end before the list.
 """
 
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,7 +25,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     known: dict[str, float] = {}
     for path in filter(None, os.environ.get("BENCH_EARLIER", "").split(":")):
         known |= {name: line["seconds"] for name, line in Journal(Path(path)).outcomes().items()}
-    done = JOURNAL.outcomes()
+    done = JOURNAL.outcomes() | Journal(Path(os.environ.get("BENCH_DONE", os.devnull))).outcomes()
     met: Counter[str] = Counter()
     turns = {}
     for item in items:
@@ -53,23 +55,27 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
         return
     outcome = "failed" if item.bad else "skipped" if item.skipped else "passed"
     note = shortened(item.bad) if item.bad else ""
+    if item.bad:
+        leave_when_poisoned(note)
     seconds = round(time.monotonic() - began[item.nodeid], 3)
     JOURNAL.write(name=item.nodeid, outcome=outcome, seconds=seconds, note=note)
-    if item.bad:
-        leave_when_poisoned()
+
+
+def pytest_report_teststatus() -> tuple[str, str, str]:
+    """Nothing on the screen: what is there last says why a process ended."""
+    return "", "", ""
 
 
 def shortened(report: Any) -> str:
     return " ".join(str(report.longrepr)[-600:].split())
 
 
-def leave_when_poisoned() -> None:
-    """After an illegal access every later call of this process fails, so a new one goes on."""
-    import torch
-
-    if torch.cuda.is_available():
+def leave_when_poisoned(note: str) -> None:
+    """After an illegal access or a trap every later call of this process fails: the test crashed, a new one goes on."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            JOURNAL.write(begin="a process whose GPU was lost")
+            print(f"the GPU was lost: {note}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -11,11 +11,14 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ALIVE: set[subprocess.Popen] = set()
+OUT_OF_TIME = "out of time"
+WORDS = 3  # lines that are kept of what a process said before it ended
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen:
@@ -44,6 +47,15 @@ def death(process: subprocess.Popen) -> str:
     """How a process went, in a word or two."""
     code = process.wait(5)
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def told(how: str, said: IO[str]) -> str:
+    """How a process went, and why, by the last that it said: of a fatal signal where it was, else the last lines."""
+    said.seek(0)
+    lines = [line.strip()[:200] for line in said.read()[-20000:].splitlines() if line.strip()]
+    fatal = [n for n, line in enumerate(lines) if line.startswith("Fatal Python error")]
+    last = lines[fatal[-1] : fatal[-1] + WORDS + 1] if fatal else lines[-WORDS:]
+    return f"{how}: {' | '.join(last)}" if last else how
 
 
 class Journal:
@@ -78,27 +90,36 @@ def supervise(
     """Run `command` until every check has its outcome; None, or why not all have.
 
     The command is to skip what the journal has an outcome for, and to end with an exit status in `fine`. `patience`:
-    seconds without a new line before it counts as hung. `until`: a time of time.monotonic.
+    seconds without a new line before it counts as hung. `until`: a time of time.monotonic. What a process said before
+    it was cut short is in the note of the check that it was at, or in what is returned.
     """
     while True:
-        process = start(command, **options)
-        size, seen, reason = -1, time.monotonic(), ""
-        while process.poll() is None and not reason:
-            time.sleep(0.1)
-            now = time.monotonic()
-            grown = journal.path.stat().st_size if journal.path.exists() else 0
-            if grown != size:
-                size, seen = grown, now
-            if now > until:
-                reason = "out of time"
-            elif now - seen > patience:
-                reason = f"nothing happened for {patience:.0f} s"
-        outcome = "hung" if reason else "crashed"
-        note = reason or death(process)
-        end(process)
-        if reason == "out of time":
-            return reason
+        with tempfile.TemporaryFile("w+") as said:
+            process = start(command, stdout=said, stderr=said, **options)
+            reason = watch(process, journal, patience, until)
+            outcome = "hung" if reason else "crashed"
+            note = reason or death(process)
+            end(process)
+            if reason == OUT_OF_TIME:
+                return reason
+            note = told(note, said)
         at = journal.open()
         if at is None:  # nothing was cut short: it came to its end, or can't even begin
-            return reason or (None if process.returncode in fine else note)
+            return None if not reason and process.returncode in fine else note
         journal.write(name=at, outcome=outcome, seconds=patience, note=note)  # next time, late
+
+
+def watch(process: subprocess.Popen, journal: Journal, patience: float, until: float) -> str:
+    """Wait for its end, or say why not any longer."""
+    size, seen = -1, time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.1)
+        now = time.monotonic()
+        grown = journal.path.stat().st_size if journal.path.exists() else 0
+        if grown != size:
+            size, seen = grown, now
+        if now > until:
+            return OUT_OF_TIME
+        if now - seen > patience:
+            return f"nothing happened for {patience:.0f} s"
+    return ""

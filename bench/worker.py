@@ -56,7 +56,6 @@ class Worker:
                         yield message["row"]
                 return
             except (Died, TimeoutError) as error:
-                self.close()
                 if time.monotonic() >= until:
                     return
                 status = "timed out" if isinstance(error, TimeoutError) else "crashed"
@@ -72,6 +71,14 @@ class Worker:
         return answer
 
     def ask(self, question: dict[str, Any], end: float) -> Iterator[dict[str, Any]]:
+        """Yield all answers. End the process if one is late or isn't read: the next question would be given it."""
+        try:
+            yield from self.answers(question, end)
+        except BaseException:  # GeneratorExit, too: of a caller that went away
+            self.close()
+            raise
+
+    def answers(self, question: dict[str, Any], end: float) -> Iterator[dict[str, Any]]:
         if self.process is None:
             self.start()
         assert self.process is not None
@@ -107,10 +114,7 @@ class Worker:
 
     def last_words(self) -> str:
         assert self.process is not None
-        how = supervise.death(self.process)
-        self.errors.seek(0)
-        said = [line.strip() for line in self.errors.read()[-4000:].splitlines() if line.strip()]
-        return f"{how}: {said[-1][:200]}" if said else how
+        return supervise.told(supervise.death(self.process), self.errors)
 
     def close(self) -> None:
         if self.process is not None:

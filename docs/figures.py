@@ -37,18 +37,18 @@ def save(figure, name: str) -> None:
 # ---- drawings -------------------------------------------------------------------------------------------------------
 
 
-def canvas(width: float, height: float, scale: float = 1.0) -> tuple:
-    figure, ax = plt.subplots(figsize=(width * scale, height * scale))
+def canvas(width: float, height: float) -> tuple:
+    figure, ax = plt.subplots(figsize=(width, height))
     ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     ax.axis("off")
     return figure, ax
 
 
-def box(ax: Axes, x: float, y: float, text: str, width=1.0, height=0.6, fill=PALE, edge=INK, size=13) -> None:
+def box(ax: Axes, x: float, y: float, text: str, width=1.0, height=0.6, fill=PALE, edge=INK) -> None:
     corner = (x - width / 2, y - height / 2)
     patch = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.1", fc=fill, ec=edge, lw=1.3)
     ax.add_patch(patch).set_zorder(3)
-    ax.text(x, y, text, ha="center", va="center", fontsize=size, zorder=4)
+    ax.text(x, y, text, ha="center", va="center", fontsize=13, zorder=4)
 
 
 def operator(ax: Axes, x: float, y: float, text: str) -> None:
@@ -56,13 +56,13 @@ def operator(ax: Axes, x: float, y: float, text: str) -> None:
     ax.text(x, y, text, ha="center", va="center", fontsize=12, zorder=4)
 
 
-def wire(ax: Axes, *points: tuple[float, float], color=INK, tip=True, style="-", width=1.3) -> None:
+def wire(ax: Axes, *points: tuple[float, float], color=INK, tip=True) -> None:
     """A line through the points, with an arrow head at the last one."""
     xs, ys = zip(*points, strict=True)
     last = len(points) - 1 if tip else len(points)
-    ax.plot(xs[:last], ys[:last], color=color, lw=width, ls=style, solid_capstyle="round", zorder=2)
+    ax.plot(xs[:last], ys[:last], color=color, lw=1.3, solid_capstyle="round", zorder=2)
     if tip:
-        arrow = {"arrowstyle": "-|>", "color": color, "lw": width, "ls": style, "shrinkA": 0, "shrinkB": 0}
+        arrow = {"arrowstyle": "-|>", "color": color, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", points[-1], points[-2], arrowprops=arrow, zorder=2)
 
 

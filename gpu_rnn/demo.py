@@ -34,6 +34,7 @@ RARE = "\N{REPLACEMENT CHARACTER}"  # stands for every character outside the alp
 LEARNING_RATE = 3e-3
 TEMPERATURE = 0.7
 SAMPLE = 500  # characters
+COMPARED_S = 3.0
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}  # of the largest value; gradients of weights sum over T*B
 
 
@@ -229,11 +230,11 @@ def everything(layer: nn.Module, x: Tensor, h0: Tensor, c0: Tensor) -> list[Tens
     return [*outputs, *torch.autograd.grad(loss, [*inputs, *layer.parameters()])]
 
 
-def alternating(*calls: Callable, seconds: float = 3.0) -> list[float]:
+def alternating(*calls: Callable) -> list[float]:
     """The median time of each call in ms, taken in turn, so that what slows the machine slows all of them."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: list[list[float]] = [[] for _ in calls]
-    stop = perf_counter() + seconds
+    stop = perf_counter() + COMPARED_S
     while perf_counter() < stop or len(times[0]) < 3:
         for call, taken in zip(calls, times):
             synchronize()

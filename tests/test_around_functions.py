@@ -39,7 +39,6 @@ VARIANTS = {
     "cell_clip": ["cell_clip"],
     "all variants": ["peephole", "coupled", "cell_clip", "reset", "reset_state", "zoneout", "return_states"],
 }
-every_case = pytest.mark.parametrize("case", CASES)
 
 
 def drawn(rng, name, case):

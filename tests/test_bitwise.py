@@ -14,8 +14,8 @@ LAYERS = [
 ]  # fmt: skip
 
 
-def by_steps(layer, x, hx=None):
-    outputs = []
+def by_steps(layer, x):
+    hx, outputs = None, []
     for now in x:
         y, hx = layer.step(now, hx)
         outputs.append(y)

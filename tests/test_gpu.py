@@ -30,12 +30,27 @@ SIZES = [  # T, B, I, H: aligned, ragged and degenerate
 # Those where the weights stay on the chip, on a Hopper GPU, both ways; where both directions of a layer go at once; and
 # where the batch takes several launches, at least forward. test_residence sees to it that plans are so.
 RESIDENT = [(4, 3, 5, 20), (20, 17, 9, 128), (6, 40, 7, 300), (5, 9, 33, 512), (7, 5, 8, 700)]
-BOTH_AT_ONCE = [(4, 3, 5, 20), (20, 17, 9, 256), (7, 4, 8, 700)]
+MODIFIED = {  # where the weights are, and a problem with few time steps that goes step by step
+    "block": ("lstm", 6, 9, 24), "cluster": ("gru", 5, 20, 300), "grid": ("rnn_tanh", 6, 5, 1100),
+    "per step": ("lstm", 3, 4, 33),
+}  # fmt: skip
+NORMALIZED = MODIFIED | {  # and more hidden units than a block of the per-step kernel has threads
+    "grid": ("lstm", 5, 8, 1100), "many units": ("gru", 3, 3, 2050),
+}  # fmt: skip
+BOTH_AT_ONCE = {"block": (4, 3, 5, 20), "cluster": (20, 17, 9, 256), "grid": (7, 4, 8, 700)}
+LONG = {"block": 64, "cluster": 256, "grid": 768}  # H
 SEVERAL_LAUNCHES = [
     ("gru", "float32", (4, 100, 8, 700)),
     ("lstm", "bfloat16", (4, 150, 8, 600)),
     ("rnn_tanh", "float16", (4, 130, 8, 1100)),
 ]
+PRECISIONS = {"ieee": ("float32", False), "tf32": ("float32", True), "bfloat16": ("bfloat16", False)}
+# How a kernel's groups are launched; "crowded": more clusters at once than the device has room for, which no plan does.
+FILLS = {
+    "block": ("one wave", "waves"),
+    "cluster": ("one launch", "launches", "crowded"),
+    "grid": ("one launch", "launches"),
+}
 MOST_OF_THE_GRID = "lstm", "bfloat16", (200, 24, 8, 1100)  # of two such launches one has to wait
 
 
@@ -72,10 +87,60 @@ def test_persistent_kernels(name, dtype, size, scope, monkeypatch):
     check_as_planned(problem, reverse=bool(size[0] % 2))
 
 
+def isolated(name, precision, directions, scope, fill, on):
+    """A small problem, and the device as plans have to see it, so that its kernels differ from others' in one thing."""
+    dtype, tf32 = PRECISIONS[precision]
+    B, H = {"launches": (80, 64), "waves": (40000, 64), "crowded": (5000, 256)}.get(fill, (9, 64))
+    on = replace(on, scopes=(scope,), proven_only=False)
+    if fill == "launches":
+        clusters = tuple((blocks, directions) for blocks, _ in on.clusters)
+        on = replace(on, multiprocessors=4 * directions, clusters=clusters)
+    elif fill in ("waves", "crowded"):
+        on = replace(on, multiprocessors=10**6, clusters=((16, 10**6),))
+    given = {"dtype": dtype, "device": "cuda", "library": "torch", "training": True, "tf32": tf32}
+    return Problem(cells.get(name), 5, B, 3, H, directions=directions, **given), on
+
+
+@pytest.mark.parametrize("name", cells.NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("directions", [1, 2], ids=["alone", "both"])
+@pytest.mark.parametrize(("scope", "fill"), [(scope, fill) for scope in FILLS for fill in FILLS[scope]])
+def test_one_cause(scope, fill, directions, precision, name, monkeypatch):
+    """Each thing that a persistent kernel may be wrong with, apart from all others; right, and the same once more."""
+    problem, on = isolated(name, precision, directions, scope, fill, cuda.device())
+    monkeypatch.setattr(cuda, "device", lambda: on)
+    if fill == "crowded":
+        monkeypatch.setattr(cuda, "held", lambda *plan: 10**6)
+    if None in plans(problem, on):
+        pytest.skip(cuda.plan(problem))
+    size = problem.T, problem.B, problem.I, problem.H
+    drawn = [sequences.draw(name, problem.dtype, *size, reverse=bool(k), seed=k) for k in range(directions)]
+    cases = [moved("torch", case) for case in drawn]
+    first, again = (side_by_side(cases, problem.tf32) for _ in range(2))
+    for case, one, other in zip(cases, first, again, strict=True):
+        for what, ours in one.items():
+            assert torch.equal(ours, other[what]), f"{what} isn't repeatable"
+        sequences.check(case, one, tf32=problem.tf32)
+
+
+def side_by_side(cases, tf32):
+    """Every result by name of cases that differ in their direction, in one launch where the plan has it so."""
+    cell, directions = cases[0].cell, [Direction(case.x, case.weights, case.state, case.reverse) for case in cases]
+    found = cuda.forwards(cell, directions, tf32=tf32, save=True)
+    recorded = [(y, tape, case.dy, case.dlast, ()) for (y, _, tape), case in zip(found, cases)]
+    gradients = cuda.backwards(cell, directions, recorded, tf32=tf32, needs=[case.needs for case in cases])
+    return [
+        {"y": y, **{f"{letter}T": a for letter, a in zip(cell.states, last)}, **sequences.named(case, gradient)}
+        for case, (y, last, _), gradient in zip(cases, found, gradients)
+    ]
+
+
 @pytest.mark.parametrize(("name", "dtype", "size"), SEVERAL_LAUNCHES)
 def test_a_batch_of_several_launches(name, dtype, size):
     problem = problem_of(name, dtype, size)
-    assert plans(problem, cuda.device())[0].launches > 1, cuda.plan(problem)
+    plan, _ = plans(problem, cuda.device())
+    assert plan, cuda.plan(problem)
+    assert plan.launches > 1, cuda.plan(problem)
     check_as_planned(problem, reverse=False)
 
 
@@ -89,43 +154,41 @@ def check_as_planned(problem, reverse):
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
 @pytest.mark.parametrize("option", woven.OPTIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_is_woven_into_a_cell(backend, option, dtype):
-    """Resident in one block, a cluster and the grid, and an instant at a time; with IEEE products."""
-    for name, T, B, H in (("lstm", 6, 9, 24), ("gru", 5, 20, 300), ("rnn_tanh", 6, 5, 1100), ("lstm", 3, 4, 33)):
-        made = woven.drawn(name, woven.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru")
-        woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
+@pytest.mark.parametrize("place", MODIFIED)
+def test_modifiers(place, dtype, option, backend, monkeypatch):
+    """With IEEE products."""
+    (name, T, B, H), scopes = MODIFIED[place], tuple({place} & {*residence.SCOPES})
+    monkeypatch.setattr(cuda, "SCOPES", scopes)
+    made = woven.drawn(name, woven.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru")
+    woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
 @pytest.mark.parametrize("option", woven.NORMED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_layer_normalization(backend, option, dtype):
-    """The same, where units meet; and with more of them than a block of the stepwise kernel has threads."""
-    sizes = (("lstm", 6, 9, 24), ("gru", 5, 20, 300), ("lstm", 5, 8, 1100), ("lstm", 3, 4, 33), ("gru", 3, 3, 2050))
-    for name, T, B, H in sizes:
-        made = woven.drawn(name, woven.NORMED[option], dtype, T, B, 7, H, reverse=name == "gru")
-        woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
+@pytest.mark.parametrize("place", NORMALIZED)
+def test_layer_normalization(place, dtype, option, backend, monkeypatch):
+    """Where there are reductions over hidden units; with IEEE products."""
+    (name, T, B, H), scopes = NORMALIZED[place], tuple({place} & {*residence.SCOPES})
+    monkeypatch.setattr(cuda, "SCOPES", scopes)
+    made = woven.drawn(name, woven.NORMED[option], dtype, T, B, 7, H, reverse=name == "gru")
+    woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_both_directions_in_one_launch(name, dtype):
-    """In a block, a cluster and the grid: the numbers of a launch for each, bit for bit."""
-    for size in BOTH_AT_ONCE:
-        problem = problem_of(name, dtype, size, directions=2)
-        assert [plan.directions for plan in plans(problem, cuda.device())] == [2, 2], cuda.plan(problem)
-        pair = [
-            moved("torch", sequences.draw(name, dtype, *size, reverse=reverse, seed=reverse))
-            for reverse in (False, True)
-        ]
-        alone = [case.run(cuda.forward, cuda.backward) for case in pair]
-        directions = [Direction(case.x, case.weights, case.state, case.reverse) for case in pair]
-        found = cuda.forwards(problem.cell, directions, tf32=False, save=True)
-        recorded = [(y, tape, case.dy, case.dlast, ()) for (y, _, tape), case in zip(found, pair)]
-        gradients = cuda.backwards(problem.cell, directions, recorded, tf32=False, needs=[case.needs for case in pair])
-        for case, one, (y, *_), other in zip(pair, alone, found, gradients):
-            for what, ours in {"y": y, **sequences.named(case, other)}.items():
-                assert torch.equal(one[what], ours), what
+@pytest.mark.parametrize("scope", BOTH_AT_ONCE)
+def test_both_directions_in_one_launch(scope, dtype, name, monkeypatch):
+    """The numbers of a launch for each, bit for bit."""
+    monkeypatch.setattr(cuda, "SCOPES", (scope,))
+    size = BOTH_AT_ONCE[scope]
+    problem = problem_of(name, dtype, size, directions=2)
+    assert [plan.directions for plan in plans(problem, cuda.device()) if plan] == [2, 2], cuda.plan(problem)
+    pair = [moved("torch", sequences.draw(name, dtype, *size, reverse=back, seed=back)) for back in (False, True)]
+    alone = [case.run(cuda.forward, cuda.backward) for case in pair]
+    for one, together in zip(alone, side_by_side(pair, tf32=False), strict=True):
+        for what, ours in together.items():
+            assert torch.equal(one[what], ours), what
 
 
 def test_a_bidirectional_layer_trains_as_one_graph():
@@ -152,79 +215,77 @@ def test_a_bidirectional_layer_trains_as_one_graph():
 
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_layers_as_a_wavefront(name, dtype):
+@pytest.mark.parametrize(("L", "T", "B", "H"), [(2, 300, 3, 700), (4, 300, 9, 512), (3, 500, 5, 330)])
+def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
     """As good as one after the other, forward and, over its tape, back."""
-    for L, T, B, H in ((2, 300, 3, 700), (4, 300, 9, 512), (3, 500, 5, 330)):
-        problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
-        if not cuda.stacks(problem, backward=False):
-            assert "layer after layer" in cuda.plan(problem)
-            continue
-        cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
-        cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-        layers = [(case.weights, case.state) for case in cases]
-        found, x = cuda.stack(problem.cell, cases[0].x, layers, tf32=False, save=True), cases[0].x
-        exact = sequences.wide(x)
-        for case, (y, last, tape) in zip(cases, found):
-            alone, last_alone, tape_alone = cuda.forward(
-                problem.cell, x, case.weights, case.state, reverse=False, save=True
-            )
-            wide = case.mapped(sequences.wide)
-            exact, last_exact, _ = oracle.forward(
-                problem.cell, exact, wide.weights, wide.state, reverse=False, save=False
-            )
-            for ours, peer, truth in zip((y, *last), (alone, *last_alone), (exact, *last_exact)):
-                assert_close(*map(sequences.wide, (ours, truth, peer)), dtype, f"{name} T={T} H={H} L={L}")
-            tapes = [(y, tape), (alone, tape_alone)]
-            dx, dx_alone = (
-                cuda.backward(
-                    problem.cell, x, case.weights, case.state, *kept, case.dy, case.dlast, reverse=False, needs={"x"}
-                )["x"]
-                for kept in tapes
-            )
-            torch.testing.assert_close(dx, dx_alone, rtol=0, atol=0.02 * dx_alone.abs().max().item())
-            x = y
+    problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
+    if not cuda.stacks(problem, backward=False):
+        assert "layer after layer" in cuda.plan(problem)
+        pytest.skip(cuda.plan(problem))
+    cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
+    cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
+    layers = [(case.weights, case.state) for case in cases]
+    found, x = cuda.stack(problem.cell, cases[0].x, layers, tf32=False, save=True), cases[0].x
+    exact = sequences.wide(x)
+    for case, (y, last, tape) in zip(cases, found):
+        alone, last_alone, tape_alone = cuda.forward(
+            problem.cell, x, case.weights, case.state, reverse=False, save=True
+        )
+        wide = case.mapped(sequences.wide)
+        exact, last_exact, _ = oracle.forward(problem.cell, exact, wide.weights, wide.state, reverse=False, save=False)
+        for ours, peer, truth in zip((y, *last), (alone, *last_alone), (exact, *last_exact)):
+            assert_close(*map(sequences.wide, (ours, truth, peer)), dtype, f"{name} T={T} H={H} L={L}")
+        tapes = [(y, tape), (alone, tape_alone)]
+        dx, dx_alone = (
+            cuda.backward(
+                problem.cell, x, case.weights, case.state, *kept, case.dy, case.dlast, reverse=False, needs={"x"}
+            )["x"]
+            for kept in tapes
+        )
+        torch.testing.assert_close(dx, dx_alone, rtol=0, atol=0.02 * dx_alone.abs().max().item())
+        x = y
 
 
 @EVERY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_layers_as_a_wavefront_back(name, dtype):
+@pytest.mark.parametrize(("L", "T", "B", "H"), [(2, 200, 3, 700), (4, 100, 9, 512), (3, 150, 5, 330)])
+def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
     """As good as one after the other over the same tape, and repeatable; only the last layer's y is asked for."""
-    for L, T, B, H in ((2, 200, 3, 700), (4, 100, 9, 512), (3, 150, 5, 330)):
-        problem = replace(Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch"), layers=L)
-        if not cuda.stacks(problem, backward=True):
-            assert "layer after layer" in cuda.plan(replace(problem, training=True)).split("back:")[1]
-            continue
-        cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
-        cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-        layers = [(case.weights, case.state) for case in cases]
-        seen, exact_seen = [cases[0].x], [sequences.wide(cases[0].x)]
-        tapes, exact_tapes = [], []
-        for case in cases:
-            y, _, tape = cuda.forward(problem.cell, seen[-1], case.weights, case.state, reverse=False, save=True)
-            wide = case.mapped(sequences.wide)
-            exact = oracle.forward(problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True)
-            tapes.append((y, tape))
-            exact_tapes.append((exact[0], exact[2]))
-            seen.append(y)
-            exact_seen.append(exact[0])
-        dys = [*[None] * (L - 1), cases[-1].dy]
-        recorded = [(*kept, dy, case.dlast, ()) for kept, dy, case in zip(tapes, dys, cases)]
-        needs = [case.needs for case in cases]
-        ours, again = (
-            cuda.stack_back(problem.cell, cases[0].x, layers, recorded, tf32=False, needs=needs) for _ in range(2)
-        )
-        dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
-        for k in reversed(range(L)):
-            case, wide = cases[k], cases[k].mapped(sequences.wide)
-            given = problem.cell, seen[k], case.weights, case.state, *tapes[k], dy, case.dlast
-            alone = cuda.backward(*given, reverse=False, needs=case.needs)
-            given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_tapes[k], exact_dy, wide.dlast
-            truth = oracle.backward(*given, reverse=False, needs=case.needs)
-            for what in case.needs - ({"x"} if k else set()):
-                assert torch.equal(ours[k][what], again[k][what]), what
-                found = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
-                assert_close(*found, dtype, f"{name} d{what}{k} T={T} H={H} L={L}")
-            dy, exact_dy = alone["x"], truth["x"]
+    problem = replace(Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch"), layers=L)
+    if not cuda.stacks(problem, backward=True):
+        assert "layer after layer" in cuda.plan(replace(problem, training=True)).split("back:")[1]
+        pytest.skip(cuda.plan(problem))
+    cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
+    cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
+    layers = [(case.weights, case.state) for case in cases]
+    seen, exact_seen = [cases[0].x], [sequences.wide(cases[0].x)]
+    tapes, exact_tapes = [], []
+    for case in cases:
+        y, _, tape = cuda.forward(problem.cell, seen[-1], case.weights, case.state, reverse=False, save=True)
+        wide = case.mapped(sequences.wide)
+        exact = oracle.forward(problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True)
+        tapes.append((y, tape))
+        exact_tapes.append((exact[0], exact[2]))
+        seen.append(y)
+        exact_seen.append(exact[0])
+    dys = [*[None] * (L - 1), cases[-1].dy]
+    recorded = [(*kept, dy, case.dlast, ()) for kept, dy, case in zip(tapes, dys, cases)]
+    needs = [case.needs for case in cases]
+    ours, again = (
+        cuda.stack_back(problem.cell, cases[0].x, layers, recorded, tf32=False, needs=needs) for _ in range(2)
+    )
+    dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
+    for k in reversed(range(L)):
+        case, wide = cases[k], cases[k].mapped(sequences.wide)
+        given = problem.cell, seen[k], case.weights, case.state, *tapes[k], dy, case.dlast
+        alone = cuda.backward(*given, reverse=False, needs=case.needs)
+        given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_tapes[k], exact_dy, wide.dlast
+        truth = oracle.backward(*given, reverse=False, needs=case.needs)
+        for what in case.needs - ({"x"} if k else set()):
+            assert torch.equal(ours[k][what], again[k][what]), what
+            found = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
+            assert_close(*found, dtype, f"{name} d{what}{k} T={T} H={H} L={L}")
+        dy, exact_dy = alone["x"], truth["x"]
 
 
 def test_a_stack_trains_as_one_graph():
@@ -252,13 +313,13 @@ def test_a_stack_trains_as_one_graph():
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
 
 
-def test_a_long_resident_sequence():
+@pytest.mark.parametrize(("scope", "H"), LONG.items())
+def test_a_long_persistent_sequence(scope, H, monkeypatch):
     """Exchanges go on for thousands of steps, forward and back, and stay right."""
-    for H in (64, 256, 768):
-        case = sequences.draw("gru", "float16", 3000, 4, 3, H)
-        weights = case.weights._replace(w_hh=0.5 * case.weights.w_hh)  # no chaos: errors die out
-        case = case._replace(weights=weights)
-        sequences.check(case, moved("torch", case).run(cuda.forward, cuda.backward))
+    monkeypatch.setattr(cuda, "SCOPES", (scope,))
+    case = moved("torch", sequences.draw("gru", "float16", 3000, 4, 3, H))
+    case = case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh))  # no chaos: errors die out
+    sequences.check(case, case.run(cuda.forward, cuda.backward))
 
 
 @EVERY

@@ -199,7 +199,8 @@ def test_on_a_gpu_the_numbers_are_those_of_the_precision(kind, backend, T):
     layer.precision = "ieee"
     assert max(errors(layer, x, exact)) < 2e-5
     layer.precision = "tf32"
-    assert min(errors(layer, x, exact)) > 2e-5
+    visible = max if T == 1 else min  # for the few rows of one time step cuBLAS may choose a kernel without TF32
+    assert visible(errors(layer, x, exact)) > 2e-5
 
 
 @pytest.mark.gpu

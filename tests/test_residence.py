@@ -17,8 +17,9 @@ from gpu_rnn.backends.stepwise import Extra
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence
 from gpu_rnn.kernels.cuda.launch import OPTIONS
+from gpu_rnn.problem import Problem
 
-from . import test_gpu
+from . import test_gpu, woven
 from .host import nvrtc
 
 DEVICES = residence.DEVICES
@@ -177,6 +178,14 @@ def test_large_layers_train_on_the_chip(H):
     assert planned("lstm", "bfloat16", 2048, 8, DEVICES["h200"])[0].pieces > 1
 
 
+MODIFIED = [(test_gpu.MODIFIED, option) for option in woven.OPTIONS.values()]
+MODIFIED += [(test_gpu.NORMALIZED, option) for option in woven.NORMED.values()]
+
+
+def only(scope, device):
+    return dataclasses.replace(DEVICES[device], scopes=tuple({scope} & {*residence.SCOPES}))
+
+
 @pytest.mark.parametrize("device", ["h100", "h200"])
 def test_the_gpu_tests_meet_what_they_are_for(device):
     """They run where nobody watches, so what they expect of plans is held against these beforehand."""
@@ -184,13 +193,42 @@ def test_the_gpu_tests_meet_what_they_are_for(device):
         for size in test_gpu.RESIDENT:
             problem = test_gpu.problem_of(name, dtype, size)
             assert None not in test_gpu.plans(problem, DEVICES[device]), problem
-        for size in test_gpu.BOTH_AT_ONCE:
-            problem = test_gpu.problem_of(name, dtype, size, directions=2)
-            assert [plan.directions for plan in test_gpu.plans(problem, DEVICES[device])] == [2, 2], problem
+        for scope, size in test_gpu.BOTH_AT_ONCE.items():
+            problem, on = test_gpu.problem_of(name, dtype, size, directions=2), only(scope, device)
+            assert [plan.directions for plan in test_gpu.plans(problem, on)] == [2, 2], problem
+    for scope, H in test_gpu.LONG.items():
+        problem = test_gpu.problem_of("gru", "float16", (3000, 4, 3, H))
+        assert None not in test_gpu.plans(problem, only(scope, device)), problem
+    for dtype, (cases, options) in product(("bfloat16", "float32"), MODIFIED):
+        for scope, (name, T, B, H) in cases.items():
+            cell = woven.drawn(name, options, dtype, T, B, 7, H).case.cell
+            problem = Problem(cell, T, B, 7, H, dtype=dtype, device="cuda", library="torch", training=True)
+            expected = [scope if scope in residence.SCOPES else None] * 2
+            assert [plan and plan.scope for plan in test_gpu.plans(problem, only(scope, device))] == expected, problem
     for case in test_gpu.SEVERAL_LAUNCHES:
         assert test_gpu.plans(test_gpu.problem_of(*case), DEVICES[device])[0].launches > 1, case
     grid = test_gpu.plans(test_gpu.problem_of(*test_gpu.MOST_OF_THE_GRID), DEVICES[device])[0].grid
     assert 2 * grid > DEVICES[device].multiprocessors
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(
+    ("scope", "fill"), [(scope, fill) for scope, fills in test_gpu.FILLS.items() for fill in fills]
+)
+def test_the_causes_that_gpu_tests_tell_apart(scope, fill, directions):
+    """Each plan is what the name of its case says."""
+    for precision, name in product(test_gpu.PRECISIONS, cells.NAMES):
+        problem, on = test_gpu.isolated(name, precision, directions, scope, fill, DEVICES["h200"])
+        for plan in test_gpu.plans(problem, on):
+            assert plan, problem
+            assert (plan.scope, plan.directions, plan.ieee) == (scope, directions, precision == "ieee")
+            assert (plan.launches > 1) == (fill == "launches"), plan
+            weights = plan.threads * max(1, 4 * plan.gates * plan.k_registers)
+            at_once = min(
+                2048 // plan.threads, residence.REGISTER_FILE // weights, on.shared_bytes // plan.shared_bytes
+            )
+            beyond = plan.grid > at_once * DEVICES["h200"].multiprocessors
+            assert beyond == (fill in ("waves", "crowded")), (plan, at_once)
 
 
 def test_an_older_or_shared_device_falls_to_the_next_scale():

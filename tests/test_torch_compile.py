@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
+import gpu_rnn.autograd  # registers the operators
 from gpu_rnn import nodes
 from gpu_rnn.kernels import cells
 from gpu_rnn.woven import page

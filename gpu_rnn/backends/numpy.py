@@ -298,11 +298,6 @@ def in_gate_order(rows: np.ndarray, gates: Sequence[int]) -> np.ndarray:
     return ordered.reshape(rows.shape)
 
 
-def by_feature(array: np.ndarray) -> np.ndarray:
-    """[T, B, H] -> [T, H, B]"""
-    return np.ascontiguousarray(array.swapaxes(1, 2))
-
-
 def in_order(reverse: bool, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     """The first instant to be computed first."""
     return tuple(array[::-1] for array in arrays) if reverse else arrays

@@ -77,33 +77,6 @@ DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// Two 16-bit numbers in one register, the first in the low half: the element order of mma operands.
-DEVICE unsigned pack_bf16(float low, float high) {
-    unsigned packed;
-    PTX(asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)));
-    TWIN(packed = host::pack(__float2bfloat16_rn(low).bits, __float2bfloat16_rn(high).bits));
-    return packed;
-}
-DEVICE unsigned pack_f16(float low, float high) {
-    unsigned packed;
-    PTX(asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)));
-    TWIN(packed = host::pack(__float2half_rn(low).bits, __float2half_rn(high).bits));
-    return packed;
-}
-DEVICE float2 unpack_bf16(unsigned packed) {
-    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
-}
-DEVICE float2 unpack_f16(unsigned packed) {
-    float2 x;
-    PTX(
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, "
-            "high;\n}" : "=f"(x.x),
-            "=f"(x.y) : "r"(packed)));
-    TWIN(x = make_float2(__half2float({static_cast<unsigned short>(packed)}),
-                         __half2float({static_cast<unsigned short>(packed >> 16)})));
-    return x;
-}
-
 // Rounds to tf32, to nearest and ties away from zero: an operand of mma_m16n8k8_tf32.
 DEVICE unsigned to_tf32(float x) {
     unsigned rounded;
@@ -130,41 +103,9 @@ DEVICE float exp2_approx(float x) {
 
 // ---- Global memory shared between blocks ------------------------------------------------------------------
 
-DEVICE unsigned ld_acquire_gpu(const unsigned* address) {
-    unsigned value;
-    PTX(asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"));
-    TWIN(value = host::load_acquire(address));
-    return value;
-}
-DEVICE void st_release_gpu(unsigned* address, unsigned value) {
-    PTX(asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"));
-    TWIN(host::store_release(address, value));
-}
-DEVICE void red_release_gpu(unsigned* address, unsigned value) {
-    PTX(asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"));
-    TWIN(host::add_release(address, value));
-}
-DEVICE unsigned atom_add_acq_rel_gpu(unsigned* address, unsigned value) {
-    unsigned before;
-    PTX(asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address),
-                     "r"(value) : "memory"));
-    TWIN(before = host::add_acq_rel(address, value));
-    return before;
-}
-
-// Relaxed accesses order nothing else, but are never torn, never kept in a register or in L1. The 8- and
-// 16-byte forms let a flag travel in the same word as the data it announces. They use .b64 and .b128, because
-// PTX treats .v4.u32 as four separate accesses.
-DEVICE unsigned ld_relaxed_gpu(const unsigned* address) {
-    unsigned value;
-    PTX(asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"));
-    TWIN(value = host::load_relaxed(address));
-    return value;
-}
-DEVICE void st_relaxed_gpu(unsigned* address, unsigned value) {
-    PTX(asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"));
-    TWIN(host::store_relaxed(address, value));
-}
+// Relaxed accesses order nothing else, but are never torn, never kept in a register or in L1: a stamp travels in
+// the same word as the data it announces. They use .b64 and .b128, because PTX treats .v4.u32 as four separate
+// accesses.
 DEVICE uint2 ld_relaxed_gpu(const uint2* address) {
     uint2 value;
     PTX(unsigned long long whole;
@@ -203,19 +144,6 @@ DEVICE void prefetch_l2(const void* address) {
     TWIN(static_cast<void>(address));
 }
 
-// All blocks that share `arrivals` (zero before the launch) wait for each other, and see what the others
-// wrote before. `goal` is the number of arrivals so far: blocks * (barriers passed + 1). All the blocks must
-// be resident.
-DEVICE void grid_barrier(unsigned* arrivals, unsigned goal) {
-    __syncthreads();
-    if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
-        red_release_gpu(arrivals, 1);
-        while (static_cast<int>(ld_acquire_gpu(arrivals) - goal) < 0) {
-        }
-    }
-    __syncthreads();
-}
-
 // ---- The watchdog of spins --------------------------------------------------------------------------------
 
 DEVICE unsigned globaltimer_lo() {  // nanoseconds
@@ -247,15 +175,10 @@ struct Watchdog {
 
 // ---- Barriers within a block ------------------------------------------------------------------------------
 
-// Barriers 1 to 15 (0 is __syncthreads). `threads` counts both the waiting and the arriving, a multiple of
-// 32. Whole warps call these together.
+// Barriers 1 to 15 (0 is __syncthreads). Of `threads` threads, a multiple of 32. Whole warps call it together.
 DEVICE void named_barrier_sync(unsigned id, unsigned threads) {
     PTX(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
     TWIN(host::named_barrier_sync(id, threads));
-}
-DEVICE void named_barrier_arrive(unsigned id, unsigned threads) {
-    PTX(asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"));
-    TWIN(host::named_barrier_arrive(id, threads));
 }
 
 // ---- Matrix products: the whole warp calls these ----------------------------------------------------------
@@ -293,96 +216,16 @@ DEVICE void mma_m16n8k8_tf32(float d[4], const unsigned a[4], const unsigned b[2
 }
 
 // Loads 8 x 8 matrices of 16-bit numbers. Lane 8 * m + r gives the address of row r (16 bytes, aligned) of
-// matrix m; register m of lane l then holds elements [l / 4][2 * (l % 4) + {0, 1}] of matrix m, or of its
-// transpose.
-DEVICE void ldmatrix_x1(unsigned r[1], const void* shared) {
-    PTX(asm volatile(
-        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 1, false));
-}
+// matrix m; register m of lane l then holds elements [l / 4][2 * (l % 4) + {0, 1}] of matrix m.
 DEVICE void ldmatrix_x2(unsigned r[2], const void* shared) {
     PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
                      "=r"(r[1]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 2, false));
+    TWIN(host::ldmatrix(r, shared, 2));
 }
 DEVICE void ldmatrix_x4(unsigned r[4], const void* shared) {
     PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
                      "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 4, false));
-}
-DEVICE void ldmatrix_x1_trans(unsigned r[1], const void* shared) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(
-        SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 1, true));
-}
-DEVICE void ldmatrix_x2_trans(unsigned r[2], const void* shared) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
-                     "=r"(r[1]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 2, true));
-}
-DEVICE void ldmatrix_x4_trans(unsigned r[4], const void* shared) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
-                     "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 4, true));
-}
-
-// Transposes an 8 x 8 matrix of 16-bit numbers held as by ldmatrix_x1.
-DEVICE unsigned movmatrix_trans(unsigned fragment) {
-    unsigned transposed;
-    PTX(asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment)));
-    TWIN(transposed = host::movmatrix_trans(fragment));
-    return transposed;
-}
-
-// ---- Asynchronous copies from global to shared memory -----------------------------------------------------
-
-// 16 bytes go past L1; 4 and 8 bytes go through it. Both addresses are aligned to the size. The copies of a
-// thread since its last commit form a group; cp_async_wait<N>() returns when all but its last N groups have
-// landed, for the calling thread alone: a barrier must follow before others read.
-DEVICE void cp_async_4(void* shared, const void* global) {
-    PTX(asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SMEM(shared)), "l"(global) : "memory"));
-    TWIN(host::cp_async(shared, global, 4, 4));
-}
-DEVICE void cp_async_8(void* shared, const void* global) {
-    PTX(asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(SMEM(shared)), "l"(global) : "memory"));
-    TWIN(host::cp_async(shared, global, 8, 8));
-}
-DEVICE void cp_async_16(void* shared, const void* global) {
-    PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SMEM(shared)),
-                     "l"(global) : "memory"));
-    TWIN(host::cp_async(shared, global, 16, 16));
-}
-// Copies the first `bytes` of 16 and writes zeros to the rest: the ragged edge of a tile.
-DEVICE void cp_async_16_zfill(void* shared, const void* global, unsigned bytes) {
-    PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SMEM(shared)), "l"(global),
-                     "r"(bytes) : "memory"));
-    TWIN(host::cp_async(shared, global, 16, bytes));
-}
-DEVICE void cp_async_commit() {
-    PTX(asm volatile("cp.async.commit_group;" :: : "memory"));
-    TWIN(host::cp_async_commit());
-}
-template <int N>
-DEVICE void cp_async_wait() {
-    PTX(asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"));
-    TWIN(host::cp_async_wait(N));
-}
-
-// Moves registers between warps of different roles; a warp group calls it together. Needs an
-// architecture-specific target (sm_90a and the like) and does nothing on others.
-template <int N>
-DEVICE void setmaxnreg_inc() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    PTX(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)));
-#endif
-    TWIN(static_assert(N % 8 == 0 && N >= 24 && N <= 256));
-}
-template <int N>
-DEVICE void setmaxnreg_dec() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    PTX(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)));
-#endif
-    TWIN(static_assert(N % 8 == 0 && N >= 24 && N <= 256));
+    TWIN(host::ldmatrix(r, shared, 4));
 }
 
 // ==== Hopper and later =====================================================================================
@@ -390,28 +233,11 @@ DEVICE void setmaxnreg_dec() {
 
 // ---- Clusters ---------------------------------------------------------------------------------------------
 
-DEVICE unsigned cluster_rank() {
-    unsigned rank;
-    PTX(asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
-    TWIN(rank = host::cluster_rank());
-    return rank;
-}
-DEVICE unsigned cluster_size() {
-    unsigned size;
-    PTX(asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size)));
-    TWIN(size = host::cluster_size());
-    return size;
-}
-
 // A barrier of all threads of the cluster in two halves: what is written before arriving is seen after
-// waiting. Every thread alternates arrive and wait. The relaxed arrive publishes nothing.
+// waiting. Every thread alternates arrive and wait. The blocks have started then, and none exits before all arrive.
 DEVICE void cluster_arrive() {
     PTX(asm volatile("barrier.cluster.arrive.release;" :: : "memory"));
-    TWIN(host::cluster_arrive(true));
-}
-DEVICE void cluster_arrive_relaxed() {
-    PTX(asm volatile("barrier.cluster.arrive.relaxed;" :: : "memory"));
-    TWIN(host::cluster_arrive(false));
+    TWIN(host::cluster_arrive());
 }
 DEVICE void cluster_wait() {
     PTX(asm volatile("barrier.cluster.wait.acquire;" :: : "memory"));
@@ -422,20 +248,10 @@ DEVICE void cluster_sync() {
     cluster_wait();
 }
 
-// Where block `rank` of the cluster has what this block has at `shared`. The peer must have started (a
-// cluster barrier) and must not exit while its memory is used (another one).
-template <class T>
-DEVICE T* map_shared_rank(T* shared, unsigned rank) {
-    T* mapped;
-    PTX(asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank)));
-    TWIN(mapped = host::map_shared_rank(shared, rank));
-    return mapped;
-}
-
 // ---- Barriers in shared memory that count arrivals and bytes ----------------------------------------------
 
 // A phase ends when `count` arrivals have come and all expected bytes have landed. The n-th phase (from 0)
-// has parity n % 2, and mbarrier_wait(bar, parity) returns when the phase of that parity has ended. One
+// has parity n % 2, and mbarrier_wait_cluster(bar, parity) returns when the phase of that parity has ended. One
 // thread initializes, fences, and a barrier (of the cluster, if peers arrive or store) tells the others.
 struct alignas(8) Mbarrier {
     unsigned long long state;
@@ -449,59 +265,28 @@ DEVICE void fence_mbarrier_init() {
     PTX(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
     TWIN(host::fence_mbarrier_init());
 }
-DEVICE void mbarrier_arrive(Mbarrier* shared) {
-    PTX(asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(SMEM(shared)) : "memory"));
-    TWIN(host::mbarrier_arrive(shared));
-}
 // Announces `bytes` to the current phase, then arrives.
 DEVICE void mbarrier_arrive_expect_tx(Mbarrier* shared, unsigned bytes) {
     PTX(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(SMEM(shared)),
                      "r"(bytes) : "memory"));
     TWIN(host::mbarrier_arrive_expect_tx(shared, bytes));
 }
-// Announces `bytes` without arriving.
-DEVICE void mbarrier_expect_tx(Mbarrier* shared, unsigned bytes) {
-    PTX(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(SMEM(shared)),
-                     "r"(bytes) : "memory"));
-    TWIN(host::mbarrier_expect_tx(shared, bytes));
-}
-// Arrives at the barrier that block `rank` has where this block has `shared`.
-DEVICE void mbarrier_arrive_cluster(Mbarrier* shared, unsigned rank) {
-    PTX(asm volatile(
-        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(SMEM(shared)),
-        "r"(rank) : "memory"));
-    TWIN(host::mbarrier_arrive_cluster(shared, rank));
-}
-// True when the phase has ended; may return false after a while, so call it in a loop, as mbarrier_wait does.
-DEVICE bool mbarrier_try_wait(Mbarrier* shared, unsigned parity) {
-    unsigned done;
-    PTX(
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(SMEM(shared)),
-                     "r"(parity) : "memory"));
-    TWIN(done = host::mbarrier_try_wait(shared, parity, false));
-    return done != 0;
-}
+// True when the phase has ended; may return false after a while, so call it in a loop, as mbarrier_wait_cluster does. Sees
+// what other blocks of the cluster did before they arrived or stored.
 DEVICE bool mbarrier_try_wait_cluster(Mbarrier* shared, unsigned parity) {
     unsigned done;
     PTX(asm volatile(
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(SMEM(shared)),
         "r"(parity) : "memory"));
-    TWIN(done = host::mbarrier_try_wait(shared, parity, true));
+    TWIN(done = host::mbarrier_try_wait(shared, parity));
     return done != 0;
 }
-// Waits for arrivals and copies of this block only ...
-DEVICE void mbarrier_wait(Mbarrier* shared, unsigned parity) {
-    for (Watchdog watchdog; !mbarrier_try_wait(shared, parity);) watchdog.turn();
-}
-// ... and for those of other blocks of the cluster as well.
 DEVICE void mbarrier_wait_cluster(Mbarrier* shared, unsigned parity) {
     for (Watchdog watchdog; !mbarrier_try_wait_cluster(shared, parity);) watchdog.turn();
 }
 
-// ---- Asynchronous stores and bulk copies ------------------------------------------------------------------
+// ---- Asynchronous stores ----------------------------------------------------------------------------------
 
 // Stores `value` where block `rank` has what this block has at `shared`, and counts its bytes at that block's
 // `bar`. The address is aligned to the size of the value.
@@ -513,15 +298,6 @@ DEVICE void st_async(unsigned* shared, unsigned value, Mbarrier* bar, unsigned r
         "r"(value), "r"(SMEM(bar)), "r"(rank) : "memory"));
     TWIN(host::st_async(shared, &value, sizeof value, bar, rank));
 }
-DEVICE void st_async(uint2* shared, uint2 value, Mbarrier* bar, unsigned rank) {
-    PTX(asm volatile(
-        "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %4;\n"
-        "mapa.shared::cluster.u32 bar, %3, %4;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [to], {%1, %2}, [bar];\n}" ::"r"(
-            SMEM(shared)),
-        "r"(value.x), "r"(value.y), "r"(SMEM(bar)), "r"(rank) : "memory"));
-    TWIN(host::st_async(shared, &value, sizeof value, bar, rank));
-}
 DEVICE void st_async(uint4* shared, uint4 value, Mbarrier* bar, unsigned rank) {
     PTX(asm volatile(
         "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %6;\n"
@@ -530,47 +306,6 @@ DEVICE void st_async(uint4* shared, uint4 value, Mbarrier* bar, unsigned rank) {
         "}" ::"r"(SMEM(shared)),
         "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(SMEM(bar)), "r"(rank) : "memory"));
     TWIN(host::st_async(shared, &value, sizeof value, bar, rank));
-}
-
-// Bulk copies are issued by one thread for all; addresses and `bytes` are multiples of 16. They run in the
-// async proxy: what threads wrote with ordinary stores must pass fence_proxy_async(), called by the writers
-// before the barrier that lets one thread issue the copy.
-DEVICE void fence_proxy_async() {
-    PTX(asm volatile("fence.proxy.async;" :: : "memory"));
-    TWIN(host::fence_proxy_async());
-}
-DEVICE void bulk_copy_to_shared(void* shared, const void* global, unsigned bytes, Mbarrier* bar) {
-    PTX(asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            SMEM(shared)),
-        "l"(global), "r"(bytes), "r"(SMEM(bar)) : "memory"));
-    TWIN(host::bulk_copy_to_shared(shared, global, bytes, bar));
-}
-// To where block `rank` has what this block has at `to`, counting the bytes at that block's `bar`.
-DEVICE void bulk_copy_to_cluster(void* to, const void* shared, unsigned bytes, Mbarrier* bar, unsigned rank) {
-    PTX(asm volatile(
-        "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %4;\n"
-        "mapa.shared::cluster.u32 bar, %3, %4;\n"
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%1], %2, [bar];\n"
-        "}" ::"r"(SMEM(to)),
-        "r"(SMEM(shared)), "r"(bytes), "r"(SMEM(bar)), "r"(rank) : "memory"));
-    TWIN(host::bulk_copy_to_cluster(to, shared, bytes, bar, rank));
-}
-// Copies out form groups, like cp_async. bulk_wait_read<N>() returns when all but the last N groups have been
-// read from shared memory, so that it may be written again.
-DEVICE void bulk_copy_to_global(void* global, const void* shared, unsigned bytes) {
-    PTX(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-                     "r"(SMEM(shared)), "r"(bytes) : "memory"));
-    TWIN(host::bulk_copy_to_global(global, shared, bytes));
-}
-DEVICE void bulk_commit() {
-    PTX(asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
-    TWIN(host::bulk_commit());
-}
-template <int N>
-DEVICE void bulk_wait_read() {
-    PTX(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"));
-    TWIN(host::bulk_wait(N));
 }
 
 #endif  // HOPPER

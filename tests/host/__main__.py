@@ -19,11 +19,10 @@ def main() -> int:
     parser.add_argument("--mutants", action="store_true", help="each barrier of features.cu removed in turn")
     options = parser.parse_args()
 
-    names = (*mutate.BARRIERS, *mutate.FENCES)
     text = features.SOURCE.read_text()
     checks = options.checks or list(features.CHECKS)
-    removable = mutate.barriers(text, names) if options.mutants else []
-    source = runtime.Source(features.SOURCE.name, mutate.switchable(text, names) if options.mutants else text)
+    removable = mutate.barriers(text) if options.mutants else []
+    source = runtime.Source(features.SOURCE.name, mutate.switchable(text) if options.mutants else text)
     library = runtime.compile([runtime.DEVICE, source], sanitizer=options.sanitizer)
     failures = 0
     if not options.mutants:

@@ -192,8 +192,6 @@ unsigned combine(unsigned a, unsigned b, Reduce kind, bool is_signed) {
         case Reduce::add: return a + b;
         case Reduce::minimum: return b_is_less ? b : a;
         case Reduce::maximum: return b_is_less ? a : b;
-        case Reduce::bit_and: return a & b;
-        case Reduce::bit_or: return a | b;
         case Reduce::bit_xor: return a ^ b;
     }
     __builtin_unreachable();
@@ -341,7 +339,6 @@ namespace {
 struct LoadOperands {
     const unsigned short* row;
     int matrices;
-    bool transpose;
     const unsigned short* elements[4][2];  // where the two halves of each register come from
 };
 
@@ -352,37 +349,17 @@ void find_elements(void* const* all, unsigned) {
         for (int matrix = 0; matrix < mine.matrices; ++matrix) {
             for (int half = 0; half < 2; ++half) {
                 const int pair = 2 * at.in_group + half;
-                const int row = mine.transpose ? pair : at.group;
-                const int column = mine.transpose ? at.group : pair;
-                mine.elements[matrix][half] = &of_lane<LoadOperands>(all, 8 * matrix + row).row[column];
+                mine.elements[matrix][half] = &of_lane<LoadOperands>(all, 8 * matrix + at.group).row[pair];
             }
         }
     }
 }
 
-struct TransposeOperands {
-    unsigned fragment, result;
-};
-
-void transpose_matrix(void* const* all, unsigned) {
-    for (int lane = 0; lane < 32; ++lane) {
-        const Lane at(lane);
-        unsigned halves[2];
-        // Element [group][pair] of the result is element [pair][group] of the operand.
-        for (int half = 0; half < 2; ++half) {
-            const int pair = 2 * at.in_group + half;
-            const unsigned source = of_lane<TransposeOperands>(all, 4 * pair + at.group / 2).fragment;
-            halves[half] = source >> (16 * (at.group % 2)) & 0xffff;
-        }
-        of_lane<TransposeOperands>(all, lane).result = halves[0] | halves[1] << 16;
-    }
-}
-
 }  // namespace
 
-void ldmatrix(unsigned* registers, const void* row, int matrices, bool transpose) {
+void ldmatrix(unsigned* registers, const void* row, int matrices) {
     const Fiber* me = self();
-    LoadOperands operands{static_cast<const unsigned short*>(row), matrices, transpose, {}};
+    LoadOperands operands{static_cast<const unsigned short*>(row), matrices, {}};
     if (int(me->lane) < 8 * matrices) {  // the addresses of further lanes are not used
         if (reinterpret_cast<uintptr_t>(row) % 16) {
             fail("ldmatrix: the address of a row is not a multiple of 16");
@@ -399,12 +376,6 @@ void ldmatrix(unsigned* registers, const void* row, int matrices, bool transpose
         note_read(high, sizeof *high);
         registers[matrix] = pack(*low, *high);
     }
-}
-
-unsigned movmatrix_trans(unsigned fragment) {
-    TransposeOperands operands{fragment, 0};
-    meet_whole_warp(transpose_matrix, &operands, "movmatrix", CALLER);
-    return operands.result;
 }
 
 }  // namespace host

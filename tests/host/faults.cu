@@ -13,9 +13,9 @@ extern "C" __global__ void half_a_barrier(float* y) {  // [64]
 }
 EXPORT(half_a_barrier)
 
-extern "C" __global__ void nobody_sets_the_flag(const unsigned* flag) {  // [1], zero
+extern "C" __global__ void nobody_sets_the_flag(const uint2* flag) {  // [1], zero
     if (threadIdx.x < 32) {
-        while (ld_acquire_gpu(flag) == 0) {
+        while (ld_relaxed_gpu(flag).x == 0) {
         }
     }
     __syncthreads();
@@ -31,8 +31,8 @@ extern "C" __global__ void endless_loop(float* y) {  // [1]
 }
 EXPORT(endless_loop)
 
-extern "C" __global__ void waits_for_bytes(float* y) {  // [32]
-    SHARED(float[32], tile);
+extern "C" __global__ void waits_for_bytes() {
+    SHARED(unsigned[32], tile);
     SHARED(Mbarrier, full);
     if (threadIdx.x == 0) {
         mbarrier_init(&full, 1);
@@ -40,18 +40,26 @@ extern "C" __global__ void waits_for_bytes(float* y) {  // [32]
     __syncthreads();
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect_tx(&full, 64);
-        bulk_copy_to_shared(tile, y, 48, &full);
     }
-    mbarrier_wait(&full, 0);
+    if (threadIdx.x < 12) {
+        st_async(&tile[threadIdx.x], 1, &full, 0);
+    }
+    mbarrier_wait_cluster(&full, 0);
 }
 EXPORT(waits_for_bytes)
 
-extern "C" __global__ void grid_barriers(unsigned* arrivals, int rounds) {  // [1], zero
-    for (int i = 0; i < rounds; ++i) {
-        grid_barrier(arrivals, gridDim.x * unsigned(i + 1));
+// All blocks wait for all others.
+extern "C" __global__ void needs_all_blocks(uint2* here) {  // [blocks], zero
+    if (threadIdx.x == 0) {
+        st_relaxed_gpu(&here[blockIdx.x], make_uint2(1, 1));
+        for (unsigned block = 0; block < gridDim.x; ++block) {
+            while (ld_relaxed_gpu(&here[block]).x == 0) {
+            }
+        }
     }
+    __syncthreads();
 }
-EXPORT(grid_barriers)
+EXPORT(needs_all_blocks)
 
 extern "C" __global__ void reads_shared_memory(float* y) {  // [2, 32]
     SHARED(float[32], fixed);
@@ -72,7 +80,7 @@ extern "C" __global__ void large_frame(float* y) {  // [64]
 }
 EXPORT(large_frame)
 
-// 0 and 1 wild addresses, 2 division by zero, 3 __trap, and misuse of the hardware.
+// 0 and 1 wild addresses, 2 division by zero, 3 a trap, and misuse of the hardware.
 extern "C" __global__ void fault(int kind, float* y) {
     SHARED(float[64], tile);
     SHARED(Mbarrier, bar);
@@ -81,7 +89,7 @@ extern "C" __global__ void fault(int kind, float* y) {
         case 0: y[1ll << 44] = 1; break;
         case 1: *reinterpret_cast<float*>(8) = 1; break;
         case 2: y[0] = float(7 / int(blockIdx.x)); break;
-        case 3: __trap();
+        case 3: trap(); break;
         case 4: named_barrier_sync(1, 40); break;
         case 5: named_barrier_sync(1, threadIdx.x < 32 ? 64 : 32); break;
         case 6: cluster_wait(); break;
@@ -89,34 +97,32 @@ extern "C" __global__ void fault(int kind, float* y) {
             cluster_arrive();
             cluster_arrive();
             break;
-        case 8: mbarrier_arrive(&bar); break;
+        case 8: mbarrier_arrive_expect_tx(&bar, 4); break;
         case 9:
             if (threadIdx.x == 0) {
                 mbarrier_init(&bar, 1);
-                mbarrier_expect_tx(&bar, 4);
-                mbarrier_arrive(&bar);
-                mbarrier_arrive(&bar);
+                mbarrier_arrive_expect_tx(&bar, 4);
+                mbarrier_arrive_expect_tx(&bar, 4);
             }
             break;
-        case 10: ldmatrix_x1(registers, tile + 1); break;
-        case 11: ldmatrix_x1(registers, y); break;
-        case 12: cp_async_16(tile + 1, y); break;
-        case 13: y[0] = *map_shared_rank(tile, 5); break;
+        case 10: ldmatrix_x2(registers, tile + 1); break;
+        case 11: ldmatrix_x2(registers, y); break;
+        case 12: st_async(reinterpret_cast<uint4*>(tile + 1), make_uint4(0, 0, 0, 0), &bar, 0); break;
+        case 13: st_async(reinterpret_cast<unsigned*>(tile), 0, &bar, 5); break;
         case 14: y[0] = __shfl_sync(threadIdx.x % 32 < 8 ? 0xffu : 0xffffff00u, 1.0f, 9); break;
         case 15: y[0] = __shfl_sync(0x1u, 1.0f, 0); break;
         case 16:
             if (threadIdx.x == 63) {
                 mbarrier_init(&bar, 1);
                 mbarrier_arrive_expect_tx(&bar, 64);
-                bulk_copy_to_shared(tile, y, 64, &bar);
+                st_async(reinterpret_cast<unsigned*>(tile), 0, &bar, 0);
             }
             break;
         case 17:
             if (threadIdx.x % 32 > 3) {
-                ldmatrix_x1(registers, tile);
+                ldmatrix_x2(registers, tile);
             }
             break;
-        case 18: bulk_copy_to_shared(tile, y, 20, &bar); break;
     }
 }
 EXPORT(fault)

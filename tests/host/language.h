@@ -24,15 +24,11 @@
 
 #define __global__
 #define __device__
-#define __host__
-#define __constant__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
-#define __restrict__ __restrict
 
 // ---- Types ------------------------------------------------------------------------------------------------
 
@@ -59,12 +55,6 @@ struct __nv_bfloat16 {
 struct __half {
     uint16_t bits;
 };
-struct alignas(4) __nv_bfloat162 {
-    __nv_bfloat16 x, y;
-};
-struct alignas(4) __half2 {
-    __half x, y;
-};
 
 struct Mbarrier;  // defined in device.cuh: 8 bytes that the runtime alone reads
 
@@ -84,49 +74,31 @@ extern int without;  // the barrier that mutate.switchable removes in this launc
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void maybe_preempt();                            // a good moment to switch, if the schedule wants to
 void poll(const void* address, unsigned bytes);  // others run before this thread looks at the address
-void pause();                                    // others run first
 void block_barrier();
 void named_barrier_sync(unsigned id, unsigned threads);
-void named_barrier_arrive(unsigned id, unsigned threads);
-void cluster_arrive(bool release);
+void cluster_arrive();
 void cluster_wait();
-unsigned cluster_rank();
-unsigned cluster_size();
 void* shared_static(int id, size_t bytes, size_t alignment);  // the same offset in every block
 unsigned char* shared_dynamic();
-void* map_shared(const void* own, unsigned rank);
 
 // collectives.cpp
 enum class Shuffle { index, exclusive_or, down, up };
 uint64_t shuffle(unsigned mask, uint64_t value, Shuffle kind, int argument, int width);
 unsigned ballot(unsigned mask, bool predicate);
-enum class Reduce { add, minimum, maximum, bit_and, bit_or, bit_xor };
+enum class Reduce { add, minimum, maximum, bit_xor };
 unsigned reduce(unsigned mask, unsigned value, Reduce kind, bool is_signed);
 void warp_barrier(unsigned mask);
 void mma_m16n8k16_bf16(float* d, const unsigned* a, const unsigned* b, const float* c);
 void mma_m16n8k16_f16(float* d, const unsigned* a, const unsigned* b, const float* c);
 void mma_m16n8k8_tf32(float* d, const unsigned* a, const unsigned* b, const float* c);
-void ldmatrix(unsigned* registers, const void* row, int matrices, bool transpose);
-unsigned movmatrix_trans(unsigned fragment);
+void ldmatrix(unsigned* registers, const void* row, int matrices);
 
 // copies.cpp
-void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes);
-void cp_async_commit();
-void cp_async_wait(unsigned groups_left);
 void mbarrier_init(Mbarrier* bar, unsigned count);
 void fence_mbarrier_init();
-void mbarrier_arrive(Mbarrier* bar);
 void mbarrier_arrive_expect_tx(Mbarrier* bar, unsigned bytes);
-void mbarrier_expect_tx(Mbarrier* bar, unsigned bytes);
-void mbarrier_arrive_cluster(Mbarrier* bar, unsigned rank);
-bool mbarrier_try_wait(Mbarrier* bar, unsigned parity, bool cluster_scope);
+bool mbarrier_try_wait(Mbarrier* bar, unsigned parity);
 void st_async(void* shared, const void* value, unsigned bytes, Mbarrier* bar, unsigned rank);
-void fence_proxy_async();
-void bulk_copy_to_shared(void* shared, const void* global, unsigned bytes, Mbarrier* bar);
-void bulk_copy_to_cluster(void* to, const void* shared, unsigned bytes, Mbarrier* bar, unsigned rank);
-void bulk_copy_to_global(void* global, const void* shared, unsigned bytes);
-void bulk_commit();
-void bulk_wait(unsigned groups_left);
 
 // ---- Small twins that need no runtime ----
 
@@ -142,11 +114,6 @@ template <class T>
 __forceinline__ T& shared_variable(int id) {
     return *static_cast<T*>(shared_static(id, sizeof(T), alignof(T) < 16 ? 16 : alignof(T)));
 }
-template <class T>
-__forceinline__ T* map_shared_rank(T* own, unsigned rank) {
-    return static_cast<T*>(map_shared(own, rank));
-}
-
 __forceinline__ unsigned pack(uint16_t low, uint16_t high) { return low | unsigned(high) << 16; }
 
 __forceinline__ unsigned round_to_tf32(float x) {
@@ -156,14 +123,6 @@ __forceinline__ unsigned round_to_tf32(float x) {
     return (finite ? bits + 0x1000u : bits) & 0xffffe000u;
 }
 
-__forceinline__ unsigned load_acquire(const unsigned* address) {
-    poll(address, sizeof *address);
-    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
-}
-__forceinline__ unsigned load_relaxed(const unsigned* address) {
-    poll(address, sizeof *address);
-    return __atomic_load_n(address, __ATOMIC_RELAXED);
-}
 __forceinline__ uint2 load_relaxed(const uint2* address) {
     poll(address, sizeof *address);
     const uint64_t whole = __atomic_load_n(reinterpret_cast<const uint64_t*>(address), __ATOMIC_RELAXED);
@@ -176,14 +135,6 @@ __forceinline__ uint4 load_relaxed(const uint4* address) {
     const uint64_t high = __atomic_load_n(halves + 1, __ATOMIC_RELAXED);
     return {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
 }
-__forceinline__ void store_release(unsigned* address, unsigned value) {
-    maybe_preempt();
-    __atomic_store_n(address, value, __ATOMIC_RELEASE);
-}
-__forceinline__ void store_relaxed(unsigned* address, unsigned value) {
-    maybe_preempt();
-    __atomic_store_n(address, value, __ATOMIC_RELAXED);
-}
 __forceinline__ void store_relaxed(uint2* address, uint2 value) {
     maybe_preempt();
     __atomic_store_n(reinterpret_cast<uint64_t*>(address), value.x | uint64_t(value.y) << 32, __ATOMIC_RELAXED);
@@ -193,14 +144,6 @@ __forceinline__ void store_relaxed(uint4* address, uint4 value) {
     auto* halves = reinterpret_cast<uint64_t*>(address);
     __atomic_store_n(halves, value.x | uint64_t(value.y) << 32, __ATOMIC_RELAXED);
     __atomic_store_n(halves + 1, value.z | uint64_t(value.w) << 32, __ATOMIC_RELAXED);
-}
-__forceinline__ void add_release(unsigned* address, unsigned value) {
-    maybe_preempt();
-    __atomic_fetch_add(address, value, __ATOMIC_RELEASE);
-}
-__forceinline__ unsigned add_acq_rel(unsigned* address, unsigned value) {
-    maybe_preempt();
-    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
 
 // ---- Launch ----
@@ -278,11 +221,9 @@ unsigned describe_kernel(void (*)(Parameters...), Parameter* described) {
 #define blockIdx (host::running->block_index)
 #define blockDim (host::block_dim)
 #define gridDim (host::grid_dim)
-#define warpSize 32
 
 __forceinline__ void __syncthreads() { host::block_barrier(); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { host::warp_barrier(mask); }
-__forceinline__ void __nanosleep(unsigned) { host::pause(); }
 [[noreturn]] __forceinline__ void __trap() { host::fail("__trap()"); }
 
 // ---- 16-bit floats ----
@@ -295,41 +236,16 @@ __forceinline__ __nv_bfloat16 __float2bfloat16_rn(float x) {
     const uint32_t to_even = 0x7fff + (bits >> 16 & 1);
     return {uint16_t(x != x ? 0x7fff : (bits + to_even) >> 16)};
 }
-__forceinline__ __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
 __forceinline__ float __half2float(__half x) { return float(host::bit_cast<_Float16>(x.bits)); }
 __forceinline__ __half __float2half_rn(float x) {
     return {x != x ? uint16_t(0x7fff) : host::bit_cast<uint16_t>(static_cast<_Float16>(x))};
 }
-__forceinline__ __half __float2half(float x) { return __float2half_rn(x); }
-__forceinline__ __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
-}
-__forceinline__ __half2 __floats2half2_rn(float x, float y) {
-    return {__float2half_rn(x), __float2half_rn(y)};
-}
-__forceinline__ float2 __bfloat1622float2(__nv_bfloat162 v) {
-    return {__bfloat162float(v.x), __bfloat162float(v.y)};
-}
-__forceinline__ float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 
 // ---- Intrinsics ----
 
-__forceinline__ float __expf(float x) { return expf(x); }
-__forceinline__ float __logf(float x) { return logf(x); }
 __forceinline__ float __fdividef(float x, float y) { return x / y; }
-__forceinline__ float __frcp_rn(float x) { return 1.0f / x; }
-__forceinline__ float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-__forceinline__ float __fmul_rn(float x, float y) { return x * y; }
-__forceinline__ float __fadd_rn(float x, float y) { return x + y; }
-__forceinline__ float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-__forceinline__ float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 __forceinline__ unsigned __float_as_uint(float x) { return host::bit_cast<unsigned>(x); }
-__forceinline__ int __float_as_int(float x) { return host::bit_cast<int>(x); }
 __forceinline__ float __uint_as_float(unsigned x) { return host::bit_cast<float>(x); }
-__forceinline__ float __int_as_float(int x) { return host::bit_cast<float>(x); }
-__forceinline__ int __popc(unsigned x) { return __builtin_popcount(x); }
-__forceinline__ int __ffs(int x) { return __builtin_ffs(x); }
-__forceinline__ int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 __forceinline__ int min(int a, int b) { return b < a ? b : a; }
 __forceinline__ int max(int a, int b) { return a < b ? b : a; }
 __forceinline__ unsigned min(unsigned a, unsigned b) { return b < a ? b : a; }
@@ -447,12 +363,6 @@ __forceinline__ int __reduce_min_sync(unsigned mask, int v) {
 }
 __forceinline__ int __reduce_max_sync(unsigned mask, int v) {
     return int(host::reduce(mask, unsigned(v), host::Reduce::maximum, true));
-}
-__forceinline__ unsigned __reduce_and_sync(unsigned mask, unsigned v) {
-    return host::reduce(mask, v, host::Reduce::bit_and, false);
-}
-__forceinline__ unsigned __reduce_or_sync(unsigned mask, unsigned v) {
-    return host::reduce(mask, v, host::Reduce::bit_or, false);
 }
 __forceinline__ unsigned __reduce_xor_sync(unsigned mask, unsigned v) {
     return host::reduce(mask, v, host::Reduce::bit_xor, false);

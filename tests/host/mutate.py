@@ -19,25 +19,10 @@ BARRIERS = (
     "__syncthreads",
     "__syncwarp",
     "named_barrier_sync",
-    "named_barrier_arrive",
-    "grid_barrier",
-    "cp_async_wait",
-    "cluster_arrive",
-    "cluster_arrive_relaxed",
-    "cluster_wait",
     "cluster_sync",
-    "mbarrier_arrive",
-    "mbarrier_arrive_cluster",
     "mbarrier_arrive_expect_tx",
-    "mbarrier_wait",
     "mbarrier_wait_cluster",
-    "bulk_wait_read",
-    "st_release_gpu",
-    "red_release_gpu",
 )
-
-# Their absence changes no schedule of the host: ThreadSanitizer alone can tell.
-FENCES = ("fence_proxy_async",)
 
 
 class Barrier(NamedTuple):
@@ -54,7 +39,7 @@ def barriers(text: str, names: Sequence[str] = BARRIERS) -> list[Barrier]:
     """The statements of `text` that call one of `names`, in order."""
     code = _blank_out(text)
     functions = list(_functions(code))
-    pattern = re.compile(rf"(?<![\w.:])(?:{'|'.join(map(re.escape, names))})\s*(?:<[^<>;]*>\s*)?\(")
+    pattern = re.compile(rf"(?<![\w.:])(?:{'|'.join(map(re.escape, names))})\s*\(")
     found = []
     for match in pattern.finditer(code):
         end = _after_bracket(code, match.end() - 1)
@@ -76,9 +61,9 @@ def without(text: str, n: int, names: Sequence[str] = BARRIERS) -> str:
     return text[: barrier.start] + re.sub(r"[^\n]", " ", barrier.text) + text[barrier.end :]
 
 
-def switchable(text: str, names: Sequence[str] = BARRIERS) -> str:
+def switchable(text: str) -> str:
     """`text` in which Library.launch(without=n) removes the n-th barrier."""
-    for n, barrier in reversed(list(enumerate(barriers(text, names)))):
+    for n, barrier in reversed(list(enumerate(barriers(text)))):
         switched = f"(host::without == {n} ? void() : void({barrier.text}))"
         text = text[: barrier.start] + switched + text[barrier.end :]
     return text

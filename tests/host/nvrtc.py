@@ -3,8 +3,8 @@
     cubin = compile(join([device, kernel]), "sm_90", ["-DSCALAR=float"])
     resources(cubin)["forward"].spills == 0
 
-NVRTC and the headers come from the nvidia-cuda-nvrtc and nvidia-cuda-runtime wheels, cuobjdump and nvdisasm
-from the Triton wheel."""
+NVRTC and the headers come from the nvidia-cuda-nvrtc and nvidia-cuda-runtime wheels, or from the CUDA toolkit
+of $CUDA_PATH, $CUDA_HOME, the nvcc on the PATH, or /usr/local/cuda; cuobjdump and nvdisasm from the Triton wheel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -47,9 +48,9 @@ class Resources:
 def why_not() -> str | None:
     """Why nothing can be compiled here, or None."""
     if _library_path() is None:
-        return "no libnvrtc: pip install nvidia-cuda-nvrtc"
+        return "no libnvrtc: pip install nvidia-cuda-nvrtc, or set CUDA_PATH"
     if _include_directory() is None:
-        return "no cuda_bf16.h: pip install nvidia-cuda-runtime"
+        return "no cuda_bf16.h: pip install nvidia-cuda-runtime, or set CUDA_PATH"
     return None
 
 
@@ -153,24 +154,38 @@ def _package_directories(name: str) -> list[Path]:
     return [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
 
 
-def _search(patterns: Sequence[str]) -> Path | None:
-    """The first match in the CUDA wheels, the highest version first."""
-    for pattern in patterns:
-        for directory in _package_directories("nvidia"):
-            matches = sorted(directory.glob(pattern), reverse=True)
+def _toolkits() -> list[Path]:
+    """Where a CUDA toolkit may lie, with its lib64 and include."""
+    named = [Path(os.environ[name]) for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc")
+    return [*named, *([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
+
+
+def _search(in_wheels: Sequence[str], in_toolkits: Sequence[str]) -> Path | None:
+    """The first match: in the CUDA wheels, the highest version first, then in the toolkits."""
+    for roots, patterns in ((_package_directories("nvidia"), in_wheels), (_toolkits(), in_toolkits)):
+        for root, pattern in itertools.product(roots, patterns):
+            matches = sorted(root.glob(pattern), key=_version, reverse=True)
             if matches:
                 return matches[0]
     return None
 
 
+def _version(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", str(path))]
+
+
 @functools.cache
 def _library_path() -> Path | None:
-    return _search(["cu*/lib/libnvrtc.so.*[0-9]", "cuda_nvrtc/lib/libnvrtc.so.*[0-9]"])
+    library = "libnvrtc.so.*[0-9]"
+    wheels = [f"cu[0-9]*/lib/{library}", f"cuda_nvrtc/lib/{library}"]
+    return _search(wheels, [f"lib64/{library}", f"lib/{library}", f"targets/*/lib/{library}"])
 
 
 @functools.cache
 def _include_directory() -> Path | None:
-    header = _search(["cu*/include/cuda_bf16.h", "cuda_runtime/include/cuda_bf16.h"])
+    wheels = ["cu[0-9]*/include/cuda_bf16.h", "cuda_runtime/include/cuda_bf16.h"]
+    header = _search(wheels, ["include/cuda_bf16.h", "targets/*/include/cuda_bf16.h"])
     return header.parent if header else None
 
 

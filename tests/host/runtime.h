@@ -61,23 +61,12 @@ struct Warp {
     std::map<unsigned, WarpBarrier> barriers;  // by mask
 };
 
-// A copy made on behalf of a thread, some time after it was issued.
+// A store made on behalf of a thread, some time after it was issued.
 struct Copy {
     void* to = nullptr;
-    const void* from = nullptr;  // null: the bytes are in `value`
     unsigned bytes = 0;
-    unsigned zeros = 0;  // written after the bytes
-    unsigned group = 0;
-    Mbarrier* bar = nullptr;
-    alignas(16) unsigned char value[16];
-};
-
-// The copies of one thread that complete by groups.
-struct CopyGroups {
-    std::vector<Copy> late;  // not made yet
-    unsigned committed = 0;
-    Strand engine;
-    char tokens[8] = {};  // one per group, in turn: what the engine had done when the group was committed
+    Mbarrier* bar = nullptr;  // counts them
+    unsigned char value[16];
 };
 
 struct Fiber : Thread {
@@ -109,14 +98,11 @@ struct Fiber : Thread {
 
     bool cluster_arrived = false;
     unsigned cluster_phase = 0;
-    char issued = 0;         // token: what the thread did before it issued a copy
-    Strand engine;           // writes the copies that an mbarrier counts
-    Strand proxy;            // reads what they copy from shared memory
-    CopyGroups copies;       // cp.async
-    CopyGroups bulk_copies;  // cp.async.bulk to global memory
+    char issued = 0;  // token: what the thread did before it issued a store
+    Strand engine;    // makes the stores that an mbarrier counts
 
     void end_strands(const void* token) {
-        for (Strand* ending : {&strand, &engine, &proxy, &copies.engine, &bulk_copies.engine}) {
+        for (Strand* ending : {&strand, &engine}) {
             ending->end(token);
         }
     }
@@ -131,8 +117,7 @@ struct Block {
     size_t shared_bytes = 0;
     Barrier barriers[16];  // 0 is __syncthreads
     std::vector<Warp> warps;
-    char proxy_fence = 0;  // token: what has passed fence_proxy_async()
-    char exits = 0;        // token: what the threads did that have exited
+    char exits = 0;  // token: what the threads did that have exited
 
     bool holds(const void* address, size_t bytes) const {
         const auto* byte = static_cast<const unsigned char*>(address);
@@ -154,8 +139,6 @@ Fiber* self();
 bool seeded();  // false for seed 0, the first-in first-out schedule
 uint64_t random_number();
 void made_progress();
-const void* launch_token();  // what was written before the launch
-unsigned cluster_blocks();
 Block& peer(unsigned rank);  // a block of this cluster that has not exited; fails otherwise
 void wake(Fiber* fiber);
 void park();  // runs others until someone wakes this fiber
@@ -168,7 +151,6 @@ void leave_warp(Fiber* fiber);
 
 void reset_copies();
 bool complete_a_copy(bool any);  // false: none is in flight
-void leave_with_copies(Fiber* fiber);
 void check_no_copy_into(const Block& block);
 std::string describe_mbarrier(const Mbarrier* bar);
 

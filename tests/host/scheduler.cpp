@@ -251,8 +251,6 @@ Fiber* self() { return static_cast<Fiber*>(running); }
 bool seeded() { return schedule.is_seeded(); }
 uint64_t random_number() { return schedule.random(); }
 void made_progress() { now.idle_polls = 0; }
-const void* launch_token() { return &now.token; }
-unsigned cluster_blocks() { return now.blocks_in_cluster; }
 
 void wake(Fiber* fiber) {
     fiber->doing = "is ready";
@@ -285,12 +283,6 @@ void maybe_preempt() {
         self()->doing = "is ready";
         yield();
     }
-}
-
-void pause() {
-    self()->site = CALLER;
-    self()->doing = "is ready";
-    yield();
 }
 
 void poll(const void* address, unsigned bytes) {
@@ -341,11 +333,9 @@ void complete(Barrier& barrier) {
     barrier.waiting.wake_all();
 }
 
-unsigned arrive(Barrier& barrier, unsigned expected, bool publish = true) {
+unsigned arrive(Barrier& barrier, unsigned expected) {
     const unsigned phase = barrier.phase;
-    if (publish) {
-        release(barrier.token(phase));
-    }
+    release(barrier.token(phase));
     barrier.expected = expected;
     if (++barrier.arrived >= expected) {
         complete(barrier);
@@ -403,18 +393,13 @@ void named_barrier_sync(unsigned id, unsigned threads) {
     wait(barrier, arrive(barrier, threads), "waits at named barrier", CALLER);
 }
 
-void named_barrier_arrive(unsigned id, unsigned threads) {
-    arrive(named_barrier(id, threads), threads);
-    maybe_preempt();
-}
-
-void cluster_arrive(bool publish) {
+void cluster_arrive() {
     Fiber* me = self();
     if (me->cluster_arrived) {
         fail("cluster_arrive: twice without cluster_wait");
     }
     me->cluster_arrived = true;
-    me->cluster_phase = arrive(me->block->cluster->barrier, me->block->cluster->live, publish);
+    me->cluster_phase = arrive(me->block->cluster->barrier, me->block->cluster->live);
     maybe_preempt();
 }
 
@@ -426,9 +411,6 @@ void cluster_wait() {
     me->cluster_arrived = false;
     wait(me->block->cluster->barrier, me->cluster_phase, "waits at the cluster barrier", CALLER);
 }
-
-unsigned cluster_rank() { return self()->block->rank; }
-unsigned cluster_size() { return now.blocks_in_cluster; }
 
 // ---- Shared memory ----------------------------------------------------------------------------------------
 
@@ -493,14 +475,6 @@ Block& peer(unsigned rank) {
     return block;
 }
 
-void* map_shared(const void* own, unsigned rank) {
-    const Block& block = *self()->block;
-    if (!block.holds(own, 1)) {
-        fail("map_shared_rank: not an address in this block's shared memory");
-    }
-    return peer(rank).shared + (static_cast<const unsigned char*>(own) - block.shared);
-}
-
 // ---- Threads: birth and exit ------------------------------------------------------------------------------
 
 namespace {
@@ -520,7 +494,6 @@ void exit_thread() {
     Fiber* me = self();
     Block& block = *me->block;
     Cluster& cluster = *block.cluster;
-    leave_with_copies(me);
     me->doing = "has exited";
     --block.live;
     --cluster.live;
