@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench import nvrtc
 from gpu_rnn.backends import cuda
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence, stepwise
 from gpu_rnn.kernels.cuda.launch import OPTIONS
-
-from .host import nvrtc
 
 pytestmark = pytest.mark.skipif(
     (nvrtc.why_not() or nvrtc.why_no_resources()) is not None, reason=f"{nvrtc.why_not()}; {nvrtc.why_no_resources()}"
