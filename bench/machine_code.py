@@ -7,8 +7,8 @@ Read from nvdisasm's text and nothing else, so it knows what branches there are 
 
 - the time loop is the outermost loop that has the product (HMMA, or FFMA where there is none);
 - a warp takes the longest way through it, except through instructions that the caller knows it has no part in;
-- an inner loop, which is a wait, goes round once, and what lies behind the time loop, its end included, is for waits
-  that take long, so it isn't executed;
+- an inner loop goes round once; if it is a wait that can be passed by, that isn't entered, and neither is what lies
+  behind the time loop, which is for waits that take long;
 - a trap isn't executed.
 """
 
@@ -52,12 +52,26 @@ class Instruction:
         return next(kind for kind, begin in CLASSES.items() if re.match(begin, self.base))
 
     @property
+    def waits(self) -> bool:
+        """Whether it is what a wait looks at: a barrier in shared memory, or memory that blocks share."""
+        return self.base == "SYNCS" or (self.base == "LDG" and self.shared)
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is an access to global memory that blocks share."""
+        return "STRONG" in self.opcode
+
+    @property
     def target(self) -> int | None:
         """Where a branch leads."""
         return int(self.arguments.split()[-1], 16) if self.base == "BRA" else None
 
     def __str__(self) -> str:
         return f"{self.address:5x}  {f'@{self.guard} ' if self.guard else ''}{self.opcode} {self.arguments}"
+
+
+class NoWay(ValueError):
+    pass
 
 
 class MachineCode:
@@ -95,8 +109,34 @@ class MachineCode:
                 return begin, max(n for n in before[begin] if n in loop)
         raise ValueError("no loop has a product")
 
+    @cached_property
+    def waits(self) -> list[Instruction]:
+        """The first instructions of inner loops that wait."""
+        begin, end = self.time_loop
+        found = []
+        for n in range(begin, end):
+            target = self.instructions[n].target
+            first = n + 1 if target is None else self.at[target]
+            if begin < first <= n and any(one.waits for one in self.instructions[first : n + 1]):
+                found.append(self.instructions[first])
+        return found
+
     def path(self, avoided: Callable[[Instruction], bool]) -> list[Instruction]:
-        """The longest way through the time loop that has none of the instructions avoided."""
+        """What a warp executes that has no part in the instructions avoided."""
+        passed_by: set[Instruction] = set()
+        found = self.longest(avoided)
+        for wait in self.waits:
+            without = {*passed_by, wait}
+            try:
+                other = self.longest(lambda one: avoided(one) or one in without)  # noqa: B023
+            except NoWay:
+                continue
+            if products(other) == products(found):
+                found, passed_by = other, without
+        return found
+
+    def longest(self, avoided: Callable[[Instruction], bool]) -> list[Instruction]:
+        """The longest way through the time loop that has none of the instructions avoided but under a predicate."""
         begin, end = self.time_loop
         best: dict[int, tuple[int, int]] = {}  # from here to the end: how many, and which comes next
         # Ways on lead forward: the ways back are those of inner loops.
@@ -111,12 +151,17 @@ class MachineCode:
                 longest = max(onward, key=lambda next: best[next][0])
                 best[n] = max(best.get(n, (0, -1)), (1 + best[longest][0], longest))
         if begin not in best:
-            raise ValueError("no way through the time loop has none of the instructions avoided")
+            raise NoWay("no way through the time loop has none of the instructions avoided")
         found, n = [], begin
         while n >= 0:
             found.append(self.instructions[n])
             n = best[n][1]
         return found
+
+
+def products(path: list[Instruction]) -> int:
+    """How many there are in it."""
+    return sum(one.kind == "mma" for one in path)
 
 
 def reached(first: int, onward: list[list[int]]) -> set[int]:

@@ -69,18 +69,13 @@ KERNELS = [Kernel(*sizes, backward) for sizes in SIZES for backward in (False, T
 # ---- What is executed ---------------------------------------------------------------------------------------------
 
 
-def shared(one: Instruction) -> bool:
-    """Whether it is an access to memory that blocks share."""
-    return "STRONG" in one.opcode
-
-
 def of_elements(one: Instruction) -> bool:
     """Whether only warps that have elements execute it: of the cell's mathematics, or a store of its results."""
-    return one.base in ("MUFU", "FMUL") or (one.base == "STG" and not shared(one))
+    return one.base in ("MUFU", "FMUL") or (one.base == "STG" and not one.shared)
 
 
 def of_publication(one: Instruction) -> bool:
-    return one.base == "STG" and shared(one)
+    return one.base == "STG" and one.shared
 
 
 def paths(plan: residence.Residence, code: MachineCode) -> list[list[Instruction]]:
