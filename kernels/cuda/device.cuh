@@ -34,6 +34,17 @@
 
 #define DEVICE __device__ __forceinline__
 
+// A number or an address that stays in a register: a compiler that saves registers computes it anew at every use.
+DEVICE int in_register(int x) {
+    PTX(asm volatile("" : "+r"(x)));
+    return x;
+}
+template <class T>
+DEVICE T* in_register(T* global) {
+    PTX(asm volatile("" : "+l"(global)));
+    return global;
+}
+
 // ---- Kernels and shared memory ----------------------------------------------------------------------------
 
 // EXPORT(kernel) after a kernel's definition gives Python a way to launch it on the host.
