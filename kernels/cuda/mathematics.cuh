@@ -40,8 +40,12 @@ DEVICE double from_real(real x) {
 DEVICE float reciprocal(float a) { return __fdividef(1.0f, a); }  // one instruction, 1 ulp; 0 for a > 2^126
 DEVICE double reciprocal(double a) { return 1 / a; }
 
+// exp(-a) for sigmoid, which shows its relative error only where it is large itself: for float it grows as |a| 2^-24.
+DEVICE float exp_of_minus(float a) { return exp2_approx(-1.442695041f * a); }  // 2 instructions where exp takes 8
+DEVICE double exp_of_minus(double a) { return exp(-a); }
+
 // exp overflows to infinity for a < -88, and the result is 0, as it should be.
-DEVICE real sigmoid(real a) { return reciprocal(1 + exp(-a)); }
+DEVICE real sigmoid(real a) { return reciprocal(1 + exp_of_minus(a)); }
 
 #if GPU_RNN_ON_HOST
 DEVICE real rsqrt(real a) { return 1 / std::sqrt(a); }
