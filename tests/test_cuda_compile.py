@@ -92,7 +92,7 @@ def test_errors_name_the_file():
     launch = stepwise.launch(
         "stepwise_forward", cells.get("gru"), B=1, H=1, R=1, storage="float32", product="float32", addresses=()
     )
-    source = launch.unit.source.replace("const real t8 = tanh(", "const real t8 = tanh_of(")
+    source = launch.unit.source.replace("const real t8 = forward_tanh(", "const real t8 = tanh_of(")
     with pytest.raises(nvrtc.CompileError, match=r'cell gru\(15\).*"tanh_of" is undefined'):
         nvrtc.compile(source, "sm_90", [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)])
 
