@@ -2,7 +2,8 @@
 
 The kernels are those that an H200 would run, compiled by NVRTC for sm_90 (bench/nvrtc.py) and read by
 bench/machine_code.py. The issue floor is the time that the busiest of a multiprocessor's four schedulers needs to issue
-the instructions of its warps, one a cycle: a step can't take less, whatever else it waits for.
+the instructions of its warps, one a cycle: a step can't take less, whatever else it waits for. What is measured was so
+on the day of its file in bench/results, with the kernels of that day.
 """
 
 import csv

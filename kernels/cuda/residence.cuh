@@ -169,9 +169,10 @@ struct Residence {  // for one direction of time
 #endif
 #if SCOPE == GRID
         exchange = exchanges + from * group_words(T);
-        member = in_register(warp / K_SPLITS * 32 + lane);
-        asked = in_register(warp % K_SPLITS * TILES * 8 + member);
-        filled = in_register(warp % K_SPLITS * PIECE * 32 + member * 4);
+        member = warp / K_SPLITS * 32 + lane;
+        const int column = warp % K_SPLITS * TILES * 8 + member;
+        asked = PIECES == 1 ? in_register(column) : column;  // large batches, in pieces, leave no register
+        filled = PIECES == 1 ? asked * 4 : warp % K_SPLITS * PIECE * 32 + member * 4;
 #endif
     }
 
