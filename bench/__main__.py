@@ -1,4 +1,4 @@
-"""python -m bench [run | gpu | report | compare | once | list]: see --help of each."""
+"""python -m bench [run | gpu | sass | report | compare | once | list]: see --help of each."""
 
 import argparse
 import math
@@ -57,6 +57,17 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--filter", help="only tests and cases whose text has these words")
     gpu.add_argument("--dry", action="store_true", help="walk through the whole plan on the CPU, keep no result")
     gpu.set_defaults(command=gpu_command)
+
+    sass = commands.add_parser(
+        "sass", help="what a time step of the persistent kernels executes, by machine code; no GPU"
+    )
+    sass.add_argument("--filter", help="only kernels whose text has these words, as in 'lstm H=512 backward'")
+    what = sass.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="compare with the table, bench/sass.csv, instead of writing it"
+    )
+    what.add_argument("--code", action="store_true", help="print the instructions that a warp executes in a time step")
+    sass.set_defaults(command=sass_command)
 
     report = commands.add_parser("report", help="tables for README.md and docs/benchmarks.md, plots, and an HTML page")
     report.add_argument("--results", type=Path, default=results.FOLDER, help="folder of CSV files (bench/results)")
@@ -201,6 +212,12 @@ def gpu_command(options: argparse.Namespace) -> int:
     from .gpu import visit
 
     return visit(options)
+
+
+def sass_command(options: argparse.Namespace) -> int:
+    from .sass import tell
+
+    return tell(options.filter, check=options.check, code=options.code)
 
 
 def report_command(options: argparse.Namespace) -> int:

@@ -85,7 +85,9 @@ def capability() -> int:
 
 
 def main(journal: Journal) -> None:
-    from tests.host import features, nvrtc, runtime
+    from tests.host import features, runtime
+
+    from . import nvrtc
 
     done = journal.outcomes()
     left = [name for name in names() if name not in done]

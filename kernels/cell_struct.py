@@ -37,7 +37,7 @@ def page(cell: Cell) -> str:
         ),
         "    DEVICE static void step(const real* x, const real* h, real* state, real* saved,",
         "                            const real* extra = nullptr, const real* means = nullptr) {",
-        *body(step.page, "state", "saved"),
+        *(line.replace("tanh(", "forward_tanh(") for line in body(step.page, "state", "saved")),
         "    }",
         "    DEVICE static void grad(const real* dnew, const real* next, const real* state, const real* saved,",
         "                            real* dx, real* dh, real* dstate, real* dunits = nullptr,",

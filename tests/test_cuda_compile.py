@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench import nvrtc
 from gpu_rnn.backends import cuda
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import residence, stepwise
 from gpu_rnn.kernels.cuda.launch import OPTIONS
-
-from .host import nvrtc
 
 pytestmark = pytest.mark.skipif(
     (nvrtc.why_not() or nvrtc.why_no_resources()) is not None, reason=f"{nvrtc.why_not()}; {nvrtc.why_no_resources()}"
@@ -93,7 +92,7 @@ def test_errors_name_the_file():
     launch = stepwise.launch(
         "stepwise_forward", cells.get("gru"), B=1, H=1, R=1, storage="float32", product="float32", addresses=()
     )
-    source = launch.unit.source.replace("const real t8 = tanh(", "const real t8 = tanh_of(")
+    source = launch.unit.source.replace("const real t8 = forward_tanh(", "const real t8 = tanh_of(")
     with pytest.raises(nvrtc.CompileError, match=r'cell gru\(15\).*"tanh_of" is undefined'):
         nvrtc.compile(source, "sm_90", [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)])
 

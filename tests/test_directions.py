@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 
 import gpu_rnn
+from bench import nvrtc
 from gpu_rnn import dispatch
 from gpu_rnn.backends import cuda, sequence
 from gpu_rnn.kernels import cells
@@ -16,7 +17,7 @@ from gpu_rnn.kernels.cuda.launch import OPTIONS
 from gpu_rnn.problem import Direction, Problem
 
 from . import on_host, sequences, woven
-from .host import nvrtc, runtime
+from .host import runtime
 from .test_residence import ARCHITECTURES, COMPILATIONS, DEVICES, any_plan, launches, planned, problems, stored
 
 ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .host import features, mutate, nvrtc, runtime, sanitize
+from bench import nvrtc
+
+from .host import features, mutate, runtime, sanitize
 from .host.runtime import DEVICE, HostError, Launcher, Library, Source
 
 KERNELS = DEVICE.parents[1]

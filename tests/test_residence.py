@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import nvrtc
 from gpu_rnn import arrays, compat
 from gpu_rnn.backends import cuda, sequence
 from gpu_rnn.backends.stepwise import Extra
@@ -20,7 +21,6 @@ from gpu_rnn.kernels.cuda.launch import OPTIONS
 from gpu_rnn.problem import Problem
 
 from . import test_gpu, woven
-from .host import nvrtc
 
 DEVICES = residence.DEVICES
 DTYPES = (*sorted(residence.SIZES), "ieee")  # which is float32 not as TF32

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gpu_rnn
+from bench import nvrtc
 from gpu_rnn import arrays, dispatch
 from gpu_rnn.backends import cuda, sequence
 from gpu_rnn.backends import numpy as oracle
@@ -20,7 +21,7 @@ from gpu_rnn.kernels.cuda.launch import OPTIONS
 from gpu_rnn.problem import Problem, Weights
 
 from . import on_host, sequences
-from .host import nvrtc, runtime, sanitize
+from .host import runtime, sanitize
 from .resident import EPSILON, SOURCE, decode, encode, poison, sources, zeros
 from .tolerance import assert_close
 

@@ -129,6 +129,11 @@ struct Residence {  // for one direction of time
     static constexpr bool SENDS = SCOPE == GRID && (!ALONE || KEEPS);
 
     bool waits;  // for what others publish
+#if SCOPE == GRID
+    int member;  // of the threads that receive the same columns
+    int asked;   // the first word that this thread receives of a publication: 4 bytes of a batch row's
+    int filled;  // and where they go in the operand
+#endif
 
     DEVICE static long long group_words(long long T) { return (KEEPS ? T + 1 : 2) * PUBLICATION + Meeting::EXCHANGED; }
 
@@ -164,6 +169,10 @@ struct Residence {  // for one direction of time
 #endif
 #if SCOPE == GRID
         exchange = exchanges + from * group_words(T);
+        member = warp / K_SPLITS * 32 + lane;
+        const int column = warp % K_SPLITS * TILES * 8 + member;
+        asked = PIECES == 1 ? in_register(column) : column;  // large batches, in pieces, leave no register
+        filled = PIECES == 1 ? asked * 4 : warp % K_SPLITS * PIECE * 32 + member * 4;
 #endif
     }
 
@@ -254,6 +263,30 @@ struct Residence {  // for one direction of time
 #endif
     }
 
+#if SCOPE == GRID
+    static constexpr int TEAM = 32 * UNIT_TILES;  // threads that receive the same columns
+    static constexpr int IN_FLIGHT = 8;           // words that a thread asks for before it looks at them
+    static constexpr int PER = (PIECE * 8 + TEAM - 1) / TEAM;  // words of a thread, of three batch rows
+    static constexpr bool FILLED = BLOCKS * (SLICE / 4) == K_SPLITS * TILES * 8;  // no columns that are never published
+
+    // give(word, triple, c) for those of this thread's words, from `begin` on, that are of the batch and of the piece; c:
+    // columns from its first one.
+    template <class Give>
+    DEVICE void each_word(int begin, int first, int last, uint4 (&words)[IN_FLIGHT], Give give) const {
+#pragma unroll
+        for (int triple = 0; triple < TRIPLES; ++triple) {
+            if (triple >= (rows + 2) / 3) continue;
+#pragma unroll
+            for (int f = 0; f < IN_FLIGHT; ++f) {
+                const int c = (begin + f) % PER * TEAM;
+                const bool within =
+                    (PER * TEAM == PIECE * 8 && last - first == PIECE) || member + c < (last - first) * 8;
+                if ((begin + f) / PER == triple && within) give(words[f], triple, c);
+            }
+        }
+    }
+#endif
+
     // Wait until the k tiles `first` to `last` are there.
     DEVICE void await(long long n, int first, int last) {
         if (ONLY == PRODUCT || !waits) return;
@@ -263,49 +296,42 @@ struct Residence {  // for one direction of time
         // The warps that multiply the same columns receive them: nobody waits for what he doesn't multiply. A word is
         // overwritten two publications later, if at all. No fence is needed for that: its owner stores it after it has
         // seen all of the publication between, which every block stores after it has seen all of this one.
-        constexpr int IN_FLIGHT = 8, TEAM = 32 * UNIT_TILES;
-        constexpr int PER = (PIECE * 8 + TEAM - 1) / TEAM, EACH = TRIPLES * PER;  // words of a thread: of three rows, of all
-        const int split = warp % K_SPLITS, count = (last - first) * 8, triples = (rows + 2) / 3;
-        const int mine = warp / K_SPLITS * 32 + lane, column0 = (split * TILES + first) * 8 + mine;  // 4 bytes of a batch row
-        const uint4* source = exchange + place(n) * PUBLICATION + column0;
-        unsigned char* to = operand + split * PIECE * 32 + mine * 4;
+        const uint4* source = in_register(exchange + (place(n) * PUBLICATION + first * 8 + asked));
+        unsigned char* to = operand + filled;
 #pragma unroll
-        for (int begin = 0; begin < EACH; begin += IN_FLIGHT) {
+        for (int begin = 0; begin < TRIPLES * PER; begin += IN_FLIGHT) {
             uint4 got[IN_FLIGHT];
-            auto wanted = [&](int f) {
-                const int c = (begin + f) % PER * TEAM;
-                return begin + f < EACH && (begin + f) / PER < triples && (PER * TEAM == PIECE * 8 && last - first == PIECE || mine + c < count) &&
-                       (BLOCKS * (SLICE / 4) == K_SPLITS * TILES * 8 || column0 + c < BLOCKS * (SLICE / 4));
+            auto published = [&](int c) { return FILLED || first * 8 + asked + c < BLOCKS * (SLICE / 4); };
+            auto read = [&](uint4& word, int triple, int c) {
+                word = ld_relaxed_gpu(source + triple * BLOCKS * (SLICE / 4) + c);
             };
-#pragma unroll
-            for (int f = 0; f < IN_FLIGHT; ++f) got[f] = make_uint4(0, 0, 0, wanted(f) ? stamp(n) - 1 : stamp(n));
-            Watchdog watchdog;
-            bool late;
-            do {  // all at once that aren't there: one trip for those that come late together
-                late = false;
-#pragma unroll
-                for (int f = 0; f < IN_FLIGHT; ++f)
-                    if (begin + f < EACH && got[f].w != stamp(n))
-                        got[f] = ld_relaxed_gpu(source + (begin + f) / PER * BLOCKS * (SLICE / 4) + (begin + f) % PER * TEAM);
-#pragma unroll
-                for (int f = 0; f < IN_FLIGHT; ++f) late = late || got[f].w != stamp(n);
-                watchdog.turn();
-            } while (late);
-#pragma unroll
-            for (int f = 0; f < IN_FLIGHT; ++f) {
-                const int triple = (begin + f) / PER, c = (begin + f) % PER * TEAM;
-                if (begin + f >= EACH || triple >= triples || mine + c >= count) continue;
-                const unsigned data[3] = {got[f].x, got[f].y, got[f].z};
+            each_word(begin, first, last, got, [&](uint4& word, int triple, int c) {
+                if (!FILLED) word = make_uint4(0, 0, 0, 0);
+                if (published(c)) read(word, triple, c);
+            });
+            for (Watchdog watchdog;; watchdog.turn()) {
+                unsigned late = 0;
+                each_word(begin, first, last, got, [&](uint4& word, int, int c) {
+                    if (published(c)) late |= word.w ^ stamp(n);
+                });
+                if (late == 0) break;
+                each_word(begin, first, last, got, [&](uint4& word, int triple, int c) {  // one trip for all late ones
+                    if (published(c) && word.w != stamp(n)) read(word, triple, c);
+                });
+            }
+            each_word(begin, first, last, got, [&](uint4& word, int triple, int c) {
+                const unsigned data[3] = {word.x, word.y, word.z};
 #pragma unroll
                 for (int row = 0; row < 3; ++row)
-                    if (triple * 3 + row < NB) *reinterpret_cast<unsigned*>(to + c * 4 + (triple * 3 + row) * ROW) = data[row];
-            }
+                    if (triple * 3 + row < NB)
+                        *reinterpret_cast<unsigned*>(to + c * 4 + (triple * 3 + row) * ROW) = data[row];
+            });
         }
         team_sync();  // every thread's words are there
 #endif
     }
 
-    DEVICE static long long place(long long n) { return KEEPS ? n : n % 2; }
+    DEVICE static long long place(long long n) { return KEEPS ? n : n & 1; }  // n % 2 would ask for the sign
     DEVICE static unsigned stamp(long long n) { return static_cast<unsigned>(n + 1); }
 
     // The warps that multiply the same columns wait for each other.

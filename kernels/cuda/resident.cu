@@ -81,6 +81,13 @@ struct Element {
     DEVICE bool held() const { return WHOLE || row < NB; }
 };
 
+// Which of a thread's elements are real, a bit each, in a register: comparing with B and H takes ten instructions.
+DEVICE int real_ones(int first_row, int B, int H) {
+    int found = 0;
+    for (int k = 0; k < OWN; ++k) found |= Element(k, first_row, B, H).real << k;
+    return in_register(found);
+}
+
 // Where a thread's first element lies in an array over instants, and how far it is to its next ones and to the next
 // instant. Going on is an addition; a multiplication of 64 bits takes five instructions, in every gate.
 template <class T>
@@ -162,21 +169,24 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
     Along<SCALAR> ys{given.y + at.h(at.nth(0), mine), way * cells_apart, ROWS_APART * H};
     Along<SCALAR> kepts{given.saved + at.row(at.nth(0), mine, K, 0), way * K * cells_apart, ROWS_APART * K * H};
     Along<float> boundaries{given.others + at.other(at.after(at.nth(0)), 1, mine), way * (S - 1) * cells_apart, ROWS_APART * H};
+    // A time step may be shorter than the way to memory, so what the one after the coming one needs goes to L2 meanwhile:
+    // 16 units lie side by side, and each of their first threads asks for one gate of theirs.
+    Along<const SCALAR> later{xs.at + xs.step + mine.unit % 16 * (H - 1LL), xs.step, xs.pitch};
+    const int reals = real_ones(first_row, B, H);
+    auto real = [&](int k) { return (reals >> k & 1) != 0; };
     auto fetch = [&](long long n) {
-        const bool ahead = mine.unit % 16 == 0 && n + 1 < T;
+        const bool ahead = mine.unit % 16 < G && n + 1 < T;
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
+            if (!real(k)) continue;
             const Element e(k, first_row, B, H);
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                x[k][g] = e.real ? xs.of(k)[g * H] : from_float<SCALAR>(0.0f);
-                if (e.real && ahead) prefetch_l2(xs.of(k) + xs.step + g * H);  // a step may be shorter than the way to memory
-            }
-            if (!e.real) continue;
+            for (int g = 0; g < G; ++g) x[k][g] = xs.of(k)[g * H];
+            if (ahead) prefetch_l2(later.of(k));
             if (n + 1 < T) bits[k] = extra.bits(at.nth(n + 1), e.b);
             extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
         }
-        xs.go();
+        xs.go(), later.go();
     };
 #pragma unroll
     for (int k = 0; k < OWN; ++k) {
@@ -188,6 +198,8 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 #pragma unroll
         for (int g = 0; g < G; ++g)
             bias[k][g] = e.real && given.b_hh != nullptr ? to_float(given.b_hh[g * H + e.hidden]) : 0.0f;
+#pragma unroll
+        for (int g = 0; g < G; ++g) x[k][g] = from_float<SCALAR>(0.0f);
 #if LAYERS > 1
         for (int g = 0; ABOVE && g < G; ++g)
             bias_below[k][g] = e.real && given.b_ih != nullptr ? to_float(given.b_ih[g * H + e.hidden]) : 0.0f;
@@ -229,11 +241,11 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
             for (int k = 0; k < OWN; ++k) {
                 const Element e(k, first_row, B, H);
                 float in[G], recurrent[G], values[Levels::MEANS_OR_1];
-                if (e.real) {
+                if (real(k)) {
                     take(e, k, in, recurrent);
                     Cell::step_level(level, in, recurrent, state[k], more[k], means[k], values);
                 }
-                for (int m = first; m < last; ++m) means[k][m] = e.real ? values[m - first] : 0.0f;
+                for (int m = first; m < last; ++m) means[k][m] = real(k) ? values[m - first] : 0.0f;
             }
             home.meeting.take(n * Levels::COUNT + level, means, first, last, H);
         }
@@ -256,7 +268,7 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 #pragma unroll
             for (int k = 0; k < OWN; ++k) {
                 const Element e(k, first_row, B, H);
-                if (e.held()) home.put(n + 1, 0, e.row, e.unit, e.real ? seen[k] : 0.0f);
+                if (e.held()) home.put(n + 1, 0, e.row, e.unit, real(k) ? seen[k] : 0.0f);
             }
         }
         if (STACK || n + 1 < T) home.publish(n + 1);
@@ -264,7 +276,7 @@ DEVICE void forward(const Given& given, uint4* exchange, long long T, int B, int
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
             const Element e(k, first_row, B, H);
-            if (!e.real) continue;
+            if (!real(k)) continue;
             *ys.of(k) = from_float<SCALAR>(state[k][0]);
             if (!save) continue;
 #pragma unroll
@@ -381,26 +393,29 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
         given.others + at.other(at.before(latest), 1, mine), way * (S - 1) * cells_apart, ROWS_APART * H};
     Along<SCALAR> dxgs{given.dxg + at.row(latest, mine, G, 0), way * G * cells_apart, ROWS_APART * G * H};
     Along<SCALAR> dhgs{given.dhg + at.row(latest, mine, G, 0), way * G * cells_apart, ROWS_APART * G * H};
+    const int reals = real_ones(first_row, B, H);
+    auto real = [&](int k) { return (reals >> k & 1) != 0; };
+    // How much further the states before a time step lie in `others` than those after it in a history of as many steps.
+    const long long states_before = (given.reverse != 0 ? S - 1 : 0) * cells_apart;
     auto fetch = [&](long long n) {  // what the instant needs from memory, while the others' gradients are under way
-        const long long t = at.nth(n);
-        const SCALAR zero = from_float<SCALAR>(0.0f);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {
+            if (!real(k)) continue;
             const Element e(k, first_row, B, H);
-            shown[k] = e.real && given.dy != nullptr ? *dys.of(k) : zero;
+            if (given.dy != nullptr) shown[k] = *dys.of(k);
 #if LAYERS > 1
-            if (e.real && takes) handed[k] = ld_relaxed_gpu(from_above.of(T - 1 - n, e));
+            if (takes) handed[k] = ld_relaxed_gpu(from_above.of(T - 1 - n, e));
 #endif
-            earlier[k] = !e.real ? zero : n > 0 ? *ys.of(k) : given.h0[at.initial(e)];
+            earlier[k] = n > 0 ? *ys.of(k) : given.h0[at.initial(e)];
 #pragma unroll
-            for (int j = 0; j < K; ++j) kept[k][j] = e.real ? kepts.of(k)[j * H] : zero;
+            for (int j = 0; j < K; ++j) kept[k][j] = kepts.of(k)[j * H];
 #pragma unroll
-            for (int s = 1; s < S; ++s) before[k][s] = e.real ? cells.of(k)[(s - 1) * cells_apart] : 0.0f;
-            if (!e.real) continue;
-            bits[k] = extra.bits(t, e.b);
+            for (int s = 1; s < S; ++s) before[k][s] = cells.of(k)[(s - 1) * cells_apart];
+            bits[k] = extra.bits(at.nth(n), e.b);
             if (given.dhistory == nullptr) continue;
+            const SCALAR* history = given.dhistory + (cells.of(k) - given.others - states_before);
 #pragma unroll
-            for (int s = 1; s < S; ++s) asked[k][s] += to_float(given.dhistory[at.other(t, s, e)]);
+            for (int s = 1; s < S; ++s) asked[k][s] += to_float(history[(s - 1) * cells_apart]);
         }
         dys.go(), ys.go(), kepts.go(), cells.go();
     };
@@ -415,6 +430,11 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             asked[k][s] = e.real ? given.dothers[at.other(0, s, e)] : 0.0f;
             after[k][s] = e.real ? given.others[at.other(at.after(t), s, e)] : 0.0f;
         }
+        shown[k] = earlier[k] = from_float<SCALAR>(0.0f);  // and where nothing is fetched they stay so
+#pragma unroll
+        for (int j = 0; j < K; ++j) kept[k][j] = from_float<SCALAR>(0.0f);
+#pragma unroll
+        for (int s = 1; s < S; ++s) before[k][s] = 0.0f;
         for (int i = 0; i < EXTRA; ++i) more[k][i] = 0;
         bits[k] = 0;
         if (e.real) extra.of_unit(more[k], e.b, e.hidden);
@@ -444,9 +464,9 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
             }
             if (n < 0) return;
             extra.flags_of(more[k], bits[k]);
-            if (e.real) extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
+            if (real(k)) extra.uniforms_of(more[k], at.nth(n), e.b, e.hidden);
 #if LAYERS > 1
-            if (e.real && takes) {
+            if (real(k) && takes) {
                 for (Watchdog watchdog; handed[k].y != Handed::stamp(turn); watchdog.turn())
                     handed[k] = ld_relaxed_gpu(from_above.of(turn, e));
                 asked[k][0] += __uint_as_float(handed[k].x);
@@ -476,7 +496,7 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
                 float from_step[K > 0 ? K : 1], values[Levels::MEANS_OR_1];
                 take(k, from_step);
                 Cell::grad_level(level, asked[k], after[k], before[k], from_step, more[k], means[k], values);
-                for (int m = first; m < last; ++m) means[k][m] = e.real ? values[m - first] : 0.0f;
+                for (int m = first; m < last; ++m) means[k][m] = real(k) ? values[m - first] : 0.0f;
             }
             home.meeting.take(turn * Levels::COUNT + level, means, first, last, H);
         }
@@ -496,17 +516,17 @@ DEVICE void backward(const Given& given, uint4* exchange, long long T, int B, in
                 after[k][s] = before[k][s];
             }
 #pragma unroll
-            for (int g = 0; g < G; ++g) home.put(turn, g, e.row, e.unit, e.real ? da[k][g] : 0.0f);
+            for (int g = 0; g < G; ++g) home.put(turn, g, e.row, e.unit, real(k) ? da[k][g] : 0.0f);
 #pragma unroll
             for (int n = 0; n < Values::COUNT_APART; ++n)
-                home.put(turn, G + n, e.row, e.unit, e.real ? dx[k][Values::apart(n)] : 0.0f);
+                home.put(turn, G + n, e.row, e.unit, real(k) ? dx[k][Values::apart(n)] : 0.0f);
         }
         if (n < 0) break;
         home.publish(turn);
 #pragma unroll
         for (int k = 0; k < OWN; ++k) {  // the others don't wait for this
             const Element e(k, first_row, B, H);
-            if (!e.real) continue;
+            if (!real(k)) continue;
 #pragma unroll
             for (int g = 0; g < G; ++g) {
                 dxgs.of(k)[g * H] = from_float<SCALAR>(dx[k][g]);

@@ -4,7 +4,8 @@
     resources(cubin)["forward"].spills == 0
 
 NVRTC and the headers come from the nvidia-cuda-nvrtc and nvidia-cuda-runtime wheels, or from the CUDA toolkit
-of $CUDA_PATH, $CUDA_HOME, the nvcc on the PATH, or /usr/local/cuda; cuobjdump and nvdisasm from the Triton wheel."""
+of $CUDA_PATH, $CUDA_HOME, the nvcc on the PATH, or /usr/local/cuda; cuobjdump and nvdisasm from the Triton wheel.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +60,13 @@ def why_no_resources() -> str | None:
     if _tool("cuobjdump") is None or _tool("nvdisasm") is None:
         return "no cuobjdump and nvdisasm: pip install triton"
     return None
+
+
+def version() -> str:
+    """Of NVRTC, as 13.0: other versions give other machine code."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
 
 
 def compile(source: str, arch: str, options: Sequence[str] = (), name: str = "kernel.cu") -> Cubin:
