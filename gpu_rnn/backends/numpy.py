@@ -1,4 +1,4 @@
-"""NumPy: the oracle and the fallback. float64 and float32; torch's halves are computed in float32.
+"""NumPy: the fallback. float64 and float32; torch's halves are computed in float32.
 
 The page's operations come as a `Program` of calls on preallocated rows; here are the products and the time loop.
 Inside, an instant is feature-major, [H, B] for each gate and state: so the weights are multiplied as they lie, and the
