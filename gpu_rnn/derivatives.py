@@ -1,4 +1,4 @@
-"""Derivatives of any order: a cell's page driven through time by torch's operations, which torch can differentiate.
+"""Derivatives of any order: the plain reference in torch's operations, which torch can differentiate.
 
 Right for every cell and in every order, forward mode included, but slow. First derivatives are the backends'.
 
@@ -13,15 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import linear
 
-from gpu_rnn.kernels.cells import operand_graph, step_graph
-from gpu_rnn.kernels.mathematics import PRODUCT
-from gpu_rnn.kernels.weave import HOLD
+from gpu_rnn.kernels.cells import step_graph
 
 from . import arrays
-from .backends import phased
-from .extra import Extra
+from . import reference as plain
 from .problem import Problem, Weights
 
 FIRST_STATE = 1 + len(Weights._fields)  # its place in `given`
@@ -30,46 +26,13 @@ FIRST_STATE = 1 + len(Weights._fields)  # its place in `given`
 def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
     """y and the states after, as a backend computes them, in torch's operations."""
     x, weights, state = named(given)
-    cell, H, real = problem.cell, problem.H, getattr(torch, arrays.real_dtype(x))
-    w_ih, w_hh, b_ih, b_hh, w_hr = (None if weight is None else weight.to(real) for weight in weights[:5])
-    h, *others = (initial.to(real) for initial in state)
-    extra = Extra.of(weights)
-
-    def recurrent(value: Tensor, gate: float) -> Tensor:
-        """As of h, of a value of the page's own."""
-        rows = slice(int(gate) * H, (int(gate) + 1) * H)
-        assert w_hh is not None
-        return linear(value, w_hh[rows], None if b_hh is None else b_hh[rows])
-
-    operations: dict[str, Callable] = {**arrays.operations(x), PRODUCT: recurrent}
-    part = x.to(real) if w_ih is None else linear(x.to(real), w_ih)
-    projected = (part if b_ih is None else part + b_ih).chunk(cell.G, -1)
-    outputs, blank = [], projected[0][0].detach().new_zeros(problem.B, H)
-    for t in range(len(x) - 1, -1, -1) if problem.reverse else range(len(x)):
-        before, fixed = h, [value.to(real) for value in extra.at(cell, t, H)]
-        drawn_at = t if cell.phases is None else phased.second(t, problem.reverse)
-        random = [u.to(real) for u in extra.drawn(cell, drawn_at, problem.B, H)]
-        ((seen,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
-        new, _ = step_graph(cell).run(
-            operations,
-            x=[gate[t] for gate in projected],
-            h=linear(seen, w_hh, b_hh).chunk(cell.G, -1),
-            state=(h if w_hr is None else h.new_zeros(problem.B, H), *others),
-            extra=[*fixed, *random],
-        )
-        h, *others = (whole(value, blank) for value in new)
-        if w_hr is not None:
-            h = linear(h, w_hr)
-            if HOLD in cell.flags:
-                h = operations["where"](fixed[len(cell.units) + cell.flags.index(HOLD)], before, h)
-        outputs.append((h, *others))
-    y, *history = (torch.stack(state[::-1] if problem.reverse else state) for state in zip(*outputs))
-    return tuple(output.to(x.dtype) for output in (y, h, *others, *(history if problem.history else ())))
-
-
-def whole(value: Tensor | float, blank: Tensor) -> Tensor:
-    """A new state [B, H], also where the cell gives a number, or one for all units [B, 1]."""
-    return value if isinstance(value, Tensor) and value.shape == blank.shape else value + blank
+    real = getattr(torch, arrays.real_dtype(x))
+    weights = Weights._make([*(None if weight is None else weight.to(real) for weight in weights[:5]), *weights[5:]])
+    initial = [value.to(real) for value in state]
+    steps = plain.run(problem.cell, step_graph(problem.cell), x.to(real), weights, initial, problem.reverse)
+    last, _ = steps[0 if problem.reverse else -1]
+    y, *history = (torch.stack(values) for values in zip(*(states for states, _ in steps)))
+    return tuple(output.to(x.dtype) for output in (y, *last, *(history if problem.history else ())))
 
 
 def reference_gradient(problem: Problem, needs: tuple, *inputs: Tensor | None) -> tuple[Tensor, ...]:

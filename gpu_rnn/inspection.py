@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels.cells import Cell, activation, get, step_graph
-from gpu_rnn.kernels.derive import OPERATIONS
-from gpu_rnn.kernels.mathematics import PRODUCT
 from gpu_rnn.kernels.trace import Graph
 from gpu_rnn.kernels.weave import HOLD
 
-from . import arrays, cudnn, dispatch
+from . import arrays, cudnn, dispatch, reference
 from .arguments import ShapeError, check_flags, check_words, checked
 from .compat import installed, no_gpu, require
 from .dispatch import Explanation
@@ -446,34 +444,16 @@ def activated(cell: Cell) -> Graph:
 
 
 def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool) -> dict[str, np.ndarray]:
-    """The page on every instant of one layer in one direction: x [T, B, I] -> letter: [T, B, H]."""
+    """Every gate and state of every time step of one layer in one direction: x [T, B, I] -> letter: [T, B, H]."""
     _, state = checked(name, x, weights, initial, Options(reverse), training=False)
-    plain = "+".join(part for part in name.split("+") if part != HOLD)
-    cell, state = get(plain), tuple(map(on_cpu, state))
-    if cell.flags or cell.uniforms or cell.operand:
+    cell = get(name)
+    if set(cell.flags) - {HOLD} or cell.uniforms or cell.operand:
         raise ValueError(
             f"inspect looks into a plain cell, into one of its page's variants, and at lengths; not {name}"
         )
-    w_ih, w_hh, b_ih, b_hh, w_hr, units, flags, _ = map(on_cpu, weights)
-
-    def part(a: np.ndarray, w: np.ndarray | None, b: np.ndarray | None) -> np.ndarray:
-        """[B, I] or [B, P], or what there is in the place of the product -> [G, B, H]"""
-        product = a if w is None else a @ w.T
-        return (product if b is None else product + b).reshape(len(a), cell.G, -1).swapaxes(0, 1)
-
-    def product(value: np.ndarray, gate: float) -> np.ndarray:
-        return part(value, w_hh, b_hh)[int(gate)]
-
-    instants, page, operations = [], activated(cell), OPERATIONS | {PRODUCT: product}
-    for t in range(len(x))[:: -1 if reverse else 1]:
-        entering = part(on_cpu(x[t]), w_ih, b_ih), part(state[0], w_hh, b_hh), state
-        given: dict[str, Any] = dict(zip(("x", "h", "state"), entering))
-        new, gates = page.run(operations, **given, extra=() if units is None else units)
-        new = tuple(np.broadcast_to(value, entering[0][0].shape) for value in new)
-        new = new if w_hr is None else (new[0] @ w_hr.T, *new[1:])
-        state = new if flags is None else tuple(np.where(flags[t, :, None], s, n) for s, n in zip(state, new))
-        instants.append((*gates, *state))
-    columns = zip(*instants[:: -1 if reverse else 1])
+    weights, state = Weights(*map(on_cpu, weights)), tuple(map(on_cpu, state))
+    steps = reference.run(cell, activated(cell), on_cpu(x), weights, state, reverse)
+    columns = zip(*((*gates, *states) for states, gates in steps))
     return {letter: np.stack(column) for letter, column in zip(cell.gates + cell.states, columns)}
 
 

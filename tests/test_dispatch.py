@@ -59,7 +59,7 @@ def test_the_explanation_is_complete():
 
 def test_the_plan_tells_the_program_that_runs():
     """A few instants take the weights as they lie, and more calls for it."""
-    for T, arrangement in ((4, program.natural), (512, program.layout)):
+    for T, arrangement in ((4, program.torch_layout), (512, program.layout)):
         cell = cells.get("lstm")
         calls = len(program.step_program(cell, arrangement(cell)).calls)
         assert f" {calls} elementwise calls" in dispatch.explain(problem(T=T)).plan

@@ -1,4 +1,4 @@
-"""The NumPy backend, oracle and fallback: equal to torch.nn in float64, and a good citizen with its arguments."""
+"""The NumPy backend, the fallback: equal to torch.nn in float64, and a good citizen with its arguments."""
 
 from concurrent.futures import ThreadPoolExecutor
 

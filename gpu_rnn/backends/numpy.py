@@ -1,4 +1,4 @@
-"""NumPy: the oracle and the fallback. float64 and float32; torch's halves are computed in float32.
+"""NumPy: the fallback. float64 and float32; torch's halves are computed in float32.
 
 The page's operations come as a `Program` of calls on preallocated rows; here are the products and the time loop.
 Inside, an instant is feature-major, [H, B] for each gate and state: so the weights are multiplied as they lie, and the
@@ -18,7 +18,7 @@ import numpy as np
 
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
 from gpu_rnn.kernels.derive import OPERATIONS
-from gpu_rnn.kernels.program import Layout, by_exp, gradient, layout, natural, step_program
+from gpu_rnn.kernels.program import GateLayout, gradient, layout, step_program, torch_layout, with_exp_sigmoid
 from gpu_rnn.kernels.random import uniforms
 from gpu_rnn.kernels.weave import HOLD
 
@@ -261,17 +261,17 @@ def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
     return weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
 
-def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, bitwise: bool = False) -> Layout:
+def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, bitwise: bool = False) -> GateLayout:
     """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate.
 
     bitwise: it may not depend on T.
     """
     repaid = (T - 4) * (B + 8) * 256
-    order = natural(cell) if repaid < H * columns and not bitwise else layout(cell)
-    return by_exp(order) if dtype == np.float32 and H * B >= EXP else order
+    order = torch_layout(cell) if repaid < H * columns and not bitwise else layout(cell)
+    return with_exp_sigmoid(order) if dtype == np.float32 and H * B >= EXP else order
 
 
-def quiet(order: Layout) -> AbstractContextManager:
+def quiet(order: GateLayout) -> AbstractContextManager:
     """A sigmoid is right where exp overflows."""
     return np.errstate(over="ignore", under="ignore") if order.sigmoid == "exp" else AS_EVER
 
@@ -349,10 +349,10 @@ class Instants(Kept):
     """The arrays of n instants going forward. wide: the input part is made by a product for each."""
 
     def __init__(
-        self, cell: Cell, order: Layout, n: int, wide: bool, B: int, I: int, H: int, P: int, dtype: np.dtype
+        self, cell: Cell, order: GateLayout, n: int, wide: bool, B: int, I: int, H: int, P: int, dtype: np.dtype
     ):  # fmt: skip
         G, rows = cell.G, partial(self.rows, dtype=dtype)
-        self.order, self.scaled, self.wide = order, replace(order, sigmoid="tanh") != natural(cell), wide
+        self.order, self.scaled, self.wide = order, replace(order, sigmoid="tanh") != torch_layout(cell), wide
         self.zero = np.zeros(G * H, dtype)
         self.xg = rows(n, G * H, B)  # the input part of all gates
         self.h, self.hg = rows(n + 1, P, B), rows(G * H, B)
@@ -484,7 +484,7 @@ class InstantsBack(Kept):
             after = slice(now.start + 1, now.stop + 1)
             given = {"n": shown[now], "s": self.own[now], "v": record[now], "r": record[after]}
             given |= {"m": self.m[now]} if self.m.shape[1] else {}
-            self.coefficients.at_once(self.row, self.c.dtype, **given, c=self.c[now])
+            self.coefficients.execute_batched(self.row, self.c.dtype, **given, c=self.c[now])
 
     def together(self, m: int) -> np.ndarray:
         """The gradients of all gates, [G+n, H, m, B]."""
