@@ -381,6 +381,12 @@ class Recurrent(nn.Module):
         own = {name: tuple(next(taken) for _ in arrays) for name, arrays in own.items()}
         seed = None
         if self.training and self._random():
+            if capturing() and torch.onnx.is_in_onnx_export():
+                drawing = [name for name in PROBABILITIES if getattr(self, name)]
+                raise NotImplementedError(
+                    f"gpu_rnn.{self._get_name()} draws masks in training mode, by {', '.join(drawing)}, which ONNX "
+                    "can't; call model.eval() before torch.onnx.export"
+                )
             seed = drawn_seed(call.generator, x)
             if self.input_dropout:
                 x = x * dropout_mask(seed, self.input_dropout, tuple(x.shape[1:]), x, which=1)
