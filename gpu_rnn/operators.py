@@ -50,6 +50,12 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+@constant_when_captured
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export captures. Dynamo takes torch's own function for False."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def refuse_watched(what: str, instead: str) -> None:
     """Raise where a tracer or a transform sees a call that computes at once, out of their sight."""
     if capturing() or transformed():

@@ -1,0 +1,156 @@
+"""Whole models by torch.onnx.export, run by onnxruntime, against the published rules in a plain float64 loop."""
+
+import io
+import warnings
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import gpu_rnn
+import gpu_rnn.onnx
+from gpu_rnn.kernels.mathematics import sigmoid, tanh
+from tests import around
+from tests.tolerance import assert_close
+
+STACKED = {"num_layers": 2, "bidirectional": True}
+BOTH = {"bidirectional": True}
+STANDARD = {  # name of `around.layer`, its keywords, what a call takes; the nodes it should be
+    "lstm": ("lstm", STACKED, [], {"LSTM": 2}),
+    "gru": ("gru", STACKED, [], {"GRU": 2}),
+    "rnn": ("rnn", STACKED, [], {"RNN": 2}),
+    "relu": ("relu", {"bias": False}, [], {"RNN": 1}),
+    "lengths": ("lstm", BOTH, ["lengths"], {"LSTM": 1}),
+    "gru lengths": ("gru", BOTH, ["lengths"], {"GRU": 1}),
+    "rnn lengths": ("rnn", BOTH, ["lengths"], {"RNN": 1}),
+    "reset gate before": ("gru before", BOTH, ["lengths"], {"GRU": 1}),
+    "peephole": ("lstm", BOTH | {"peephole": True}, ["lengths"], {"LSTM": 1}),
+    "coupled": ("lstm", {"coupled": True}, [], {"LSTM": 1}),
+    "coupled peephole": ("lstm", BOTH | {"coupled": True, "peephole": True}, [], {"LSTM": 1}),
+}
+LOOPS = {
+    "cell_clip": ("lstm", {"cell_clip": 0.2}, ["lengths"], {"Scan": 1}),
+    "all variants": ("lstm", around.VARIANTS["all variants"] | BOTH, ["starts"], {"Scan": 2}),
+    "reset": ("lstm", STACKED, ["reset"], {"Scan": 4}),
+    "reset state": ("gru", BOTH, ["reset", "reset_state"], {"Scan": 2}),
+    "reset and lengths": ("lstm", {}, ["reset", "reset_state", "starts", "lengths"], {"Scan": 1}),
+    "reset gate before": ("gru before", {}, ["reset"], {"Scan": 1}),
+    "layer_norm": ("lstm", BOTH | {"layer_norm": True}, ["lengths"], {"Scan": 2}),
+    "gru layer_norm": ("gru", {"layer_norm": True}, [], {"Scan": 1}),
+    "projected": ("projected", BOTH, ["lengths"], {"Scan": 2}),
+    "gru projected": ("gru projected", {}, ["reset"], {"Scan": 1}),
+    "rnn projected": ("rnn projected", {}, ["starts", "lengths"], {"Scan": 1}),
+    "dropout": (
+        "lstm",
+        {"zoneout": (0.4, 0.3), "recurrent_dropout": 0.2, "input_dropout": 0.3, "weight_dropout": 0.2},
+        [],
+        {"Scan": 1},
+    ),
+}
+HALVES = {label: STANDARD[label] for label in ("lstm", "reset gate before", "rnn lengths")} | {
+    label: LOOPS[label] for label in ("cell_clip", "reset state", "gru projected")
+}
+GROUPS = {
+    "standard": (STANDARD, torch.float32),
+    "loops": (LOOPS, torch.float32),
+    "halves": (HALVES, torch.float16),
+    "float64": ({"lstm": ("lstm", STACKED, [], {"Scan": 4})}, torch.float64),
+}
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+class Together(nn.Module):
+    """Layers that all read the same x."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x, calls):
+        return [
+            layer(x, call["hx"], **{k: v for k, v in call.items() if k != "hx"})
+            for layer, call in zip(self.layers, calls)
+        ]
+
+
+def leaves(structure):
+    return [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(structure) if leaf is not None]
+
+
+def export(model, *args, shapes=None, **keywords):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        made = torch.onnx.export(model, args, dynamic_shapes=shapes, dynamo=True, verbose=False, **keywords)
+    onnx.checker.check_model(made.model_proto, full_check=True)
+    return made.model_proto
+
+
+def run(model, *args):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [slot.name for slot in session.get_inputs()]
+    return session.run(None, {name: leaf.numpy() for name, leaf in zip(names, leaves(args), strict=True)})
+
+
+def recurrent_nodes(model):
+    return Counter(node.op_type for node in model.graph.node if node.op_type in ("LSTM", "GRU", "RNN", "Scan", "Loop"))
+
+
+def of(layer, modifiers, T, B, seed):
+    """x, and what a call takes, for T time steps of B sequences."""
+    x, hx, given = around.inputs(layer, modifiers, seed)
+    rng = torch.Generator().manual_seed(seed)
+
+    def resized(state):
+        return torch.randn(state.shape[0], B, state.shape[-1], generator=rng)
+
+    given |= {"lengths": torch.randint(0, T + 1, (B,), generator=rng)} if "lengths" in given else {}
+    given |= {"starts": torch.randint(0, T // 2, (B,), generator=rng)} if "starts" in given else {}
+    given |= {"reset": torch.rand(T, B, generator=rng) < 0.3} if "reset" in given else {}
+    if "lengths" in given:
+        given["lengths"][0] = 0
+        given["lengths"][1] = T
+    return {"hx": around.as_hx([resized(state) for state in around.as_tuple(hx)]), **given}
+
+
+def to(dtype, structure):
+    """Floats in another dtype, without gradients."""
+    return torch.utils._pytree.tree_map(lambda a: a.detach().to(dtype) if a.is_floating_point() else a, structure)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_onnxruntime_computes_what_the_layers_do(group):
+    """One model of many layers, exported for one T and B and run with others."""
+    cases, dtype = GROUPS[group]
+    layers = [around.layer(name, seed=k, **keywords).eval() for k, (name, keywords, *_) in enumerate(cases.values())]
+    model = Together([layer.to(dtype) for layer in layers])
+    data = []
+    for T, B in ((6, 3), (9, 2)):
+        rng = torch.Generator().manual_seed(T)
+        calls = [of(layer, case[2], T, B, seed=T + k) for k, (layer, case) in enumerate(zip(layers, cases.values()))]
+        data.append(to(dtype, (torch.randn(T, B, around.I, generator=rng), calls)))
+    axes = {"hx": {1: DYNAMIC}, "lengths": {0: DYNAMIC}, "starts": {0: DYNAMIC}, "reset": {0: DYNAMIC, 1: DYNAMIC}}
+
+    def shape(label, value):
+        return tuple(axes.get(label, {}) for _ in value) if isinstance(value, tuple) else axes.get(label, {})
+
+    shapes = ({0: DYNAMIC, 1: DYNAMIC}, [{k: shape(k, v) for k, v in call.items()} for call in data[0][1]])
+    exported = export(model, *data[0], shapes=shapes)
+    assert recurrent_nodes(exported) == sum((Counter(case[3]) for case in cases.values()), Counter())
+    for x, calls in data:
+        found = iter(run(exported, x, calls))
+        for label, layer, call in zip(cases, layers, calls):
+            with torch.no_grad():
+                peer = around.by_the_rules(layer, x, **call)[:2]
+                exact = around.by_the_rules(layer.double(), *to(torch.float64, (x,)), **to(torch.float64, call))[:2]
+            layer.to(dtype)
+            for a, b in zip(leaves(exact), leaves(peer), strict=True):
+                ours, name = next(found), str(dtype).removeprefix("torch.")
+                assert ours.dtype == name
+                assert_close(ours.astype("float64"), a.numpy(), b.double().numpy(), name, label)
+        assert next(found, None) is None
