@@ -1,7 +1,7 @@
 """gpu_rnn's operator as ONNX nodes, for torch.onnx.export(dynamo=True).
 
-The exporter captures a layer as one call of gpu_rnn::forward and looks up how to write that operator in ONNX. `translate`
-writes
+The exporter captures a layer as one call of gpu_rnn::forward and looks up how to write that operator in ONNX.
+`translate` writes
 
     LSTM, GRU or RNN    where ONNX's operator computes the same
     Scan                else: a loop over time whose body is the cell's graph (`gpu_rnn.kernels.trace`), so that every
@@ -31,8 +31,7 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.mathematics import PRODUCT
 from gpu_rnn.kernels.weave import HOLD
 
-from .nodes import parts
-from .onnx import CELLS, GATES, PEEPHOLES
+from .onnx_graph import CELLS, GATES, PEEPHOLES
 from .operators import directions_in
 from .problem import Direction
 

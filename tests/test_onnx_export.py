@@ -154,3 +154,138 @@ def test_onnxruntime_computes_what_the_layers_do(group):
                 assert ours.dtype == name
                 assert_close(ours.astype("float64"), a.numpy(), b.double().numpy(), name, label)
         assert next(found, None) is None
+
+
+# ---- a model of everything else -------------------------------------------------------------------------------------
+
+
+@gpu_rnn.cell(gates="fn", states="hm", units="p")
+def Leaky(x, h, state, units):
+    f = sigmoid(x[0] + h[0] + units[0] * state[1])
+    m = (1 - f) * state[1] + f * tanh(x[1] + f * h[1])
+    return f * m, m
+
+
+class Model(nn.Module):
+    """Ours between layers of torch's: a layer, every state of one, a cell, a function, and a cell of a user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(5, 2)
+        self.lstm = gpu_rnn.LSTM(4, 3, batch_first=True, bidirectional=True)
+        self.states, self.cell, self.own = gpu_rnn.LSTM(6, 4), gpu_rnn.GRUCell(4, 5), Leaky(6, 5)
+        self.w_ih, self.w_hh = (nn.Parameter(torch.randn(5, n)) for n in (6, 5))
+
+    def forward(self, x):
+        y = self.lstm(self.first(x))[0].transpose(0, 1)
+        _, _, (_, c) = self.states(y, return_states=True)
+        z, _ = gpu_rnn.rnn(y, self.w_ih, self.w_hh, reverse=True)
+        own, (_, m) = self.own(y)
+        return c, self.last(self.cell(c[0, -1])), z, own, m
+
+    def by_torch(self, x):
+        """The same by torch.nn's layers, and loops over time where there is none."""
+        x = self.first(x)
+        y = self.torch("LSTM", self.lstm, 4, 3, batch_first=True, bidirectional=True)(x)[0].transpose(0, 1)
+        states, T = self.torch("LSTMCell", self.states, 6, 4), len(y)
+        hc, c = None, []
+        for t in range(T):
+            hc = states(y[t], hc)
+            c.append(hc[1])
+        h, z = torch.zeros(y.shape[1], 5, dtype=x.dtype), [None] * T
+        for t in reversed(range(T)):
+            h = z[t] = torch.tanh(y[t] @ self.w_ih.T + h @ self.w_hh.T)
+        own = []
+        h = m = torch.zeros(y.shape[1], 5, dtype=x.dtype)
+        for t in range(T):
+            a = (y[t] @ self.own.weight_ih_l0.T + self.own.bias_ih_l0).chunk(2, -1)
+            r = (h @ self.own.weight_hh_l0.T + self.own.bias_hh_l0).chunk(2, -1)
+            f = torch.sigmoid(a[0] + r[0] + self.own.weight_p_l0 * m)
+            m = (1 - f) * m + f * torch.tanh(a[1] + f * r[1])
+            h = f * m
+            own.append(h)
+        cell = self.torch("GRUCell", self.cell, 4, 5)
+        return torch.stack(c)[None], self.last(cell(c[-1])), torch.stack(z), torch.stack(own), m[None]
+
+    @staticmethod
+    def torch(name, layer, *sizes, **arguments):
+        made = getattr(nn, name)(*sizes, dtype=next(layer.parameters()).dtype, **arguments)
+        suffix = "" if name.endswith("Cell") else None
+        weights = {k if suffix is None else k.removesuffix("_l0"): v for k, v in layer.state_dict().items()}
+        made.load_state_dict(weights)
+        return made
+
+
+ROADS = ["model", "exported program", "translations"]
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_ours_may_be_anywhere_in_a_model(road, monkeypatch):
+    torch.manual_seed(0)
+    model, x, shapes = Model().eval(), torch.randn(3, 6, 3), ({0: DYNAMIC, 1: DYNAMIC},)
+    if road == "model":
+        exported = export(model, x, shapes=shapes)
+    elif road == "exported program":
+        exported = export(torch.export.export(model, (x,), dynamic_shapes=shapes))
+    else:
+        from torch.onnx._internal.exporter._torchlib import _torchlib_registry
+
+        others = [meta for meta in _torchlib_registry._registry if "gpu_rnn" not in str(meta.fx_target)]
+        monkeypatch.setattr(_torchlib_registry, "_registry", others)
+        with pytest.raises(Exception, match=r"No ONNX function found for .*gpu_rnn.forward"):
+            export(model, x, shapes=shapes)
+        exported = export(model, x, shapes=shapes, custom_translation_table=gpu_rnn.onnx.translations())
+    assert recurrent_nodes(exported) == {"LSTM": 1, "Scan": 2, "GRU": 1, "RNN": 1}
+    x = torch.randn(2, 9, 3)
+    found = run(exported, x)
+    with torch.no_grad():
+        peer, exact = model.by_torch(x), model.double().by_torch(x.double())
+    for k, (ours, a, b) in enumerate(zip(found, exact, peer, strict=True)):
+        assert_close(ours.astype("float64"), a.numpy(), b.double().numpy(), "float32", f"output {k}")
+
+
+class Cast(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x)[0].float()
+
+
+def test_a_layer_under_autocast_is_of_its_dtype():
+    """bfloat16, for which neither ONNX's older operators nor onnxruntime's are there."""
+    torch.manual_seed(0)
+    peer, x = nn.LSTM(3, 4, bidirectional=True), torch.randn(6, 2, 3)
+    ours = gpu_rnn.LSTM(3, 4, bidirectional=True)
+    ours.load_state_dict(peer.state_dict())
+    (found,) = run(export(Cast(ours).eval(), x), x)
+    np.testing.assert_allclose(found, peer(x)[0].detach().numpy(), atol=2e-2)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Packing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = gpu_rnn.GRU(3, 4)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return self.layer(packed)[1]
+
+
+def test_what_onnx_cannot_express_is_refused_with_the_way_out():
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([5, 2])
+    with pytest.raises(Exception, match=r"draws masks in training mode, by zoneout, weight_dropout.*model\.eval\(\)"):
+        export(gpu_rnn.LSTM(3, 4, zoneout=0.1, weight_dropout=0.2).train(), x)
+    with pytest.raises(Exception, match="give padded input and lengths="):
+        export(Packing().eval(), x, lengths)
+    with pytest.raises(NotImplementedError, match=r"dynamo=True.*gpu_rnn\.restore_"):
+        torch.onnx.export(gpu_rnn.GRU(3, 4).eval(), (x,), io.BytesIO(), dynamo=False)
+    program = torch.export.export(gpu_rnn.LSTM(3, 4, zoneout=0.1).train(), (x,))
+    assert any("zoneout" in str(node.args) for node in program.graph.nodes)
+    with pytest.raises(Exception, match=r"random numbers|randint"):
+        export(program)
