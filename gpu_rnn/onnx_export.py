@@ -20,6 +20,7 @@ nothing has to be handed over rests on two private parts of torch (2.9 to 2.13),
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ OPERATORS = {
     "add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "maximum": "Max", "negative": "Neg",
     "sigmoid": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "log": "Log",
 }  # fmt: skip
+BODIES = count()  # numbers of bodies
 REGISTRY = "torch.onnx._internal.exporter._torchlib._torchlib_registry"
 
 
@@ -52,9 +54,10 @@ def register() -> None:
 class Nodes:
     """The nodes of a graph, or of a loop's body, in the order in which they are added."""
 
-    def __init__(self, nodes: list[ir.Node], version: int, real: ir.DataType) -> None:
-        """`real`: the dtype of Python's floats among inputs."""
-        self.nodes, self.version, self.real = nodes, version, real
+    def __init__(self, nodes: list[ir.Node], version: int, real: ir.DataType, prefix: str = "") -> None:
+        """`real`: the dtype of Python's floats among inputs. `prefix`: of values' names in a body, which see those of
+        the graph around it, so that the exporter's optimizer would confuse equal ones."""
+        self.nodes, self.version, self.real, self.prefix = nodes, version, real, prefix
 
     def add(self, op: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
         """Add a node -> its output, or a tuple of several. Inputs may be values, None, floats and lists of ints."""
@@ -62,11 +65,19 @@ class Nodes:
         made = ir.convenience.convert_attributes(attributes)
         self.nodes.append(ir.Node("", op, values, made, num_outputs=outputs, version=self.version))
         found = self.nodes[-1].outputs
+        if self.prefix:
+            for k, output in enumerate(found):
+                output.name = f"{self.prefix}_{len(self.nodes)}_{k}"
         return found[0] if outputs == 1 else tuple(found)
 
     def constant(self, value: float | Sequence[int]) -> ir.Value:
         dtype = self.real.numpy() if isinstance(value, float) else np.int64
         return self.add("Constant", value=ir.tensor(np.asarray(value, dtype)))
+
+    def slot(self, name: str, columns: int) -> ir.Value:
+        """[B, columns], an input of a body."""
+        shape = ir.Shape([None, columns])
+        return ir.Value(name=f"{self.prefix}_{name}", type=ir.TensorType(self.real), shape=shape)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return value if value.dtype == dtype else self.add("Cast", value, to=dtype.value)
@@ -248,9 +259,9 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Direction, history: bool) ->
     fixed = [nodes.add("Squeeze", unit, [0]) for unit in own]  # [1 or B, H]
     of_h = [nodes.split(unit, [P, H - P], -1)[0] for unit in fixed] if P < H else fixed
 
-    body = Nodes([], nodes.version, real)
-    states = [value(real, P if k == 0 else H) for k in range(cell.S)]
-    now = [value(real, G * H), *(value(real, 1) for _ in scanned[1:])]
+    body = Nodes([], nodes.version, real, f"{cell.name}_{next(BODIES)}")
+    states = [body.slot(f"{letter}_before", P if k == 0 else H) for k, letter in enumerate(cell.states)]
+    now = [body.slot("x", G * H), *(body.slot(flag, 1) for flag in cell.flags)]
     blocks = [H] * G
     by_gate = nodes.split(w_hh, blocks, -1)
 
@@ -288,11 +299,6 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Direction, history: bool) ->
     )  # fmt: skip
     last, (y, *others) = found[: len(after)], found[len(after) :]
     return [each if dtype == real else nodes.add("Cast", each, to=dtype.value) for each in (y, *last, *others)]
-
-
-def value(dtype: ir.DataType, columns: int) -> ir.Value:
-    """[B, columns], an input of a body."""
-    return ir.Value(type=ir.TensorType(dtype), shape=ir.Shape([None, columns]))
 
 
 def flags_of(nodes: Nodes, cell: cells.Cell, x: ir.Value, flags: ir.Value | None) -> list[ir.Value]:
