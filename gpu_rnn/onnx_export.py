@@ -134,7 +134,7 @@ def translate(
     directions, real = directions_in(given, names, reverse), ir.DataType.FLOAT
     if given[0].dtype == ir.DataType.DOUBLE:
         real = ir.DataType.DOUBLE
-    recorder = evaluator.default()
+    recorder: Any = evaluator.default()
     nodes = Nodes(recorder.nodes, recorder.opset.version, real)
     key = operator_of(page, directions, history)
     if key is None:
@@ -165,7 +165,7 @@ def operator_of(cell: cells.Cell, directions: Sequence[Direction], history: bool
 
 def by_lengths(flags: ir.Value) -> bool:
     """Whether flags are lengths [B]: one of [T, B] has a rank of two."""
-    return len(flags.shape) == 1
+    return flags.shape is not None and len(flags.shape) == 1
 
 
 def alike(directions: Sequence[Direction]) -> bool:
@@ -183,7 +183,7 @@ def same(a: ir.Value | None, b: ir.Value | None) -> bool:
         return False
     told = [{name: attribute.value for name, attribute in node.attributes.items()} for node in (p, q)]
     if p.op_type == "Constant":
-        return all(np.array_equal(*(np.asarray(each[name]) for each in told)) for name in told[0])
+        return all(np.array_equal(np.asarray(told[0][name]), np.asarray(told[1][name])) for name in told[0])
     return told[0] == told[1] and all(map(same, p.inputs, q.inputs))
 
 
@@ -248,8 +248,9 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Direction, history: bool) ->
     """Write a Scan -> y [T, B, P], the states after; with a history also the other states after every time step."""
     x, weights, state, reverse = direction
     dtype, real = x.dtype, nodes.real
-    w_ih, w_hh, b_ih, b_hh, w_hr, units = [None if w is None else nodes.cast(w, real) for w in weights[:6]]
-    w_ih, w_hh, w_hr = [None if w is None else nodes.add("Transpose", w, perm=[1, 0]) for w in (w_ih, w_hh, w_hr)]
+    wide: list[Any] = [None if w is None else nodes.cast(w, real) for w in weights[:6]]
+    w_ih, w_hh, w_hr = [w and nodes.add("Transpose", w, perm=[1, 0]) for w in (*wide[:2], wide[4])]
+    b_ih, b_hh, _, units = wide[2:]
     P, G = weights.w_hh.shape[1], cell.G
     H = weights.w_hh.shape[0] // G
     part = nodes.cast(x, real)
@@ -263,11 +264,10 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Direction, history: bool) ->
     states = [body.slot(f"{letter}_before", P if k == 0 else H) for k, letter in enumerate(cell.states)]
     now = [body.slot("x", G * H), *(body.slot(flag, 1) for flag in cell.flags)]
     blocks = [H] * G
-    by_gate = nodes.split(w_hh, blocks, -1)
 
     def product(seen: ir.Value, gate: float) -> ir.Value:
         bias = None if b_hh is None else nodes.split(b_hh, blocks, 0)[int(gate)]
-        return body.linear(seen, by_gate[int(gate)], bias)
+        return body.linear(seen, nodes.split(w_hh, blocks, -1)[int(gate)], bias)
 
     operations = body.operations(product)
     ((seen,),) = cells.operand_graph(cell).run(operations, h=states[:1], extra=[*of_h, *now[1:]])
