@@ -325,7 +325,8 @@ from gpu_rnn.compat import Watch, installed
 assert "torch" not in sys.modules and installed("torch") and not installed("no such module")
 import torch, importlib.resources, inspect
 assert torch.__spec__.loader.__class__.__name__ == "SourceFileLoader" and "exec_module" not in vars(torch.__loader__)
-assert inspect.getsource(torch.nn.LSTM) and not [finder for finder in sys.meta_path if isinstance(finder, Watch)]
+assert inspect.getsource(torch.nn.LSTM)
+assert "torch" not in [finder.name for finder in sys.meta_path if isinstance(finder, Watch)]
 assert "gpu_rnn.operators" in sys.modules and "gpu_rnn.layers" not in sys.modules
 assert "torch._dynamo" not in sys.modules
 """
