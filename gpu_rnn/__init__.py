@@ -63,6 +63,15 @@ def _operators() -> None:
 _when_imported("torch", _operators)
 
 
+def _translation() -> None:
+    """Tell torch.onnx.export how the operators are written in ONNX. Errors are kept, as above."""
+    with _suppress(Exception):
+        _import_module(".onnx_export", __name__).register()
+
+
+_when_imported("torch.onnx._internal.exporter._compat", _translation)  # what torch.onnx.export loads last
+
+
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

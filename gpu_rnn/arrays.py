@@ -114,6 +114,11 @@ def readable(array: Any) -> bool:
     return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
+def exporting(array: Any) -> bool:
+    """Whether torch.export captures what happens to an array."""
+    return library(array) == "torch" and module("torch").compiler.is_exporting()
+
+
 def ensured(condition: Any, message: str) -> None:
     """A RuntimeError where a tensor on a CPU is false, once the program runs that this is traced for. torch.func has no
     such check."""

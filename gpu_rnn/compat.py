@@ -21,6 +21,7 @@ EXTRAS = {
     "click": "gpu-rnn[demo]",
     "rich": "gpu-rnn[demo]",
     "onnx": "gpu-rnn[onnx]",
+    "onnxscript": "gpu-rnn[onnx]",
     "h5py": "gpu-rnn[keras]",
     "keras": "gpu-rnn[keras]",
 }

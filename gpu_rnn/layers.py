@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import dropout as dropped
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -273,6 +274,11 @@ class RecurrentLayer(Recurrent):
     ) -> tuple[PackedSequence, Any]:
         """As padded input with lengths."""
         data, batch_sizes, sorting, unsorting = packed
+        if isinstance(batch_sizes, FakeTensor):
+            raise NotImplementedError(
+                f"{self._get_name()}: torch.export and torch.onnx.export don't know the batch sizes of packed input, "
+                "which are data; give padded input and lengths=, by which the layer computes the same"
+            )
         self._batch(data, "NI")
         T, B = len(batch_sizes), checked_batch_sizes(batch_sizes, data)[0]
         initial = self._initial(hx, (self.num_layers * self._directions, B), "L*D B", data)

@@ -27,23 +27,16 @@ from .problem import Weights
 
 onnx = require("onnx", "gpu_rnn.onnx")
 
-from .onnx_graph import DATA, Axes, Constant, Graph, Node  # after the error that says how to get onnx
+# After the error that says how to get onnx
+from .onnx_graph import CELLS, DATA, GATES, PEEPHOLES, Axes, Constant, Graph, Node
 
 OPSET, IR = 17, 8
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
-GATES = {"RNN": "a", "LSTM": "iofg", "GRU": "zrn"}  # our letters; ONNX calls g and n by c and h
-PEEPHOLES = "iof"
 DIRECTIONS = {name.encode(): name for name in ("forward", "reverse", "bidirectional")}
 ATTRIBUTES = {  # all that the operators have; of activation_alpha and _beta the activations here have no use
     "activations", "activation_alpha", "activation_beta", "clip", "direction", "hidden_size", "input_forget", "layout",
     "linear_before_reset", "output_sequence",
 }  # fmt: skip
-CELLS = {  # operator and activations, the operator's default first
-    ("RNN", "Tanh"): "rnn_tanh",
-    ("RNN", "Relu"): "rnn_relu",
-    ("LSTM", "Sigmoid", "Tanh", "Tanh"): "lstm",
-    ("GRU", "Sigmoid", "Tanh"): "gru",
-}
 
 
 # ---- from ONNX ------------------------------------------------------------------------------------------------------
@@ -232,6 +225,25 @@ def sequence_lens(what: str, lengths: np.ndarray, x: Any, layout: int) -> list[s
     T = x.shape[layout == 1] if isinstance(x, Axes) and x.shape else None
     whole = lengths.size > 0 and bool((lengths == T).all())
     return [] if whole else [f"{what} has constant sequence_lens {np.unique(lengths)[:8].tolist()}"]
+
+
+# ---- to ONNX, by torch.onnx.export ----------------------------------------------------------------------------------
+
+
+def translations() -> dict[Any, Any]:
+    """What to give torch.onnx.export as custom_translation_table where it doesn't find gpu_rnn's operator by itself.
+
+    Returns:
+        The operator's overload and the function that writes it, which ends in NotImplementedError for random numbers.
+
+    Raises:
+        ImportError: without torch and onnxscript.
+    """
+    torch = require("torch", "torch.onnx.export")
+    require("onnxscript", "torch.onnx.export")
+    from .onnx_export import translate
+
+    return {torch.ops.gpu_rnn.forward.default: translate}
 
 
 # ---- to ONNX --------------------------------------------------------------------------------------------------------

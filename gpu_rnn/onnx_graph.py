@@ -21,7 +21,14 @@ from .exchange import Budget
 
 onnx = require("onnx", "gpu_rnn.onnx")
 
-RECURRENT = ("RNN", "LSTM", "GRU")
+GATES = {"RNN": "a", "LSTM": "iofg", "GRU": "zrn"}  # our letters; ONNX calls g and n by c and h
+PEEPHOLES = "iof"
+CELLS = {  # operator and activations, the operator's default first
+    ("RNN", "Tanh"): "rnn_tanh",
+    ("RNN", "Relu"): "rnn_relu",
+    ("LSTM", "Sigmoid", "Tanh", "Tanh"): "lstm",
+    ("GRU", "Sigmoid", "Tanh"): "gru",
+}
 DOMAINS = ("", "ai.onnx")
 STAND_IN = 211  # the first size that stands for a symbolic one: odd ones from here on are rare among real sizes
 MOST_SIZES = 64  # elements of an array that is computed with, rather than moved
@@ -266,7 +273,7 @@ class Graph:
                 raise ValueError(f"functions come to more than {MOST_CALLED} nodes where they are called")
         useful = set(ends)  # the values that recurrent nodes read, or that lead to them
         for proto in reversed(nodes):
-            reads = proto.op_type in RECURRENT or self.function(proto) is not None or bodies(proto)
+            reads = proto.op_type in GATES or self.function(proto) is not None or bodies(proto)
             if reads or not useful.isdisjoint(proto.output):
                 useful |= names_read(proto)
         for proto in nodes:
@@ -278,7 +285,7 @@ class Graph:
             function = self.function(proto)
             if function is not None:
                 self.call(function, proto, node, known, calls)
-            elif node.op in RECURRENT and proto.domain in DOMAINS:
+            elif node.op in GATES and proto.domain in DOMAINS:
                 self.add(node, proto, known, prefix)
             else:
                 for name, body in bodies(proto):

@@ -23,7 +23,7 @@ from .custom_op import Operator, operator
 from .derivatives import FIRST_STATE, reference_gradient, spread, tracked, transformed, uncast, vjp
 from .nodes import above, any_of, folded, parts, pulled, stack_needs, stack_pulled, taped, unfolded, zero_filled
 from .problem import Direction, Options, Problem, Weights
-from .woven import page
+from .woven import held, page
 
 
 def capturing() -> bool:
@@ -50,6 +50,12 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+@constant_when_captured
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export captures. Dynamo takes torch's own function for False."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def refuse_watched(what: str, instead: str) -> None:
     """Raise where a tracer or a transform sees a call that computes at once, out of their sight."""
     if capturing() or transformed():
@@ -63,8 +69,8 @@ def captured(name: str, directions: List[Direction], options: Options) -> list[t
     """As `sequences`, as one node of a graph."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError(
-            "torch.onnx.export(dynamo=False) has no ONNX operator for gpu_rnn's layers: gpu_rnn.onnx.save writes one "
-            "layer, and a model with torch.nn's, which take gpu_rnn's state_dict as it is, exports as a whole"
+            "torch.onnx.export(dynamo=False) has no ONNX operator for gpu_rnn's layers: export with dynamo=True, which "
+            "writes ONNX's own, or gpu_rnn.restore_(model) first, which puts torch.nn's layers there"
         )
     given = [tensor for x, weights, state, _ in directions for tensor in (x, *there(x, weights, state))]
     precision, save = asked_now(given, options)
@@ -179,6 +185,15 @@ def _(cell, given, names, doutputs, recorded, reverse, backend, precision, bitwi
 
 
 def apart_from(given: List[Tensor], names: str, reverse: List[int]) -> list[Direction]:
+    """As `directions_in`, with flags [T, B] also where lengths [B] stand in their place, as in exported programs."""
+    found = directions_in(given, names, reverse)
+    for k, (x, weights, *_) in enumerate(found):
+        if weights.flags is not None and weights.flags.ndim == 1:
+            found[k] = found[k]._replace(weights=weights._replace(flags=held(weights.flags, x)))
+    return found
+
+
+def directions_in(given: List[Any], names: str, reverse: List[int]) -> list[Direction]:
     """The directions that are in a list of an operator."""
     fields = names.split()
     found = []

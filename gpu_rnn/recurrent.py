@@ -18,7 +18,7 @@ from .autograd import LOOK, followed, sequences, switches, unreal
 from .derivatives import required, transformed
 from .dispatch import ORDER
 from .functional import NORMALIZED_BITWISE, ShapeError
-from .operators import capturing
+from .operators import capturing, exporting_to_onnx
 from .plans import Plan, planned
 from .problem import Around, Direction, Options, Weights
 from .woven import Applied, apply, checked_place, dropout_mask, positive, probability
@@ -381,6 +381,12 @@ class Recurrent(nn.Module):
         own = {name: tuple(next(taken) for _ in arrays) for name, arrays in own.items()}
         seed = None
         if self.training and self._random():
+            if capturing() and exporting_to_onnx():
+                drawing = [name for name in PROBABILITIES if getattr(self, name)]
+                raise NotImplementedError(
+                    f"gpu_rnn.{self._get_name()} draws masks in training mode, by {', '.join(drawing)}, which ONNX "
+                    "can't; call model.eval() before torch.onnx.export"
+                )
             seed = drawn_seed(call.generator, x)
             if self.input_dropout:
                 x = x * dropout_mask(seed, self.input_dropout, tuple(x.shape[1:]), x, which=1)

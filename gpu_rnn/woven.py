@@ -153,7 +153,9 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
             for k, (letter, array) in enumerate(zip(cell.states, given))
         ]
     if valid is not None:
-        hold = raised(~valid[..., 0], len(options.keys() & {"reset"}))
+        # A program for elsewhere is told the lengths themselves: there may be an operator that takes them
+        alone = around.starts is None and around.reset is None and arrays.exporting(x)
+        hold = around.lengths if alone else raised(~valid[..., 0], len(options.keys() & {"reset"}))
         options["hold"], flags = True, hold if flags is None else flags | hold
     seed = None
     probability("recurrent_dropout", around.recurrent_dropout)
@@ -201,6 +203,11 @@ def entering(reset: Any, valid: Any, reverse: bool) -> Any:
     if valid is not None:  # an episode that begins in the padding doesn't end the one before it
         reset = reset & valid[..., 0]
     return arrays.concatenate([reset[1:], arrays.zeros((1, reset.shape[1]), like=reset)], 0)
+
+
+def held(lengths: Any, x: Any) -> Any:
+    """The flags [T, B] of a cell that holds its states from lengths [B] on, and has no other flag."""
+    return raised(~within(None, lengths, x), 0)
 
 
 def within(starts: Any, lengths: Any, x: Any) -> Any:

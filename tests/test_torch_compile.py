@@ -1,5 +1,6 @@
 """torch.compile and torch.export: one operator per layer, and nothing lost on the way. Plain stacks: test_stack.py."""
 
+import shutil
 import subprocess
 import sys
 from itertools import combinations, product
@@ -257,6 +258,29 @@ x, y = torch.load({str(tmp_path / "data.pt")!r})
 assert torch.equal(torch.export.load({str(tmp_path / "model.pt2")!r}).module()(x)[0], y)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which AOTInductor calls")
+def test_aot_inductor_packages_run_from_python_and_are_refused_elsewhere(tmp_path):
+    T, B = torch.export.Dim("T", min=1, max=64), torch.export.Dim("B", min=1, max=64)
+    torch.manual_seed(0)
+    theirs, layer = nn.LSTM(3, 4, bidirectional=True), gpu_rnn.LSTM(3, 4, bidirectional=True)
+    layer.load_state_dict(theirs.state_dict())
+    program = torch.export.export(layer.eval(), (torch.randn(5, 2, 3),), dynamic_shapes=({0: T, 1: B},))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    x = torch.randn(7, 3, 3)
+    torch.save((x, theirs(x)[0].detach()), tmp_path / "data.pt")
+    script = f"""
+x, y = torch.load({str(tmp_path / "data.pt")!r})
+torch.testing.assert_close(torch._inductor.aoti_load_package({str(tmp_path / "model.pt2")!r})(x)[0], y)
+"""
+
+    def run(imports):
+        return subprocess.run([sys.executable, "-c", imports + script], capture_output=True, text=True)
+
+    fresh, without = run("import torch, gpu_rnn"), run("import torch")
+    assert fresh.returncode == 0, fresh.stderr
+    assert "Could not find schema for gpu_rnn::forward" in without.stderr  # as in C++, where there is no Python
 
 
 def test_an_exported_layer_still_trains():
