@@ -53,6 +53,12 @@ def plan(problem: Problem) -> str:
     return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
 
 
+def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+    """How one way through time is run, in a word, for the name of a profiler's range."""
+    found, _ = (stack_of if stacked else residence_of)(problem, device(), backward)
+    return "per-step" if found is None else f"persistent/{found.scope}"
+
+
 def ways_of(problem: Problem) -> tuple[bool, ...]:
     """Through time: whether backward."""
     return (False, True) if problem.training else (False,)

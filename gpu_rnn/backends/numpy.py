@@ -62,6 +62,10 @@ def plan(problem: Problem) -> str:
     return f"{width}; one product and {calls} elementwise calls per step, {before}"
 
 
+def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+    return NAME
+
+
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
     bitwise: bool = False,

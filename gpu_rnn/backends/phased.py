@@ -34,6 +34,9 @@ class Phased:
     def plan(self, problem: Problem) -> str:
         return f"two instants for each, {sequence.projection(problem)}; {self.backend.plan(run(problem))}"
 
+    def method(self, problem: Problem, backward: bool, stacked: bool = False) -> str:
+        return self.backend.method(run(problem), backward, stacked)
+
     def warmup(self, problem: Problem) -> tuple[str, ...]:
         return self.backend.warmup(run(problem))
 
