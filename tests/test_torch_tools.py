@@ -96,7 +96,7 @@ def test_flops_of_a_backward_alone_of_a_graph_from_before():
         x, hx = ready(layer)
         whole = flops(lambda: layer(x, hx)[0].sum().backward())  # noqa: B023
         y = layer(x, hx)[0].sum()
-        assert flops(y.backward) == 2 / 3 * whole  # noqa: B023
+        assert flops(y.backward) == 2 / 3 * whole
 
 
 def test_flops_of_cells_and_functions():
