@@ -11,7 +11,7 @@ from typing import Any
 
 from . import arrays, cudnn
 from .backends.phased import Phased
-from .problem import Direction, Problem, Weights
+from .problem import Direction, Memory, Problem, Weights
 
 Backend = ModuleType | Phased
 ORDER = ("cuda", "triton", "native", "numpy")  # fastest first
@@ -222,6 +222,7 @@ class Explanation:
     plan: str
     reasons: dict[str, tuple[str, ...]]  # by backend, why not; empty: it could run this too
     cudnn: str  # the algorithm torch.nn would ask cuDNN for on a GPU
+    memory: Memory | None = None  # bytes of a call; None where nothing can run it
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
@@ -230,11 +231,19 @@ class Explanation:
         else:
             how = "asked for" if self.forced else "the first in order that can"
             lines += [f"  runs on {self.backend}: {how}", f"  plan: {self.plan}"]
+        if self.memory is not None:
+            lines.append(f"  memory: {self.memory_in_words()}")
         for name, reasons in self.reasons.items():
             if name != self.backend:
                 why = reasons or ("it could, but comes later in the order",)
                 lines += [f"  not {name}: {reason}" for reason in why]
         return "\n".join([*lines, f"  torch.nn on a GPU: {self.cudnn}"])
+
+    def memory_in_words(self) -> str:
+        assert self.memory is not None
+        saved, forward, backward = map(in_words, self.memory)
+        kept = f" and {backward} backward, {saved} kept in between" if self.problem.training else ""
+        return f"at most {forward} at once forward{kept}"
 
 
 def explain(problem: Problem, name: str | None = None) -> Explanation:
@@ -244,4 +253,11 @@ def explain(problem: Problem, name: str | None = None) -> Explanation:
     able = [candidate for candidate in ([only] if only else order(problem)) if not reasons[candidate]]
     chosen = able[0] if able else None
     plan = serving(chosen, problem).plan(problem) if chosen else ""
-    return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem))
+    memory = serving(chosen, problem).memory(problem) if chosen else None
+    return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem), memory)
+
+
+def in_words(count: int) -> str:
+    """Bytes, to three digits."""
+    power = next(power for power in range(4) if count < 1000 << 10 * power or power == 3)
+    return f"{count / (1 << 10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

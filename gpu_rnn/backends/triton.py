@@ -16,7 +16,7 @@ from gpu_rnn.kernels.cells import Cell
 from gpu_rnn.kernels.triton import plan as plans
 
 from .. import arrays, compat
-from ..problem import Problem, Weights
+from ..problem import Memory, Problem, Weights
 from . import sequence, stepwise
 from .sequence import factors as factors
 from .sequence import history as history
@@ -77,6 +77,14 @@ def plan(problem: Problem) -> str:
 def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
     per_step = sequence_plan(replace(problem, training=backward))[0] is None
     return f"triton {'per-step' if per_step else 'persistent'}"
+
+
+def memory(problem: Problem) -> Memory:
+    per_step, own = stepwise.memory(problem), []
+    for backward in (False, True):
+        persistent = sequence_plan(replace(problem, training=backward))[0]
+        own.append(0 if persistent else per_step[backward])
+    return sequence.memory(problem, *own)
 
 
 def forward(
