@@ -100,6 +100,24 @@ def test_numpy(name, dtype, rng):
     close(foretold.forward, measured(partial(dispatch.forward, backend, inference, x, weights, state)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["lstm", "lstm reverse", "lstm projected", "gru", "rnn_relu"])
+def test_native(name, dtype, rng):
+    problem = problem_of(name, dtype, training=True)
+    backend = dispatch.backend("native")
+    if why := backend.reasons(problem):
+        pytest.skip("; ".join(why))
+    x, weights, state = arrays(problem, rng)
+    forward = partial(dispatch.forward, backend, problem, x, weights, state)
+    y, last, tape = forward()
+    memory = backend.memory(problem)
+    assert memory.saved == sum(array.nbytes for array in (y, *tape))
+    close(memory.forward, allocated(forward)[1])
+    dy = np.ones_like(y)
+    backward = partial(dispatch.backward, backend, problem, x, weights, state, y, tape, dy, last, needs(weights))
+    close(memory.backward, allocated(backward)[1])
+
+
 def no_kernel(launch):
     return lambda *more: None
 

@@ -197,6 +197,13 @@ def ranges(function) -> list[str]:
     return [event.name for event in profile.events() if event.name.startswith("gpu_rnn::")]
 
 
+@pytest.fixture()
+def on_numpy(monkeypatch):
+    """Which isn't the first backend everywhere."""
+    monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
+
+
+@pytest.mark.usefixtures("on_numpy")
 def test_ranges_of_the_profiler():
     layer, x = gpu_rnn.LSTM(I, H, num_layers=2), torch.randn(T, B, I)
     one = [f"gpu_rnn::lstm {way} T={T} B={B} H={H} numpy" for way in ("forward", "backward")]
@@ -209,6 +216,7 @@ def test_ranges_of_the_profiler():
     assert ranges(function) == [f"gpu_rnn::gru forward T={T} B={B} H={H} numpy"]
 
 
+@pytest.mark.usefixtures("on_numpy")
 def test_ranges_are_within_their_operator_in_a_compiled_model():
     layer, x = gpu_rnn.LSTM(I, H), torch.randn(T, B, I)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
