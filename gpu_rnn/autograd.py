@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import arrays, dispatch, flops  # noqa: F401  (flops registers what operators cost)
 from .arguments import prepared
-from .derivatives import observed, required, transformed
+from .derivatives import required, transformed
 from .nodes import Sequence, Stack, above, parts, recorded
 from .operators import captured, captured_stack, capturing, exporting
 from .plans import Plan, planned
@@ -29,7 +29,7 @@ def sequence(
     name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple]:
     """As `functional.sequence`, for tensors."""
-    if not (capturing() or observed()):
+    if not (capturing() or transformed()):
         plan = planned(
             (name, options, *switches(x)), LOOK, (x, *weights, *state), made, name, x, weights, state, options
         )
@@ -40,10 +40,10 @@ def sequence(
 
 
 def sequences(name: str, directions: List[Direction], options: Options) -> list[tuple[Tensor, tuple]]:
-    """`sequence` for each direction of a layer: at once where the backend can and nothing looks on."""
+    """`sequence` for each direction of a layer: at once where the backend can and no transform looks on."""
     if capturing() or unreal(directions[0].x):
         return captured(name, directions, options)
-    if observed():
+    if transformed():
         return [watched(name, *direction, options) for direction in directions]
     if len(directions) > 1:
         options = options._replace(directions=len(directions))
@@ -61,10 +61,9 @@ def sequences(name: str, directions: List[Direction], options: Options) -> list[
 def watched(
     name: str, x: Tensor, weights: Weights, state: List[Tensor | None], reverse: bool, options: Options
 ) -> tuple[Tensor, tuple]:
-    """One direction, where a transform or a mode looks on."""
+    """One direction, where a transform looks on."""
     options = options._replace(reverse=reverse)
-    wanted = transformed() or required(x, *weights, *state)
-    backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
+    backend, problem, filled = prepared(name, x, weights, state, options, not options.recompute)
     y, *last = Sequence.apply(backend, problem, x, *weights, *filled)[: problem.outputs]
     return y, tuple(last)
 
@@ -77,8 +76,6 @@ def stacked(
         return None
     if capturing() or unreal(x):
         return None if exporting() else captured_stack(name, x, layers, options)
-    if observed():
-        return None
     wanted = required(x, *(tensor for weights, state in layers for tensor in (*weights, *state)))
     backend, problem, state = prepared(name, x, *layers[0], options, wanted)
     if not any(dispatch.stacks(backend, problem, backward=way) for way in (False, True)[: 1 + wanted]):

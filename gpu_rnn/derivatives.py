@@ -135,6 +135,6 @@ def transformed() -> bool:
 def observed() -> bool:
     """Whether a transform looks on, or a TorchDispatchMode: FlopCounterMode, selective checkpointing, a memory tracker.
 
-    A mode sees operators alone. Where it looks on, what computes is one (`nodes.forward`, `nodes.backward`).
+    A mode sees operators alone.
     """
     return torch._C._len_torch_dispatch_stack() > 0 or transformed()

@@ -5,7 +5,7 @@ Sequence   one direction, in the place of `Recorded` where a transform (torch.fu
 Stack      the layers of a stack
 Gradient   the gradient of one direction, where it is differentiated again: by `derivatives`
 
-Sequence and Gradient, with what they compute as an operator, also stand where a TorchDispatchMode looks on.
+Where a TorchDispatchMode looks on, a graph from before it computes its gradients by an operator that it sees.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,49 +59,23 @@ def member_by_member(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     return run
 
 
-def as_operator() -> bool:
-    """Whether a backend is to be called by an operator, for the sake of a TorchDispatchMode that sees no other call.
-
-    Operators have no forward mode, but nothing of this is differentiated as an operator unless that is on.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0 and forward_ad._current_level < 0
-
-
-def forward(backend: dispatch.Backend, problem: Problem, *given: Any) -> tuple[Tensor, ...]:
-    """One layer, one direction, without its derivative -> y, states after, tape."""
-    if as_operator():
-        save = problem.training
-        return tuple(torch.ops.gpu_rnn.forward(*operands(problem, given), *settings(backend, problem), save))
-    y, last, tape = dispatch.forward(backend, problem, *named(given))
-    return y, *last, *tape
-
-
 def backward(
     backend: dispatch.Backend, problem: Problem, needs: List[bool], given: List, doutputs: List[Tensor],
     kept: List[Tensor],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> the gradients of those of `given` in `needs`. kept: y and the tape, or nothing."""
-    if as_operator():
-        cell, there, names, reverse = operands(problem, given)
-        need = [wanted for wanted, tensor in zip(needs, given) if tensor is not None]
-        chosen = settings(backend, problem)
-        return tuple(torch.ops.gpu_rnn.backward(cell, there, names, doutputs, kept, reverse, *chosen, need))
+    if observed() and not transformed():  # by the operator of `operators`, which stands above this module
+        there = [tensor for tensor in given if tensor is not None]
+        need = [int(wanted) for wanted, tensor in zip(needs, given) if tensor is not None]
+        names = " ".join(field for field, weight in zip(Weights._fields, given[1:FIRST_STATE]) if weight is not None)
+        chosen = backend.NAME, "tf32" if problem.tf32 else "ieee", problem.bitwise, problem.history
+        reverse = [int(problem.reverse)]
+        found = torch.ops.gpu_rnn.backward(problem.cell.name, there, names, doutputs, kept, reverse, *chosen, need)
+        return tuple(found)
     (y, *tape), (dy, *dlast) = kept or (None,), doutputs
     wanted = names_of(needs)
     found = dispatch.backward(backend, problem, *named(given), y, tuple(tape), dy, tuple(dlast), wanted)
     return needed(found, needs)
-
-
-def operands(problem: Problem, given: List) -> tuple[str, list[Tensor], str, list[bool]]:
-    """The first arguments of an operator (`operators`, which registers them, stands above this module)."""
-    there = [tensor for tensor in given if tensor is not None]
-    names = " ".join(field for field, weight in zip(Weights._fields, given[1:FIRST_STATE]) if weight is not None)
-    return problem.cell.name, there, names, [problem.reverse]
-
-
-def settings(backend: dispatch.Backend, problem: Problem) -> tuple[str, str, bool, bool]:
-    """And those by which it comes to the same backend and problem."""
-    return backend.NAME, "tf32" if problem.tf32 else "ieee", problem.bitwise, problem.history
 
 
 class Direct(Function):
@@ -125,7 +99,8 @@ class Sequence(Direct):
 
     @staticmethod
     def forward(backend: dispatch.Backend, problem: Problem, *given: Any) -> tuple:
-        return forward(backend, problem, *given)
+        y, last, tape = dispatch.forward(backend, problem, *named(given))
+        return y, *last, *tape
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -15,7 +15,7 @@ from gpu_rnn.kernels import cells
 from . import functional
 from .arguments import PRECISIONS
 from .autograd import LOOK, followed, sequences, switches, unreal
-from .derivatives import observed, required
+from .derivatives import required, transformed
 from .dispatch import ORDER
 from .functional import NORMALIZED_BITWISE, ShapeError
 from .operators import capturing
@@ -333,7 +333,7 @@ class Recurrent(nn.Module):
 
         `names`: of its weights. `layout`: what decides, beside SETTINGS, how the input lies.
         """
-        if capturing() or observed() or torch._C._is_any_autocast_enabled() or not isinstance(input, Tensor):
+        if capturing() or transformed() or torch._C._is_any_autocast_enabled() or not isinstance(input, Tensor):
             return None
         weights = self._named(names)
         state: Sequence[Tensor] = hx if type(hx) is tuple else () if hx is None else (hx,)

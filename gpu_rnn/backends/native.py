@@ -84,6 +84,8 @@ def memory(problem: Problem) -> Memory:
     back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.learned * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
     converted = given + 2 * y + gradients // 2 if halves else 0
+    if problem.library == "numpy" and T > 1:
+        back += cell.G * H * (problem.P or H)  # NumPy adds no product in place
     saved = (y // 2 if halves else y) + record
     return Memory(saved * r, forward * r, (back + gradients + converted) * r)
 
