@@ -175,7 +175,7 @@ def test_explain_and_inspect_look_into_them():
 def test_errors():
     layer, rows = gpu_rnn.LSTM(I, H), sequences(dtype=torch.float32)
     x = jagged(rows)
-    with pytest.raises(TypeError, match="layout torch.jagged, got torch.strided"):
+    with pytest.raises(TypeError, match=r"layout torch\.jagged, got torch\.strided"):
         layer(torch.nested.nested_tensor(rows, layout=torch.strided))
     with pytest.raises(gpu_rnn.ShapeError, match=r"expected \[B, \*, I\] with I = input_size = 4"):
         layer(x.transpose(1, 2))

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,3 +250,9 @@ def test_torchinfo_says_of_a_layer_what_it_says_of_torch_nn(kind):
     ours, theirs = summary(gpu_rnn), summary(nn)
     assert str(ours) == str(theirs)
     assert re.search(rf"{kind}: 1-2 +\[{B}, {T}, {2 * H}\]", str(ours))
+
+
+def test_the_document_runs():
+    document = Path(__file__).parents[1] / "docs" / "production.md"
+    _, sections = document.read_text().split("## Seen by torch's tools")
+    exec("\n".join(re.findall(r"```python\n(.*?)```", sections, re.DOTALL)), {})
