@@ -308,7 +308,7 @@ class RecurrentLayer(Recurrent):
         nested = nested.contiguous()  # without holes between its sequences
         values, offsets = nested.values(), nested.offsets()
         x = torch.nested.to_padded_tensor(nested, 0.0).transpose(0, 1)
-        T, B, N = *x.shape[:2], len(values)
+        (T, B, _), N = x.shape, len(values)
         if T == 0:
             raise ShapeError(f"{name}: every sequence of the nested input, of shape {shape}, is empty")
         initial, lengths = self._initial(hx, (self.num_layers * self._directions, B), "L*D B", values), offsets.diff()
