@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import arrays, dispatch
+from . import arrays, dispatch, flops  # noqa: F401  (flops registers what operators cost)
 from .arguments import prepared
 from .derivatives import required, transformed
 from .nodes import Sequence, Stack, above, parts, recorded

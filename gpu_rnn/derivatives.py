@@ -93,3 +93,11 @@ def tracked(*tensors: Tensor | None) -> bool:
 def transformed() -> bool:
     """Whether torch.func or forward mode looks on."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def observed() -> bool:
+    """Whether a transform looks on, or a TorchDispatchMode: FlopCounterMode, selective checkpointing, a memory tracker.
+
+    A mode sees operators alone.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or transformed()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -10,7 +11,7 @@ from typing import Any
 
 from . import arrays, cudnn
 from .backends.phased import Phased
-from .problem import Direction, Problem, Weights
+from .problem import Direction, Memory, Problem, Weights
 
 Backend = ModuleType | Phased
 ORDER = ("cuda", "triton", "native", "numpy")  # fastest first
@@ -68,6 +69,26 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     raise BackendError(f"{what} {problem}:\n" + "\n".join(f"  {line}" for line in listed(reasons)))
 
 
+NO_RANGE = nullcontext()
+
+
+def profiled(
+    backend: Backend, problem: Problem, backward: bool = False, directions: int = 1, layers: int = 1
+) -> AbstractContextManager:
+    """A range around one call of a backend while torch.profiler is on; an NVTX range under torch's emit_nvtx.
+
+    Its name, as "gpu_rnn::lstm forward T=256 B=64 H=512 persistent/cluster", is made only then.
+    """
+    if problem.library != "torch" or not arrays.module("torch")._C._autograd._profiler_enabled():
+        return NO_RANGE
+    sizes = {"T": problem.T, "B": problem.B, "H": problem.H, "P": problem.P}
+    together = {letter: n for letter, n in {"L": layers, "D": directions}.items() if n > 1}
+    words = [f"{letter}={n}" for letter, n in (sizes | together).items() if n is not None]
+    way, method = "backward" if backward else "forward", backend.method(problem, backward, layers > 1)
+    name = " ".join([f"gpu_rnn::{problem.cell.name}", way, *words, method])
+    return arrays.module("torch").profiler.record_function(name)
+
+
 # What a backend is told of a problem, in one place.
 
 
@@ -75,10 +96,11 @@ def forward(
     backend: Backend, problem: Problem, x: Any, weights: Weights, state: Sequence[Any]
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """-> y; the states after, and their history if the problem has one; the tape, empty unless it is training."""
-    y, last, tape = backend.forward(
-        problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
-        save=problem.training or problem.history, bitwise=problem.bitwise,
-    )  # fmt: skip
+    with profiled(backend, problem):
+        y, last, tape = backend.forward(
+            problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
+            save=problem.training or problem.history, bitwise=problem.bitwise,
+        )  # fmt: skip
     return results(backend, problem, problem.reverse, y, last, tape)
 
 
@@ -89,7 +111,8 @@ def forwards(
     if len(directions) == 1 or not hasattr(backend, "forwards"):
         return [forward(backend, turned(problem, d.reverse), d.x, d.weights, d.state) for d in directions]
     save = problem.training or problem.history
-    found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, bitwise=problem.bitwise)
+    with profiled(backend, problem, directions=len(directions)):
+        found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, bitwise=problem.bitwise)
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
 
 
@@ -109,7 +132,8 @@ def stack(backend: Backend, problem: Problem, x: Any, layers: Layers) -> list[tu
     """`forward` of every layer, of a problem that is the first one's: at once where the backend would, else in turn."""
     if stacks(backend, problem, backward=False):
         assert isinstance(backend, ModuleType)
-        return backend.stack(problem.cell, x, layers, tf32=problem.tf32, save=problem.training)
+        with profiled(backend, problem, layers=len(layers)):
+            return backend.stack(problem.cell, x, layers, tf32=problem.tf32, save=problem.training)
     found: list[tuple[Any, tuple, tuple]] = []
     for k, (weights, state) in enumerate(layers):
         found.append(forward(backend, problem.layer(k), found[-1][0] if k else x, weights, state))
@@ -132,10 +156,11 @@ def backward(
     S = problem.cell.S
     if not tape:
         y, _, tape = forward(backend, replace(problem, training=True, history=False), x, weights, state)
-    return backend.backward(
-        problem.cell, x, weights, state, y, tape, dy, dlast[:S], dlast[S:], reverse=problem.reverse,
-        tf32=problem.tf32, needs=needs,
-    )  # fmt: skip
+    with profiled(backend, problem, backward=True):
+        return backend.backward(
+            problem.cell, x, weights, state, y, tape, dy, dlast[:S], dlast[S:], reverse=problem.reverse,
+            tf32=problem.tf32, needs=needs,
+        )  # fmt: skip
 
 
 def backwards(
@@ -153,7 +178,8 @@ def backwards(
         again = forwards(backend, replace(problem, training=True, history=False), directions)
         recorded = [(y, tape) for y, _, tape in again]
     whole = [(*kept, dy, dlast[:S], dlast[S:]) for kept, (dy, dlast) in zip(recorded, arriving)]
-    return backend.backwards(problem.cell, directions, whole, tf32=problem.tf32, needs=needs)
+    with profiled(backend, problem, backward=True, directions=len(directions)):
+        return backend.backwards(problem.cell, directions, whole, tf32=problem.tf32, needs=needs)
 
 
 def stack_back(
@@ -168,7 +194,8 @@ def stack_back(
     if stacks(backend, problem, backward=True):
         assert isinstance(backend, ModuleType)
         whole = [(*kept, dy, dlast, ()) for kept, (dy, dlast) in zip(recorded, arriving)]
-        return backend.stack_back(problem.cell, x, layers, whole, tf32=problem.tf32, needs=needs)
+        with profiled(backend, problem, backward=True, layers=len(layers)):
+            return backend.stack_back(problem.cell, x, layers, whole, tf32=problem.tf32, needs=needs)
     found: list[dict[str, Any]] = [{"state": ()} for _ in layers]
     from_above = None
     for k in reversed(range(len(layers))):
@@ -196,6 +223,7 @@ class Explanation:
     plan: str
     reasons: dict[str, tuple[str, ...]]  # by backend, why not; empty: it could run this too
     cudnn: str  # the algorithm torch.nn would ask cuDNN for on a GPU
+    memory: Memory | None = None  # bytes of a call; None where nothing can run it
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
@@ -204,11 +232,19 @@ class Explanation:
         else:
             how = "asked for" if self.forced else "the first in order that can"
             lines += [f"  runs on {self.backend}: {how}", f"  plan: {self.plan}"]
+        if self.memory is not None:
+            lines.append(f"  memory: {self.memory_in_words()}")
         for name, reasons in self.reasons.items():
             if name != self.backend:
                 why = reasons or ("it could, but comes later in the order",)
                 lines += [f"  not {name}: {reason}" for reason in why]
         return "\n".join([*lines, f"  torch.nn on a GPU: {self.cudnn}"])
+
+    def memory_in_words(self) -> str:
+        assert self.memory is not None
+        saved, forward, backward = map(in_words, self.memory)
+        kept = f" and {backward} backward, {saved} kept in between" if self.problem.training else ""
+        return f"at most {forward} at once forward{kept}"
 
 
 def explain(problem: Problem, name: str | None = None) -> Explanation:
@@ -218,4 +254,11 @@ def explain(problem: Problem, name: str | None = None) -> Explanation:
     able = [candidate for candidate in ([only] if only else order(problem)) if not reasons[candidate]]
     chosen = able[0] if able else None
     plan = serving(chosen, problem).plan(problem) if chosen else ""
-    return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem))
+    memory = serving(chosen, problem).memory(problem) if chosen else None
+    return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem), memory)
+
+
+def in_words(count: int) -> str:
+    """Bytes, to three digits."""
+    power = next(power for power in range(4) if count < 1000 << 10 * power or power == 3)
+    return f"{count / (1 << 10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

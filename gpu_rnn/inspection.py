@@ -20,7 +20,7 @@ from .arguments import ShapeError, check_flags, check_words, checked
 from .compat import installed, no_gpu, require
 from .dispatch import Explanation
 from .functional import PROJECTED, elman, gru, lstm, named, rnn
-from .problem import Options, Problem, Weights
+from .problem import Memory, Options, Problem, Weights
 
 FUNCTIONS = (lstm, gru, rnn)
 
@@ -28,10 +28,22 @@ FUNCTIONS = (lstm, gru, rnn)
 
 
 class Explanations(tuple[Explanation, ...]):
-    """One Explanation for each direction of each layer, in torch's order; prints equal ones once."""
+    """One Explanation for each direction of each layer, in torch's order; prints equal ones once.
+
+    saved: bytes that a call of the whole layer keeps for backward beside its input, its parameters and given states,
+    as saved-tensor hooks count them: those of the parts, and what is between them (outputs of both directions as one
+    input, padded and cast copies, masks); without dropout between layers. 0 in inference.
+    """
+
+    saved = 0
 
     def __str__(self) -> str:
-        return "\n".join(text for text, _ in groupby(map(str, self)))
+        lines = [text for text, _ in groupby(str(replace(each, memory=None)) for each in self)]
+        known = [each.memory for each in self if each.memory is not None]
+        if known:
+            memory = replace(self[0], memory=Memory(self.saved, *map(max, [*zip(*known)][1:]))).memory_in_words()
+            lines.append(f"memory{' of the largest part' if len(self) > 1 else ''}: {memory}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -57,7 +69,9 @@ def explain(
         print(gpu_rnn.explain("lstm", T=256, B=64, I=512, H=512, dtype="float16", training=True))
         print(gpu_rnn.explain(layer, x))
 
-    Nothing is computed. The parts: `backend` (None: it runs nowhere), `plan`, `reasons` by backend, `cudnn`.
+    Nothing is computed. The parts: `backend` (None: it runs nowhere), `plan`, `reasons` by backend, `cudnn`, and
+    `memory`, the bytes of a call: `memory.saved` for backward (y included), and the most that is allocated at once,
+    `memory.forward` on the way forward and `memory.backward` on the way back, gradients included.
 
     Args:
         what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
@@ -70,7 +84,8 @@ def explain(
         backend: insists on one, as for `gpu_rnn.lstm`.
 
     Returns:
-        An Explanation; for a layer Explanations, a tuple of one for each direction of each of its layers.
+        An Explanation; for a layer Explanations, a tuple of one for each direction of each of its layers, with the
+        bytes that all of it keeps for backward as `saved`.
 
     Raises:
         ShapeError: a size that isn't a positive whole number, or that doesn't fit. TypeError: a size is missing or
@@ -111,14 +126,28 @@ def named_cell(what: str | Callable) -> Cell:
 
 def explain_layer(layer: Any, x: Any, training: bool | None, backend: str | None) -> Explanations:
     layer, packed = as_ours(layer), hasattr(x, "batch_sizes")
-    largest = problems_of(layer, x, training)
+    largest, beside = problems_of(layer, x, training)
     if hasattr(layer, "num_layers"):
         directions = 1 + layer.bidirectional
         algorithm = cudnn.algorithm(largest[0], layers=layer.num_layers, directions=directions, packed=packed)
     else:
         algorithm = "none: torch.nn's cells don't use cuDNN"
     found = [dispatch.explain(problem, backend or layer.backend) for problem in largest]
-    return Explanations(replace(explanation, cudnn=algorithm) for explanation in found)
+    if layer.recompute:
+        found = [replace(each, memory=recomputed(each, backend or layer.backend)) for each in found]
+    explanations = Explanations(replace(explanation, cudnn=algorithm) for explanation in found)
+    if any(problem.training for problem in largest):
+        explanations.saved = beside + sum(explanation.memory.saved for explanation in found if explanation.memory)
+    return explanations
+
+
+def recomputed(explanation: Explanation, backend: str | None) -> Memory | None:
+    """What a call takes that keeps nothing, and on its way back goes forward once more."""
+    problem, memory = explanation.problem, explanation.memory
+    if memory is None or not problem.training:
+        return memory
+    inference = dispatch.explain(replace(problem, training=False), backend).memory
+    return inference and inference._replace(backward=memory.forward + memory.backward)
 
 
 def warmup(
@@ -159,7 +188,7 @@ def warmup(
         layer = as_ours(what)
         whole = hasattr(layer, "num_layers")
         shape = (B, T) if whole and layer.batch_first else (T, B) if whole else (B,)
-        asked = problems_of(layer, (*shape, layer.input_size), training)
+        asked, _ = problems_of(layer, (*shape, layer.input_size), training)
         where, backend = next(layer.parameters()).device, backend or layer.backend
     lines: dict[str, None] = {}  # as a set that keeps its order: both directions have the same
     with torch.cuda.device(where if where.type == "cuda" else -1):
@@ -170,21 +199,44 @@ def warmup(
     return list(lines)
 
 
-def problems_of(layer: Any, x: Any, training: bool | None) -> list[Problem]:
-    """What a layer's own forward asks for, for each direction of each of its layers: for packed input, the largest."""
+def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem], int]:
+    """What a layer's own forward asks for, for each direction of each of its layers: for packed input, the largest.
+
+    -> and the bytes of what it makes for these calls and keeps: their inputs, as far as they aren't the caller's or
+    the outputs of another, and what torch saves between them
+    """
     packed = hasattr(x, "batch_sizes")
+    from torch.autograd.graph import saved_tensors_hooks
+
     from .derivatives import tracked
+
+    made: dict[int, Any] = {}  # storages, by identity
+    others: set[int] = set()  # of the caller's, and of outputs
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        made[storage._cdata] = storage
+        return tensor
 
     def run(name: str, x: Any, weights: Weights, initial: Sequence, options: Options) -> tuple:
         wanted = tracked(x, *weights, *initial) if training is None else training
         asked, state = checked(name, x, weights, initial, options, wanted)
-        return asked, x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted), state
+        for tensor in (x, *weights, *state):
+            if tensor is not None:
+                keep(tensor)
+        y = keep(x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted))
+        others.add(y.untyped_storage()._cdata)
+        return asked, y, state
 
     if isinstance(x, (tuple, list)) and not packed:
         for size in x:
             check_size("x", size, f" in its shape {list(x)}")
         x = next(layer.parameters()).new_empty(x)
-    return list(driven(layer, run, x, None).values())
+    held = x.data if packed else x.values() if getattr(x, "is_nested", False) else x
+    others |= {tensor.untyped_storage()._cdata for tensor in (held, *layer.parameters())}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        problems = list(driven(layer, run, x, None).values())
+    return problems, sum(storage.nbytes() for key, storage in made.items() if key not in others)
 
 
 def size_and_kind(x: Any) -> tuple[tuple[int, ...], dict[str, Any]]:

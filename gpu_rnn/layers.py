@@ -48,7 +48,7 @@ WAYS = ("", "_reverse")  # how the parameters' names end that read forward, and 
 
 
 class RecurrentLayer(Recurrent):
-    """Several layers in one or two directions over a whole sequence, padded or packed."""
+    """Several layers in one or two directions over a whole sequence, padded, packed or nested."""
 
     shown: ClassVar = {
         "proj_size": 0,
@@ -168,13 +168,14 @@ class RecurrentLayer(Recurrent):
         generator: torch.Generator | None = None, mask: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Run the layers. Shapes and errors: see the class."""
-        if isinstance(input, PackedSequence):
+        packed = isinstance(input, PackedSequence)
+        if packed or getattr(input, "is_nested", False):
             if any(given is not None for given in (reset, reset_state, lengths, starts, mask)) or return_states:
                 raise TypeError(
-                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts, "
-                    "mask or return_states give padded input"
+                    f"{self._get_name()}: {'packed' if packed else 'nested'} input has its own lengths; for reset, "
+                    "reset_state, lengths, starts, mask or return_states give padded input"
                 )
-            return self._forward_packed(input, hx, generator)
+            return (self._forward_packed if packed else self._forward_nested)(input, hx, generator)
         plain = reset is reset_state is lengths is starts is mask is generator is None and not return_states
         if plain and self.num_layers == 1 and not self.bidirectional:
             found = self._again(FIRST, input, hx, self.batch_first)
@@ -285,9 +286,7 @@ class RecurrentLayer(Recurrent):
         if sorting is not None:
             initial = [state if state is None else state.index_select(1, sorting) for state in initial]
         x, ends = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        full = len(data) == T * B and not capturing()  # else that of other lengths in a recorded program
-        ragged = PLAIN if full else Call(lengths=ends.to(data.device, non_blocking=True))
-        call = ragged if generator is None else ragged._replace(generator=generator)
+        call = ragged(ends.to(data.device, non_blocking=True), len(data) == T * B, generator)
 
         def as_torch_drops(x: Tensor, p: float) -> Tensor:
             rows = PackedSequence(dropped(pack_padded_sequence(x, ends).data, p), batch_sizes)
@@ -298,6 +297,31 @@ class RecurrentLayer(Recurrent):
             last = [state.index_select(1, unsorting) for state in last]
         y = pack_padded_sequence(y, ends).data
         return PackedSequence(y, batch_sizes, sorting, unsorting), as_hx(last)
+
+    def _forward_nested(self, nested: Tensor, hx: Any, generator: torch.Generator | None) -> tuple[Tensor, Any]:
+        """As padded input with lengths. nested: [B, *, I], sequences [., I] one after the other in its values."""
+        name = self._get_name()
+        if nested.layout != torch.jagged:
+            raise TypeError(
+                f"{name}: a nested tensor must have the layout torch.jagged, got {nested.layout}; "
+                "torch.nested.as_nested_tensor(input.unbind(), layout=torch.jagged) has it"
+            )
+        shape = list(nested.shape)
+        if len(shape) != 3 or shape[2] != self.input_size:
+            raise ShapeError(
+                f"{name}: nested input has shape {shape}; expected [B, *, I] with I = input_size = {self.input_size}"
+            )
+        nested = nested.contiguous()  # without holes between its sequences
+        values, offsets = nested.values(), nested.offsets()
+        x = torch.nested.to_padded_tensor(nested, 0.0).transpose(0, 1)
+        (T, B, _), N = x.shape, len(values)
+        if T == 0:
+            raise ShapeError(f"{name}: every sequence of the nested input, of shape {shape}, is empty")
+        initial, lengths = self._initial(hx, (self.num_layers * self._directions, B), "L*D B", values), offsets.diff()
+        y, last = self._stack(x, initial, ragged(lengths, N == T * B, generator))
+        row = torch.repeat_interleave(lengths, output_size=N)
+        t = torch.arange(N, device=row.device) - offsets[row]
+        return torch.nested.nested_tensor_from_jagged(y[t, row], offsets, max_seqlen=T), as_hx(last)
 
     def _stack(
         self, x: Tensor, initial: Sequence[Tensor | None], call: Call, drop: Callable[[Tensor, float], Tensor] = dropped
@@ -371,12 +395,13 @@ class LSTM(RecurrentLayer):
             float32 on a GPU.
 
     Input, of the parameters' dtype and device, unless autocast makes everything of its own dtype:
-        input: [T, B, I], [B, T, I] with batch_first, [T, I] for a single sequence, or a PackedSequence.
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] for a single sequence, a PackedSequence, or a nested tensor
+            [B, *, I] with the layout torch.jagged, whatever batch_first says.
         hx: (h0 [L*D, B, P], c0 [L*D, B, H]), without B for a single sequence; zeros when None.
 
     Returns:
         y [T, B, D*P], forward before reverse, in the layout of the input; and (hT, cT) in the shapes of (h0, c0), with
-        which each layer and direction ended, for packed input at every sequence's own end.
+        which each layer and direction ended, for packed and nested input at every sequence's own end.
 
     Raises:
         ShapeError: shapes that don't fit, T = 0, wrong batch sizes of packed input; both a ValueError and a
@@ -539,6 +564,13 @@ def checked_batch_sizes(batch_sizes: Tensor, data: Tensor) -> list[int]:
             f"positive and none larger than the one before, and their sum, {sum(sizes)}, must be the number of rows"
         )
     return sizes
+
+
+def ragged(lengths: Tensor, full: bool, generator: torch.Generator | None) -> Call:
+    """The call for sequences of these lengths [B]; full: all are as long as the longest."""
+    plain = full and not capturing()  # a program that is recorded may be run with other lengths
+    call = PLAIN if plain else Call(lengths=lengths)
+    return call if generator is None else call._replace(generator=generator)
 
 
 def as_hx(states: Any) -> Any:

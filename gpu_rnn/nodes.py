@@ -4,6 +4,8 @@ Recorded   directions of a layer, whose results are there already
 Sequence   one direction, in the place of `Recorded` where a transform (torch.func, forward mode) looks on
 Stack      the layers of a stack
 Gradient   the gradient of one direction, where it is differentiated again: by `derivatives`
+
+Where a TorchDispatchMode looks on, a graph from before it computes its gradients by an operator that it sees.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +21,18 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 from . import dispatch
-from .derivatives import FIRST_STATE, named, pushed, reference, reference_gradient, spread, transformed, uncast, vjp
+from .derivatives import (
+    FIRST_STATE,
+    named,
+    observed,
+    pushed,
+    reference,
+    reference_gradient,
+    spread,
+    transformed,
+    uncast,
+    vjp,
+)
 from .problem import Direction, Problem, Weights
 
 
@@ -44,6 +57,25 @@ def member_by_member(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         )
 
     return run
+
+
+def backward(
+    backend: dispatch.Backend, problem: Problem, needs: List[bool], given: List, doutputs: List[Tensor],
+    kept: List[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> the gradients of those of `given` in `needs`. kept: y and the tape, or nothing."""
+    if observed() and not transformed():  # by the operator of `operators`, which stands above this module
+        there = [tensor for tensor in given if tensor is not None]
+        need = [int(wanted) for wanted, tensor in zip(needs, given) if tensor is not None]
+        names = " ".join(field for field, weight in zip(Weights._fields, given[1:FIRST_STATE]) if weight is not None)
+        chosen = backend.NAME, "tf32" if problem.tf32 else "ieee", problem.bitwise, problem.history
+        reverse = [int(problem.reverse)]
+        found = torch.ops.gpu_rnn.backward(problem.cell.name, there, names, doutputs, kept, reverse, *chosen, need)
+        return tuple(found)
+    (y, *tape), (dy, *dlast) = kept or (None,), doutputs
+    wanted = names_of(needs)
+    found = dispatch.backward(backend, problem, *named(given), y, tuple(tape), dy, tuple(dlast), wanted)
+    return needed(found, needs)
 
 
 class Direct(Function):
@@ -116,9 +148,7 @@ class Gradient(Direct):
     def forward(backend: dispatch.Backend, problem: Problem, needs: tuple, *rest: Any) -> tuple:
         n = FIRST_STATE + problem.cell.S
         end = n + problem.outputs
-        given, dy, dlast, (y, *tape) = named(rest[:n]), rest[n], rest[n + 1 : end], rest[end:] or (None,)
-        wanted = names_of(needs)
-        return needed(dispatch.backward(backend, problem, *given, y, tuple(tape), dy, dlast, wanted), needs)
+        return backward(backend, problem, needs, rest[:n], rest[n:end], rest[end:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -189,7 +219,7 @@ class Recorded(Function):
         whole = from_saved(tensors[0], tensors[:N]), tensors[N:], ctx.needs_input_grad[2:]
         given, kept, needs = (parts(each, n) for each in whole)
         doutputs = [zero_filled(g[0], g[FIRST_STATE:], d) for g, d in zip(given, parts(arriving, n))]
-        if torch.is_grad_enabled() or transformed():
+        if torch.is_grad_enabled() or observed():
             found: list[Any] = []
             for r, wanted, *each in zip(reverse, needs, given, doutputs, kept):
                 found.append(differentiable(backend, replace(problem, reverse=r, directions=1), wanted, *each))
@@ -247,7 +277,7 @@ class Stack(Direct):
         N = n * (len(Weights._fields) + problem.cell.S)
         given, kept, doutputs = from_saved(x, tensors[:N]), parts(tensors[N:], n), parts(arriving, n)
         _, _, _, need_x, *needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or transformed():
+        if torch.is_grad_enabled() or observed():
             found = layer_after_layer(backend, problem, n, x, given, kept, doutputs, stack_needs(need_x, needs, n))
         else:
             found = stack_pulled(backend, problem, n, x, given, kept, doutputs, stack_needs(need_x, needs, n))

@@ -249,7 +249,8 @@ def keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 def pull(ctx: Any, needs: tuple, arriving: List[Tensor | None]) -> dict[int, list]:
     n, S = len(ctx.reverse), cells.get(ctx.cell).S
     size = 1 + len(ctx.names.split()) + S
-    given, kept = ctx.saved_tensors[: n * size], ctx.saved_tensors[n * size :]
+    saved = ctx.saved_tensors  # once: selective checkpointing recomputes them at every look
+    given, kept = saved[: n * size], saved[n * size :]
     doutputs = []
     for each, gradients in zip(parts(given, n), parts(arriving, n)):
         doutputs += zero_filled(each[0], each[-S:], gradients[: ctx.outputs])
@@ -270,7 +271,8 @@ def keep_gradient(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def pull_gradient(ctx: Any, needs: tuple, arriving: List[Tensor | None]) -> dict[int, list]:
     """Differentiate the gradient, by torch's operations. y and saved activations follow from what they are made of."""
-    given, doutputs = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+    saved = ctx.saved_tensors
+    given, doutputs = saved[: ctx.given], saved[ctx.given :]
     reverse, backend, precision, bitwise, history = ctx.options
     directions, n = apart_from(given, ctx.names, reverse), len(reverse)
     options = Options(False, backend, precision, history, bitwise=bitwise)
@@ -449,7 +451,8 @@ def keep_stack(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def pull_stack(ctx: Any, needs: tuple, arriving: List[Tensor | None]) -> dict[int, list]:
-    given, kept = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+    saved = ctx.saved_tensors
+    given, kept = saved[: ctx.given], saved[ctx.given :]
     doutputs = [gradient for each in parts(arriving, ctx.layers) for gradient in each[: ctx.outputs]]
     needed = [*map(int, needs[GIVEN])]
     found = torch.ops.gpu_rnn.stack_backward(

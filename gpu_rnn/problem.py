@@ -63,6 +63,17 @@ class Around(NamedTuple):
     layer_norm: Any = None  # gains of the input and the recurrent part [G*H], of what else is normalized, biases [H]
 
 
+class Memory(NamedTuple):
+    """Bytes that one call takes beside what it is given, as its library's allocator counts them.
+
+    Of contiguous arrays; where all gradients are wanted; without what cuBLAS has for itself.
+    """
+
+    saved: int  # kept for backward: y, and what the backend saves
+    forward: int  # the most there is at once on the way forward: y, the last states, what is saved, and workspace
+    backward: int  # the same on the way back, with the gradients, but without what was there before; 0 in inference
+
+
 @dataclass(frozen=True)
 class Problem:
     """One layer, one direction, one sequence."""
@@ -83,6 +94,37 @@ class Problem:
     directions: int = 1  # how many that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
     bitwise: bool = False  # its numbers are those of its instants one at a time, bit for bit
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element in storage."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def real_itemsize(self) -> int:
+        """Bytes of an element where it is computed."""
+        return max(self.itemsize, 4)
+
+    @property
+    def weight_elements(self) -> int:
+        """Of w_ih, w_hh, w_hr, and both biases."""
+        rows, P = self.cell.G * self.H, self.P or self.H
+        return rows * ((self.I or 0) + P + 2) + (self.H * self.P if self.P else 0)
+
+    @property
+    def input_elements(self) -> int:
+        """Of x."""
+        return self.T * self.B * (self.cell.G * self.H if self.I is None else self.I)
+
+    @property
+    def output_elements(self) -> int:
+        """Of y."""
+        return self.T * self.B * (self.P or self.H)
+
+    @property
+    def state_elements(self) -> int:
+        """Of the states before, or after."""
+        return self.B * ((self.P or self.H) + (self.cell.S - 1) * self.H)
 
     @property
     def outputs(self) -> int:

@@ -23,6 +23,7 @@ from bench import (
     gpu,
     kernels,
     machine,
+    nvrtc,
     plots,
     problems,
     results,
@@ -39,7 +40,7 @@ from gpu_rnn.compat import no_gpu
 from gpu_rnn.kernels.cuda import residence
 
 from . import on_host, test_gpu
-from .host import nvrtc, runtime
+from .host import runtime
 
 CASE = Case("lstm", 3, 2, 4, 5)
 TRAINING = replace(CASE, mode="training")

@@ -3,6 +3,8 @@
 NAME
 reasons(problem) -> why it can't serve that problem; empty when it can
 plan(problem)    -> what it would do, in a sentence
+method(problem, backward, stacked) -> how it would run one way through time, in a word or two, for profilers
+memory(problem)  -> a problem.Memory: the bytes it would take
 warmup(problem)  -> the names of its kernels, compiled now for the current device; none where nothing is compiled
 forward(cell, x, weights, state, *, reverse, tf32, save, bitwise) -> y, last, tape
 backward(cell, x, weights, state, y, tape, dy, dlast, *, reverse, tf32, needs) -> gradients

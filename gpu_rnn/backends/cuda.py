@@ -19,7 +19,7 @@ from gpu_rnn.kernels.cuda import stepwise as plans
 from gpu_rnn.kernels.cuda.launch import OPTIONS, Launch, Runner, Unit
 
 from .. import arrays, compat
-from ..problem import Direction, Problem, Weights
+from ..problem import Direction, Memory, Problem, Weights
 from . import sequence, stepwise
 from .sequence import factors as factors
 from .sequence import history as history
@@ -51,6 +51,25 @@ def plan(problem: Problem) -> str:
             each = str(wavefront) if wavefront else f"{each}; layer after layer: {'; '.join(against)}"
         ways.append(each)
     return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
+
+
+def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+    """How one way through time is run, in a word, for the name of a profiler's range."""
+    found, _ = (stack_of if stacked else residence_of)(problem, device(), backward)
+    return "per-step" if found is None else f"persistent/{found.scope}"
+
+
+def memory(problem: Problem) -> Memory:
+    return memory_on(problem, device())
+
+
+def memory_on(problem: Problem, on: residence.Device) -> Memory:
+    """Of one layer by itself: in a wavefront the upper ones have no input part."""
+    per_step, own = stepwise.memory(problem), []
+    for backward in (False, True):
+        plan, _ = residence_of(problem, on, backward)
+        own.append(plan.launches * plan.exchange_bytes(problem.T) // plan.directions if plan else per_step[backward])
+    return sequence.memory(problem, *own)
 
 
 def ways_of(problem: Problem) -> tuple[bool, ...]:

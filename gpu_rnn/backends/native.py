@@ -6,6 +6,7 @@ give the gradients of weights and inputs are the library's whose arrays they are
 """
 
 import ctypes
+import math
 import os
 import struct
 import sys
@@ -24,7 +25,7 @@ from gpu_rnn.kernels.weave import HOLD
 
 from .. import arrays, compiler
 from ..extra import Extra
-from ..problem import Direction, Problem, Weights
+from ..problem import Direction, Memory, Problem, Weights
 from . import sequence
 
 NAME = "native"
@@ -62,6 +63,31 @@ def plan(problem: Problem) -> str:
         f"{real}, {isa.name}, {isa.lanes(real)} lanes, tiles of {isa.tile(problem.cell.G)}, {threads()} threads at most"
     )
     return f"{how}; " + ("x is the input part already" if problem.I is None else "input projection by chunks")
+
+
+def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+    return NAME
+
+
+def memory(problem: Problem) -> Memory:
+    """Without what its code has for itself while it runs: the input projection of a chunk, packed weights."""
+    cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
+    halves, states = problem.itemsize == 2, problem.state_elements
+    y, x, rows = problem.output_elements, problem.input_elements, T * B * cell.G * H
+    given = x + problem.weight_elements + states if halves else 0  # in float32
+    shapes = tape_shapes(cell, T, B, H, problem.P is not None, real_of(problem))
+    record = sum(map(math.prod, shapes)) if problem.training or problem.history else 0
+    history = T * (cell.S - 1) * B * H if problem.history else 0
+    forward = y + states + record + history + given + ((y + states) // 2 if halves else 0)
+    if not problem.training:
+        return Memory(0, forward * r, 0)
+    back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.learned * B * H + states
+    gradients = problem.weight_elements + (x if problem.I is not None else 0)
+    converted = given + 2 * y + gradients // 2 if halves else 0
+    if problem.library == "numpy" and T > 1:
+        back += cell.G * H * (problem.P or H)  # NumPy adds no product in place
+    saved = (y // 2 if halves else y) + record
+    return Memory(saved * r, forward * r, (back + gradients + converted) * r)
 
 
 def warmup(problem: Problem) -> tuple[str, ...]:

@@ -20,12 +20,13 @@ from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
 from gpu_rnn.kernels.derive import OPERATIONS
 from gpu_rnn.kernels.program import GateLayout, gradient, layout, step_program, torch_layout, with_exp_sigmoid
 from gpu_rnn.kernels.random import uniforms
+from gpu_rnn.kernels.schedule import Program
 from gpu_rnn.kernels.weave import HOLD
 
 from ..arrays import HALVES, from_numpy, to_numpy
 from ..arrays import dtype as dtype_of
 from ..extra import Extra
-from ..problem import Problem, Weights
+from ..problem import Memory, Problem, Weights
 
 NAME = "numpy"
 LAYERED = True  # states may come as those of one layer, [1, B, .], and then leave so
@@ -60,6 +61,55 @@ def plan(problem: Problem) -> str:
     projection = "input projection by steps" if problem.bitwise else "input projection by chunks"
     before = "x is the input part already" if problem.I is None else projection
     return f"{width}; one product and {calls} elementwise calls per step, {before}"
+
+
+def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+    return NAME
+
+
+def memory(problem: Problem) -> Memory:
+    """With the arrays that are kept for the next call, as if there were none yet."""
+    cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
+    P, G, halves = problem.P or H, cell.G, problem.itemsize == 2
+    inputs, columns, dtype = (problem.I or 0), problem.I or G * H, np.dtype("float64" if r == 8 else "float32")
+    y, x, save = problem.output_elements * r, problem.input_elements * r, problem.training or problem.history
+    history = T * (cell.S - 1) * B * H * problem.itemsize if problem.history else 0
+    given = x + (problem.weight_elements + problem.state_elements) * r if halves else 0  # in float32
+    stored = y // 2 if halves else 0
+
+    shelf = shelf_forward(cell, T, B, inputs, G * H, P, dtype, problem.bitwise)
+    instants = shelf.lend()
+    n = len(instants.views)
+    entering = n * B * G * H if inputs and not instants.wide and n > 1 and B > 1 else 0  # the product for a chunk
+    entering += n * B * columns if problem.reverse and n > 1 else 0
+    weights = G * H * (inputs + P) if instants.scaled else 0
+    shelf.take_back(instants)
+    record = ((T + 1) * (cell.K + cell.S - 1) + (T if problem.P else 0)) * H * B * r if save else 0
+    program = step_program(cell, arranged(cell, T, B, H, inputs + P, dtype, problem.bitwise))
+    forward = instants.bytes + (temporaries(program, H, B) + entering + weights) * r
+    forward += y + record + problem.state_elements * r + history + given + stored
+    if not problem.training:
+        return Memory(0, forward, 0)
+
+    n = min(T, CHUNK_BACK, max(CHUNK_ROWS // max(B, 1), 1))
+    order, found, shelf = layout(cell), gradient(cell), shelf_of(InstantsBack, cell, n, B, H, P, dtype)
+    back = shelf.lend()
+    shelf.take_back(back)
+    turned = [list(gates) != sorted(gates) for gates in (order.inputs, order.recurrent)]  # what is no view then
+    copies = G * H * (inputs * turned[0] + P * (turned[1] + (T >= LONG)))
+    base = back.bytes + x + (temporaries(found.grad, H, B) + copies + cell.learned * H * B) * r
+    base += (T + 1) * B * P * r * (1 if cell.operand is None else 2) + (n * B * P * r if problem.P else 0)
+    base += 2 * problem.state_elements * r + given + (y if halves else 0)
+    together = max(1, TOGETHER // max(H * B, 1)) * temporaries(found.coefficients, H, B)
+    in_order = G * H * (inputs + P + 2) + (problem.input_elements if problem.reverse else 0)
+    turning = 0 if inputs else n * B * G * H  # a chunk of x's gradient, which is that of its input part
+    transient = max(together, G * H * max(inputs, P) if n < T else 0, in_order, turning) * r
+    return Memory(y - stored + record, forward, base + problem.weight_elements * r + transient)
+
+
+def temporaries(program: Program, H: int, B: int) -> int:
+    """Elements of what a bound program has for itself."""
+    return (program.rows * H + program.shared) * B
 
 
 def forward(
@@ -363,7 +413,7 @@ class Instants(Kept):
         self.others = [[state.T for state in states] for states in self.record[:, cell.K :]]  # as they come and go ...
         self.first, self.y = [self.h[0].T, *self.others[0]], self.h[1:].swapaxes(1, 2)  # ... and these do
         self.shown = self.h[1:] if P == H else rows(n, H, B)  # h before its projection
-        own = self.h if P == H else rows(n + 1, H, B)  # a cell with a projection can't look at its own h
+        own = self.h if P == H else np.zeros((n + 1, H, B), dtype)  # a cell with a projection can't look at its own h
         look, self.run = step_program(cell, order).bind((H, B), dtype, h=self.hg.reshape(G, H, B), b=self.b_h)
         changing = [self.xg.reshape(n, G, H, B), *([self.m] if cell.E else []), own, self.shown]
         self.views = list(zip(self.h, map(look, *changing, self.record, self.record[1:])))

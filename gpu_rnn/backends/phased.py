@@ -12,7 +12,7 @@ from typing import Any
 from gpu_rnn.kernels.cells import Cell
 
 from .. import arrays
-from ..problem import Direction, Problem, Weights
+from ..problem import Direction, Memory, Problem, Weights
 from . import sequence
 
 OF_INPUTS = ("x", "w_ih", "b_ih")
@@ -33,6 +33,20 @@ class Phased:
 
     def plan(self, problem: Problem) -> str:
         return f"two instants for each, {sequence.projection(problem)}; {self.backend.plan(run(problem))}"
+
+    def method(self, problem: Problem, backward: bool, stacked: bool = False) -> str:
+        return self.backend.method(run(problem), backward, stacked)
+
+    def memory(self, problem: Problem) -> Memory:
+        """That of the call that is made, beside what goes in and out of it; and the gradients of inputs after it."""
+        inside = run(problem)
+        inner, s = self.backend.memory(inside), problem.itemsize
+        y, part, twice = problem.output_elements * s, inside.input_elements // 2 * s, inside.input_elements * s
+        forward = inner.forward + twice + y + (0 if problem.I is None else part)
+        if not problem.training:
+            return Memory(0, forward, 0)
+        after = twice + part + (problem.input_elements + problem.weight_elements) * s
+        return Memory(inner.saved + y, forward, 2 * y + max(inner.backward, after))
 
     def warmup(self, problem: Problem) -> tuple[str, ...]:
         return self.backend.warmup(run(problem))

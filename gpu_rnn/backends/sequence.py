@@ -20,7 +20,7 @@ from gpu_rnn.kernels.cells import Cell, operand_graph
 
 from .. import arrays
 from ..extra import Extra
-from ..problem import Direction, Problem, Weights
+from ..problem import Direction, Memory, Problem, Weights
 
 
 class Forward(NamedTuple):
@@ -277,6 +277,27 @@ def projection(problem: Problem) -> str:
     if problem.I is None:
         return "x is the input part already"
     return "one product for the inputs of each step" if problem.bitwise else "one product for all inputs"
+
+
+def memory(problem: Problem, forward: int, backward: int) -> Memory:
+    """What a walk on these arrays takes. forward, backward: bytes that the walk takes for itself."""
+    cell, T, B, H, s, r = problem.cell, problem.T, problem.B, problem.H, problem.itemsize, problem.real_itemsize
+    gates, row, save = T * B * cell.G * H * s, B * H, problem.training or problem.history
+    part = 0 if problem.I is None else gates
+    in_place = cell.K == cell.G and part > 0  # of the input part
+    saved = T * row * cell.K * s if save else 0
+    others = (T + 1 if save else 1) * (cell.S - 1) * row * r
+    shown = T * row * s if problem.P else 0
+    y = problem.output_elements * s
+    states = problem.state_elements * s
+    history = T * (cell.S - 1) * row * s if problem.history else 0
+    whole = y + part + (0 if in_place else saved) + others + shown + states + history + forward
+    if not problem.training:
+        return Memory(0, whole, 0)
+    back = gates * (1 + any(cell.separate)) + (y if problem.P else 0) + history
+    back += (problem.state_elements + cell.learned * row) * r + states + backward
+    gradients = (problem.weight_elements + (problem.input_elements if part else 0)) * s
+    return Memory(y + saved + others + shown, whole, back + gradients)
 
 
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:

@@ -27,6 +27,7 @@ from gpu_rnn.kernels.weave import HOLD
 
 from .. import arrays
 from ..extra import Extra
+from ..problem import Problem
 from .sequence import Backward, Forward, operand
 
 
@@ -64,6 +65,15 @@ class Grad(NamedTuple):
     units: Any  # as in Extra
     flags: Any
     seed: Any
+
+
+def memory(problem: Problem) -> tuple[int, int]:
+    """Bytes that `walk` and `walk_back` take for themselves."""
+    cell, B, H, P = problem.cell, problem.B, problem.H, problem.P or problem.H
+    product = 4 if arrays.product_dtype(problem.library, problem.dtype) == "float32" else problem.itemsize
+    forward = B * H * (cell.G * product + problem.real_itemsize) + (B * P * problem.itemsize if cell.operand else 0)
+    projected = B * H * (problem.real_itemsize + product + problem.itemsize) if problem.P else 0
+    return forward, B * P * product + projected
 
 
 Bind = Callable[[Cell, Any], Callable[..., Any]]

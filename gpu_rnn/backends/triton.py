@@ -8,6 +8,7 @@ With TRITON_INTERPRET=1 in the environment Triton runs its kernels in NumPy, and
 
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpu_rnn.kernels.cells import Cell
 from gpu_rnn.kernels.triton import plan as plans
 
 from .. import arrays, compat
-from ..problem import Problem, Weights
+from ..problem import Memory, Problem, Weights
 from . import sequence, stepwise
 from .sequence import factors as factors
 from .sequence import history as history
@@ -71,6 +72,19 @@ def plan(problem: Problem) -> str:
         return f"stepwise: {sequence.projection(problem)}; one product and one fused kernel per step; {why}"
     programs = -(-problem.B // chosen.rows)
     return f"sequence: {sequence.projection(problem)}; all steps in one launch of {programs} programs, {chosen}"
+
+
+def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+    per_step = sequence_plan(replace(problem, training=backward))[0] is None
+    return f"triton {'per-step' if per_step else 'persistent'}"
+
+
+def memory(problem: Problem) -> Memory:
+    per_step, own = stepwise.memory(problem), []
+    for backward in (False, True):
+        persistent = sequence_plan(replace(problem, training=backward))[0]
+        own.append(0 if persistent else per_step[backward])
+    return sequence.memory(problem, *own)
 
 
 def forward(
