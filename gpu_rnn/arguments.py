@@ -40,9 +40,9 @@ def checked(
             if array is not None:
                 arrays.library(array, label)
         raise
-    reverse, _, precision, history, _, directions, layers, bitwise = options
+    reverse, _, precision, history, _, directions, layers, step_exact = options
     precision = precision or arrays.precision(x)
-    problem = known(name, given, reverse, precision, training, history, directions, layers, bitwise)
+    problem = known(name, given, reverse, precision, training, history, directions, layers, step_exact)
     if None in given[-len(state) :]:
         sizes = (problem.P or problem.H, *[problem.H] * (len(state) - 1))
         state = [arrays.zeros((problem.B, n), like=x) if s is None else s for s, n in zip(state, sizes)]
@@ -51,7 +51,7 @@ def checked(
 
 def fitted(
     name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool,
-    history: bool = False, directions: int = 1, layers: int = 1, bitwise: bool = False,
+    history: bool = False, directions: int = 1, layers: int = 1, step_exact: bool = False,
 ) -> Problem:  # fmt: skip
     """What x, the weights and the states are, in this order -> the problem, or an error that repeats the shapes."""
     cell = cells.get(name)
@@ -116,7 +116,7 @@ def fitted(
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
         tf32=(precision, dtype) == ("tf32", "float32"), history=history, directions=directions,
-        layers=layers, bitwise=bitwise,
+        layers=layers, step_exact=step_exact,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class FunctionKeywords(AroundKeywords, total=False):
 class Custom(RecurrentLayer):
     """What the layers that `cell` makes have in common."""
 
-    page: ClassVar[str]  # type: ignore[misc]
+    cell_name: ClassVar[str]  # type: ignore[misc]
     function: ClassVar[Callable]
 
     def __init__(
@@ -42,22 +42,22 @@ class Custom(RecurrentLayer):
         **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
-            self.page, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            keywords,
+            self.cell_name, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device,
+            dtype, keywords,
         )  # fmt: skip
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         super()._register(suffix, I, device, dtype)
-        for unit in PAGES[self.page].units:
+        for unit in PAGES[self.cell_name].units:
             parameter = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
             self.register_parameter(f"weight_{unit}{suffix}", parameter)
 
     def _own(self, suffix: str) -> dict[str, tuple[Any, ...]]:
-        units = [getattr(self, f"weight_{unit}{suffix}") for unit in PAGES[self.page].units]
+        units = [getattr(self, f"weight_{unit}{suffix}") for unit in PAGES[self.cell_name].units]
         return {"units": (torch.cat(units),)} if units else {}
 
     def _around(self) -> bool:
-        return bool(PAGES[self.page].units) or super()._around()
+        return bool(PAGES[self.cell_name].units) or super()._around()
 
 
 def cell(
@@ -116,7 +116,7 @@ def cell(
     PAGES[made.name] = made
     place = step.__qualname__ if name is None else name
     own = {
-        "page": made.name, "function": staticmethod(function(made)),
+        "cell_name": made.name, "function": staticmethod(function(made)),
         "__doc__": step.__doc__, "__module__": step.__module__, "__qualname__": place,
     }  # fmt: skip
     return type(label, (Custom,), own)
@@ -149,14 +149,14 @@ def function(cell: cells.Cell) -> Callable:
         backend=None,
         precision=None,
         recompute=False,
-        bitwise=False,
+        step_exact=False,
         **around,
     ):
         state = tuple(around.pop(label, None) for label in initial)
         if cell.units and around.get("units") is None:
             raise TypeError(f"{cell.name} has weights per unit ({', '.join(cell.units)}): units=[{len(cell.units)}*H]")
         given = wanted(
-            Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise), around, FunctionKeywords
+            Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact), around, FunctionKeywords
         )
         return structured(functional.sequence(cell.name, x, Weights(w_ih, w_hh, b_ih, b_hh), state, *given), cell.S)
 

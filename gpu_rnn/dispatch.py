@@ -76,7 +76,7 @@ def forward(
     """-> y; the states after, and their history if the problem has one; the tape, empty unless it is training."""
     y, last, tape = backend.forward(
         problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
-        save=problem.training or problem.history, bitwise=problem.bitwise,
+        save=problem.training or problem.history, step_exact=problem.step_exact,
     )  # fmt: skip
     return results(backend, problem, problem.reverse, y, last, tape)
 
@@ -88,7 +88,7 @@ def forwards(
     if len(directions) == 1 or not hasattr(backend, "forwards"):
         return [forward(backend, turned(problem, d.reverse), d.x, d.weights, d.state) for d in directions]
     save = problem.training or problem.history
-    found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, bitwise=problem.bitwise)
+    found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, step_exact=problem.step_exact)
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
 
 

@@ -26,7 +26,7 @@ LOOK = attrgetter("__class__", "shape", "dtype")
 FLAGS = ("training", "return_states", "coupled", "reset_after")
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
-NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_norm makes it for all at once"
+NORMALIZED_STEP_EXACT = "step_exact=True needs an input part made by steps, but layer_norm makes it for all at once"
 
 
 class AroundKeywords(TypedDict, total=False):
@@ -39,7 +39,7 @@ class AroundKeywords(TypedDict, total=False):
     lengths: [B] integers in [0, T], on the device of x, in any order. Time steps from there on leave the states as they
         are and have outputs 0 and gradients 0; in reverse the row starts at its end. On a CPU a number outside is a
         ShapeError, and a RuntimeError within torch.compile; on a GPU, which no call waits for, it is clamped.
-    starts: [B] integers in [0, T]; so do the time steps before.
+    left_padding: [B] integers in [0, T]; so do the time steps before.
     zoneout: probability by which a state stays what it was, one per state or one for all (Krueger et al. 2017).
     recurrent_dropout: probability of a zero in what the recurrent weights see, one mask for the sequence (Gal &
         Ghahramani 2016); what is left is scaled by 1 / (1 - p).
@@ -52,7 +52,7 @@ class AroundKeywords(TypedDict, total=False):
     reset: Any
     reset_state: Any
     lengths: Any
-    starts: Any
+    left_padding: Any
     zoneout: float | tuple[float, ...]
     recurrent_dropout: float
     seed: Any
@@ -96,7 +96,7 @@ class LSTMKeywords(AroundKeywords, total=False):
 
 def lstm(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None, precision=None,
-    recompute=False, bitwise=False, **around: Unpack[LSTMKeywords],
+    recompute=False, step_exact=False, **around: Unpack[LSTMKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Long short-term memory over a whole sequence.
 
@@ -122,7 +122,7 @@ def lstm(
             "ieee" for others. Halves have the same products either way, and so has a CPU, which knows no TF32.
         recompute: True keeps nothing for the gradient but the arguments: backward first runs forward once more, and the
             gradients are the same bit for bit (Chen et al. 2016, with one checkpoint per layer).
-        bitwise: True makes the numbers, bit for bit, those of calls for one instant after the other with the states
+        step_exact: True makes the numbers, bit for bit, those of calls for one instant after the other with the states
             handed on; the inputs take a product per instant then. Not with `layer_norm`.
 
         around: `LSTMKeywords`.
@@ -138,14 +138,14 @@ def lstm(
     """
     weights, options = (
         Weights(w_ih, w_hh, b_ih, b_hh, w_hr),
-        Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise),
+        Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
     )
     return structured(sequence("lstm", x, weights, (h0, c0), *wanted(options, around, LSTMKeywords)), 2)
 
 
 def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, s0=None, reverse=False, backend=None, precision=None,
-    recompute=False, bitwise=False, **around: Unpack[GRUKeywords],
+    recompute=False, step_exact=False, **around: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product unless told.
 
@@ -161,13 +161,13 @@ def gru(
         w_hh: [3*H, P], P = H without w_hr. b_ih, b_hh: [3*H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projection of the output, P < H, or None. With it the cell keeps a state s of its own, as the LSTM
             its c: s_t = (1 - z) n + z s_{t-1}, h_t = w_hr s_t. s0: [B, H] or None for zeros.
-        reverse, backend, precision, recompute, bitwise: as for `lstm`. around: `GRUKeywords`.
+        reverse, backend, precision, recompute, step_exact: as for `lstm`. around: `GRUKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and hT [B, P] after the last instant, or with w_hr (hT, sT [B, H]); with return_states
         also those after every instant. Raises as `lstm`.
     """
-    options = Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise)
+    options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
     weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), named(gru, {"w_hr": w_hr, "s0": s0})
     state = (h0,) if w_hr is None else (h0, s0)
     return structured(sequence(name, x, weights, state, *wanted(options, around, GRUKeywords)), len(state))
@@ -175,7 +175,7 @@ def gru(
 
 def rnn(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, nonlinearity="tanh", h0=None, reverse=False, backend=None,
-    precision=None, recompute=False, bitwise=False, **around: Unpack[AroundKeywords],
+    precision=None, recompute=False, step_exact=False, **around: Unpack[AroundKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
 
@@ -184,13 +184,13 @@ def rnn(
         P = H without w_hr. b_ih, b_hh: [H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projects h_t, as for `lstm`, or None.
         nonlinearity: f, "tanh" or "relu".
-        reverse, backend, precision, recompute, bitwise: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute, step_exact: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and hT [B, P] after the last instant; y again with return_states. Raises as `lstm`, and
         ValueError for another f.
     """
-    options = Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise)
+    options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
     weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
     return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
@@ -200,7 +200,7 @@ KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: Aro
 
 def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
     """What a caller's keywords ask for."""
-    check_flags(reverse=options.reverse, recompute=options.recompute, bitwise=options.bitwise)
+    check_flags(reverse=options.reverse, recompute=options.recompute, step_exact=options.step_exact)
     check_words(backend=options.backend, precision=options.precision)
     if not keywords:
         return options, PLAIN
@@ -212,8 +212,8 @@ def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Aroun
     seed = given.get("seed")
     if isinstance(seed, bool) or not (seed is None or isinstance(seed, Integral) or hasattr(seed, "dtype")):
         raise TypeError(f"seed must be an int, or an int64 array [1] where x is; got {told(seed)}")
-    if options.bitwise and given.get("layer_norm") is not None:
-        raise ValueError(NORMALIZED_BITWISE)
+    if options.step_exact and given.get("layer_norm") is not None:
+        raise ValueError(NORMALIZED_STEP_EXACT)
     return options._replace(history=given.pop("return_states", False)), Around(**given)
 
 
@@ -249,8 +249,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
 
     `pullback` takes gradients in the structure of the outputs, any of them None for zero, as often as one likes, and
     gives one for every array that the function was given, by argument name and in its shape; for `reset_state` a tuple,
-    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none. What
-    was given, and y, are kept and not copied: leave them as they are until the last pullback.
+    if that is one, and for `layer_norm`. Masks, positions and seeds (reset, lengths, left_padding, seed) have none. The
+    arguments and y are kept and not copied: leave them unchanged until the last pullback.
     """
     if function not in KEYWORDS:
         raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")

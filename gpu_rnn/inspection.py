@@ -373,7 +373,7 @@ def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
     """The layer's own forward drives the page: through packed rows, stacks and directions."""
     torch = require("torch", "looking inside a layer")
     layer = as_ours(layer)
-    cell = get(layer.page)
+    cell = get(layer.cell_name)
 
     def run(name: str, x: Any, weights: Weights, initial: list, options: Options) -> tuple:
         recorded = record(name, x, weights, initial, options.reverse)

@@ -97,7 +97,7 @@ class RecurrentLayer(Recurrent):
         self.reset_parameters()
 
     @property
-    def page(self) -> str:
+    def cell_name(self) -> str:
         return self.mode.lower()
 
     @property
@@ -113,7 +113,7 @@ class RecurrentLayer(Recurrent):
     def _options(self, call: Call) -> Options:
         """With how many layers may go at once: all, where each is a plain one on the outputs of the one below."""
         options = super()._options(call)
-        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.bitwise or call is not PLAIN:
+        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.step_exact or call is not PLAIN:
             return options
         apart = self._around() or (self.dropout and self.training)
         return options if apart else options._replace(layers=self.num_layers)
@@ -122,7 +122,7 @@ class RecurrentLayer(Recurrent):
         """As `_stack`, all layers at once where the backend would; `first`: by state, of each layer."""
         given = [cast(x, self._weights(suffix), state) for suffix, state in zip(self._suffixes, zip(*first))]
         layers = [(weights, state) for _, weights, state in given]
-        found = stacked(self.page, given[0][0], layers, self._options(call))
+        found = stacked(self.cell_name, given[0][0], layers, self._options(call))
         if found is None:
             return None
         return found[-1][0], [torch.stack(states) for states in zip(*(last for _, last in found))]
@@ -163,25 +163,26 @@ class RecurrentLayer(Recurrent):
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None, *, reset: Tensor | None = None, reset_state: Any = None,
-        lengths: Tensor | None = None, starts: Tensor | None = None, return_states: bool = False,
+        lengths: Tensor | None = None, left_padding: Tensor | None = None, return_states: bool = False,
         generator: torch.Generator | None = None, mask: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Run the layers. Shapes and errors: see the class."""
         if isinstance(input, PackedSequence):
-            if any(given is not None for given in (reset, reset_state, lengths, starts, mask)) or return_states:
+            if any(given is not None for given in (reset, reset_state, lengths, left_padding, mask)) or return_states:
                 raise TypeError(
-                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, starts, "
-                    "mask or return_states give padded input"
+                    f"{self._get_name()}: packed input has its own lengths; for reset, reset_state, lengths, "
+                    "left_padding, mask or return_states pass padded input"
                 )
             return self._forward_packed(input, hx, generator)
-        plain = reset is reset_state is lengths is starts is mask is generator is None and not return_states
+        plain = reset is reset_state is lengths is left_padding is mask is generator is None and not return_states
         if plain and self.num_layers == 1 and not self.bidirectional:
             found = self._again(FIRST, input, hx, self.batch_first)
             if found is not None:
                 y, last = found
                 return y.transpose(0, 1) if self.batch_first else y, as_hx(last)
         if isinstance(input, fx.Proxy):
-            keywords = {"lengths": lengths, "starts": starts, "return_states": return_states, "generator": generator}
+            keywords = {"lengths": lengths, "left_padding": left_padding, "return_states": return_states}
+            keywords["generator"] = generator
             return self._leaf(RecurrentLayer.forward, input, hx, reset=reset, reset_state=reset_state, **keywords)  # type: ignore[return-value]
         batch, initial = self._taken(input, hx)
         transposed = self.batch_first and bool(batch)
@@ -192,7 +193,11 @@ class RecurrentLayer(Recurrent):
                 raise TypeError(f"{self._get_name()}: generator must be a torch.Generator, got {told(generator)}")
             if mask is not None:
                 lengths = self._lengths(mask, lengths, input)
-            marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
+            marks = {
+                "reset": (reset, input.shape[:-1]),
+                "lengths": (lengths, batch),
+                "left_padding": (left_padding, batch),
+            }
             for name, (given, expected) in marks.items():
                 if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
                     raise ShapeError(
@@ -200,11 +205,13 @@ class RecurrentLayer(Recurrent):
                         f"with input {functional.shape(input)}"
                     )
             if not batch:
-                reset, lengths, starts = (None if m is None else m.unsqueeze(-1) for m in (reset, lengths, starts))
+                reset, lengths, left_padding = (
+                    None if m is None else m.unsqueeze(-1) for m in (reset, lengths, left_padding)
+                )
             elif transposed and reset is not None:
                 reset = reset.t()
             resets = None if reset_state is None else self._resets(reset_state)
-            call = Call(reset, resets, lengths, starts, generator, return_states)
+            call = Call(reset, resets, lengths, left_padding, generator, return_states)
         x = input.transpose(0, 1) if transposed else input
         if not batch:
             x, initial = x.unsqueeze(1), [state if state is None else state.unsqueeze(1) for state in initial]
@@ -255,7 +262,7 @@ class RecurrentLayer(Recurrent):
 
     def _resets(self, reset_state: Any) -> tuple[Tensor, ...]:
         """One per state, [L*D, B, .] or [L*D, .]; their other sizes are checked with the rest."""
-        states, many = PAGES[self.page].states, self.num_layers * self._directions
+        states, many = PAGES[self.cell_name].states, self.num_layers * self._directions
         given = reset_state if len(states) > 1 else (reset_state,)
         if not isinstance(given, (tuple, list)) or [getattr(state, "shape", (0,))[0] for state in given] != [
             many
@@ -420,7 +427,7 @@ class GRU(RecurrentLayer):
         )  # fmt: skip
 
     @property
-    def page(self) -> str:
+    def cell_name(self) -> str:
         return functional.PROJECTED if self.proj_size else "gru"
 
 
@@ -497,7 +504,7 @@ class RNNCell(RecurrentCell):
         super().__init__(input_size, hidden_size, bias, device, dtype, **keywords)
 
     @property
-    def page(self) -> str:
+    def cell_name(self) -> str:
         return functional.elman(self.nonlinearity)
 
 
@@ -507,7 +514,7 @@ class LSTMCell(RecurrentCell):
     Input: [B, I] or [I], and (h, c) both [B, H] or [H], zeros when None. Returns (h', c') likewise. Raises as `LSTM`.
     """
 
-    page = "lstm"
+    cell_name = "lstm"
     keywords = LSTMKeywords
 
 
@@ -517,7 +524,7 @@ class GRUCell(RecurrentCell):
     Input: [B, I] or [I], and h [B, H] or [H], zeros when None. Returns h' in the shape of h. Raises as `LSTM`.
     """
 
-    page = "gru"
+    cell_name = "gru"
     keywords = GRUKeywords
 
 

@@ -40,7 +40,7 @@ class Options(NamedTuple):
     recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
     directions: int = 1  # how many calls that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
-    bitwise: bool = False  # a sequence is bit for bit what its instants one at a time are
+    step_exact: bool = False  # a sequence is bit for bit what its instants one at a time are
 
 
 class Around(NamedTuple):
@@ -49,7 +49,7 @@ class Around(NamedTuple):
     reset: Any = None  # [T, B]; x[t] is the first of an episode, which the reset state enters
     reset_state: Any = None  # one per state, [B, .] or [.]; zeros when None
     lengths: Any = None  # [B] integers; a row's instants are those below
-    starts: Any = None  # [B] integers; and from there on
+    left_padding: Any = None  # [B] integers; and from there on
     zoneout: float | tuple[float, ...] = 0.0  # one probability per state, or one for all
     recurrent_dropout: float = 0.0  # of what the recurrent weights see, or of the candidate
     recurrent_dropout_on: str = "h"
@@ -82,7 +82,7 @@ class Problem:
     history: bool = False  # whether the other states are wanted after every instant, too
     directions: int = 1  # how many that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
-    bitwise: bool = False  # its numbers are those of its instants one at a time, bit for bit
+    step_exact: bool = False  # its numbers are those of its instants one at a time, bit for bit
 
     @property
     def outputs(self) -> int:

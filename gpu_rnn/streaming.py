@@ -32,7 +32,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
     call replays; while a graph is being captured, a call becomes part of that one. So it
     does under torch.compile. torch.jit.trace, make_fx and torch.func can't keep states: take `layer.step` there.
 
-    The numbers are those of the layer over the whole sequence: bit for bit if it has bitwise=True, else to rounding,
+    The numbers are those of the layer over the whole sequence: bit for bit if it has step_exact=True, else to rounding,
     since a product for the inputs of many instants at once adds in another order than that for one. A GRU with
     reset_after=False is to rounding on a CPU.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .arguments import ShapeError, shape, told
 from .woven import check_bound
 
-BOUNDS = ("lengths", "starts")
+BOUNDS = ("lengths", "left_padding")
 
 
 def tbptt(
@@ -41,7 +41,7 @@ def tbptt(
         k1, k2: ints, 0 < k1 <= k2.
         hx: the states before the first instant, as the layer takes them. Gradients reach them from the windows that
             start there.
-        around: reset, reset_state, lengths, starts, generator, as the layer takes them, of the whole sequence.
+        around: reset, reset_state, lengths, left_padding, generator, as the layer takes them, of the whole sequence.
 
     Yields:
         y: outputs of the k1 new instants, in the layout of x; hx: the states after them, as the layer gives them. Both
@@ -49,7 +49,7 @@ def tbptt(
 
     Raises:
         TypeError: not a layer. ValueError: sizes that aren't so, a bidirectional layer, which has no past without the
-        future. ShapeError: x has no time steps, reset isn't one for each, or lengths or starts are
+        future. ShapeError: x has no time steps, reset isn't one for each, or lengths or left_padding are
         outside of [0, T]. What the layer raises.
     """
     if not (isinstance(k1, Integral) and isinstance(k2, Integral) and 0 < k1 <= k2):

@@ -2,7 +2,7 @@
 
     reset       x[t] is the first of an episode: the states that enter it, in reverse those that enter the time step
                 before it, are the reset state
-    lengths     outside of starts[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
+    lengths     outside of left_padding[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
     recurrent_dropout
                 of what the recurrent weights see, or of what is written into the state, one mask for a sequence
     zoneout     of each state, one mask for an instant
@@ -120,8 +120,8 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
     rows, P = arrays.sizes(weights.w_hh)
     H = rows // cell.G
     valid = None
-    if around.lengths is not None or around.starts is not None:
-        valid = within(around.starts, around.lengths, x)[..., None]
+    if around.lengths is not None or around.left_padding is not None:
+        valid = within(around.left_padding, around.lengths, x)[..., None]
         x = arrays.operations(x)["where"](valid, x, 0.0)
 
     parts: dict[str, Any] = {}
@@ -203,14 +203,14 @@ def entering(reset: Any, valid: Any, reverse: bool) -> Any:
     return arrays.concatenate([reset[1:], arrays.zeros((1, reset.shape[1]), like=reset)], 0)
 
 
-def within(starts: Any, lengths: Any, x: Any) -> Any:
+def within(left_padding: Any, lengths: Any, x: Any) -> Any:
     """[T, B], true from a row's start to its end."""
     T, B, _ = x.shape
     t, valid = arrays.counted(T, like=x)[:, None], None
-    for label, bound in (("starts", starts), ("lengths", lengths)):
+    for label, bound in (("left_padding", left_padding), ("lengths", lengths)):
         if bound is not None:
             check_bound(label, bound, (B,), T, x)
-            inside = t >= bound[None] if label == "starts" else t < bound[None]
+            inside = t >= bound[None] if label == "left_padding" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
 

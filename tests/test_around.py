@@ -83,7 +83,7 @@ def test_the_state_is_spared():
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
-CALLS = ["reset", "reset_state", "lengths", "starts"]
+CALLS = ["reset", "reset_state", "lengths", "left_padding"]
 
 
 @every_layer
@@ -249,7 +249,7 @@ CALLED = {
     "reset, batch first": (GRU, {"reset": torch.ones(2, 5)}, ShapeError, "expected a tensor [5, 2], with input [5, 2,"),
     "a list of resets": (LSTM, {"reset": [[True]]}, ShapeError, "reset is a list of a list of bool; expected a tensor"),
     "lengths": (LSTM, {"lengths": torch.ones(5)}, ShapeError, "lengths is a tensor [5]; expected a tensor [2], with"),
-    "starts": (GRU, {"starts": torch.ones(5, 1)}, ShapeError, "starts is a tensor [5, 1]; expected a tensor [5], with"),
+    "left_padding": (GRU, {"left_padding": torch.ones(5, 1)}, ShapeError, "left_padding is a tensor [5, 1]; expected"),
     "a list of lengths": (GRU, {"lengths": [1, 2]}, ShapeError, "lengths is a list of int, int; expected a tensor [5]"),
     "no reset": (LSTM, {"reset_state": (torch.ones(4, 4),) * 2}, ValueError, "reset_state is given, but reset, which"),
     "reset_state alone": (

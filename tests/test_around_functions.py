@@ -24,13 +24,13 @@ CASES = {
     "reset_state": ["reset", "reset_state"],
     "each row's own reset_state": ["reset", "reset_states"],
     "lengths": ["lengths"],
-    "starts": ["starts", "reverse"],
+    "left_padding": ["left_padding", "reverse"],
     "zoneout": ["zoneout"],
     "the mean": ["zoneout", "eval"],
     "dropout": ["recurrent_dropout"],
     "states": ["return_states"],
     "everything": [
-        "reset", "reset_states", "lengths", "starts", "zoneout", "recurrent_dropout", "return_states", "reverse",
+        "reset", "reset_states", "lengths", "left_padding", "zoneout", "recurrent_dropout", "return_states", "reverse",
     ],
 }  # fmt: skip
 VARIANTS = {
@@ -55,7 +55,7 @@ def drawn(rng, name, case):
         "reset_state": {"reset_state": [rng.standard_normal(size) for size in sizes]},
         "reset_states": {"reset_state": [rng.standard_normal((B, size)) for size in sizes]},
         "lengths": {"lengths": np.array([4, 0, 5])},
-        "starts": {"starts": np.array([1, 2, 0])},
+        "left_padding": {"left_padding": np.array([1, 2, 0])},
         "zoneout": {"zoneout": (0.0, 0.4) if P else (0.3, 0.4)[: len(sizes)], "seed": 7},
         "recurrent_dropout": {"recurrent_dropout": 0.3, "seed": 7},
         "eval": {"training": False},
@@ -128,7 +128,7 @@ def test_a_seed_is_a_number_or_an_array(rng, seed):
 def test_asking_for_nothing_changes_nothing(rng, name):
     function, given = drawn(rng, name, "states")
     nothing = {
-        "reset": np.zeros((T, B), bool), "lengths": np.full(B, T), "starts": np.zeros(B, int), "zoneout": 0,
+        "reset": np.zeros((T, B), bool), "lengths": np.full(B, T), "left_padding": np.zeros(B, int), "zoneout": 0,
         "recurrent_dropout": 0, "training": True,
     }  # fmt: skip
     for a, b in zip(arrays(function(**given)), arrays(function(**given, **nothing)), strict=True):
@@ -235,7 +235,7 @@ BAD = {
     "lengths of fractions": (GRU, {"lengths": np.ones(3)}, TypeError, "lengths is numpy float64 cpu; with this x it m"),
     "a mask for lengths": (GRU, {"lengths": RESET[0]}, TypeError, "lengths is numpy bool cpu; with this x it must be"),
     "lengths": (LSTM, {"lengths": np.ones(2, int)}, ShapeError, "lengths has shape [2]; expected [3], with x [5, 3"),
-    "starts": (GRU, {"starts": np.ones((3, 1), int)}, ShapeError, "starts has shape [3, 1]; expected [3], with x [5"),
+    "left_padding": (GRU, {"left_padding": np.ones((3, 1), int)}, ShapeError, "left_padding has shape [3, 1]"),
     "no reset": (GRU, {"reset_state": np.ones(6)}, ValueError, "reset_state is given, but reset, which"),
     "half a reset_state": (
         LSTM, {"reset": RESET, "reset_state": np.ones(6)}, ValueError,

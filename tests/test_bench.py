@@ -263,7 +263,7 @@ def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
     monkeypatch.setattr(around, "function", lambda cell: (forgetful, {}))
     row = measured(Case(cell, 33, 3, 4, 5, mode="forward"), name)[name]
     known = {"ours, coupled": "failed", "ours, projection": "failed"}  # of other shapes
-    known |= {"ours, recompute": "ok", "ours, input part": "ok", "ours, bitwise": "ok"}  # the same numbers
+    known |= {"ours, recompute": "ok", "ours, input projection": "ok", "ours, step_exact": "ok"}  # the same numbers
     known |= {f"ours, {mask}": "ok" for mask in around.MASKED}  # a product before the call, here as there
     assert row["status"] == known.get(name, "wrong")
 

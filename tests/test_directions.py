@@ -211,7 +211,7 @@ def at_once(monkeypatch):
     """The NumPy backend, as if it could run several directions at once; notes how many."""
     backend, noted = dispatch.backend("numpy"), []
 
-    def forwards(cell, directions, *, tf32, save, bitwise):
+    def forwards(cell, directions, *, tf32, save, step_exact):
         noted.append(("forward", len(directions), save))
         return [backend.forward(cell, *given, reverse=reverse, tf32=tf32, save=save) for *given, reverse in directions]
 

@@ -31,7 +31,7 @@ def without_product(case, *, bias):
     """The same case with its input part for x, which still lacks b_ih if `bias`."""
     weights = case.weights if not bias else case.weights._replace(b_ih=None)
     rest = case.weights._replace(w_ih=None, b_ih=case.weights.b_ih if bias else None)
-    return case._replace(x=sequence.input_part(case.x, weights, bitwise=False), weights=rest)
+    return case._replace(x=sequence.input_part(case.x, weights, step_exact=False), weights=rest)
 
 
 def check(case, forward, backward, *, exact=True):

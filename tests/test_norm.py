@@ -19,7 +19,7 @@ from .around import B, H, I, T, as_tuple, by_the_rules, inputs, layer
 LAYERS = pytest.mark.parametrize("name", ["lstm", "gru"])
 ALL = {"zoneout": 0.3, "recurrent_dropout": 0.2, "input_dropout": 0.3, "weight_dropout": 0.2}
 VARIANTS = {"peephole": True, "coupled": True, "cell_clip": 0.3}
-MARKS = ["reset", "reset_state", "starts", "lengths"]
+MARKS = ["reset", "reset_state", "left_padding", "lengths"]
 
 
 def flat(results):

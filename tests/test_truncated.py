@@ -89,7 +89,7 @@ def test_outputs_and_states_are_the_whole_sequences(kind, T, k1, k2, batch_first
         "reset": reset,
         "reset_state": resets,
         "lengths": torch.tensor([T, 3, 0]),
-        "starts": torch.tensor([1, 0, 2]),
+        "left_padding": torch.tensor([1, 0, 2]),
     }
     wanted, last = layer(x, hx, **around)
     windows = list(gpu_rnn.tbptt(layer, x, k1, k2, hx, **around))

@@ -60,11 +60,13 @@ def ways_of(problem: Problem) -> tuple[bool, ...]:
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk, runner(), device(), held=held)
-        return sequence.forward(step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
+        return sequence.forward(
+            step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
+        )
 
 
 def backward(
@@ -79,11 +81,11 @@ def backward(
 
 
 def forwards(
-    cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
+    cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, step_exact: bool = False
 ) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
         step = partial(walk, runner(), device(), held=held)
-        return sequence.forwards(step, cell, directions, tf32=tf32, save=save, bitwise=bitwise)
+        return sequence.forwards(step, cell, directions, tf32=tf32, save=save, step_exact=step_exact)
 
 
 def backwards(
@@ -164,7 +166,7 @@ def residence_of(
         why.append("the batch is empty")
     if problem.P is not None:
         why.append("a projection is one more product per step")
-    if problem.T < LEAST_INSTANTS and not problem.bitwise:
+    if problem.T < LEAST_INSTANTS and not problem.step_exact:
         why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay loading the weights")
     if why:
         return None, why
@@ -220,21 +222,21 @@ def plan_of(
 
 def planned(
     on: residence.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
-    held: Held | None, bitwise: bool = False,
+    held: Held | None, step_exact: bool = False,
 ) -> residence.Residence | None:  # fmt: skip
     """The resident plan for arrays; gates [T, B, G, H]."""
     T, B, _, H = gates.shape
     P = None if w_hr is None else w_hr.shape[0]
     problem = Problem(
         cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32, directions=directions,
-        bitwise=bitwise,
+        step_exact=step_exact,
     )  # fmt: skip
     return residence_of(problem, on, backward, held)[0]
 
 
 def walk(run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None) -> None:
     one = given[0]
-    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.bitwise)
+    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.step_exact)
     for together in launched(plan, given):
         if plan is None:
             stepwise.walk(partial(bind, run), cell, *together)

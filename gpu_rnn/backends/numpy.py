@@ -55,20 +55,20 @@ def reasons(problem: Problem) -> list[str]:
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
     columns = (problem.I or 0) + (problem.P or problem.H)
-    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width), problem.bitwise)
+    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width), problem.step_exact)
     calls = len(step_program(problem.cell, order).calls)
-    projection = "input projection by steps" if problem.bitwise else "input projection by chunks"
+    projection = "input projection by steps" if problem.step_exact else "input projection by chunks"
     before = "x is the input part already" if problem.I is None else projection
     return f"{width}; one product and {calls} elementwise calls per step, {before}"
 
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     if isinstance(x, np.ndarray):
-        return run_forward(cell, x, weights, state, reverse, save, bitwise)
-    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse, save, bitwise)
+        return run_forward(cell, x, weights, state, reverse, save, step_exact)
+    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse, save, step_exact)
     after = tuple([from_numpy(array.reshape(before.shape), like=x) for array, before in zip(last, state)])
     return from_numpy(y, like=x), after, tuple([from_numpy(array, like=x, keep_dtype=True) for array in tape])
 
@@ -125,12 +125,12 @@ def lent(weight: Any) -> np.ndarray:
 
 
 def run_forward(
-    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, reverse: bool, save: bool, bitwise: bool
+    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, reverse: bool, save: bool, step_exact: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
     """The tape is the record of `Instants` for all instants, in the order of computation; with a projection also h
     before it, [T, H, B]."""
     (T, B, I), (rows, P) = x.shape, weights.w_hh.shape
-    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, rows, P, x.dtype, bitwise)
+    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, rows, P, x.dtype, step_exact)
     instants = shelf.lend()
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
@@ -261,13 +261,13 @@ def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
     return weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
 
-def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, bitwise: bool = False) -> Layout:
+def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, step_exact: bool = False) -> Layout:
     """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate.
 
-    bitwise: it may not depend on T.
+    step_exact: it may not depend on T.
     """
     repaid = (T - 4) * (B + 8) * 256
-    order = natural(cell) if repaid < H * columns and not bitwise else layout(cell)
+    order = natural(cell) if repaid < H * columns and not step_exact else layout(cell)
     return by_exp(order) if dtype == np.float32 and H * B >= EXP else order
 
 
@@ -343,11 +343,11 @@ shelf_of = lru_cache(SIZES)(Shelf)
 
 
 @lru_cache(SIZES)
-def shelf_forward(cell: Cell, T: int, B: int, I: int, rows: int, P: int, dtype: np.dtype, bitwise: bool) -> Shelf:
+def shelf_forward(cell: Cell, T: int, B: int, I: int, rows: int, P: int, dtype: np.dtype, step_exact: bool) -> Shelf:
     """Of the `Instants` on which a sequence goes forward. rows: G*H. I is 0 where x is the input part already."""
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(rows * B * dtype.itemsize, 1))
-    wide, H = bitwise or B >= WIDE or (B >= NARROW and rows * I <= SMALL), rows // cell.G
-    return shelf_of(Instants, cell, arranged(cell, T, B, H, I + P, dtype, bitwise), n, wide, B, I, H, P, dtype)
+    wide, H = step_exact or B >= WIDE or (B >= NARROW and rows * I <= SMALL), rows // cell.G
+    return shelf_of(Instants, cell, arranged(cell, T, B, H, I + P, dtype, step_exact), n, wide, B, I, H, P, dtype)
 
 
 class Instants(Kept):

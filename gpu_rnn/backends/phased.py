@@ -39,10 +39,10 @@ class Phased:
 
     def forward(
         self, cell: Cell, x: Any, weights: Weights, state: Sequence[Any], *, reverse: bool, tf32: bool = False,
-        save: bool, bitwise: bool = False,
+        save: bool, step_exact: bool = False,
     ) -> tuple[Any, tuple, tuple]:  # fmt: skip
         direction = Direction(x, weights, state, reverse)
-        (result,) = self.forwards(cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
+        (result,) = self.forwards(cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
         return result
 
     def backward(
@@ -54,14 +54,14 @@ class Phased:
         return gradients
 
     def forwards(
-        self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
+        self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, step_exact: bool = False
     ) -> list[tuple[Any, tuple, tuple]]:
         entering = [*map(sequence.plain, directions)]
         with arrays.products(entering[0].x, tf32):
             factors = [self.backend.factors(each.x, each.weights) for each in entering]
-            parts = [sequence.input_part(x, weights, bitwise) for x, weights in factors]
+            parts = [sequence.input_part(x, weights, step_exact) for x, weights in factors]
         run = [laid_out(cell, d, twice(returned(part, like=d.x))) for d, part in zip(entering, parts)]
-        how: dict[str, Any] = {"tf32": tf32, "save": save, "bitwise": bitwise}
+        how: dict[str, Any] = {"tf32": tf32, "save": save, "step_exact": step_exact}
         if hasattr(self.backend, "forwards"):
             found = self.backend.forwards(cell.phases, run, **how)
         else:

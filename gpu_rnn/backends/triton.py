@@ -75,11 +75,13 @@ def plan(problem: Problem) -> str:
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     x, weights, state = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state))
     with device_of(x), arrays.products(x, tf32):
-        return sequence.forward(walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
+        return sequence.forward(
+            walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
+        )
 
 
 def backward(
