@@ -17,7 +17,7 @@ INTEGERS = {"flags": "uint8", "seed": "int64"}
 
 
 class ShapeError(ValueError, RuntimeError):
-    """An array doesn't fit the others. torch.nn raises the one or the other for this, so it is caught as both."""
+    """A shape does not match the others. Both a ValueError and a RuntimeError, since torch.nn raises either."""
 
 
 def prepared(
@@ -59,18 +59,20 @@ def fitted(
     there = {label: array for label, array in zip(labels, given, strict=True) if array is not None}
     for label in ("x", "w_hh"):
         if label not in there:
-            raise TypeError(f"{label} is None; {name} needs it")
+            raise TypeError(f"{label} is None, but {cell.label} needs it")
     kinds = {label: arrays.words(*array) for label, array in there.items()}
     library, dtype, device = kinds["x"]
     for label, kind in kinds.items():
         if label in INTEGERS and kind != (library, INTEGERS[label], device):
             raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {library} {INTEGERS[label]} {device}")
         if label not in INTEGERS and kind != kinds["x"]:
-            raise TypeError(f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must be alike")
+            raise TypeError(
+                f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must have one library, dtype and device"
+            )
     if dtype not in arrays.DTYPES:
-        raise TypeError(f"x is {dtype}; there are {', '.join(arrays.DTYPES)}")
+        raise TypeError(f"x is {dtype}; supported are {', '.join(arrays.DTYPES)}")
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if (precision, dtype) == ("tf32", "float64"):
         raise ValueError("precision='tf32' is for float32, but x is float64")
 
@@ -81,7 +83,7 @@ def fitted(
     (T, B, size), (rows, _), G = shapes["x"], shapes["w_hh"], cell.G
     if rows == 0 or rows % G:
         raise ShapeError(
-            f"w_hh has shape {list(shapes['w_hh'])}; a {cell.name} has {G} gates ({', '.join(cell.gates)}), "
+            f"w_hh has shape {list(shapes['w_hh'])}; a {cell.label} has {G} gates ({', '.join(cell.gates)}), "
             f"so its rows are a positive multiple of {G}"
         )
     H = rows // G

@@ -26,7 +26,9 @@ LOOK = attrgetter("__class__", "shape", "dtype")
 FLAGS = ("training", "return_states", "coupled", "reset_after")
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
-NORMALIZED_STEP_EXACT = "step_exact=True needs an input part made by steps, but layer_norm makes it for all at once"
+NORMALIZED_STEP_EXACT = (
+    "step_exact=True projects the inputs step by step, but layer_norm normalizes the projection of all steps at once"
+)
 
 
 class AroundKeywords(TypedDict, total=False):

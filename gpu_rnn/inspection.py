@@ -47,7 +47,7 @@ def explain(
     I: int | None = None,
     H: int | None = None,
     P: int | None = None,
-    input_part: bool = False,
+    input_projection: bool = False,
     dtype: Any = None,
     device: Any = None,
     library: str | None = None,
@@ -65,7 +65,7 @@ def explain(
         what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
         x: the input or its shape, [T, B, I]; for a layer whatever it takes, also a PackedSequence.
         T, B, I: instead of x. H, P: hidden and projected size. A layer knows them.
-        input_part: whether x is that of all gates already, [T, B, G*H], as where w_ih is None; then there is no I.
+        input_projection: whether x is the input projection, [T, B, G*H], as with w_ih=None; excludes I.
         dtype, device, library: those of x or the layer, if given; else float32, this machine's GPU if it has one, torch
             if it is installed.
         training: whether a gradient will be wanted. None: for a layer what autograd would say now, otherwise no.
@@ -79,13 +79,13 @@ def explain(
         given twice. ValueError: unknown cell, dtype, device, library or backend.
     """
     check_words(backend=backend, library=library)
-    check_flags(input_part=input_part, training=bool(training) if training is None else training)
+    check_flags(input_projection=input_projection, training=bool(training) if training is None else training)
     given = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
     given = {name: value for name, value in given.items() if value is not None}
     if not isinstance(what, str) and what not in FUNCTIONS:
         if x is None or given:
             superfluous = f"; got {', '.join(given)} too" if given else ""
-            raise TypeError(f"for a layer: explain(layer, x), with the input or its shape and no more{superfluous}")
+            raise TypeError(f"explain(layer, x) takes the input or its shape and no other sizes{superfluous}")
         return explain_layer(what, x, training, backend)
     cell = named_cell(what)
     if x is not None:
@@ -93,17 +93,17 @@ def explain(
         if len(shape) != 3:
             raise ShapeError(f"x has shape {list(shape)}; expected [T, B, I]")
         found |= dict(zip("TBI", shape))
-        if input_part:
+        if input_projection:
             found["H"], rest = divmod(found.pop("I"), cell.G)
             if rest:
-                raise ShapeError(f"x has shape {list(shape)}; the input part of {cell.G} gates is [T, B, {cell.G}*H]")
+                raise ShapeError(f"x has shape {list(shape)}; expected an input projection [T, B, {cell.G}*H]")
         if twice := found.keys() & given.keys():
-            raise TypeError(f"x says its {', '.join(sorted(twice))} already")
+            raise TypeError(f"x already has {', '.join(sorted(twice))}")
         given |= found
-    if input_part and I is not None:
-        raise TypeError(f"with input_part=True there is no I; got I = {I}")
-    if absent := [letter for letter in "TBIH" if letter not in given and not (letter == "I" and input_part)]:
-        raise TypeError(f"explaining {cell.name} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
+    if input_projection and I is not None:
+        raise TypeError(f"input_projection=True excludes I; got I = {I}")
+    if absent := [letter for letter in "TBIH" if letter not in given and not (letter == "I" and input_projection)]:
+        raise TypeError(f"explaining {cell.label} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
     return dispatch.explain(problem(cell, **given, training=bool(training)), backend)
 
 
@@ -283,9 +283,9 @@ class Inspection(Mapping[str, np.ndarray]):
         figure_module = require("matplotlib.figure", "plotting an inspection")  # not pyplot: no window, nothing global
         T, B, _ = self.recorded[self.cell.gates[0] + self.endings[0]].shape
         if not 0 <= row < B:
-            raise ValueError(f"row {row} of a batch of {B}")
+            raise ValueError(f"row must be in [0, {B}), the batch size; got {row}")
         if labels is not None and len(labels) != T:
-            raise ValueError(f"{len(labels)} labels for {T} instants")
+            raise ValueError(f"labels must have one entry per time step, {T}; got {len(labels)}")
         states, gates = activated(self.cell).outputs
         shown = [gate for gate, value in zip(self.cell.gates, gates) if value not in states]
         shown += reversed(self.cell.states)  # a gate that is itself a state is shown once
@@ -310,7 +310,7 @@ class Inspection(Mapping[str, np.ndarray]):
                 beyond = "both" if top > 1 else "neither"
                 figure.colorbar(image, ax=panel, pad=0.01, aspect=12, extend=beyond).ax.tick_params(labelsize=7)
             if labels is None:
-                panel.set_xlabel("instant", fontsize=8)
+                panel.set_xlabel("time step", fontsize=8)
             else:
                 panel.set_xticks(range(T), [label.translate(VISIBLE) for label in labels], family="monospace")
         if path is not None:
@@ -323,13 +323,13 @@ class Inspection(Mapping[str, np.ndarray]):
             return range(H)
         if isinstance(units, (int, np.integer)):
             if not 1 <= units <= H:
-                raise ValueError(f"{units} units of a layer of {H}")
+                raise ValueError(f"units must be between 1 and H = {H}, got {units}")
             memory = self.recorded[self.cell.states[-1] + ending][:, row]
             memory = memory[: np.isfinite(memory[:, 0]).sum()]
             change = np.abs(np.diff(memory, axis=0)).sum(0) / (memory.std(0) + np.finfo(memory.dtype).tiny)
             return np.argsort(change, kind="stable")[np.linspace(0, H - 1, units).astype(int)].tolist()
         if not all(0 <= unit < H for unit in units):
-            raise ValueError(f"units {list(units)} of a layer of {H}")
+            raise ValueError(f"units must be in [0, H = {H}), got {list(units)}")
         return list(units)
 
 
@@ -452,7 +452,7 @@ def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool
     cell, state = get(plain), tuple(map(on_cpu, state))
     if cell.flags or cell.uniforms or cell.operand:
         raise ValueError(
-            f"inspect looks into a plain cell, into one of its page's variants, and at lengths; not {name}"
+            f"inspect supports cells, their variants and lengths, but no other modifiers; got {get(name).label}"
         )
     w_ih, w_hh, b_ih, b_hh, w_hr, units, flags, _ = map(on_cpu, weights)
 

@@ -89,6 +89,17 @@ class Problem:
         """y, the states after, and with a history the other states after every instant."""
         return 1 + self.cell.S + (self.cell.S - 1) * self.history
 
+    @property
+    def projection(self) -> str:
+        """The line of a plan where there is nothing to project; else empty."""
+        return "input projection: given as x (w_ih=None)" if self.I is None else ""
+
+    @property
+    def elsewhere(self) -> str:
+        """Why a backend of the other device does not take the arrays."""
+        place = "on the GPU" if self.device == "cuda" else "on the CPU"
+        return f"not available for arrays {place} (gpu_rnn never copies between devices)"
+
     def layer(self, k: int) -> "Problem":
         """That of a layer of the stack of which this is the first."""
         return replace(self, layers=1) if k == 0 else replace(self, layers=1, I=self.H)
@@ -96,4 +107,4 @@ class Problem:
     def __str__(self) -> str:
         sizes = {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "P": self.P}
         size = " ".join(f"{letter}={n}" for letter, n in sizes.items() if n is not None)
-        return f"{self.cell.name} {size} {self.dtype} on {self.device} ({self.library})"
+        return f"{self.cell.label} {size} {self.dtype} on {self.device} ({self.library})"

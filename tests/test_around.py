@@ -262,7 +262,7 @@ CALLED = {
         "reset_state h has shape [3]; expected [2, 4] or [4]",
     ),
     "unknown": (LSTM, {"resets": RESET}, TypeError, "unexpected keyword argument 'resets'"),
-    "zoneout of a GRU": (gpu_rnn.GRU(3, 4, zoneout=(0.1, 0.2)), {}, ValueError, "zoneout is (0.1, 0.2); gru has 1 st"),
+    "zoneout of a GRU": (gpu_rnn.GRU(3, 4, zoneout=(0.1, 0.2)), {}, ValueError, "(0.1, 0.2), but gru has 1 state (h)"),
     "zoneout of h projected": (gpu_rnn.LSTM(3, 4, proj_size=2, zoneout=0.1), {}, ValueError, "from 4 to 2 units; give"),
 }  # fmt: skip
 CONSTRUCTED = {

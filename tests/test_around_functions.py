@@ -239,9 +239,9 @@ BAD = {
     "no reset": (GRU, {"reset_state": np.ones(6)}, ValueError, "reset_state is given, but reset, which"),
     "half a reset_state": (
         LSTM, {"reset": RESET, "reset_state": np.ones(6)}, ValueError,
-        "reset_state has 1 arrays; lstm has 2 states, h, c",
+        "reset_state has 1 arrays, but lstm has 2 states (h, c)",
     ),
-    "reset_state of two": (GRU, {"reset": RESET, "reset_state": (np.ones(6),) * 2}, ValueError, "gru has 1 states, h"),
+    "reset_state of two": (GRU, {"reset": RESET, "reset_state": (np.ones(6),) * 2}, ValueError, "gru has 1 state (h)"),
     "size of reset_state": (
         LSTM, {"reset": RESET, "reset_state": (np.ones(6), np.ones((2, 6)))}, ShapeError,
         "reset_state c has shape [2, 6]; expected [3, 6] or [6] or [1, 6], with x [5, 3, 4]",
@@ -249,16 +249,16 @@ BAD = {
     "dtype of reset_state": (
         GRU, {"reset": RESET, "reset_state": np.ones(6, "f")}, TypeError, "reset_state h is numpy float32 cpu"
     ),
-    "zoneout of three": (LSTM, {"zoneout": (0.1, 0.1, 0.1)}, ValueError, "(0.1, 0.1, 0.1); lstm has 2 states, h, c"),
-    "zoneout of a GRU": (GRU, {"zoneout": (0.1, 0.1)}, ValueError, "zoneout is (0.1, 0.1); gru has 1 states, h"),
+    "zoneout of three": (LSTM, {"zoneout": (0.1, 0.1, 0.1)}, ValueError, "0.1), but lstm has 2 states (h, c)"),
+    "zoneout of a GRU": (GRU, {"zoneout": (0.1, 0.1)}, ValueError, "(0.1, 0.1), but gru has 1 state (h)"),
     "zoneout": (GRU, {"zoneout": 1.5, "seed": 1}, ValueError, "zoneout must be a number in [0, 1], a probability; got"),
     "a list of zoneout": (LSTM, {"zoneout": [0.1, 0.1]}, ValueError, "zoneout must be a number in [0, 1]"),
     "zoneout of h projected": (
         LSTM | {"w_hh": np.ones((24, 2)), "w_hr": np.ones((2, 6))}, {"zoneout": 0.1, "seed": 1}, ValueError,
         "projected from 6 to 2 units; give (0, p)",
     ),
-    "no seed": (GRU, {"zoneout": 0.1}, ValueError, "zoneout draws masks and needs a seed"),
-    "no seed for dropout": (GRU, {"recurrent_dropout": 0.1}, ValueError, "recurrent dropout draws masks and needs a"),
+    "no seed": (GRU, {"zoneout": 0.1}, ValueError, "zoneout draws random masks and needs seed="),
+    "no seed for dropout": (GRU, {"recurrent_dropout": 0.1}, ValueError, "recurrent dropout draws random masks"),
     "dropout": (GRU, {"recurrent_dropout": -0.1}, ValueError, "recurrent_dropout must be a number in [0, 1]"),
     "seed": (GRU, {"zoneout": 0.1, "seed": np.ones(2, "int64")}, ShapeError, "seed has shape [2]; expected [1], with"),
     "dtype of seed": (GRU, {"zoneout": 0.1, "seed": np.ones(1)}, TypeError, "seed is numpy float64 cpu; with this x"),

@@ -172,7 +172,7 @@ def test_the_driver_is_asked_about_both():
     arguments = cells.get("gru"), "bfloat16", 1024, 8, 2, device, False, True
     plan, why = cuda.plan_of(*arguments, held)
     assert (plan.directions, asked) == (1, [1, 2])
-    assert why == ("grid: 128 blocks were to be resident at once, and the driver holds 16",)
+    assert why == ("grid scope: needs 128 blocks co-resident, but the CUDA driver reports 16",)
     cuda.plan_of.cache_clear()
     assert cuda.plan_of(*arguments, lambda *_: 132)[0].directions == 2
 
@@ -183,7 +183,7 @@ def test_explain_tells_both_from_one_after_the_other(monkeypatch):
     assert "both directions in one launch" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 512, **options))
     plan = cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 2048, **options))
     assert "the other direction after it: grid: both directions at once would be twice 128 blocks on 132" in plan
-    assert "stepwise" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 4096, **options))
+    assert "per-step" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 4096, **options))
 
 
 @WITH_NVRTC

@@ -157,7 +157,7 @@ def test_layers_as_a_wavefront(name, dtype):
     for L, T, B, H in ((2, 300, 3, 700), (4, 300, 9, 512), (3, 500, 5, 330)):
         problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
         if not cuda.stacks(problem, backward=False):
-            assert "layer after layer" in cuda.plan(problem)
+            assert "layer by layer" in cuda.plan(problem)
             continue
         cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
         cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
@@ -192,7 +192,7 @@ def test_layers_as_a_wavefront_back(name, dtype):
     for L, T, B, H in ((2, 200, 3, 700), (4, 100, 9, 512), (3, 150, 5, 330)):
         problem = replace(Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch"), layers=L)
         if not cuda.stacks(problem, backward=True):
-            assert "layer after layer" in cuda.plan(replace(problem, training=True)).split("back:")[1]
+            assert "layer by layer" in cuda.plan(replace(problem, training=True)).split("backward:")[1]
             continue
         cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
         cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]

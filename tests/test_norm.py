@@ -205,7 +205,7 @@ WRONG = {
     "a dtype": (
         lambda gains: (gains[0].astype("float32"), gains[1]),
         TypeError,
-        "layer_norm of the input part is numpy",
+        "layer_norm of the input projection is numpy",
     ),
 }
 

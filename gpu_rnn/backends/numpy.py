@@ -44,11 +44,11 @@ AS_EVER = nullcontext()
 def reasons(problem: Problem) -> list[str]:
     why = []
     if problem.device != "cpu":
-        why.append(f"the arrays are on {problem.device}; NumPy computes on the CPU and nothing is moved silently")
+        why.append(problem.elsewhere)
     if problem.library == "cupy":
-        why.append("CuPy arrays are on a GPU")
+        why.append("takes no CuPy arrays, which are on a GPU")
     if problem.library == "numpy" and problem.dtype not in ("float32", "float64"):
-        why.append(f"{problem.dtype} NumPy arrays are not computed; give float32 or float64")
+        why.append(f"takes NumPy arrays of float32 or float64, not {problem.dtype}")
     return why
 
 
@@ -57,9 +57,10 @@ def plan(problem: Problem) -> str:
     columns = (problem.I or 0) + (problem.P or problem.H)
     order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width), problem.step_exact)
     calls = len(step_program(problem.cell, order).calls)
-    projection = "input projection by steps" if problem.step_exact else "input projection by chunks"
-    before = "x is the input part already" if problem.I is None else projection
-    return f"{width}; one product and {calls} elementwise calls per step, {before}"
+    chunks = "one GEMM per time step" if problem.step_exact else "one GEMM per chunk of time steps"
+    projection = problem.projection or f"input projection: {chunks}"
+    ways = "forward and backward" if problem.training else "forward"
+    return f"{projection}\n{ways}: {width}, one recurrent matmul and {calls} elementwise NumPy calls per time step"
 
 
 def forward(

@@ -273,10 +273,15 @@ def of_input(dpart: Any, x: Any, weights: Weights, needs: Collection[str]) -> di
 
 
 def projection(problem: Problem) -> str:
-    """What comes before the walk, in words."""
-    if problem.I is None:
-        return "x is the input part already"
-    return "one product for the inputs of each step" if problem.step_exact else "one product for all inputs"
+    """The line of a plan on what comes before the time loop."""
+    gemms = "one GEMM per time step" if problem.step_exact else "one GEMM for all time steps"
+    return problem.projection or f"input projection: {gemms}"
+
+
+def per_step(problem: Problem) -> str:
+    """What a plan says of the per-step kernels."""
+    product = arrays.product_dtype(problem.library, problem.dtype)
+    return f"per-step kernels: one GEMM (accumulated in {product}) and one fused elementwise kernel per time step"
 
 
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
