@@ -67,7 +67,7 @@ def fitted(
             raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {library} {INTEGERS[label]} {device}")
         if label not in INTEGERS and kind != kinds["x"]:
             raise TypeError(
-                f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must have one library, dtype and device"
+                f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; library, dtype and device must agree"
             )
     if dtype not in arrays.DTYPES:
         raise TypeError(f"x is {dtype}; supported are {', '.join(arrays.DTYPES)}")

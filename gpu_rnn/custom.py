@@ -1,7 +1,7 @@
-"""`cell`: a page of mathematics that a user wrote, as a layer and as a function.
+"""`cell`: a cell definition that a user wrote, as a layer and as a function.
 
-The page is that of `gpu_rnn.kernels.cells`; docs/new_cell.md has examples. From there on it is a cell like the others:
-every backend, operator and keyword takes it by its name.
+Cell definitions are those of `gpu_rnn.kernels.cells`; docs/new_cell.md has examples. From there on it is a cell like
+the others: every backend, operator and keyword takes it by its name.
 """
 
 import inspect
@@ -25,7 +25,7 @@ TAKEN = [name.removeprefix("weight_") for name in NAMES if name is not None]
 
 
 class FunctionKeywords(AroundKeywords, total=False):
-    """units: [N*H] the page's own values per unit, those of its first name first."""
+    """units: [N*H] per-unit weights of the cell, those of its first name first."""
 
     units: Any
 
@@ -64,7 +64,7 @@ def cell(
     step: Callable | None = None, *, gates: str, states: str, units: Sequence[str] = (), grad: Callable | None = None,
     name: str | None = None, check: bool = False,
 ) -> Any:  # fmt: skip
-    """A layer class from one instant's equations, written once for every backend.
+    """Make a layer class from the equations of one time step, written once for every backend.
 
         @gpu_rnn.cell(gates="fn", states="h")
         def MGU(x, h, state):
@@ -77,20 +77,20 @@ def cell(
         y, hT = MGU.function(x, w_ih, w_hh, b_ih, b_hh, h0=h0)            # NumPy, CuPy and torch arrays
 
     The layer has GRU's arguments, parameters, keywords and layouts, with G = len(gates) blocks of H rows in w_ih, w_hh
-    and the biases, and with several states (h0, c0, ...) in the place of h0. `weight_p_l0` [H] and so on are the values
-    of a unit named p. `function` takes them as `units` [N*H] and is like `gpu_rnn.gru` otherwise, also with w_ih=None.
+    and the biases, and with several states (h0, c0, ...) instead of h0. `weight_p_l0` [H] and so on are the per-unit
+    weights named p. `function` takes them as `units` [N*H] and is like `gpu_rnn.gru` otherwise, also with w_ih=None.
 
     Args:
-        step: step(x, h, state) -> the states after, a tuple of S. Every argument is a tuple: of the input parts and of
-            the recurrent parts of all gates, biases included, and of the states before; h[k] is row block k of
+        step: step(x, h, state) -> the states after, a tuple of S. Every argument is a tuple: of the input and of the
+            recurrent projections of all gates, biases included, and of the states before; h[k] is row block k of
             w_hh h_{t-1} + b_hh. Allowed are + - * /, numbers, and the functions of `gpu_rnn.kernels.mathematics`.
             With `units` it takes a fourth, a tuple of their values; with `grad` it returns what that needs as well, as
             (states after, saved). It must be a function of its arguments alone: it is read once.
-        gates, states: a letter for each; the first state is the output, the one that the recurrent weights see.
-        units: names of weights of which every unit has its own, as peepholes are.
+        gates, states: a letter for each; the first state is the output, and the input of the recurrent matmul.
+        units: names of per-unit weights, as peepholes are.
         grad: grad(dnew, new, state, saved) -> gradients of x, h and the states, all without what comes back through
             w_hh; with `units` it takes them as a fifth and returns their gradients, too. Derived where it is None.
-        name: of the cell; that of `step` when None. A name keeps its page: another one gets a number, "MGU#2".
+        name: of the cell; that of `step` when None. A name keeps its definition: a later one gets a number, "MGU#2".
         check: whether to hold the gradient against finite differences of step now, in float64.
 
     Returns:

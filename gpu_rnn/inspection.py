@@ -54,12 +54,12 @@ def explain(
     training: bool | None = None,
     backend: str | None = None,
 ) -> Explanation | Explanations:
-    """Which backend and plan a problem takes, why, why not the others, and which cuDNN algorithm torch.nn would take.
+    """Explain which backend runs a call and how, why not the others, and which cuDNN algorithm torch.nn would use.
 
         print(gpu_rnn.explain("lstm", T=256, B=64, I=512, H=512, dtype="float16", training=True))
         print(gpu_rnn.explain(layer, x))
 
-    Nothing is computed. The parts: `backend` (None: it runs nowhere), `plan`, `reasons` by backend, `cudnn`.
+    Nothing is computed. The attributes: `backend` (None: no backend supports the call), `plan`, `reasons`, `cudnn`.
 
     Args:
         what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
@@ -68,8 +68,8 @@ def explain(
         input_projection: whether x is the input projection, [T, B, G*H], as with w_ih=None; excludes I.
         dtype, device, library: those of x or the layer, if given; else float32, this machine's GPU if it has one, torch
             if it is installed.
-        training: whether a gradient will be wanted. None: for a layer what autograd would say now, otherwise no.
-        backend: insists on one, as for `gpu_rnn.lstm`.
+        training: whether the backward pass is included. None: for a layer what autograd would say now, otherwise no.
+        backend: selects one, as for `gpu_rnn.lstm`.
 
     Returns:
         An Explanation; for a layer Explanations, a tuple of one for each direction of each of its layers.
@@ -127,7 +127,7 @@ def warmup(
     what: str | Callable, *, T: int = 1, B: int = 1, I: int | None = None, H: int | None = None, P: int | None = None,
     dtype: Any = None, device: Any = None, training: bool = False, backend: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Compile now all that calls of a layer, a cell or a function will need, so that none of them has to.
+    """Compile the kernels that calls of a layer, a cell or a function will need.
 
         gpu_rnn.warmup(layer, T=128, B=16, training=True)
         gpu_rnn.warmup(gpu_rnn.lstm, T=128, B=16, I=64, H=512, dtype=torch.bfloat16)
@@ -139,7 +139,7 @@ def warmup(
         what: a layer or cell, torch.nn's are taken for ours; or a name or function, as for `explain`.
         T, B: of the calls to come. A cell has no T. The kernels may be others for other sizes; `explain` tells.
         I, H, P, dtype, device: of a function's arrays, torch tensors. A layer knows them, and under autocast its dtype.
-        training: whether gradients will be wanted. backend: insists on one, as for `gpu_rnn.lstm`.
+        training: whether the backward pass is included. backend: selects one, as for `gpu_rnn.lstm`.
 
     Returns:
         A line for each problem for which something was compiled, with the backend and its kernels; empty on a CPU,
@@ -240,10 +240,10 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 @dataclass(frozen=True)
 class Inspection(Mapping[str, np.ndarray]):
-    """Every gate's activation and every state after every instant, by letter: `inspection["f"]` is [T, B, H].
+    """Every gate's activation and every state after every time step, by letter: `inspection["f"]` is [T, B, H].
 
-    The letters are those of the cell's page: i f g o h c for LSTM, r z n h for GRU, a h for RNN. A stack of layers or
-    directions has torch's endings too: "f_l0", "f_l0_reverse", "f_l1". h is [T, B, P] after a projection. In a
+    The letters are those of the cell definition: i f g o h c for LSTM, r z n h for GRU, a h for RNN. A stack of layers
+    or directions has torch's endings too: "f_l0", "f_l0_reverse", "f_l1". h is [T, B, P] after a projection. In a
     PackedSequence's shorter rows what comes after the end is NaN.
     """
 
@@ -269,16 +269,17 @@ class Inspection(Mapping[str, np.ndarray]):
         units: int | Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
     ) -> Any:
-        """Heat maps, units by time: a panel for every gate and state, a column for every layer and direction.
+        """Draw heat maps, units by time: a panel for every gate and state, a column for every layer and direction.
 
         Args:
             path: where to write the figure, as PNG, PDF or SVG by its ending; None writes nothing.
-            row: which row of the batch.
+            row: which sequence of the batch.
             units: which units; a number takes so many, from those that change slowest to the quickest. None: all.
-            labels: [T] what was read at every instant, e.g. a string's characters; stands below.
+            labels: [T] a label for every time step, e.g. a string's characters; they stand below.
 
         Returns:
-            The matplotlib Figure. ValueError: a row, units or labels that aren't there; ImportError: no matplotlib.
+            The matplotlib Figure. ValueError: row or units out of range, or labels of another length; ImportError: no
+            matplotlib.
         """
         figure_module = require("matplotlib.figure", "plotting an inspection")  # not pyplot: no window, nothing global
         T, B, _ = self.recorded[self.cell.gates[0] + self.endings[0]].shape
@@ -334,14 +335,14 @@ class Inspection(Mapping[str, np.ndarray]):
 
 
 def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
-    """Run a layer by its cell's page, in NumPy, and keep every gate and state of every instant.
+    """Run a layer's cell definition in NumPy, and record every gate and state of every time step.
 
         inside = gpu_rnn.inspect(layer, x)                                  # or inspect(layer, x, hx)
         inside = gpu_rnn.inspect(gpu_rnn.lstm, x, w_ih, w_hh, b_ih, b_hh)   # or with all that gpu_rnn.lstm takes
         inside["f"]                                                         # [T, B, H] the forget gate
         inside.plot("gates.png", labels="what it read")
 
-    What is kept are the page's own values, not what a faster backend may have fused away; they agree within rounding.
+    The values are those of the cell definition; those of the other backends agree with them within rounding.
 
     Args:
         what: an RNN, LSTM, GRU or cell of gpu_rnn (or torch.nn), or one of the functions gpu_rnn.rnn, lstm, gru.
@@ -349,7 +350,7 @@ def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
         args, kwargs: `hx` for a layer; weights, biases, states and `reverse` for a function.
 
     Returns:
-        An Inspection: NumPy arrays, always time first, in the dtype of x (float32 for torch's halves).
+        An Inspection: NumPy arrays, always time first, in the dtype of x (float32 for half precision).
 
     Raises:
         ShapeError, TypeError: as `gpu_rnn.lstm`. A layer's dropout is left out, as in evaluation.

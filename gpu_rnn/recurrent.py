@@ -32,16 +32,16 @@ FIRST = [name + "_l0" for name in NAMES[:5]]
 
 
 class Keywords(TypedDict, total=False):
-    """What torch.nn's layers don't have; every layer and cell takes these, and has them as attributes.
+    """Keywords of every layer and cell in addition to torch.nn's arguments; they are attributes, too.
 
-    backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of float32 on a GPU.
-    recompute: whether backward runs forward once more, layer by layer, instead of keeping what it needs: less memory.
-    step_exact: whether a sequence is, bit for bit, what its instants one at a time are, by `step` or a `stream`; its
-        inputs take a product per instant then. Not with layer_norm.
-    zoneout: probability by which a state stays what it was, one per state or one for all; in training by a mask for
-        every instant, else by the mean (Krueger et al. 2017).
-    recurrent_dropout: probability of a zero in what the recurrent weights see of h, and input_dropout: in the input of
-        every layer; one mask for a whole sequence (Gal & Ghahramani 2016).
+    backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" is that of float32 matmuls on a GPU.
+    recompute: activation checkpointing: whether backward runs forward once more, layer by layer, to save memory.
+    step_exact: whether a sequence equals, bit for bit, its time steps one at a time, by `step` or a `stream`; the input
+        projection is then one matmul per time step. Not with layer_norm.
+    zoneout: probability of keeping a state from the time step before, one per state or one for all; in training by a
+        mask for every time step, else by its expectation (Krueger et al. 2017).
+    recurrent_dropout, input_dropout: variational (locked) dropout: probability of a zero in h before the recurrent
+        matmul, and in the input of every layer; one mask for a whole sequence (Gal & Ghahramani 2016).
     weight_dropout: probability of a zero in the recurrent weights (DropConnect; Merity et al. 2018).
     """
 
@@ -56,14 +56,14 @@ class Keywords(TypedDict, total=False):
 
 
 class GRUKeywords(Keywords, total=False):
-    """What GRU and GRUCell take, too.
+    """Keywords of GRU and GRUCell, in addition to those of every layer.
 
-    layer_norm: whether the input and the recurrent part are normalized over the units (Ba, Kiros & Hinton 2016), with
-        gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
-    reset_after: whether the reset gate comes after the recurrent product, as in torch.nn and cuDNN, or before it (Cho
-        et al. 2014); the equations are `gpu_rnn.gru`'s.
-    recurrent_dropout_on: "h" or "candidate": whether recurrent dropout is of what the recurrent weights see, or of what
-        is written into the state, so that what is there stays (Semeniuta et al. 2016).
+    layer_norm: whether the input and the recurrent projection are normalized over the units (Ba, Kiros & Hinton 2016),
+        with gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
+    reset_after: whether the reset gate is applied after the recurrent matmul, as in torch.nn and cuDNN, or before it
+        (Cho et al. 2014); the equations are `gpu_rnn.gru`'s.
+    recurrent_dropout_on: "h" drops h before the recurrent matmul; "candidate" drops the candidate: recurrent dropout
+        without memory loss (Semeniuta et al. 2016).
     """
 
     layer_norm: bool
@@ -72,11 +72,11 @@ class GRUKeywords(Keywords, total=False):
 
 
 class LSTMKeywords(Keywords, total=False):
-    """What LSTM and LSTMCell take, too; the equations are `gpu_rnn.lstm`'s.
+    """Keywords of LSTM and LSTMCell, in addition to those of every layer; the equations are `gpu_rnn.lstm`'s.
 
-    layer_norm: as for GRU, [4*H], and so is the cell state that the output sees, with weight_ln_c_l0 and bias_ln_c_l0
+    layer_norm: as for GRU, [4*H], and of the cell state in the output, with weight_ln_c_l0 and bias_ln_c_l0
         [H].
-    peephole: whether the gates i, f, o see the cell state, by weights weight_ch_l0 [3*H], and so on.
+    peephole: whether the gates i, f, o read the cell state, with weights weight_ch_l0 [3*H], and so on.
     coupled: whether f = 1 - i; then the gates are i, g, o and all weights have 3*H rows.
     cell_clip: bound of the cell state.
     recurrent_dropout_on: as for GRU.
@@ -138,7 +138,7 @@ class Recurrent(nn.Module):
 
     @property
     def cell_name(self) -> str:
-        """The name of the cell's page."""
+        """The name by which `gpu_rnn.kernels.cells.get` finds the cell."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -188,7 +188,7 @@ class Recurrent(nn.Module):
             raise ValueError(NORMALIZED_STEP_EXACT)
         if (self.layer_norm or self.proj_size) and not self.reset_after:
             what = "layer_norm" if self.layer_norm else "proj_size"
-            raise ValueError(f"a GRU with {what} has its reset after the recurrent product: not reset_after=False")
+            raise ValueError(f"{what} is not defined for a GRU with reset_after=False")
         if self.forget_bias is not None and (self.coupled or not self.bias):
             raise ValueError("forget_bias is for the bias of a forget gate: it needs bias=True, and not coupled=True")
 

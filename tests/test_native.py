@@ -372,7 +372,7 @@ def test_layers(kind, options):
 
 def test_histories_and_streams_and_torch_compile():
     torch.manual_seed(0)
-    layer = gpu_rnn.LSTM(5, 9, num_layers=2, backend="native", bitwise=True)
+    layer = gpu_rnn.LSTM(5, 9, num_layers=2, backend="native", step_exact=True)
     x = torch.randn(6, 3, 5)
     y, _ = layer(x)
     listen = gpu_rnn.stream(layer, 3)

@@ -272,12 +272,13 @@ class Residence:
         several = "both directions in one launch; " if self.directions == 2 else ""
         if self.layers > 1:
             several = f"{self.layers} layers as a wavefront in one launch; "
-        groups = f"{self.members * self.groups} groups of " * (self.members * self.groups > 1)
+        count = self.members * self.groups
+        blocks = f"{count} groups of " * (count > 1) + f"{self.blocks} block{'s' * (self.blocks > 1)}"
+        launches = f"{self.launches} launch{'es' * (self.launches > 1)}"
         return (
-            f"persistent kernel ({self.scope} scope): {several}{groups}{self.blocks} x {self.threads} threads, "
-            f"{self.units} hidden units per block, {self.rows} sequences per group; recurrent weights on-chip: "
-            f"{on_chip}; {matmul} matmuls; {self.launches} launch{'es' * (self.launches > 1)}; "
-            f"predicted {self.microseconds:.2f} us per time step"
+            f"persistent kernel ({self.scope} scope): {several}{blocks} of {self.threads} threads, {self.units} hidden "
+            f"units per block, {self.rows} sequences per group; recurrent weights on-chip: {on_chip}; "
+            f"{matmul} matmuls; {launches}; predicted {self.microseconds:.2f} us per time step"
         )
 
 
