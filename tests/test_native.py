@@ -428,7 +428,7 @@ def test_it_says_what_it_does():
     text = str(gpu_rnn.explain("lstm", T=5, B=2, I=3, H=4, device="cpu", library="numpy", backend="native"))
     found = native.instruction_set()
     assert f"float32, {found.name}, {found.lanes('float32')} lanes, tiles of {found.tile(4)}" in text
-    assert "threads at most" in text
+    assert "at most" in text
     assert native.warmup(gpu_rnn.problem.Problem(weave(cells.get("lstm"), hold=True), 1, 1, 1, 1))
 
 
