@@ -180,7 +180,7 @@ BAD = {
     "row": (lambda: INSIDE.plot(row=3), ValueError, "row must be in [0, 3), the batch size; got 3"),
     "labels": (lambda: INSIDE.plot(labels="long label"), ValueError, "one entry per time step, 5; got 10"),
     "too many units": (lambda: INSIDE.plot(units=7), ValueError, "units must be between 1 and H = 6, got 7"),
-    "unknown unit": (lambda: INSIDE.plot(units=[0, 6]), ValueError, "units [0, 6] of a layer of 6"),
+    "unknown unit": (lambda: INSIDE.plot(units=[0, 6]), ValueError, "units must be in [0, H = 6), got [0, 6]"),
 }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def test_a_function_takes_what_an_array_says():
 def test_a_forced_backend_is_explained():
     explanation = gpu_rnn.explain("lstm", **SIZES, device="cuda", library="torch", backend="numpy")
     assert explanation.backend is None
-    assert "NumPy computes on the CPU" in explanation.reasons["numpy"][0]
+    assert "not available for arrays on the GPU" in explanation.reasons["numpy"][0]
     layer = gpu_rnn.LSTM(4, 6, backend="numpy")
     assert gpu_rnn.explain(layer, (7, 3, 4))[0].forced
 
@@ -293,7 +293,7 @@ UNEXPLAINED = {
     "rank": ((gpu_rnn.lstm, (3, 4)), {"H": 6}, gpu_rnn.ShapeError, "x has shape [3, 4]; expected [T, B, I]"),
     "twice": ((gpu_rnn.lstm, (7, 3, 4)), {"H": 6, "T": 7}, TypeError, "x already has T"),
     "layer without input": ((gpu_rnn.RNN(4, 6),), {}, TypeError, "explain(layer, x) takes the input or its shape"),
-    "layer and sizes": ((gpu_rnn.RNN(4, 6), (7, 3, 4)), {"H": 6}, TypeError, "no more; got H too"),
+    "layer and sizes": ((gpu_rnn.RNN(4, 6), (7, 3, 4)), {"H": 6}, TypeError, "no other sizes; got H too"),
     "layer and no size": ((gpu_rnn.RNN(4, 6), (7, 0, 4)), {}, gpu_rnn.ShapeError, "x has the size 0 in its shape"),
     "layer and input size": ((gpu_rnn.RNN(4, 6), (7, 3, 5)), {}, gpu_rnn.ShapeError, "input has shape [7, 3, 5]"),
     "no layer": ((nn.Linear(4, 6), (7, 3, 4)), {}, TypeError, "got Linear"),
