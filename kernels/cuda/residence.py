@@ -94,7 +94,7 @@ class Device:
 
 # Kinds of plans whose results were wrong, or which hung, on the first GPU that they met (an H200, 2026-11-29), while
 # all tests on the host pass. Until the cause is known they are made for tests alone.
-UNPROVEN = {"ieee": "IEEE float32 products", "wavefront": "layers as a wavefront"}
+UNPROVEN = {"ieee": "IEEE float32 matmuls", "wavefront": "layers as a wavefront"}
 
 DEVICES = {  # for planning without a device, of all kinds; where there is a device, the driver is asked
     "a100": Device((8, 0), 108, 166912),
