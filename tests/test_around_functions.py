@@ -255,7 +255,7 @@ BAD = {
     "a list of zoneout": (LSTM, {"zoneout": [0.1, 0.1]}, ValueError, "zoneout must be a number in [0, 1]"),
     "zoneout of h projected": (
         LSTM | {"w_hh": np.ones((24, 2)), "w_hr": np.ones((2, 6))}, {"zoneout": 0.1, "seed": 1}, ValueError,
-        "projected from 6 to 2 units; give (0, p)",
+        "projected from H = 6 to P = 2; pass (0, p)",
     ),
     "no seed": (GRU, {"zoneout": 0.1}, ValueError, "zoneout draws random masks and needs seed="),
     "no seed for dropout": (GRU, {"recurrent_dropout": 0.1}, ValueError, "recurrent dropout draws random masks"),
