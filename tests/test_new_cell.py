@@ -465,7 +465,7 @@ def test_what_is_no_gradient_is_refused():
     wrong = {
         r"must return 3 tuples: gradients of x": lambda *given: (given[0][0], given[0][0]),
         r"2 gradients of x|1 gradients of x \(a\), got 2": lambda *given: ((0.0, 0.0), (0.0,), (0.0,)),
-        r"can't be read.*saved \[1\].*unpack": lambda dnew, new, state, saved: [a for a, b in [saved]],
+        r"can't be traced.*saved \[1\].*unpack": lambda dnew, new, state, saved: [a for a, b in [saved]],
     }
     for why, grad in wrong.items():
         with pytest.raises((TypeError, ValueError), match=f"mine: grad .*({why})"):

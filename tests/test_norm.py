@@ -200,7 +200,7 @@ WRONG = {
     "a shape": (
         lambda gains: (gains[0], gains[1][:-1]),
         ShapeError,
-        r"recurrent part has shape \[11\]; expected \[12\]",
+        r"recurrent projection has shape \[11\]; expected \[12\]",
     ),
     "a dtype": (
         lambda gains: (gains[0].astype("float32"), gains[1]),

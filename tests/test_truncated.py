@@ -135,7 +135,7 @@ BAD = {
     "k1 over k2": ("GRU", {}, 3, 2, ValueError, "0 < k1 <= k2, got k1=3 and k2=2"),
     "no k1": ("GRU", {}, 0, 2, ValueError, "got k1=0 and k2=2"),
     "half an instant": ("GRU", {}, 1.5, 2, ValueError, "got k1=1.5 and k2=2"),
-    "two directions": ("LSTM", {"bidirectional": True}, 1, 2, ValueError, "the layer is bidirectional: LSTM(2, 4"),
+    "two directions": ("LSTM", {"bidirectional": True}, 1, 2, ValueError, "for a bidirectional layer: LSTM(2, 4"),
 }
 
 
