@@ -60,7 +60,7 @@ def played(what: str, function: Callable, **sizes: int) -> Any:
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         counts = ", ".join(f"{name} [{n}]" for name, n in sizes.items())
         raise TypeError(
-            f"{what} can't be read, with tuples {counts}: {error}. A cell definition may use {ALLOWED}"
+            f"{what} can't be traced, with tuples {counts}: {error}. A cell definition may use {ALLOWED}"
         ) from error
 
 

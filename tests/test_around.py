@@ -263,7 +263,7 @@ CALLED = {
     ),
     "unknown": (LSTM, {"resets": RESET}, TypeError, "unexpected keyword argument 'resets'"),
     "zoneout of a GRU": (gpu_rnn.GRU(3, 4, zoneout=(0.1, 0.2)), {}, ValueError, "(0.1, 0.2), but gru has 1 state (h)"),
-    "zoneout of h projected": (gpu_rnn.LSTM(3, 4, proj_size=2, zoneout=0.1), {}, ValueError, "from H = 4 to P = 2; pass"),
+    "zoneout of h projected": (gpu_rnn.LSTM(3, 4, proj_size=2, zoneout=0.1), {}, ValueError, "from H = 4 to P = 2;"),
 }  # fmt: skip
 CONSTRUCTED = {
     "zoneout": ("GRU", {"zoneout": 1.1}, ValueError, "zoneout must be a number in [0, 1], a probability; got 1.1"),
