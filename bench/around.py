@@ -162,13 +162,13 @@ def layer_norm(case: Case, data: Data) -> list[torch.Tensor]:
     return [array.to(getattr(torch, case.dtype)).to(data.dy.dtype) for array in drawn]
 
 
-def starts(case: Case, data: Data) -> torch.Tensor:
+def left_padding(case: Case, data: Data) -> torch.Tensor:
     """[B], from 0 to half of T."""
     return case.T - lengths(case, data)
 
 
 DRAWN: dict[str, Callable[[Case, Data], torch.Tensor]] = {
-    "reset": reset, "lengths": lengths, "starts": starts, "peephole": peephole, "w_hr": projection,
+    "reset": reset, "lengths": lengths, "left_padding": left_padding, "peephole": peephole, "w_hr": projection,
 }  # fmt: skip
 
 
@@ -211,8 +211,8 @@ def reference(case: Case, x: torch.Tensor, given: Tensors, fixed: dict[str, Any]
             drawn = uniforms(seed, torch.tensor([t], device=x.device), row, unit, len(letters))
             state = [torch.where(u < fixed["zoneout"], old, new) for u, old, new in zip(drawn, before, state)]
         y = state[0]
-        if fixed.keys() & {"starts", "lengths"}:
-            inside = ((fixed.get("starts", 0) <= t) & (t < fixed.get("lengths", case.T)))[:, None]
+        if fixed.keys() & {"left_padding", "lengths"}:
+            inside = ((fixed.get("left_padding", 0) <= t) & (t < fixed.get("lengths", case.T)))[:, None]
             state = [torch.where(inside, new, old) for old, new in zip(held, state)]
             y = torch.where(inside, y, 0.0)
         shown.append(y)

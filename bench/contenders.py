@@ -54,9 +54,13 @@ class Contender:
 
 def plan_of(backend: Any, problem: Problem) -> str:
     """The kinds of plan that a backend has for a problem: forward, and where that differs the way back."""
-    pattern = r"resident, (?:\w+: \d+ layers as a )?(\w+)|stepwise|sequence"
-    ways = [re.search(pattern, way) for way in backend.plan(problem).split("; back: ")]
-    kinds = dict.fromkeys(found[1] or found[0] for found in ways if found)
+    pattern = r"persistent kernel(?: \((\w+) scope\))?(?:: \d+ layers as a (\w+))?|per-step"
+    ways = [re.search(pattern, way) for way in backend.plan(problem).splitlines()]
+    words = {
+        "persistent kernel": "sequence",
+        "per-step": "stepwise",
+    }  # of Triton's persistent kernel, which has no scope
+    kinds = dict.fromkeys(found[2] or found[1] or words[found[0]] for found in ways if found)
     return ", back ".join(kinds)
 
 

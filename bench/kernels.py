@@ -71,7 +71,7 @@ class Alone(Contender):
             reason = "it takes part in training"
         if reason is None and self.part != "step":
             plan, why = self.resident(case)
-            reason = None if plan else f"not resident: {'; '.join(why)}"
+            reason = None if plan else f"no persistent kernel: {'; '.join(why)}"
         return reason
 
     def prepare(self, case: Case, data: Data) -> Run:

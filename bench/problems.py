@@ -34,7 +34,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "ours, reset": {"reset": ...},
     "ours, lengths": {"lengths": ...},
-    "ours, starts": {"starts": ...},
+    "ours, left_padding": {"left_padding": ...},
     "ours, zoneout": {"zoneout": 0.1, "seed": 1},
     "ours, recurrent_dropout": {"recurrent_dropout": 0.25, "seed": 1},
     "ours, candidate dropout": {"recurrent_dropout": 0.25, "recurrent_dropout_on": "candidate", "seed": 1},
@@ -47,9 +47,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "ours, reset before": {"reset_after": False},
     "ours, return_states": {"return_states": True},
     "ours, recompute": {"recompute": True},
-    "ours, input part": {"w_ih": None},
+    "ours, input projection": {"w_ih": None},
     "ours, projection": {"w_hr": ...},
-    "ours, bitwise": {"bitwise": True},
+    "ours, step_exact": {"step_exact": True},
 }
 
 # Our kernels alone; kernels.py says what each is.

@@ -1,13 +1,13 @@
 """gpu_rnn: recurrent layers, forward and backward, as fused CUDA and Triton kernels, with NumPy where there is no GPU.
 
     gpu_rnn.rnn, lstm, gru, vjp          functions on NumPy, torch and CuPy arrays
-    gpu_rnn.RNN, LSTM, GRU, *Cell        layers in the place of torch.nn's (need torch)
-    gpu_rnn.replace_(model)              puts them there; gpu_rnn.restore_(model) puts torch.nn's back
+    gpu_rnn.RNN, LSTM, GRU, *Cell        drop-in replacements for torch.nn's layers (need torch)
+    gpu_rnn.replace_(model)              uses them in a model; gpu_rnn.restore_(model) puts torch.nn's back
     gpu_rnn.cell(step)                   your own cell as a layer (docs/new_cell.md)
     gpu_rnn.tbptt(layer, x, k1, k2)      truncated backpropagation through time
-    gpu_rnn.stream(layer)                a layer whose input comes an instant at a time
-    gpu_rnn.explain, inspect             what would run, and what happens inside a cell
-    gpu_rnn.warmup                       compiles it beforehand
+    gpu_rnn.stream(layer)                a layer whose input comes one time step at a time
+    gpu_rnn.explain, inspect             which backend would run, and the gates inside a cell
+    gpu_rnn.warmup                       compile kernels beforehand
 
 Letters, everywhere in code, comments and documentation:
 

@@ -80,7 +80,7 @@ def main() -> None:
 
 @main.command()
 def info() -> None:
-    """What this machine can run and, for what it can't, why."""
+    """List the backends that this machine can run, and why it cannot run the others."""
     system = Table(show_header=False, box=None)
     system.add_row("gpu_rnn", __version__)
     system.add_row("Python", f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
@@ -150,18 +150,22 @@ def demo(text: Path | None, seconds: float, out: Path) -> None:
 
 @main.command()
 @click.argument("cell", type=click.Choice(cells.NAMES))
-@click.option("-T", "T", type=SIZE, required=True, help="Instants.")
+@click.option("-T", "T", type=SIZE, required=True, help="Sequence length.")
 @click.option("-B", "B", type=SIZE, required=True, help="Batch size.")
 @click.option("-I", "I", type=SIZE, required=True, help="Input size.")
 @click.option("-H", "H", type=SIZE, required=True, help="Hidden size.")
 @click.option("-P", "P", type=SIZE, help="Projected size, for an lstm with a projection.")
 @click.option("--dtype", type=click.Choice(arrays.DTYPES), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if this machine has one.")
-@click.option("--library", type=click.Choice(["numpy", "torch", "cupy"]), help="Whose arrays; default: torch if here.")
-@click.option("--training", is_flag=True, help="A gradient will be wanted.")
-@click.option("--backend", type=click.Choice(dispatch.ORDER), help="Insist on this one.")
+@click.option(
+    "--library",
+    type=click.Choice(["numpy", "torch", "cupy"]),
+    help="Library of the arrays; default: torch if installed.",
+)
+@click.option("--training", is_flag=True, help="Include the backward pass.")
+@click.option("--backend", type=click.Choice(dispatch.ORDER), help="Select this backend.")
 def explain(**options) -> None:
-    """Which backend and plan a problem takes, why, and why not the others.
+    """Explain which backend runs a call and how, and why not the others.
 
     For example: gpu-rnn explain lstm -T 256 -B 64 -I 512 -H 512 --dtype float16 --training
     """
@@ -176,7 +180,7 @@ def explain(**options) -> None:
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Microbenchmarks; in a checkout only. All arguments are theirs: gpu-rnn bench --help."""
+    """Run the microbenchmarks, in a checkout only. Their arguments: gpu-rnn bench --help."""
     checkout = Path(__file__).parents[1]
     if not (checkout / "bench" / "__main__.py").exists():
         raise Refused("the benchmarks are not installed; they are in the repository's folder bench/")

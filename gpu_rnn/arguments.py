@@ -17,7 +17,7 @@ INTEGERS = {"flags": "uint8", "seed": "int64"}
 
 
 class ShapeError(ValueError, RuntimeError):
-    """An array doesn't fit the others. torch.nn raises the one or the other for this, so it is caught as both."""
+    """A shape does not match the others. Both a ValueError and a RuntimeError, since torch.nn raises either."""
 
 
 def prepared(
@@ -40,9 +40,9 @@ def checked(
             if array is not None:
                 arrays.library(array, label)
         raise
-    reverse, _, precision, history, _, directions, layers, bitwise = options
+    reverse, _, precision, history, _, directions, layers, step_exact = options
     precision = precision or arrays.precision(x)
-    problem = known(name, given, reverse, precision, training, history, directions, layers, bitwise)
+    problem = known(name, given, reverse, precision, training, history, directions, layers, step_exact)
     if None in given[-len(state) :]:
         sizes = (problem.P or problem.H, *[problem.H] * (len(state) - 1))
         state = [arrays.zeros((problem.B, n), like=x) if s is None else s for s, n in zip(state, sizes)]
@@ -51,7 +51,7 @@ def checked(
 
 def fitted(
     name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool,
-    history: bool = False, directions: int = 1, layers: int = 1, bitwise: bool = False,
+    history: bool = False, directions: int = 1, layers: int = 1, step_exact: bool = False,
 ) -> Problem:  # fmt: skip
     """What x, the weights and the states are, in this order -> the problem, or an error that repeats the shapes."""
     cell = cells.get(name)
@@ -59,18 +59,20 @@ def fitted(
     there = {label: array for label, array in zip(labels, given, strict=True) if array is not None}
     for label in ("x", "w_hh"):
         if label not in there:
-            raise TypeError(f"{label} is None; {name} needs it")
+            raise TypeError(f"{label} is None, but {cell.label} needs it")
     kinds = {label: arrays.words(*array) for label, array in there.items()}
     library, dtype, device = kinds["x"]
     for label, kind in kinds.items():
         if label in INTEGERS and kind != (library, INTEGERS[label], device):
             raise TypeError(f"{label} is {' '.join(kind)}; with this x it must be {library} {INTEGERS[label]} {device}")
         if label not in INTEGERS and kind != kinds["x"]:
-            raise TypeError(f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; all must be alike")
+            raise TypeError(
+                f"{label} is {' '.join(kind)}, but x is {' '.join(kinds['x'])}; library, dtype and device must agree"
+            )
     if dtype not in arrays.DTYPES:
-        raise TypeError(f"x is {dtype}; there are {', '.join(arrays.DTYPES)}")
+        raise TypeError(f"x is {dtype}; supported are {', '.join(arrays.DTYPES)}")
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if (precision, dtype) == ("tf32", "float64"):
         raise ValueError("precision='tf32' is for float32, but x is float64")
 
@@ -81,7 +83,7 @@ def fitted(
     (T, B, size), (rows, _), G = shapes["x"], shapes["w_hh"], cell.G
     if rows == 0 or rows % G:
         raise ShapeError(
-            f"w_hh has shape {list(shapes['w_hh'])}; a {cell.name} has {G} gates ({', '.join(cell.gates)}), "
+            f"w_hh has shape {list(shapes['w_hh'])}; a {cell.label} has {G} gates ({', '.join(cell.gates)}), "
             f"so its rows are a positive multiple of {G}"
         )
     H = rows // G
@@ -116,7 +118,7 @@ def fitted(
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
         tf32=(precision, dtype) == ("tf32", "float32"), history=history, directions=directions,
-        layers=layers, bitwise=bitwise,
+        layers=layers, step_exact=step_exact,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def library(array: Any, label: str | None = None) -> str:
     if label is None:
         return library_of_class(kind)
     try:
-        return library_of(kind)
+        return library_of_class(kind)
     except TypeError as error:
         raise TypeError(f"{label}: {error}") from None
 

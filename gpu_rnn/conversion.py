@@ -21,7 +21,7 @@ BASES = (nn.RNNBase, nn.RNNCellBase)
 CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
 KEYWORDS = {**LSTMKeywords.__annotations__, **GRUKeywords.__annotations__}
 # How a layer computes and begins, not what it computes; the last one is listed with recurrent_dropout
-FORGOTTEN = {"backend", "precision", "recompute", "bitwise", "forget_bias", "recurrent_dropout_on"}
+FORGOTTEN = {"backend", "precision", "recompute", "step_exact", "forget_bias", "recurrent_dropout_on"}
 
 
 def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
@@ -77,7 +77,7 @@ def restore_(model: nn.Module) -> nn.Module:
 
     The inverse of `replace_`, for layers that were made here, too: the road to what knows torch.nn's classes alone, as
     `torch.jit.script`, `quantize_dynamic`, CoreML and TFLite; see docs/conversion.md. The modules stay the same
-    objects, with their parameters, hooks and training mode. `backend`, `precision`, `recompute` and `bitwise`, which
+    objects, with their parameters, hooks and training mode. `backend`, `precision`, `recompute` and `step_exact`, which
     say how to compute, and `forget_bias`, which only counts at the beginning, are forgotten.
 
     Args:

@@ -1,7 +1,7 @@
-"""`cell`: a page of mathematics that a user wrote, as a layer and as a function.
+"""`cell`: a cell definition that a user wrote, as a layer and as a function.
 
-The page is that of `gpu_rnn.kernels.cells`; docs/new_cell.md has examples. From there on it is a cell like the others:
-every backend, operator and keyword takes it by its name.
+Cell definitions are those of `gpu_rnn.kernels.cells`; docs/new_cell.md has examples. From there on it is a cell like
+the others: every backend, operator and keyword takes it by its name.
 """
 
 import inspect
@@ -25,7 +25,7 @@ TAKEN = [name.removeprefix("weight_") for name in NAMES if name is not None]
 
 
 class FunctionKeywords(AroundKeywords, total=False):
-    """units: [N*H] the page's own values per unit, those of its first name first."""
+    """units: [N*H] per-unit weights of the cell, those of its first name first."""
 
     units: Any
 
@@ -33,7 +33,7 @@ class FunctionKeywords(AroundKeywords, total=False):
 class Custom(RecurrentLayer):
     """What the layers that `cell` makes have in common."""
 
-    page: ClassVar[str]  # type: ignore[misc]
+    cell_name: ClassVar[str]  # type: ignore[misc]
     function: ClassVar[Callable]
 
     def __init__(
@@ -42,29 +42,29 @@ class Custom(RecurrentLayer):
         **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
-            self.page, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            keywords,
+            self.cell_name, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device,
+            dtype, keywords,
         )  # fmt: skip
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         super()._register(suffix, I, device, dtype)
-        for unit in PAGES[self.page].units:
+        for unit in PAGES[self.cell_name].units:
             parameter = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
             self.register_parameter(f"weight_{unit}{suffix}", parameter)
 
     def _own(self, suffix: str) -> dict[str, tuple[Any, ...]]:
-        units = [getattr(self, f"weight_{unit}{suffix}") for unit in PAGES[self.page].units]
+        units = [getattr(self, f"weight_{unit}{suffix}") for unit in PAGES[self.cell_name].units]
         return {"units": (torch.cat(units),)} if units else {}
 
     def _around(self) -> bool:
-        return bool(PAGES[self.page].units) or super()._around()
+        return bool(PAGES[self.cell_name].units) or super()._around()
 
 
 def cell(
     step: Callable | None = None, *, gates: str, states: str, units: Sequence[str] = (), grad: Callable | None = None,
     name: str | None = None, check: bool = False,
 ) -> Any:  # fmt: skip
-    """A layer class from one instant's equations, written once for every backend.
+    """Make a layer class from the equations of one time step, written once for every backend.
 
         @gpu_rnn.cell(gates="fn", states="h")
         def MGU(x, h, state):
@@ -77,20 +77,20 @@ def cell(
         y, hT = MGU.function(x, w_ih, w_hh, b_ih, b_hh, h0=h0)            # NumPy, CuPy and torch arrays
 
     The layer has GRU's arguments, parameters, keywords and layouts, with G = len(gates) blocks of H rows in w_ih, w_hh
-    and the biases, and with several states (h0, c0, ...) in the place of h0. `weight_p_l0` [H] and so on are the values
-    of a unit named p. `function` takes them as `units` [N*H] and is like `gpu_rnn.gru` otherwise, also with w_ih=None.
+    and the biases, and with several states (h0, c0, ...) instead of h0. `weight_p_l0` [H] and so on are the per-unit
+    weights named p. `function` takes them as `units` [N*H] and is like `gpu_rnn.gru` otherwise, also with w_ih=None.
 
     Args:
-        step: step(x, h, state) -> the states after, a tuple of S. Every argument is a tuple: of the input parts and of
-            the recurrent parts of all gates, biases included, and of the states before; h[k] is row block k of
+        step: step(x, h, state) -> the states after, a tuple of S. Every argument is a tuple: of the input and of the
+            recurrent projections of all gates, biases included, and of the states before; h[k] is row block k of
             w_hh h_{t-1} + b_hh. Allowed are + - * /, numbers, and the functions of `gpu_rnn.kernels.mathematics`.
             With `units` it takes a fourth, a tuple of their values; with `grad` it returns what that needs as well, as
             (states after, saved). It must be a function of its arguments alone: it is read once.
-        gates, states: a letter for each; the first state is the output, the one that the recurrent weights see.
-        units: names of weights of which every unit has its own, as peepholes are.
+        gates, states: a letter for each; the first state is the output, and the input of the recurrent matmul.
+        units: names of per-unit weights, as peepholes are.
         grad: grad(dnew, new, state, saved) -> gradients of x, h and the states, all without what comes back through
             w_hh; with `units` it takes them as a fifth and returns their gradients, too. Derived where it is None.
-        name: of the cell; that of `step` when None. A name keeps its page: another one gets a number, "MGU#2".
+        name: of the cell; that of `step` when None. A name keeps its definition: a later one gets a number, "MGU#2".
         check: whether to hold the gradient against finite differences of step now, in float64.
 
     Returns:
@@ -116,7 +116,7 @@ def cell(
     PAGES[made.name] = made
     place = step.__qualname__ if name is None else name
     own = {
-        "page": made.name, "function": staticmethod(function(made)),
+        "cell_name": made.name, "function": staticmethod(function(made)),
         "__doc__": step.__doc__, "__module__": step.__module__, "__qualname__": place,
     }  # fmt: skip
     return type(label, (Custom,), own)
@@ -149,14 +149,14 @@ def function(cell: cells.Cell) -> Callable:
         backend=None,
         precision=None,
         recompute=False,
-        bitwise=False,
+        step_exact=False,
         **around,
     ):
         state = tuple(around.pop(label, None) for label in initial)
         if cell.units and around.get("units") is None:
             raise TypeError(f"{cell.name} has weights per unit ({', '.join(cell.units)}): units=[{len(cell.units)}*H]")
         given = wanted(
-            Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise), around, FunctionKeywords
+            Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact), around, FunctionKeywords
         )
         return structured(functional.sequence(cell.name, x, Weights(w_ih, w_hh, b_ih, b_hh), state, *given), cell.S)
 

@@ -19,7 +19,7 @@ VARIABLE = "GPU_RNN_BACKEND"
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for that can't serve the problem, or none can. The message has every reason."""
+    """The requested backend does not support the call, or none does. The message lists every reason."""
 
 
 @cache
@@ -65,7 +65,7 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
         if not module.reasons(problem):
             return module
     reasons = {candidate: serving(candidate, problem).reasons(problem) for candidate in candidates}
-    what = f"backend {only!r} was asked for and can't run" if only else "no backend can run"
+    what = f"backend {only!r} was requested but does not support" if only else "no backend supports"
     raise BackendError(f"{what} {problem}:\n" + "\n".join(f"  {line}" for line in listed(reasons)))
 
 
@@ -99,7 +99,7 @@ def forward(
     with profiled(backend, problem):
         y, last, tape = backend.forward(
             problem.cell, x, weights, state, reverse=problem.reverse, tf32=problem.tf32,
-            save=problem.training or problem.history, bitwise=problem.bitwise,
+            save=problem.training or problem.history, step_exact=problem.step_exact,
         )  # fmt: skip
     return results(backend, problem, problem.reverse, y, last, tape)
 
@@ -112,7 +112,7 @@ def forwards(
         return [forward(backend, turned(problem, d.reverse), d.x, d.weights, d.state) for d in directions]
     save = problem.training or problem.history
     with profiled(backend, problem, directions=len(directions)):
-        found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, bitwise=problem.bitwise)
+        found = backend.forwards(problem.cell, directions, tf32=problem.tf32, save=save, step_exact=problem.step_exact)
     return [results(backend, problem, d.reverse, *each) for d, each in zip(directions, found)]
 
 
@@ -215,7 +215,13 @@ def listed(reasons: dict[str, list[str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a short text."""
+    """Which backend runs a call and how, and why not the others; `str` gives it as a short text.
+
+    problem: the call's sizes, dtype, device and modifiers. backend: its name, None where no backend supports the call.
+    forced: whether the caller or $GPU_RNN_BACKEND requested it. plan: a line each for the input projection, the forward
+    and the backward pass. reasons: by backend, why it does not support the call; empty where it does. cudnn: the
+    algorithm that torch.nn would request from cuDNN on a GPU.
+    """
 
     problem: Problem
     backend: str | None  # None: nothing can run it
@@ -228,17 +234,17 @@ class Explanation:
     def __str__(self) -> str:
         lines = [str(self.problem)]
         if self.backend is None:
-            lines.append("  runs nowhere")
+            lines.append("  backend: none, no backend supports this call")
         else:
-            how = "asked for" if self.forced else "the first in order that can"
-            lines += [f"  runs on {self.backend}: {how}", f"  plan: {self.plan}"]
+            how = "requested" if self.forced else f"first available for {self.problem.library} arrays on this device"
+            lines += [f"  backend: {self.backend} ({how})", *(f"    {line}" for line in self.plan.splitlines())]
         if self.memory is not None:
             lines.append(f"  memory: {self.memory_in_words()}")
         for name, reasons in self.reasons.items():
             if name != self.backend:
-                why = reasons or ("it could, but comes later in the order",)
+                why = reasons or ("available, but not the first choice",)
                 lines += [f"  not {name}: {reason}" for reason in why]
-        return "\n".join([*lines, f"  torch.nn on a GPU: {self.cudnn}"])
+        return "\n".join([*lines, f"  cuDNN would use: {self.cudnn}"])
 
     def memory_in_words(self) -> str:
         assert self.memory is not None

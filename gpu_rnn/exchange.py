@@ -104,7 +104,7 @@ class Stack:
     L = property(lambda self: len(self.weights))
     D = property(lambda self: len(self.weights[0]))
     dtype = property(lambda self: self.weights[0][0].w_ih.dtype)
-    page = property(lambda self: self.cell.partition("+")[0])
+    cell_name = property(lambda self: self.cell.partition("+")[0])
     gates = property(lambda self: cells.get(self.cell).gates)
     coupled = property(lambda self: "+coupled" in self.cell)
     peephole = property(lambda self: "+peephole" in self.cell)
@@ -128,8 +128,8 @@ class Stack:
                 f"expected gpu_rnn.RNN, LSTM or GRU, or a stack of weights, got {type(layer).__name__}; "
                 "gpu_rnn.replace_ makes the first of torch.nn's"
             )
-        if layer.page not in CELLS:
-            raise NotImplementedError(f"{layer}: only {', '.join(CELLS)} are exchanged, not {layer.page}")
+        if layer.cell_name not in CELLS:
+            raise NotImplementedError(f"{layer}: only {', '.join(CELLS)} are exchanged, not {layer.cell_name}")
         computing = layer.keywords.__annotations__.keys() - UNSEEN - set(VARIANTS)
         if beyond := [name for name in sorted(computing) if getattr(layer, name) != getattr(Recurrent, name)]:
             raise NotImplementedError(
@@ -146,7 +146,7 @@ class Stack:
         if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:
             raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
         variant = {"coupled": layer.coupled, "peephole": layer.peephole, "before": not layer.reset_after}
-        D, cell = layer._directions, weave(cells.get(layer.page), **variant)
+        D, cell = layer._directions, weave(cells.get(layer.cell_name), **variant)
         stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))
         return cls(cell.name, stacked, batch_first=layer.batch_first)
 
@@ -171,7 +171,7 @@ class Stack:
                 f"weights(), make it {made}, expand it to [L*D, B, H] and call layer(x, hx)",
                 stacklevel=3,
             )
-        kind, _, nonlinearity = self.page.partition("_")
+        kind, _, nonlinearity = self.cell_name.partition("_")
         options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
         keywords = {"LSTM": VARIANTS[:2], "GRU": VARIANTS[2:]}.get(kind.upper(), ())
         options |= {name: getattr(self, name) for name in keywords}

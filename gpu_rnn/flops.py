@@ -58,7 +58,7 @@ def _(cell: str, given: List[Shape], names: str, reverse: List[bool], *_: Any, *
 @register_flop_formula(torch.ops.gpu_rnn.backward)
 def _(
     cell: str, given: List[Shape], names: str, doutputs: Any, recorded: List[Shape], reverse: List[bool], backend: str,
-    precision: str | None, bitwise: bool, history: bool, needs: List[bool], **_: Any,
+    precision: str | None, step_exact: bool, history: bool, needs: List[bool], **_: Any,
 ) -> int:  # fmt: skip
     directions, fields = parts(given, len(reverse)), names.split()
     again = 0 if recorded else forward_flops(directions, fields)

@@ -1,4 +1,4 @@
-"""The layers as functions of arrays: `rnn`, `lstm`, `gru` on NumPy, torch and CuPy arrays alike, and `vjp`.
+"""Recurrent layers as functions of arrays: `rnn`, `lstm`, `gru` on NumPy, torch and CuPy arrays alike, and `vjp`.
 
 Arrays of other libraries that speak DLPack and the array API, JAX's for one, go in and come out as they are.
 
@@ -26,33 +26,36 @@ LOOK = attrgetter("__class__", "shape", "dtype")
 FLAGS = ("training", "return_states", "coupled", "reset_after")
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
-NORMALIZED_BITWISE = "bitwise=True needs an input part made by steps, but layer_norm makes it for all at once"
+NORMALIZED_STEP_EXACT = (
+    "step_exact=True projects the inputs step by step, but layer_norm normalizes the projection of all steps at once"
+)
 
 
 class AroundKeywords(TypedDict, total=False):
-    """What every function takes beside its cell's arrays; docs/modifiers.md has the equations, pictures and sources.
+    """Keywords of every function: modifiers of its cell. docs/modifiers.md has the equations, pictures and sources.
 
-    reset: [T, B] bool. Where true, x[t] is the first of an episode of its row: nothing of x[:t] reaches y[t:], or in
-        reverse nothing of x[t:] reaches y[:t], and no gradient crosses.
-    reset_state: states that enter an episode in the place of those of the one before, with reverse=True of the one
-        after: one array, for the LSTM a tuple of two: [B, .], or [.] for all rows; zeros when None.
+    reset: [T, B] bool. Where true, x[t] is the first of an episode of its sequence: nothing of x[:t] reaches y[t:], or
+        in reverse nothing of x[t:] reaches y[:t], and no gradient crosses.
+    reset_state: states that enter an episode instead of the states of the one before, with reverse=True of the one
+        after: one array, for the LSTM a tuple of two: [B, .], or [.] for the whole batch; zeros when None.
     lengths: [B] integers in [0, T], on the device of x, in any order. Time steps from there on leave the states as they
-        are and have outputs 0 and gradients 0; in reverse the row starts at its end. On a CPU a number outside is a
-        ShapeError, and a RuntimeError within torch.compile; on a GPU, which no call waits for, it is clamped.
-    starts: [B] integers in [0, T]; so do the time steps before.
-    zoneout: probability by which a state stays what it was, one per state or one for all (Krueger et al. 2017).
-    recurrent_dropout: probability of a zero in what the recurrent weights see, one mask for the sequence (Gal &
-        Ghahramani 2016); what is left is scaled by 1 / (1 - p).
+        are and have outputs 0 and gradients 0; in reverse the sequence starts at its end. On a CPU a number outside is
+        a ShapeError, and a RuntimeError within torch.compile; on a GPU, which no call waits for, it is clamped.
+    left_padding: [B] integers in [0, T]; the time steps before are padding, too. Sequence b is x[left_padding[b]:, b].
+    zoneout: probability of keeping a state from the time step before, one per state or one for all (Krueger et al.
+        2017).
+    recurrent_dropout: variational (locked) dropout: probability of a zero in h before the recurrent matmul, one mask
+        for the whole sequence (Gal & Ghahramani 2016); other values are scaled by 1 / (1 - p).
     seed: of these masks, an int or an int64 array [1] on the device of x. The same seed gives the same masks, on every
         backend.
-    training: False replaces zoneout by its mean and leaves dropout out.
-    return_states: whether to return every state after every instant, too.
+    training: False replaces zoneout by its expectation and disables dropout.
+    return_states: whether to return every state after every time step, too.
     """
 
     reset: Any
     reset_state: Any
     lengths: Any
-    starts: Any
+    left_padding: Any
     zoneout: float | tuple[float, ...]
     recurrent_dropout: float
     seed: Any
@@ -61,14 +64,14 @@ class AroundKeywords(TypedDict, total=False):
 
 
 class GRUKeywords(AroundKeywords, total=False):
-    """What `gru` takes, too.
+    """Keywords of `gru`, in addition to those of every function.
 
-    layer_norm: two gains [3*H], of the input and of the recurrent part, which are normalized: over all units of r and z
-        together, and over those of n (Ba, Kiros & Hinton 2016).
-    reset_after: whether r is multiplied with what the recurrent product has given (cuDNN, torch), or h_{t-1} before it
-        (Cho et al. 2014): n = tanh(x_n + w_hn (r h_{t-1}) + b_hn). Then an instant takes two products.
-    recurrent_dropout_on: "h", what the recurrent weights see, or "candidate", what is written into the state: n, or
-        tanh(g) (Semeniuta et al. 2016).
+    layer_norm: two gains [3*H], of the input and of the recurrent projection, which are normalized: over all units of r
+        and z together, and over those of n (Ba, Kiros & Hinton 2016).
+    reset_after: True applies the reset gate after the recurrent matmul (cuDNN, torch); False before it (Cho et al.
+        2014): n = tanh(x_n + w_hn (r h_{t-1}) + b_hn), which takes two matmuls per time step.
+    recurrent_dropout_on: "h" drops h before the recurrent matmul; "candidate" drops the candidate, n or tanh(g):
+        recurrent dropout without memory loss (Semeniuta et al. 2016).
     """
 
     layer_norm: Any
@@ -77,14 +80,14 @@ class GRUKeywords(AroundKeywords, total=False):
 
 
 class LSTMKeywords(AroundKeywords, total=False):
-    """What `lstm` takes, too.
+    """Keywords of `lstm`, in addition to those of every function.
 
-    peephole: [3*H] weights by which the gates i, f, o see the cell state (Gers & Schmidhuber 2000); coupled, [2*H].
+    peephole: [3*H] weights of the cell state in the gates i, f, o (Gers & Schmidhuber 2000); coupled, [2*H].
     coupled: whether f = 1 - i (CIFG; Greff et al. 2017); then the gates are i, g, o and G = 3.
     recurrent_dropout_on: as for `gru`.
-    cell_clip: bound of the cell state, before anything sees it (Sak et al. 2014).
-    layer_norm: gains [4*H] of the input and of the recurrent part, gain and bias [H] of the cell state that the output
-        sees, or None for the bias; these three are normalized, over all gates and units (Ba, Kiros & Hinton 2016).
+    cell_clip: bound of the cell state, applied before it is used (Sak et al. 2014).
+    layer_norm: gains [4*H] of the input and of the recurrent projection, gain and bias [H] of the cell state in the
+        output, the bias or None; all three are normalized, over all gates and units (Ba, Kiros & Hinton 2016).
     """
 
     peephole: Any
@@ -96,11 +99,11 @@ class LSTMKeywords(AroundKeywords, total=False):
 
 def lstm(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None, precision=None,
-    recompute=False, bitwise=False, **around: Unpack[LSTMKeywords],
+    recompute=False, step_exact=False, **around: Unpack[LSTMKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Long short-term memory over a whole sequence.
+    """Compute a long short-term memory over a whole sequence.
 
-    At every instant, with a = w_ih x_t + b_ih + w_hh h_{t-1} + b_hh cut into i, f, g, o (torch's order):
+    At every time step, with a = w_ih x_t + b_ih + w_hh h_{t-1} + b_hh cut into i, f, g, o (torch's order):
 
         c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),    h_t = sigmoid(o) tanh(c_t),    then h_t <- w_hr h_t if given
 
@@ -108,48 +111,47 @@ def lstm(
 
     Args:
         x: [T, B, I] input. float64, float32, or on a GPU and for torch also float16, bfloat16; as all other arrays.
-        w_ih: [4*H, I] input weights. None: x is [T, B, 4*H], what stands in the place of w_ih x_t, as where it is
-            looked up or was computed before; b_ih is added all the same. x is never written to.
+        w_ih: [4*H, I] input weights. None: x is the input projection w_ih x_t itself, [T, B, 4*H], looked up or
+            computed before; b_ih is added all the same. x is never written to.
         w_hh: [4*H, P] recurrent weights; P = H without `w_hr`.
         b_ih, b_hh: [4*H] biases, or None.
         w_hr: [P, H] projection of the output, P < H, or None.
         h0: [B, P] first output, c0: [B, H] first cell state; zeros when None.
-        reverse: run from the last instant to the first; outputs stay at their instants.
-        backend: "numpy", "native", "triton" or "cuda" forces one; None or "auto" takes $GPU_RNN_BACKEND or the first in
-            order that can.
-        precision: of float32 products, forward and backward: "tf32" lets a GPU round their factors to TF32, "ieee"
+        reverse: run from the last time step to the first; outputs stay at their time steps.
+        backend: "numpy", "native", "triton" or "cuda" selects one; None or "auto" takes $GPU_RNN_BACKEND or the first
+            that supports the call.
+        precision: of float32 matmuls on a GPU, forward and backward: "tf32" rounds their inputs to TF32, "ieee"
             doesn't. None follows torch.backends.cudnn.rnn.fp32_precision, as torch.nn does, for torch tensors, and is
-            "ieee" for others. Halves have the same products either way, and so has a CPU, which knows no TF32.
-        recompute: True keeps nothing for the gradient but the arguments: backward first runs forward once more, and the
+            "ieee" for others. It has no effect on other dtypes or on a CPU.
+        recompute: True saves no activations (activation checkpointing): backward first runs forward once more, and the
             gradients are the same bit for bit (Chen et al. 2016, with one checkpoint per layer).
-        bitwise: True makes the numbers, bit for bit, those of calls for one instant after the other with the states
-            handed on; the inputs take a product per instant then. Not with `layer_norm`.
-
-        around: `LSTMKeywords`.
+        step_exact: True makes the results, bit for bit, equal to those of one call per time step with the states passed
+            on; the input projection is then one matmul per time step. Not with `layer_norm`.
+        around: modifiers and variants: `LSTMKeywords`.
 
     Returns:
-        y [T, B, P] every h_t, and (hT [B, P], cT [B, H]) after the last instant; with return_states also (y, c
-        [T, B, H]), the states after every instant. Of the kind of x; for torch tensors they are differentiable.
+        y [T, B, P] every h_t, and (hT [B, P], cT [B, H]) after the last time step; with return_states also (y, c
+        [T, B, H]), the states after every time step. Arrays of the library of x; torch tensors are differentiable.
 
     Raises:
         ShapeError: shapes that don't fit, or T = 0. TypeError: mixed or unknown kinds of array, dtypes or devices.
-        BackendError: a backend was insisted on that can't run this; the message has every reason.
+        BackendError: the requested backend does not support this call; the message lists every reason.
         ValueError: an unknown backend or precision, or "tf32" for float64.
     """
     weights, options = (
         Weights(w_ih, w_hh, b_ih, b_hh, w_hr),
-        Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise),
+        Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
     )
     return structured(sequence("lstm", x, weights, (h0, c0), *wanted(options, around, LSTMKeywords)), 2)
 
 
 def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, s0=None, reverse=False, backend=None, precision=None,
-    recompute=False, bitwise=False, **around: Unpack[GRUKeywords],
+    recompute=False, step_exact=False, **around: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gated recurrent unit over a whole sequence, with the reset gate after the recurrent product unless told.
+    """Compute a gated recurrent unit over a whole sequence, by default with its reset gate after the recurrent matmul.
 
-    At every instant, with x = w_ih x_t + b_ih and h = w_hh h_{t-1} + b_hh, each cut into r, z, n (torch's order):
+    At every time step, with x = w_ih x_t + b_ih and h = w_hh h_{t-1} + b_hh, each cut into r, z, n (torch's order):
 
         h_t = (1 - z) n + z h_{t-1},    r = sigmoid(x_r + h_r),    z = sigmoid(x_z + h_z),    n = tanh(x_n + r h_n)
 
@@ -159,15 +161,15 @@ def gru(
     Args:
         x: [T, B, I] input, or [T, B, 3*H] where w_ih is None. w_ih: [3*H, I] or None, as for `lstm`.
         w_hh: [3*H, P], P = H without w_hr. b_ih, b_hh: [3*H] or None. h0: [B, P] or None for zeros.
-        w_hr: [P, H] projection of the output, P < H, or None. With it the cell keeps a state s of its own, as the LSTM
-            its c: s_t = (1 - z) n + z s_{t-1}, h_t = w_hr s_t. s0: [B, H] or None for zeros.
-        reverse, backend, precision, recompute, bitwise: as for `lstm`. around: `GRUKeywords`.
+        w_hr: [P, H] projection of the output, P < H, or None. With it the cell has a second state s, as the LSTM has c:
+            s_t = (1 - z) n + z s_{t-1}, h_t = w_hr s_t. s0: [B, H] or None for zeros.
+        reverse, backend, precision, recompute, step_exact: as for `lstm`. around: `GRUKeywords`.
 
     Returns:
-        y [T, B, P] every h_t, and hT [B, P] after the last instant, or with w_hr (hT, sT [B, H]); with return_states
-        also those after every instant. Raises as `lstm`.
+        y [T, B, P] every h_t, and hT [B, P] after the last time step, or with w_hr (hT, sT [B, H]); with return_states
+        also those after every time step. Raises as `lstm`.
     """
-    options = Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise)
+    options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
     weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), named(gru, {"w_hr": w_hr, "s0": s0})
     state = (h0,) if w_hr is None else (h0, s0)
     return structured(sequence(name, x, weights, state, *wanted(options, around, GRUKeywords)), len(state))
@@ -175,22 +177,23 @@ def gru(
 
 def rnn(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, nonlinearity="tanh", h0=None, reverse=False, backend=None,
-    precision=None, recompute=False, bitwise=False, **around: Unpack[AroundKeywords],
+    precision=None, recompute=False, step_exact=False, **around: Unpack[AroundKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman 1990).
+    """Compute Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman
+    1990).
 
     Args:
         x: [T, B, I] input, or [T, B, H] where w_ih is None. w_ih: [H, I] or None, as for `lstm`. w_hh: [H, P],
         P = H without w_hr. b_ih, b_hh: [H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projects h_t, as for `lstm`, or None.
         nonlinearity: f, "tanh" or "relu".
-        reverse, backend, precision, recompute, bitwise: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute, step_exact: as for `lstm`. around: `AroundKeywords`.
 
     Returns:
-        y [T, B, P] every h_t, and hT [B, P] after the last instant; y again with return_states. Raises as `lstm`, and
+        y [T, B, P] every h_t, and hT [B, P] after the last time step; y again with return_states. Raises as `lstm`, and
         ValueError for another f.
     """
-    options = Options(reverse, backend, precision, recompute=recompute, bitwise=bitwise)
+    options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
     weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
     return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
 
@@ -200,7 +203,7 @@ KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: Aro
 
 def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
     """What a caller's keywords ask for."""
-    check_flags(reverse=options.reverse, recompute=options.recompute, bitwise=options.bitwise)
+    check_flags(reverse=options.reverse, recompute=options.recompute, step_exact=options.step_exact)
     check_words(backend=options.backend, precision=options.precision)
     if not keywords:
         return options, PLAIN
@@ -212,8 +215,8 @@ def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Aroun
     seed = given.get("seed")
     if isinstance(seed, bool) or not (seed is None or isinstance(seed, Integral) or hasattr(seed, "dtype")):
         raise TypeError(f"seed must be an int, or an int64 array [1] where x is; got {told(seed)}")
-    if options.bitwise and given.get("layer_norm") is not None:
-        raise ValueError(NORMALIZED_BITWISE)
+    if options.step_exact and given.get("layer_norm") is not None:
+        raise ValueError(NORMALIZED_STEP_EXACT)
     return options._replace(history=given.pop("return_states", False)), Around(**given)
 
 
@@ -242,15 +245,15 @@ def elman(nonlinearity: str) -> str:
 
 
 def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
-    """Run `lstm`, `gru`, `rnn` or a cell's `function` and keep what its gradient needs: for another autograd, or none.
+    """Run `lstm`, `gru`, `rnn` or a cell's `function` and return its pullback, for use with another autograd or none.
 
         (y, (hT, cT)), pullback = gpu_rnn.vjp(gpu_rnn.lstm, x, w_ih, w_hh, b_ih, b_hh, h0=h0, c0=c0)
         gradients = pullback((dy, (dhT, dcT)))        # {"x": ..., "w_ih": ..., "h0": ..., ...}
 
     `pullback` takes gradients in the structure of the outputs, any of them None for zero, as often as one likes, and
     gives one for every array that the function was given, by argument name and in its shape; for `reset_state` a tuple,
-    if that is one, and for `layer_norm`. What only says where or how much (reset, lengths, starts, seed) has none. What
-    was given, and y, are kept and not copied: leave them as they are until the last pullback.
+    if that is one, and for `layer_norm`. Masks, positions and seeds (reset, lengths, left_padding, seed) have none. The
+    arguments and y are kept and not copied: leave them unchanged until the last pullback.
     """
     if function not in KEYWORDS:
         raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")

@@ -57,31 +57,31 @@ def explain(
     I: int | None = None,
     H: int | None = None,
     P: int | None = None,
-    input_part: bool = False,
+    input_projection: bool = False,
     dtype: Any = None,
     device: Any = None,
     library: str | None = None,
     training: bool | None = None,
     backend: str | None = None,
 ) -> Explanation | Explanations:
-    """Which backend and plan a problem takes, why, why not the others, and which cuDNN algorithm torch.nn would take.
+    """Explain which backend runs a call and how, why not the others, and which cuDNN algorithm torch.nn would use.
 
         print(gpu_rnn.explain("lstm", T=256, B=64, I=512, H=512, dtype="float16", training=True))
         print(gpu_rnn.explain(layer, x))
 
-    Nothing is computed. The parts: `backend` (None: it runs nowhere), `plan`, `reasons` by backend, `cudnn`, and
+    Nothing is computed. The attributes: `backend` (None: no backend supports the call), `plan`, `reasons`, `cudnn`, and
     `memory`, the bytes of a call: `memory.saved` for backward (y included), and the most that is allocated at once,
-    `memory.forward` on the way forward and `memory.backward` on the way back, gradients included.
+    `memory.forward` in forward and `memory.backward` in backward, gradients included.
 
     Args:
         what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
         x: the input or its shape, [T, B, I]; for a layer whatever it takes, also a PackedSequence.
         T, B, I: instead of x. H, P: hidden and projected size. A layer knows them.
-        input_part: whether x is that of all gates already, [T, B, G*H], as where w_ih is None; then there is no I.
+        input_projection: whether x is the input projection, [T, B, G*H], as with w_ih=None; excludes I.
         dtype, device, library: those of x or the layer, if given; else float32, this machine's GPU if it has one, torch
             if it is installed.
-        training: whether a gradient will be wanted. None: for a layer what autograd would say now, otherwise no.
-        backend: insists on one, as for `gpu_rnn.lstm`.
+        training: whether the backward pass is included. None: for a layer what autograd would say now, otherwise no.
+        backend: selects one, as for `gpu_rnn.lstm`.
 
     Returns:
         An Explanation; for a layer Explanations, a tuple of one for each direction of each of its layers, with the
@@ -92,13 +92,13 @@ def explain(
         given twice. ValueError: unknown cell, dtype, device, library or backend.
     """
     check_words(backend=backend, library=library)
-    check_flags(input_part=input_part, training=bool(training) if training is None else training)
+    check_flags(input_projection=input_projection, training=bool(training) if training is None else training)
     given = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
     given = {name: value for name, value in given.items() if value is not None}
     if not isinstance(what, str) and what not in FUNCTIONS:
         if x is None or given:
             superfluous = f"; got {', '.join(given)} too" if given else ""
-            raise TypeError(f"for a layer: explain(layer, x), with the input or its shape and no more{superfluous}")
+            raise TypeError(f"explain(layer, x) takes the input or its shape and no other sizes{superfluous}")
         return explain_layer(what, x, training, backend)
     cell = named_cell(what)
     if x is not None:
@@ -106,17 +106,17 @@ def explain(
         if len(shape) != 3:
             raise ShapeError(f"x has shape {list(shape)}; expected [T, B, I]")
         found |= dict(zip("TBI", shape))
-        if input_part:
+        if input_projection:
             found["H"], rest = divmod(found.pop("I"), cell.G)
             if rest:
-                raise ShapeError(f"x has shape {list(shape)}; the input part of {cell.G} gates is [T, B, {cell.G}*H]")
+                raise ShapeError(f"x has shape {list(shape)}; expected an input projection [T, B, {cell.G}*H]")
         if twice := found.keys() & given.keys():
-            raise TypeError(f"x says its {', '.join(sorted(twice))} already")
+            raise TypeError(f"x already has {', '.join(sorted(twice))}")
         given |= found
-    if input_part and I is not None:
-        raise TypeError(f"with input_part=True there is no I; got I = {I}")
-    if absent := [letter for letter in "TBIH" if letter not in given and not (letter == "I" and input_part)]:
-        raise TypeError(f"explaining {cell.name} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
+    if input_projection and I is not None:
+        raise TypeError(f"input_projection=True excludes I; got I = {I}")
+    if absent := [letter for letter in "TBIH" if letter not in given and not (letter == "I" and input_projection)]:
+        raise TypeError(f"explaining {cell.label} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
     return dispatch.explain(problem(cell, **given, training=bool(training)), backend)
 
 
@@ -154,7 +154,7 @@ def warmup(
     what: str | Callable, *, T: int = 1, B: int = 1, I: int | None = None, H: int | None = None, P: int | None = None,
     dtype: Any = None, device: Any = None, training: bool = False, backend: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Compile now all that calls of a layer, a cell or a function will need, so that none of them has to.
+    """Compile the kernels that calls of a layer, a cell or a function will need.
 
         gpu_rnn.warmup(layer, T=128, B=16, training=True)
         gpu_rnn.warmup(gpu_rnn.lstm, T=128, B=16, I=64, H=512, dtype=torch.bfloat16)
@@ -166,7 +166,7 @@ def warmup(
         what: a layer or cell, torch.nn's are taken for ours; or a name or function, as for `explain`.
         T, B: of the calls to come. A cell has no T. The kernels may be others for other sizes; `explain` tells.
         I, H, P, dtype, device: of a function's arrays, torch tensors. A layer knows them, and under autocast its dtype.
-        training: whether gradients will be wanted. backend: insists on one, as for `gpu_rnn.lstm`.
+        training: whether the backward pass is included. backend: selects one, as for `gpu_rnn.lstm`.
 
     Returns:
         A line for each problem for which something was compiled, with the backend and its kernels; empty on a CPU,
@@ -290,10 +290,10 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 @dataclass(frozen=True)
 class Inspection(Mapping[str, np.ndarray]):
-    """Every gate's activation and every state after every instant, by letter: `inspection["f"]` is [T, B, H].
+    """Every gate's activation and every state after every time step, by letter: `inspection["f"]` is [T, B, H].
 
-    The letters are those of the cell's page: i f g o h c for LSTM, r z n h for GRU, a h for RNN. A stack of layers or
-    directions has torch's endings too: "f_l0", "f_l0_reverse", "f_l1". h is [T, B, P] after a projection. In a
+    The letters are those of the cell definition: i f g o h c for LSTM, r z n h for GRU, a h for RNN. A stack of layers
+    or directions has torch's endings too: "f_l0", "f_l0_reverse", "f_l1". h is [T, B, P] after a projection. In a
     PackedSequence's shorter rows what comes after the end is NaN.
     """
 
@@ -319,23 +319,24 @@ class Inspection(Mapping[str, np.ndarray]):
         units: int | Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
     ) -> Any:
-        """Heat maps, units by time: a panel for every gate and state, a column for every layer and direction.
+        """Draw heat maps, units by time: a panel for every gate and state, a column for every layer and direction.
 
         Args:
             path: where to write the figure, as PNG, PDF or SVG by its ending; None writes nothing.
-            row: which row of the batch.
+            row: which sequence of the batch.
             units: which units; a number takes so many, from those that change slowest to the quickest. None: all.
-            labels: [T] what was read at every instant, e.g. a string's characters; stands below.
+            labels: [T] a label for every time step, e.g. a string's characters; they stand below.
 
         Returns:
-            The matplotlib Figure. ValueError: a row, units or labels that aren't there; ImportError: no matplotlib.
+            The matplotlib Figure. ValueError: row or units out of range, or labels of another length; ImportError: no
+            matplotlib.
         """
         figure_module = require("matplotlib.figure", "plotting an inspection")  # not pyplot: no window, nothing global
         T, B, _ = self.recorded[self.cell.gates[0] + self.endings[0]].shape
         if not 0 <= row < B:
-            raise ValueError(f"row {row} of a batch of {B}")
+            raise ValueError(f"row must be in [0, {B}), the batch size; got {row}")
         if labels is not None and len(labels) != T:
-            raise ValueError(f"{len(labels)} labels for {T} instants")
+            raise ValueError(f"labels must have one entry per time step, {T}; got {len(labels)}")
         states, gates = activated(self.cell).outputs
         shown = [gate for gate, value in zip(self.cell.gates, gates) if value not in states]
         shown += reversed(self.cell.states)  # a gate that is itself a state is shown once
@@ -360,7 +361,7 @@ class Inspection(Mapping[str, np.ndarray]):
                 beyond = "both" if top > 1 else "neither"
                 figure.colorbar(image, ax=panel, pad=0.01, aspect=12, extend=beyond).ax.tick_params(labelsize=7)
             if labels is None:
-                panel.set_xlabel("instant", fontsize=8)
+                panel.set_xlabel("time step", fontsize=8)
             else:
                 panel.set_xticks(range(T), [label.translate(VISIBLE) for label in labels], family="monospace")
         if path is not None:
@@ -373,25 +374,25 @@ class Inspection(Mapping[str, np.ndarray]):
             return range(H)
         if isinstance(units, (int, np.integer)):
             if not 1 <= units <= H:
-                raise ValueError(f"{units} units of a layer of {H}")
+                raise ValueError(f"units must be between 1 and H = {H}, got {units}")
             memory = self.recorded[self.cell.states[-1] + ending][:, row]
             memory = memory[: np.isfinite(memory[:, 0]).sum()]
             change = np.abs(np.diff(memory, axis=0)).sum(0) / (memory.std(0) + np.finfo(memory.dtype).tiny)
             return np.argsort(change, kind="stable")[np.linspace(0, H - 1, units).astype(int)].tolist()
         if not all(0 <= unit < H for unit in units):
-            raise ValueError(f"units {list(units)} of a layer of {H}")
+            raise ValueError(f"units must be in [0, H = {H}), got {list(units)}")
         return list(units)
 
 
 def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
-    """Run a layer by its cell's page, in NumPy, and keep every gate and state of every instant.
+    """Run a layer's cell definition in NumPy, and record every gate and state of every time step.
 
         inside = gpu_rnn.inspect(layer, x)                                  # or inspect(layer, x, hx)
         inside = gpu_rnn.inspect(gpu_rnn.lstm, x, w_ih, w_hh, b_ih, b_hh)   # or with all that gpu_rnn.lstm takes
         inside["f"]                                                         # [T, B, H] the forget gate
         inside.plot("gates.png", labels="what it read")
 
-    What is kept are the page's own values, not what a faster backend may have fused away; they agree within rounding.
+    The values are those of the cell definition; those of the other backends agree with them within rounding.
 
     Args:
         what: an RNN, LSTM, GRU or cell of gpu_rnn (or torch.nn), or one of the functions gpu_rnn.rnn, lstm, gru.
@@ -399,7 +400,7 @@ def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
         args, kwargs: `hx` for a layer; weights, biases, states and `reverse` for a function.
 
     Returns:
-        An Inspection: NumPy arrays, always time first, in the dtype of x (float32 for torch's halves).
+        An Inspection: NumPy arrays, always time first, in the dtype of x (float32 for half precision).
 
     Raises:
         ShapeError, TypeError: as `gpu_rnn.lstm`. A layer's dropout is left out, as in evaluation.
@@ -423,7 +424,7 @@ def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
     """The layer's own forward drives the page: through packed rows, stacks and directions."""
     torch = require("torch", "looking inside a layer")
     layer = as_ours(layer)
-    cell = get(layer.page)
+    cell = get(layer.cell_name)
 
     def run(name: str, x: Any, weights: Weights, initial: list, options: Options) -> tuple:
         recorded = record(name, x, weights, initial, options.reverse)
@@ -501,7 +502,7 @@ def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool
     cell = get(name)
     if set(cell.flags) - {HOLD} or cell.uniforms or cell.operand:
         raise ValueError(
-            f"inspect looks into a plain cell, into one of its page's variants, and at lengths; not {name}"
+            f"inspect supports cells, their variants and lengths, but no other modifiers; got {get(name).label}"
         )
     weights, state = Weights(*map(on_cpu, weights)), tuple(map(on_cpu, state))
     steps = reference.run(cell, activated(cell), on_cpu(x), weights, state, reverse)

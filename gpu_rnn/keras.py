@@ -196,7 +196,7 @@ def plain(layer: Any) -> Stack:
 
 def kind_of(stack: Stack) -> tuple[str, str]:
     """Its class and activation."""
-    return next(key for key, cell in CELLS.items() if cell == stack.page)
+    return next(key for key, cell in CELLS.items() if cell == stack.cell_name)
 
 
 def theirs(stack: Stack, directions: tuple[Weights, ...]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Layers in the place of torch.nn's: RNN, LSTM, GRU and their cells.
+"""Drop-in replacements for torch.nn's layers: RNN, LSTM, GRU and their cells.
 
 Arguments, attributes, names, shapes, order and first values of the parameters are torch.nn's, so that state_dicts go
 both ways with strict=True:
@@ -98,7 +98,7 @@ class RecurrentLayer(Recurrent):
         self.reset_parameters()
 
     @property
-    def page(self) -> str:
+    def cell_name(self) -> str:
         return self.mode.lower()
 
     @property
@@ -114,7 +114,7 @@ class RecurrentLayer(Recurrent):
     def _options(self, call: Call) -> Options:
         """With how many layers may go at once: all, where each is a plain one on the outputs of the one below."""
         options = super()._options(call)
-        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.bitwise or call is not PLAIN:
+        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.step_exact or call is not PLAIN:
             return options
         apart = self._around() or (self.dropout and self.training)
         return options if apart else options._replace(layers=self.num_layers)
@@ -123,7 +123,7 @@ class RecurrentLayer(Recurrent):
         """As `_stack`, all layers at once where the backend would; `first`: by state, of each layer."""
         given = [cast(x, self._weights(suffix), state) for suffix, state in zip(self._suffixes, zip(*first))]
         layers = [(weights, state) for _, weights, state in given]
-        found = stacked(self.page, given[0][0], layers, self._options(call))
+        found = stacked(self.cell_name, given[0][0], layers, self._options(call))
         if found is None:
             return None
         return found[-1][0], [torch.stack(states) for states in zip(*(last for _, last in found))]
@@ -160,30 +160,36 @@ class RecurrentLayer(Recurrent):
                 setattr(self, name, weight)
 
     def flatten_parameters(self) -> None:
-        """Nothing: the kernels take the weights from where they are."""
+        """Do nothing: the kernels read the weights where they are."""
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None, *, reset: Tensor | None = None, reset_state: Any = None,
-        lengths: Tensor | None = None, starts: Tensor | None = None, return_states: bool = False,
+        lengths: Tensor | None = None, left_padding: Tensor | None = None, return_states: bool = False,
         generator: torch.Generator | None = None, mask: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """Run the layers. Shapes and errors: see the class."""
+        """Run the layers on input [T, B, I], or as the class says -> y and the final states; errors are those of the
+        class.
+
+        reset, reset_state, lengths, left_padding, return_states: as for `gpu_rnn.lstm`, with states of all layers,
+        [L*D, ...]. generator: of the random masks. mask: [T, B] bool in the layout of input, instead of lengths.
+        """
         packed = isinstance(input, PackedSequence)
         if packed or getattr(input, "is_nested", False):
-            if any(given is not None for given in (reset, reset_state, lengths, starts, mask)) or return_states:
+            if any(given is not None for given in (reset, reset_state, lengths, left_padding, mask)) or return_states:
                 raise TypeError(
                     f"{self._get_name()}: {'packed' if packed else 'nested'} input has its own lengths; for reset, "
-                    "reset_state, lengths, starts, mask or return_states give padded input"
+                    "reset_state, lengths, left_padding, mask or return_states pass padded input"
                 )
             return (self._forward_packed if packed else self._forward_nested)(input, hx, generator)
-        plain = reset is reset_state is lengths is starts is mask is generator is None and not return_states
+        plain = reset is reset_state is lengths is left_padding is mask is generator is None and not return_states
         if plain and self.num_layers == 1 and not self.bidirectional:
             found = self._again(FIRST, input, hx, self.batch_first)
             if found is not None:
                 y, last = found
                 return y.transpose(0, 1) if self.batch_first else y, as_hx(last)
         if isinstance(input, fx.Proxy):
-            keywords = {"lengths": lengths, "starts": starts, "return_states": return_states, "generator": generator}
+            keywords = {"lengths": lengths, "left_padding": left_padding, "return_states": return_states}
+            keywords["generator"] = generator
             return self._leaf(RecurrentLayer.forward, input, hx, reset=reset, reset_state=reset_state, **keywords)  # type: ignore[return-value]
         batch, initial = self._taken(input, hx)
         transposed = self.batch_first and bool(batch)
@@ -194,7 +200,11 @@ class RecurrentLayer(Recurrent):
                 raise TypeError(f"{self._get_name()}: generator must be a torch.Generator, got {told(generator)}")
             if mask is not None:
                 lengths = self._lengths(mask, lengths, input)
-            marks = {"reset": (reset, input.shape[:-1]), "lengths": (lengths, batch), "starts": (starts, batch)}
+            marks = {
+                "reset": (reset, input.shape[:-1]),
+                "lengths": (lengths, batch),
+                "left_padding": (left_padding, batch),
+            }
             for name, (given, expected) in marks.items():
                 if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
                     raise ShapeError(
@@ -202,11 +212,13 @@ class RecurrentLayer(Recurrent):
                         f"with input {functional.shape(input)}"
                     )
             if not batch:
-                reset, lengths, starts = (None if m is None else m.unsqueeze(-1) for m in (reset, lengths, starts))
+                reset, lengths, left_padding = (
+                    None if m is None else m.unsqueeze(-1) for m in (reset, lengths, left_padding)
+                )
             elif transposed and reset is not None:
                 reset = reset.t()
             resets = None if reset_state is None else self._resets(reset_state)
-            call = Call(reset, resets, lengths, starts, generator, return_states)
+            call = Call(reset, resets, lengths, left_padding, generator, return_states)
         x = input.transpose(0, 1) if transposed else input
         if not batch:
             x, initial = x.unsqueeze(1), [state if state is None else state.unsqueeze(1) for state in initial]
@@ -232,7 +244,7 @@ class RecurrentLayer(Recurrent):
         TorchRL's modules mask the end of a trajectory so, where the layer that they have isn't torch.nn's.
         """
         if lengths is not None:
-            raise TypeError(f"{self._get_name()}: mask and lengths say the same; give one of them")
+            raise TypeError(f"{self._get_name()}: mask and lengths exclude each other; pass one of them")
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != input.shape[:-1]:
             found = f"{described(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else described(mask)
             expected = f"a bool tensor {list(input.shape[:-1])}, with input {functional.shape(input)}"
@@ -244,12 +256,13 @@ class RecurrentLayer(Recurrent):
         return mask.sum(time)
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Any, ...]:
-        """One instant, for layers with one direction: input [B, I] or [I], hx as ever -> y [B, P] or [P], the new hx.
+        """Run one time step of a layer with one direction: input [B, I] or [I], hx as in `forward` -> y [B, P] or [P],
+        hx.
 
-        As `forward` for a sequence of one, gradients included. What comes live is `gpu_rnn.stream`'s.
+        As `forward` for a sequence of length 1, gradients included. For live input use `gpu_rnn.stream`.
         """
         if self.bidirectional:
-            raise ValueError(f"a step goes from the past to the future, but the layer is bidirectional: {self!r}")
+            raise ValueError(f"step() is not defined for a bidirectional layer: {self!r}")
         self._batch(input, "BI", "I")
         time = 1 if self.batch_first and input.ndim == 2 else 0
         y, hx = self(input.unsqueeze(time), hx)
@@ -257,7 +270,7 @@ class RecurrentLayer(Recurrent):
 
     def _resets(self, reset_state: Any) -> tuple[Tensor, ...]:
         """One per state, [L*D, B, .] or [L*D, .]; their other sizes are checked with the rest."""
-        states, many = PAGES[self.page].states, self.num_layers * self._directions
+        states, many = PAGES[self.cell_name].states, self.num_layers * self._directions
         given = reset_state if len(states) > 1 else (reset_state,)
         if not isinstance(given, (tuple, list)) or [getattr(state, "shape", (0,))[0] for state in given] != [
             many
@@ -354,10 +367,10 @@ class RecurrentLayer(Recurrent):
 
 
 class RNN(RecurrentLayer):
-    """Elman's recurrent network, in the place of torch.nn.RNN.
+    """Elman's recurrent network, a drop-in replacement for torch.nn.RNN.
 
     Every unit computes h_t = f(W x_t + b_ih + R h_{t-1} + b_hh) (Elman 1990), with f tanh or relu (Le, Jaitly & Hinton
-    2015), then h_t <- w_hr h_t with P. Beside `nonlinearity`, arguments are those of `LSTM`.
+    2015), then h_t <- w_hr h_t with P. Arguments are `nonlinearity` and those of `LSTM`.
 
     Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, P] or [L*D, P], zeros when None.
     Returns: y [T, B, D*P] and hT [L*D, B, P], in the layout of the input. Raises as `LSTM`.
@@ -376,7 +389,7 @@ class RNN(RecurrentLayer):
 
 
 class LSTM(RecurrentLayer):
-    """Long short-term memory, in the place of torch.nn.LSTM.
+    """Long short-term memory, a drop-in replacement for torch.nn.LSTM.
 
     Every unit computes, with a = W x_t + b_ih + R h_{t-1} + b_hh for each of the gates i, f, g, o:
 
@@ -391,10 +404,9 @@ class LSTM(RecurrentLayer):
         bidirectional: whether a second set of weights reads every layer's input backwards: D = 2.
         proj_size: P, 0 < P < H, size of the projected output; 0 for none, then P = H below.
         device, dtype: of the parameters. float64 or float32; float16, bfloat16.
-        backend, precision: keywords, as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of
-            float32 on a GPU.
+        keywords: modifiers, variants, backend, precision and so on: `LSTMKeywords`.
 
-    Input, of the parameters' dtype and device, unless autocast makes everything of its own dtype:
+    Input, of the parameters' dtype and device; under autocast, which casts everything, of any dtype:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] for a single sequence, a PackedSequence, or a nested tensor
             [B, *, I] with the layout torch.jagged, whatever batch_first says.
         hx: (h0 [L*D, B, P], c0 [L*D, B, H]), without B for a single sequence; zeros when None.
@@ -406,7 +418,7 @@ class LSTM(RecurrentLayer):
     Raises:
         ShapeError: shapes that don't fit, T = 0, wrong batch sizes of packed input; both a ValueError and a
             RuntimeError. TypeError: mixed or unknown dtypes or devices, an hx of another structure.
-        BackendError: a backend was insisted on that can't run this. ValueError, TypeError: from the constructor.
+        BackendError: the requested backend does not support this call. ValueError, TypeError: from the constructor.
     """
 
     keywords = LSTMKeywords
@@ -423,15 +435,16 @@ class LSTM(RecurrentLayer):
 
 
 class GRU(RecurrentLayer):
-    """Gated recurrent unit, with the reset gate after the recurrent product unless told, in the place of torch.nn.GRU.
+    """Gated recurrent unit, a drop-in replacement for torch.nn.GRU: its reset gate is applied after the recurrent
+    matmul.
 
     Every unit computes, with x = W x_t + b_ih and h = R h_{t-1} + b_hh for each of the gates r, z, n:
 
         h_t = (1 - z) n + z h_{t-1},    r = sigmoid(x_r + h_r),    z = sigmoid(x_z + h_z),    n = tanh(x_n + r h_n)
 
     (Cho et al. 2014; this form: cuDNN and torch.nn.GRU.) With reset_after=False n = tanh(x_n + R_n (r h_{t-1}) + b_hn).
-    Arguments are those of `LSTM`. With `proj_size` the cell keeps a state s of its own, as the LSTM its c: s in the
-    place of h in (1 - z) n + z s_{t-1}, and h_t = w_hr s_t, which the recurrent weights see.
+    Arguments are those of `LSTM`. With `proj_size` the cell has a second state s, as the LSTM has c:
+    s_t = (1 - z) n + z s_{t-1}, and h_t = w_hr s_t is the input of the recurrent matmul.
 
     Input:   [T, B, I], and so on as for `LSTM`; h0 [L*D, B, H] or [L*D, H], zeros when None; with `proj_size`
              (h0 [L*D, B, P], s0 [L*D, B, H]).
@@ -451,7 +464,7 @@ class GRU(RecurrentLayer):
         )  # fmt: skip
 
     @property
-    def page(self) -> str:
+    def cell_name(self) -> str:
         return functional.PROJECTED if self.proj_size else "gru"
 
 
@@ -471,7 +484,7 @@ class FlatWeights(list):
 
 
 class RecurrentCell(Recurrent):
-    """One layer for one instant."""
+    """One layer for one time step."""
 
     shown: ClassVar = {"bias": True, "nonlinearity": "tanh"}
 
@@ -491,7 +504,7 @@ class RecurrentCell(Recurrent):
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: Any = None, *, generator: torch.Generator | None = None) -> Any:
-        """Run one instant. Shapes and errors: see the class."""
+        """Run one time step on input [B, I] or [I] -> the states after it; errors are those of the class."""
         if generator is None:
             found = self._again(NAMES[:5], input, hx)
             if found is not None:
@@ -515,7 +528,9 @@ class RecurrentCell(Recurrent):
 
 
 class RNNCell(RecurrentCell):
-    """One instant of `RNN`, in the place of torch.nn.RNNCell: h' = f(W x + b_ih + R h + b_hh), f tanh or relu.
+    """One time step of `RNN`, a drop-in replacement for torch.nn.RNNCell:
+
+    h' = f(W x + b_ih + R h + b_hh), f tanh or relu.
 
     Input: [B, I] or [I], and h [B, H] or [H], zeros when None. Returns h' in the shape of h. Raises as `LSTM`.
     """
@@ -528,27 +543,27 @@ class RNNCell(RecurrentCell):
         super().__init__(input_size, hidden_size, bias, device, dtype, **keywords)
 
     @property
-    def page(self) -> str:
+    def cell_name(self) -> str:
         return functional.elman(self.nonlinearity)
 
 
 class LSTMCell(RecurrentCell):
-    """One instant of `LSTM`, in the place of torch.nn.LSTMCell; the equations are there.
+    """One time step of `LSTM`, a drop-in replacement for torch.nn.LSTMCell; the equations are those of `LSTM`.
 
     Input: [B, I] or [I], and (h, c) both [B, H] or [H], zeros when None. Returns (h', c') likewise. Raises as `LSTM`.
     """
 
-    page = "lstm"
+    cell_name = "lstm"
     keywords = LSTMKeywords
 
 
 class GRUCell(RecurrentCell):
-    """One instant of `GRU`, in the place of torch.nn.GRUCell; the equations are there.
+    """One time step of `GRU`, a drop-in replacement for torch.nn.GRUCell; the equations are those of `GRU`.
 
     Input: [B, I] or [I], and h [B, H] or [H], zeros when None. Returns h' in the shape of h. Raises as `LSTM`.
     """
 
-    page = "gru"
+    cell_name = "gru"
     keywords = GRUKeywords
 
 

@@ -68,7 +68,7 @@ def backward(
         there = [tensor for tensor in given if tensor is not None]
         need = [int(wanted) for wanted, tensor in zip(needs, given) if tensor is not None]
         names = " ".join(field for field, weight in zip(Weights._fields, given[1:FIRST_STATE]) if weight is not None)
-        chosen = backend.NAME, "tf32" if problem.tf32 else "ieee", problem.bitwise, problem.history
+        chosen = backend.NAME, "tf32" if problem.tf32 else "ieee", problem.step_exact, problem.history
         reverse = [int(problem.reverse)]
         found = torch.ops.gpu_rnn.backward(problem.cell.name, there, names, doutputs, kept, reverse, *chosen, need)
         return tuple(found)

@@ -274,7 +274,7 @@ def model(layer: Any) -> Any:
             bfloat16.
     """
     stack = Stack.of(layer)
-    op, *activations = next(key for key, cell in CELLS.items() if cell == stack.page)
+    op, *activations = next(key for key, cell in CELLS.items() if cell == stack.cell_name)
     attributes: dict[str, Any] = {"hidden_size": stack.H, "direction": stack.direction}
     attributes |= {"activations": activations * stack.D} if op == "RNN" else {}
     attributes |= {"linear_before_reset": int(stack.reset_after)} if op == "GRU" else {}

@@ -118,7 +118,7 @@ class Nodes:
 
 def translate(
     cell: str, given: Sequence[ir.Value], names: str, reverse: Sequence[int], backend: str, precision: str | None,
-    bitwise: bool, history: bool, save: bool,
+    step_exact: bool, history: bool, save: bool,
 ) -> list[ir.Value]:  # fmt: skip
     """Write a call of gpu_rnn::forward, whose arguments these are, as ONNX nodes -> its outputs.
 

@@ -76,7 +76,7 @@ def captured(name: str, directions: List[Direction], options: Options) -> list[t
     precision, save = asked_now(given, options)
     names, reverse = names_in(directions[0].weights), [int(direction.reverse) for direction in directions]
     found = torch.ops.gpu_rnn.forward(
-        name, given, names, reverse, options.backend or "auto", precision, options.bitwise, options.history, save
+        name, given, names, reverse, options.backend or "auto", precision, options.step_exact, options.history, save
     )
     S = len(directions[0].state)
     n = 1 + S + (S - 1) * options.history
@@ -131,11 +131,11 @@ GIVEN, DOUTPUTS = 1, 3  # places of arguments
 @operator("gpu_rnn::forward")
 def forward(
     cell: str, given: List[Tensor], names: str, reverse: List[int], backend: str, precision: str | None,
-    bitwise: bool, history: bool, save: bool,
+    step_exact: bool, history: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> y, states after, their history if asked for, the tape if it is to be saved."""
     directions = apart_from(given, names, reverse)
-    options = Options(False, backend, precision, history, bitwise=bitwise)
+    options = Options(False, backend, precision, history, step_exact=step_exact)
     chosen, problem = asked(known, cell, directions, options, save)
     with uncast(given[0]):
         found = dispatch.forwards(chosen, problem, directions)
@@ -143,10 +143,10 @@ def forward(
 
 
 @forward.register_fake
-def _(cell, given, names, reverse, backend, precision, bitwise, history, save):
+def _(cell, given, names, reverse, backend, precision, step_exact, history, save):
     directions = apart_from(given, names, reverse)
     chosen, problem = asked(
-        fitted, cell, directions, Options(False, backend, precision, history, bitwise=bitwise), save
+        fitted, cell, directions, Options(False, backend, precision, history, step_exact=step_exact), save
     )
     found = []
     for x, _, state, _ in directions:
@@ -160,11 +160,11 @@ def _(cell, given, names, reverse, backend, precision, bitwise, history, save):
 @operator("gpu_rnn::backward")
 def backward(
     cell: str, given: List[Tensor], names: str, doutputs: List[Tensor], recorded: List[Tensor], reverse: List[int],
-    backend: str, precision: str | None, bitwise: bool, history: bool, needs: List[int],
+    backend: str, precision: str | None, step_exact: bool, history: bool, needs: List[int],
 ) -> list[Tensor]:  # fmt: skip
     """-> the gradients of what is given, those in `needs`. `recorded`: y and the tape, or nothing."""
     directions, n = apart_from(given, names, reverse), len(reverse)
-    options = Options(False, backend, precision, history, bitwise=bitwise)
+    options = Options(False, backend, precision, history, step_exact=step_exact)
     chosen, problem = asked(known, cell, directions, options, True)
     fields = [0, *(1 + Weights._fields.index(name) for name in names.split())]
     all_needs = []
@@ -180,7 +180,7 @@ def backward(
 
 
 @backward.register_fake
-def _(cell, given, names, doutputs, recorded, reverse, backend, precision, bitwise, history, needs):
+def _(cell, given, names, doutputs, recorded, reverse, backend, precision, step_exact, history, needs):
     return [tensor.new_empty(tensor.shape) for tensor, needed in zip(given, needs) if needed]
 
 
@@ -214,7 +214,7 @@ def asked(
     for x, weights, state, reverse in directions:
         given = tuple(map(arrays.described, (x, *weights, *state)))
         precision = options.precision or arrays.precision(x)
-        more = options.history, len(directions), options.layers, options.bitwise
+        more = options.history, len(directions), options.layers, options.step_exact
         problem = judge(cell, given, reverse, precision, save, *more)
     if problem.device == "meta":
         problem = replace(problem, device="cpu")  # which one it will be doesn't matter to shapes
@@ -273,9 +273,9 @@ def pull_gradient(ctx: Any, needs: tuple, arriving: List[Tensor | None]) -> dict
     """Differentiate the gradient, by torch's operations. y and saved activations follow from what they are made of."""
     saved = ctx.saved_tensors
     given, doutputs = saved[: ctx.given], saved[ctx.given :]
-    reverse, backend, precision, bitwise, history = ctx.options
+    reverse, backend, precision, step_exact, history = ctx.options
     directions, n = apart_from(given, ctx.names, reverse), len(reverse)
-    options = Options(False, backend, precision, history, bitwise=bitwise)
+    options = Options(False, backend, precision, history, step_exact=step_exact)
     _, problem = asked(fitted, ctx.cell, directions, options, True)
     found: dict[int, list] = {GIVEN: [], DOUTPUTS: []}
     following = iter(arriving)

@@ -40,7 +40,7 @@ class Options(NamedTuple):
     recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
     directions: int = 1  # how many calls that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
-    bitwise: bool = False  # a sequence is bit for bit what its instants one at a time are
+    step_exact: bool = False  # a sequence is bit for bit what its instants one at a time are
 
 
 class Around(NamedTuple):
@@ -49,7 +49,7 @@ class Around(NamedTuple):
     reset: Any = None  # [T, B]; x[t] is the first of an episode, which the reset state enters
     reset_state: Any = None  # one per state, [B, .] or [.]; zeros when None
     lengths: Any = None  # [B] integers; a row's instants are those below
-    starts: Any = None  # [B] integers; and from there on
+    left_padding: Any = None  # [B] integers; and from there on
     zoneout: float | tuple[float, ...] = 0.0  # one probability per state, or one for all
     recurrent_dropout: float = 0.0  # of what the recurrent weights see, or of the candidate
     recurrent_dropout_on: str = "h"
@@ -93,7 +93,7 @@ class Problem:
     history: bool = False  # whether the other states are wanted after every instant, too
     directions: int = 1  # how many that differ in their direction alone are asked for at once
     layers: int = 1  # of the stack that this is one of, which may go forward at once
-    bitwise: bool = False  # its numbers are those of its instants one at a time, bit for bit
+    step_exact: bool = False  # its numbers are those of its instants one at a time, bit for bit
 
     @property
     def itemsize(self) -> int:
@@ -131,6 +131,17 @@ class Problem:
         """y, the states after, and with a history the other states after every instant."""
         return 1 + self.cell.S + (self.cell.S - 1) * self.history
 
+    @property
+    def projection(self) -> str:
+        """The line of a plan where there is nothing to project; else empty."""
+        return "input projection: given as x (w_ih=None)" if self.I is None else ""
+
+    @property
+    def elsewhere(self) -> str:
+        """Why a backend of the other device does not take the arrays."""
+        place = "on the GPU" if self.device == "cuda" else "on the CPU"
+        return f"not available for arrays {place} (gpu_rnn never copies between devices)"
+
     def layer(self, k: int) -> "Problem":
         """That of a layer of the stack of which this is the first."""
         return replace(self, layers=1) if k == 0 else replace(self, layers=1, I=self.H)
@@ -138,4 +149,4 @@ class Problem:
     def __str__(self) -> str:
         sizes = {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "P": self.P}
         size = " ".join(f"{letter}={n}" for letter, n in sizes.items() if n is not None)
-        return f"{self.cell.name} {size} {self.dtype} on {self.device} ({self.library})"
+        return f"{self.cell.label} {size} {self.dtype} on {self.device} ({self.library})"

@@ -17,7 +17,7 @@ from .arguments import PRECISIONS
 from .autograd import LOOK, followed, sequences, switches, unreal
 from .derivatives import required, transformed
 from .dispatch import ORDER
-from .functional import NORMALIZED_BITWISE, ShapeError
+from .functional import NORMALIZED_STEP_EXACT, ShapeError
 from .operators import capturing, exporting_to_onnx
 from .plans import Plan, planned
 from .problem import Around, Direction, Options, Weights
@@ -32,23 +32,23 @@ FIRST = [name + "_l0" for name in NAMES[:5]]
 
 
 class Keywords(TypedDict, total=False):
-    """What torch.nn's layers don't have; every layer and cell takes these, and has them as attributes.
+    """Keywords of every layer and cell in addition to torch.nn's arguments; they are attributes, too.
 
-    backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" decides over the products of float32 on a GPU.
-    recompute: whether backward runs forward once more, layer by layer, instead of keeping what it needs: less memory.
-    bitwise: whether a sequence is, bit for bit, what its instants one at a time are, by `step` or a `stream`; its
-        inputs take a product per instant then. Not with layer_norm.
-    zoneout: probability by which a state stays what it was, one per state or one for all; in training by a mask for
-        every instant, else by the mean (Krueger et al. 2017).
-    recurrent_dropout: probability of a zero in what the recurrent weights see of h, and input_dropout: in the input of
-        every layer; one mask for a whole sequence (Gal & Ghahramani 2016).
+    backend, precision: as for `gpu_rnn.lstm`; precision="tf32" or "ieee" is that of float32 matmuls on a GPU.
+    recompute: activation checkpointing: whether backward runs forward once more, layer by layer, to save memory.
+    step_exact: whether a sequence equals, bit for bit, its time steps one at a time, by `step` or a `stream`; the input
+        projection is then one matmul per time step. Not with layer_norm.
+    zoneout: probability of keeping a state from the time step before, one per state or one for all; in training by a
+        mask for every time step, else by its expectation (Krueger et al. 2017).
+    recurrent_dropout, input_dropout: variational (locked) dropout: probability of a zero in h before the recurrent
+        matmul, and in the input of every layer; one mask for a whole sequence (Gal & Ghahramani 2016).
     weight_dropout: probability of a zero in the recurrent weights (DropConnect; Merity et al. 2018).
     """
 
     backend: str | None
     precision: str | None
     recompute: bool
-    bitwise: bool
+    step_exact: bool
     zoneout: float | tuple[float, ...]
     recurrent_dropout: float
     input_dropout: float
@@ -56,14 +56,14 @@ class Keywords(TypedDict, total=False):
 
 
 class GRUKeywords(Keywords, total=False):
-    """What GRU and GRUCell take, too.
+    """Keywords of GRU and GRUCell, in addition to those of every layer.
 
-    layer_norm: whether the input and the recurrent part are normalized over the units (Ba, Kiros & Hinton 2016), with
-        gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
-    reset_after: whether the reset gate comes after the recurrent product, as in torch.nn and cuDNN, or before it (Cho
-        et al. 2014); the equations are `gpu_rnn.gru`'s.
-    recurrent_dropout_on: "h" or "candidate": whether recurrent dropout is of what the recurrent weights see, or of what
-        is written into the state, so that what is there stays (Semeniuta et al. 2016).
+    layer_norm: whether the input and the recurrent projection are normalized over the units (Ba, Kiros & Hinton 2016),
+        with gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
+    reset_after: whether the reset gate is applied after the recurrent matmul, as in torch.nn and cuDNN, or before it
+        (Cho et al. 2014); the equations are `gpu_rnn.gru`'s.
+    recurrent_dropout_on: "h" drops h before the recurrent matmul; "candidate" drops the candidate: recurrent dropout
+        without memory loss (Semeniuta et al. 2016).
     """
 
     layer_norm: bool
@@ -72,11 +72,11 @@ class GRUKeywords(Keywords, total=False):
 
 
 class LSTMKeywords(Keywords, total=False):
-    """What LSTM and LSTMCell take, too; the equations are `gpu_rnn.lstm`'s.
+    """Keywords of LSTM and LSTMCell, in addition to those of every layer; the equations are `gpu_rnn.lstm`'s.
 
-    layer_norm: as for GRU, [4*H], and so is the cell state that the output sees, with weight_ln_c_l0 and bias_ln_c_l0
+    layer_norm: as for GRU, [4*H], and of the cell state in the output, with weight_ln_c_l0 and bias_ln_c_l0
         [H].
-    peephole: whether the gates i, f, o see the cell state, by weights weight_ch_l0 [3*H], and so on.
+    peephole: whether the gates i, f, o read the cell state, with weights weight_ch_l0 [3*H], and so on.
     coupled: whether f = 1 - i; then the gates are i, g, o and all weights have 3*H rows.
     cell_clip: bound of the cell state.
     recurrent_dropout_on: as for GRU.
@@ -101,7 +101,7 @@ class Call(NamedTuple):
     reset: Tensor | None = None  # [T, B]
     reset_state: tuple[Tensor, ...] | None = None  # per state [L*D, ...]
     lengths: Tensor | None = None
-    starts: Tensor | None = None
+    left_padding: Tensor | None = None
     generator: torch.Generator | None = None
     return_states: bool = False
 
@@ -110,7 +110,7 @@ PLAIN = Call()
 
 
 SETTINGS = attrgetter(
-    "page", "input_size", "hidden_size", "proj_size", "bias", "backend", "precision", "recompute", "bitwise",
+    "cell_name", "input_size", "hidden_size", "proj_size", "bias", "backend", "precision", "recompute", "step_exact",
     *PROBABILITIES, "peephole", "coupled", "layer_norm", "reset_after", "cell_clip",
 )  # fmt: skip
 
@@ -125,7 +125,7 @@ class Recurrent(nn.Module):
     proj_size = 0
     backend: str | None = None
     precision: str | None = None
-    recompute = bitwise = False
+    recompute = step_exact = False
     zoneout: float | tuple[float, ...] = 0.0
     recurrent_dropout = input_dropout = weight_dropout = 0.0
     peephole = coupled = layer_norm = False
@@ -137,8 +137,8 @@ class Recurrent(nn.Module):
     keywords: ClassVar[type] = Keywords
 
     @property
-    def page(self) -> str:
-        """The name of the cell's page."""
+    def cell_name(self) -> str:
+        """The name by which `gpu_rnn.kernels.cells.get` finds the cell."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -184,17 +184,17 @@ class Recurrent(nn.Module):
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
         checked_place("recurrent_dropout_on", self.recurrent_dropout_on)
-        if self.layer_norm and self.bitwise:
-            raise ValueError(NORMALIZED_BITWISE)
+        if self.layer_norm and self.step_exact:
+            raise ValueError(NORMALIZED_STEP_EXACT)
         if (self.layer_norm or self.proj_size) and not self.reset_after:
             what = "layer_norm" if self.layer_norm else "proj_size"
-            raise ValueError(f"a GRU with {what} has its reset after the recurrent product: not reset_after=False")
+            raise ValueError(f"{what} is not defined for a GRU with reset_after=False")
         if self.forget_bias is not None and (self.coupled or not self.bias):
             raise ValueError("forget_bias is for the bias of a forget gate: it needs bias=True, and not coupled=True")
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         """The parameters of one layer and direction, without values yet."""
-        rows, H = (PAGES[self.page].G - self.coupled) * self.hidden_size, self.hidden_size
+        rows, H = (PAGES[self.cell_name].G - self.coupled) * self.hidden_size, self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {NAMES.w_ih: (rows, I), NAMES.w_hh: (rows, self.proj_size or H)}
         if self.bias:
             shapes |= {NAMES.b_ih: (rows,), NAMES.b_hh: (rows,)}
@@ -209,7 +209,9 @@ class Recurrent(nn.Module):
 
     def _norm(self) -> list[str]:
         """The names of a normalization's parameters."""
-        return [name for name in NORM if "c" in PAGES[self.page].states or name in NORM[:2]][: None if self.bias else 3]
+        return [name for name in NORM if "c" in PAGES[self.cell_name].states or name in NORM[:2]][
+            : None if self.bias else 3
+        ]
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Tell what to do instead: torch.jit.script asks here for a module whose source it can compile."""
@@ -283,7 +285,7 @@ class Recurrent(nn.Module):
 
     def _initial(self, hx: Any, sizes: tuple[int, ...], letters: str, input: Tensor) -> Sequence[Tensor | None]:
         """hx as one tensor [*sizes, P or H] per state of the cell; as None, for zeros. `letters` name the sizes."""
-        states = PAGES[self.page].states
+        states = PAGES[self.cell_name].states
         if hx is None:
             return [None] * len(states)
         given = hx if len(states) > 1 else (hx,)
@@ -303,7 +305,7 @@ class Recurrent(nn.Module):
         return given
 
     def _no_states(self, hx: Any) -> TypeError:
-        names = ", ".join(letter + "0" for letter in PAGES[self.page].states)
+        names = ", ".join(letter + "0" for letter in PAGES[self.cell_name].states)
         return TypeError(f"{self._get_name()}: hx must be the tensors ({names}); got {described(hx)}")
 
     def _run(
@@ -317,7 +319,7 @@ class Recurrent(nn.Module):
         options = self._options(call)
         if call is PLAIN and not self._around():
             given = [cast(x, self._weights(suffix), state) for suffix, state in zip(suffixes, states)]
-            return self._sequences(self.page, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
+            return self._sequences(self.cell_name, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
         applied = [
             self._applied(x, suffix, state, call, first + k, reverse=k > 0)
             for k, (suffix, state) in enumerate(zip(suffixes, states))
@@ -354,7 +356,7 @@ class Recurrent(nn.Module):
         if not batch or unreal(input) or self._around():
             return None
         x, flat = self._in_time(input), [None if s is None else s.reshape(s.shape[-2:]) for s in initial]
-        plan = Plan.of(self.page, x, weights, flat, self._options(PLAIN), required(input, *initial, *weights))
+        plan = Plan.of(self.cell_name, x, weights, flat, self._options(PLAIN), required(input, *initial, *weights))
         if not self._layered:
             return plan
         zeros = [(1, *shape) for shape in plan.zeros if shape]
@@ -394,16 +396,18 @@ class Recurrent(nn.Module):
                 mask = dropout_mask(seed, self.weight_dropout, tuple(weights.w_hh.shape), x, which=2)
                 weights = weights._replace(w_hh=weights.w_hh * mask)
         around = Around(
-            reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, starts=call.starts,
+            reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, left_padding=call.left_padding,
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
             coupled=self.coupled, cell_clip=self.cell_clip, reset_after=self.reset_after,
             recurrent_dropout_on=self.recurrent_dropout_on,
             layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
-        return apply(self.page, x, weights, around, reverse), state
+        return apply(self.cell_name, x, weights, around, reverse), state
 
     def _options(self, call: Call) -> Options:
-        return Options(False, self.backend, self.precision, call.return_states, self.recompute, bitwise=self.bitwise)
+        return Options(
+            False, self.backend, self.precision, call.return_states, self.recompute, step_exact=self.step_exact
+        )
 
     def _sequences(self, *given: Any) -> list[tuple[Tensor, tuple]]:
         return sequences(*given)

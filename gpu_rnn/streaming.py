@@ -1,4 +1,4 @@
-"""`stream`: a layer whose input comes an instant at a time, as in live audio or a control loop."""
+"""`stream`: a layer whose input comes one time step at a time, as in live audio or a control loop."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -18,7 +18,7 @@ from .problem import Options, Weights
 
 
 def stream(layer: nn.Module, batch: int = 1) -> "Stream":
-    """A layer that goes on instant by instant and keeps its states itself.
+    """Make a stream of a layer, which runs one time step per call and keeps its states.
 
         listen = gpu_rnn.stream(layer)
         for x in microphone:          # [1, I]
@@ -32,8 +32,8 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
     call replays; while a graph is being captured, a call becomes part of that one. So it
     does under torch.compile. torch.jit.trace, make_fx and torch.func can't keep states: take `layer.step` there.
 
-    The numbers are those of the layer over the whole sequence: bit for bit if it has bitwise=True, else to rounding,
-    since a product for the inputs of many instants at once adds in another order than that for one. A GRU with
+    The numbers are those of the layer over the whole sequence: bit for bit if it has step_exact=True, else to rounding,
+    since a matmul for the inputs of many time steps adds in another order than one for one time step. A GRU with
     reset_after=False is to rounding on a CPU.
 
     Args:
@@ -56,7 +56,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(f"stream takes a layer, not a cell: {layer!r}")
     if layer.bidirectional:
-        raise ValueError(f"a stream goes from the past to the future, but the layer is bidirectional: {layer!r}")
+        raise ValueError(f"stream is not defined for a bidirectional layer: {layer!r}")
     if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
         raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
     layer = frozen(layer)
@@ -65,7 +65,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
 
 
 class Stream:
-    """See `stream`."""
+    """A layer that runs one time step per call and keeps its states; `stream` makes it."""
 
     def __init__(self, layer: RecurrentLayer, batch: int) -> None:
         like = next(layer.parameters()).detach()

@@ -2,7 +2,7 @@
 
     reset       x[t] is the first of an episode: the states that enter it, in reverse those that enter the time step
                 before it, are the reset state
-    lengths     outside of starts[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
+    lengths     outside of left_padding[b] <= t < lengths[b] a row holds its states: sequences of unequal lengths
     recurrent_dropout
                 of what the recurrent weights see, or of what is written into the state, one mask for a sequence
     zoneout     of each state, one mask for an instant
@@ -92,7 +92,8 @@ class Page(NamedTuple):
     uniforms: int
 
     def __str__(self) -> str:
-        return f"{self.name} has {len(self.states)} states, {', '.join(self.states)}"
+        S = len(self.states)
+        return f"{cells.label(self.name)} has {S} state{'s' * (S > 1)} ({', '.join(self.states)})"
 
 
 def page(name: str, **options: Any) -> Page:
@@ -120,8 +121,8 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
     rows, P = arrays.sizes(weights.w_hh)
     H = rows // cell.G
     valid = None
-    if around.lengths is not None or around.starts is not None:
-        valid = within(around.starts, around.lengths, x)[..., None]
+    if around.lengths is not None or around.left_padding is not None:
+        valid = within(around.left_padding, around.lengths, x)[..., None]
         x = arrays.operations(x)["where"](valid, x, 0.0)
 
     parts: dict[str, Any] = {}
@@ -142,11 +143,11 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
         options["reset"], flags = True, raised(entering(around.reset, valid, reverse), 0)
     if around.reset_state is not None:
         if around.reset is None:
-            raise ValueError("reset_state is given, but reset, which says when it is taken, is None")
+            raise ValueError("reset_state is given, but reset, which marks the time steps that take it, is None")
         several = isinstance(around.reset_state, (tuple, list))
         given = tuple(around.reset_state) if several else (around.reset_state,)
         if len(given) != len(cell.states):
-            raise ValueError(f"reset_state has {len(given)} arrays; {cell}")
+            raise ValueError(f"reset_state has {len(given)} arrays, but {cell}")
         options["given"], parts["reset_state"] = True, given if several else given[0]
         units += [
             spread(f"reset_state {letter}", array, (B, P if k == 0 else H), H, x)
@@ -154,7 +155,7 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
         ]
     if valid is not None:
         # A program for elsewhere is told the lengths themselves: there may be an operator that takes them
-        alone = around.starts is None and around.reset is None and arrays.exporting(x)
+        alone = around.left_padding is None and around.reset is None and arrays.exporting(x)
         hold = around.lengths if alone else raised(~valid[..., 0], len(options.keys() & {"reset"}))
         options["hold"], flags = True, hold if flags is None else flags | hold
     seed = None
@@ -167,13 +168,11 @@ def apply(name: str, x: Any, weights: Weights, around: Around, reverse: bool) ->
         units.append(padded(dropout_mask(seed, around.recurrent_dropout, (B, P if of_h else H), x), H))
     zoneout = around.zoneout if isinstance(around.zoneout, tuple) else (around.zoneout,) * len(cell.states)
     if len(zoneout) != len(cell.states):
-        raise ValueError(f"zoneout is {zoneout}; {cell}")
+        raise ValueError(f"zoneout has {len(zoneout)} probabilities, {zoneout}, but {cell}")
     for p in zoneout:
         probability("zoneout", p)
     if zoneout[0] and P != H:
-        raise ValueError(
-            f"zoneout of h needs h itself, but it is projected from {H} to {P} units; give (0, p) for a state beside it"
-        )
+        raise ValueError(f"zoneout of h is not defined for an h that is projected from H = {H} to P = {P}; pass (0, p)")
     if any(zoneout):
         options["zoneout"] = tuple(arrays.constant(float(p), like=x) for p in zoneout)
         options["mean"] = not around.training
@@ -210,14 +209,14 @@ def held(lengths: Any, x: Any) -> Any:
     return raised(~within(None, lengths, x), 0)
 
 
-def within(starts: Any, lengths: Any, x: Any) -> Any:
+def within(left_padding: Any, lengths: Any, x: Any) -> Any:
     """[T, B], true from a row's start to its end."""
     T, B, _ = x.shape
     t, valid = arrays.counted(T, like=x)[:, None], None
-    for label, bound in (("starts", starts), ("lengths", lengths)):
+    for label, bound in (("left_padding", left_padding), ("lengths", lengths)):
         if bound is not None:
             check_bound(label, bound, (B,), T, x)
-            inside = t >= bound[None] if label == "starts" else t < bound[None]
+            inside = t >= bound[None] if label == "left_padding" else t < bound[None]
             valid = inside if valid is None else valid & inside
     return valid
 
@@ -243,7 +242,7 @@ def normalizing(cell: Page, x: Any, weights: Weights, given: Any) -> Norm:
     """Every array that is used up before the call fits."""
     rows, sizes = arrays.sizes(weights.w_hh)[0], tuple(x.shape)
     others = [name for name in cell.units if name in ("c_gain", "c_bias")]
-    labels = "of the input part", "of the recurrent part", *(name.replace("_", "'s ") for name in others)
+    labels = "of the input projection", "of the recurrent projection", *(name.replace("_", "'s ") for name in others)
     if not isinstance(given, (tuple, list)) or len(given) != len(labels):
         found = f"{len(given)} arrays" if isinstance(given, (tuple, list)) else type(given).__name__
         raise ValueError(f"layer_norm must be {len(labels)} arrays ({', '.join(labels)}), got {found}")
@@ -295,7 +294,7 @@ def together(units: Sequence[Any]) -> Any:
 def seeded(seed: Any, x: Any, what: str) -> Any:
     """[1] int64 where x is."""
     if seed is None:
-        raise ValueError(f"{what} draws masks and needs a seed: an int, or an int64 array [1] where x is")
+        raise ValueError(f"{what} draws random masks and needs seed=: an int, or an int64 array [1] on the device of x")
     if isinstance(seed, numbers.Integral):
         if not -(2**63) <= int(seed) < 2**63:
             raise ValueError(f"seed must be an int of 64 bits, got {seed}")

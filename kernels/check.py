@@ -38,7 +38,7 @@ def form(
         grouped(f"{name}: step", outputs[0] if pair else outputs, "new states", states)
         return
     if not pair or not isinstance(outputs[1], (tuple, list)):
-        raise TypeError(f"{name}: with a grad, step must return two tuples: the new states, and what grad needs")
+        raise TypeError(f"{name}: with a grad, step must return two tuples: the new states, and the saved values")
     new, saved = outputs
     grouped(f"{name}: step", new, "new states", states)
     grouped(f"{name}: step", saved, "saved values", range(len(saved)))
@@ -59,7 +59,9 @@ def played(what: str, function: Callable, **sizes: int) -> Any:
         return read(function, **sizes)[1]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         counts = ", ".join(f"{name} [{n}]" for name, n in sizes.items())
-        raise TypeError(f"{what} can't be read, with tuples {counts}: {error}. A page may use {ALLOWED}") from error
+        raise TypeError(
+            f"{what} can't be traced, with tuples {counts}: {error}. A cell definition may use {ALLOWED}"
+        ) from error
 
 
 def grouped(who: str, values: Any, what: str, letters: Sequence) -> None:
@@ -70,7 +72,7 @@ def grouped(who: str, values: Any, what: str, letters: Sequence) -> None:
         raise ValueError(f"{who} must return {expected}, got {len(values)}")
     for value in values:
         if not isinstance(value, (Traced, Real)):
-            raise TypeError(f"{who} must return {expected}; one of them is {type(value).__name__}, no value of a page")
+            raise TypeError(f"{who} must return {expected}; one of them is {type(value).__name__}, no traced value")
 
 
 def derivative(cell: Cell) -> None:

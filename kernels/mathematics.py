@@ -82,7 +82,7 @@ def log_sigmoid(a):
 def recurrent(gate, value):
     """Row block `gate` of w_hh value + b_hh: as h[gate], but of a value of the page's own in the place of h_{t-1}."""
     if not isinstance(value, Symbolic):
-        raise TypeError(f"only a value of a page can be shown to the recurrent weights, not {type(value).__name__}")
+        raise TypeError(f"recurrent() takes a traced value of a cell definition, got {type(value).__name__}")
     return value.apply(PRODUCT, gate)
 
 

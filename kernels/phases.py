@@ -44,12 +44,12 @@ def cut(graph: Graph, G: int, S: int, E: int, place: int, learned: int) -> Cut:
     waiting = following(nodes, own)
     shown, *others = dict.fromkeys(product.operands[0] for product in own)
     if others or shown in waiting:
-        raise ValueError("the recurrent weights can see one value of the page's beside h; this page shows them more")
+        raise ValueError("recurrent() may be applied to at most one value per time step; this cell applies it to more")
     if not all(0 <= gate < G for gate in later):
-        raise ValueError(f"a product for gate {later[-1]}; the page has {G} gates, from 0 on")
+        raise ValueError(f"recurrent() for gate {later[-1]}; the cell has {G} gates, numbered from 0")
     twice = [graph.node("input", "h", gate) for gate in later]
     if any(operated(node) and not set(twice).isdisjoint(node.operands) for node in nodes):
-        raise ValueError("of a gate, the recurrent weights see h or a value of the page's; this page asks for both")
+        raise ValueError("a cell uses h[k] or recurrent(k, value) of a gate k, not both; this cell uses both")
 
     first, second = Graph(), Graph()
     known = {product: second.node("input", "h", gate_of(product)) for product in own}

@@ -110,7 +110,7 @@ def woven(
 def masked(cell: Cell) -> Graph:
     """The page with its candidate times a factor, an input of its own."""
     if not cell.candidate:
-        raise ValueError(f"{cell.name} has no candidate, by whose dropout its state could be spared")
+        raise ValueError(f"{cell.label} has no candidate gate for recurrent_dropout_on='candidate'")
     page, graph = step_graph(cell), Graph()
     candidate = activation(page, cell.gates.index(cell.candidate))
     known = {candidate: graph.image(candidate, {}) * graph.node("input", "factor", 0)}

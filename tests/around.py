@@ -25,15 +25,15 @@ FEATURES = {
     "reset": ({}, ["reset"]),
     "reset state": ({}, ["reset", "reset_state"]),
     "lengths": ({}, ["lengths"]),
-    "starts": ({}, ["starts"]),
-    "both ends": ({}, ["starts", "lengths"]),
+    "left_padding": ({}, ["left_padding"]),
+    "both ends": ({}, ["left_padding", "lengths"]),
     "zoneout": ({"zoneout": 0.4}, []),
     "recurrent dropout": ({"recurrent_dropout": 0.4}, []),
     "input dropout": ({"input_dropout": 0.4}, []),
     "weight dropout": ({"weight_dropout": 0.4}, []),
     "everything": (
         {"zoneout": 0.3, "recurrent_dropout": 0.2, "input_dropout": 0.3, "weight_dropout": 0.2},
-        ["reset", "reset_state", "starts", "lengths"],
+        ["reset", "reset_state", "left_padding", "lengths"],
     ),
 }
 VARIANTS = {
@@ -72,7 +72,7 @@ def inputs(made, names=(), seed=1):
         "reset": torch.from_numpy(rng.random((T, B)) < 0.4),
         "reset_state": as_hx([draw(many, size) for size in sizes]),
         "lengths": torch.tensor([4, 0, 6]),
-        "starts": torch.tensor([1, 3, 0]),
+        "left_padding": torch.tensor([1, 3, 0]),
     }
     return draw(T, B, I), as_hx([draw(many, B, size) for size in sizes]), {name: drawn[name] for name in names}
 
@@ -85,7 +85,7 @@ def as_tuple(hx):
     return hx if isinstance(hx, tuple) else (hx,)
 
 
-def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, lengths=None, starts=None):
+def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, lengths=None, left_padding=None):
     """x [T, B, I] -> y, states after (h [L*D, B, .], ...), states after every instant (h [L*D, T, B, .], ...)."""
     zoneout = made.zoneout if isinstance(made.zoneout, tuple) else (made.zoneout,) * 2
     drops = made.zoneout, made.recurrent_dropout, made.input_dropout, made.weight_dropout
@@ -145,8 +145,8 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                 if made.proj_size:
                     new[0] = new[0] @ weight["weight_hr"].T
                 there = torch.ones(len(s[0]), dtype=torch.bool)
-                if starts is not None:
-                    there &= t >= starts
+                if left_padding is not None:
+                    there &= t >= left_padding
                 if lengths is not None:
                     there &= t < lengths
                 state = [torch.where(there[:, None], n, old) for n, old in zip(new, state)]

@@ -25,7 +25,7 @@ def twin(made):
     return theirs
 
 
-def by_episodes(made, theirs, x, hx, *, reset=RESET, reset_state=None, lengths=None, starts=None):
+def by_episodes(made, theirs, x, hx, *, reset=RESET, reset_state=None, lengths=None, left_padding=None):
     """What `made(x, hx, reset=...)` should be, by `theirs` on every episode of every row: y, the states after.
 
     hx enters a row's first episode going forward and its last one in reverse, which have the states after. reset_state,
@@ -34,7 +34,7 @@ def by_episodes(made, theirs, x, hx, *, reset=RESET, reset_state=None, lengths=N
     D = 2 if made.bidirectional else 1
     rows, lasts = [], []
     for b in range(x.shape[1]):
-        start, end = int(0 if starts is None else starts[b]), int(T if lengths is None else lengths[b])
+        start, end = int(0 if left_padding is None else left_padding[b]), int(T if lengths is None else lengths[b])
         first, instead = [s[:, b] for s in as_tuple(hx)], as_tuple(reset_state)
         instead = [torch.zeros_like(s) if r is None else r for s, r in zip(first, (instead * 2)[: len(first)])]
         cuts = [start, *(t for t in range(start + 1, end) if reset[t, b]), end]
@@ -51,13 +51,13 @@ def by_episodes(made, theirs, x, hx, *, reset=RESET, reset_state=None, lengths=N
     return torch.stack(rows, 1), as_hx([torch.stack(states, 1) for states in zip(*lasts)])
 
 
-CALLS = {"plain": [], "reset_state": ["reset_state"], "padded": ["starts", "lengths", "reset_state"]}
+CALLS = {"plain": [], "reset_state": ["reset_state"], "padded": ["left_padding", "lengths", "reset_state"]}
 
 
 def check(made, x, hx, call):
     """Outputs, states after and all gradients."""
     call = {"reset": RESET, **{name: given for name, given in call.items() if name == "reset_state"}} | {
-        name: {"starts": STARTS, "lengths": LENGTHS}[name] for name in call if name in ("starts", "lengths")
+        name: {"left_padding": STARTS, "lengths": LENGTHS}[name] for name in call if name in ("left_padding", "lengths")
     }
     theirs, given = twin(made), [x, *as_tuple(hx), *as_tuple(call.get("reset_state", ()))]
     results = []

@@ -56,9 +56,9 @@ def passed(kind: str, value):
 def in_place_of_numpy(monkeypatch, device) -> None:
     """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
 
-    def forward(cell, x, weights, state, *, reverse, tf32=False, save, bitwise=False):
+    def forward(cell, x, weights, state, *, reverse, tf32=False, save, step_exact=False):
         walk, direction = partial(cuda.walk, ready, device), Direction(x, weights, state, reverse)
-        (found,) = sequence.forwards(walk, cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
+        (found,) = sequence.forwards(walk, cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
         return found
 
     def backward(cell, x, weights, state, y, tape, dy, dlast, dhistory=(), *, reverse, tf32=False, needs):

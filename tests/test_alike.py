@@ -219,7 +219,7 @@ def test_a_functional_call_has_its_own_weights_and_gives_them_back(kind):
 # ---- what is asked for ----------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {
-    "backend": "cuda", "precision": "tf32", "recompute": True, "bitwise": True, "recurrent_dropout": 1.0,
+    "backend": "cuda", "precision": "tf32", "recompute": True, "step_exact": True, "recurrent_dropout": 1.0,
     "zoneout": 1.0, "weight_dropout": 1.0, "input_dropout": 1.0, "cell_clip": 0.01, "coupled": True,
     "reset_after": False,
 }  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_list_of_probabilities_is_no_key():
 
 
 @every
-@pytest.mark.parametrize("name", ["recompute", "bitwise"])
+@pytest.mark.parametrize("name", ["recompute", "step_exact"])
 def test_what_does_not_show_in_the_numbers(kind, name):
     layer, x, hx = made(kind)
     setattr(layer, name, True)
@@ -255,7 +255,7 @@ def test_what_does_not_show_in_the_numbers(kind, name):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(x, hx)
     last = made_plans()[-1].problem
-    assert last.bitwise == (name == "bitwise")
+    assert last.step_exact == (name == "step_exact")
     assert last.training != (name == "recompute")
     assert len(kept) == len(flat((x, hx))) + 4 + 2 * last.training  # what is given; y and the tape
 
@@ -553,7 +553,7 @@ def test_arguments_of_other_kinds(kind, library):
 
 ASKED = [
     {"backend": "cuda"}, {"backend": "numpy"}, {"backend": "none"}, {"backend": ["numpy"]}, {"precision": "tf32"},
-    {"precision": "half"}, {"precision": []}, {"reverse": True}, {"recompute": True}, {"bitwise": True},
+    {"precision": "half"}, {"precision": []}, {"reverse": True}, {"recompute": True}, {"step_exact": True},
     {"return_states": True}, {"zoneout": 0.5, "training": False}, {"zoneout": 1.0, "seed": 3},
     {"recurrent_dropout": 0.5}, {"lengths": None}, {"unheard_of": 1},
 ]  # fmt: skip

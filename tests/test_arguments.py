@@ -14,8 +14,8 @@ LAYERS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 WRONG = ["2", [1.0, 2.0], object(), {"a": 1}, (1.5, "a"), b"x"]  # as anything but words
 ANY = pytest.mark.parametrize("wrong", WRONG, ids=lambda value: type(value).__name__)
 ARRAYS = ["x", "w_ih", "w_hh", "b_ih", "b_hh", "h0"]
-FLAGS = ["reverse", "recompute", "bitwise", "training", "return_states"]
-AROUND = ["reset", "lengths", "starts", "zoneout", "recurrent_dropout", "seed"]
+FLAGS = ["reverse", "recompute", "step_exact", "training", "return_states"]
+AROUND = ["reset", "lengths", "left_padding", "zoneout", "recurrent_dropout", "seed"]
 
 
 def arrays(name, kind):
@@ -60,7 +60,7 @@ def test_of_a_constructor(name, wrong):
 @ANY
 def test_of_a_call_and_of_the_rest(wrong):
     layer, x = gpu_rnn.LSTM(I, H), torch.zeros(T, B, I)
-    for label in ("reset", "reset_state", "lengths", "starts", "return_states", "generator"):
+    for label in ("reset", "reset_state", "lengths", "left_padding", "return_states", "generator"):
         given = {label: wrong}
         refused(label, lambda: layer(x, **given))  # noqa: B023
     refused("hx", lambda: layer(x, wrong))

@@ -83,7 +83,7 @@ def test_the_state_is_spared():
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
-CALLS = ["reset", "reset_state", "lengths", "starts"]
+CALLS = ["reset", "reset_state", "lengths", "left_padding"]
 
 
 @every_layer
@@ -249,7 +249,7 @@ CALLED = {
     "reset, batch first": (GRU, {"reset": torch.ones(2, 5)}, ShapeError, "expected a tensor [5, 2], with input [5, 2,"),
     "a list of resets": (LSTM, {"reset": [[True]]}, ShapeError, "reset is a list of a list of bool; expected a tensor"),
     "lengths": (LSTM, {"lengths": torch.ones(5)}, ShapeError, "lengths is a tensor [5]; expected a tensor [2], with"),
-    "starts": (GRU, {"starts": torch.ones(5, 1)}, ShapeError, "starts is a tensor [5, 1]; expected a tensor [5], with"),
+    "left_padding": (GRU, {"left_padding": torch.ones(5, 1)}, ShapeError, "left_padding is a tensor [5, 1]; expected"),
     "a list of lengths": (GRU, {"lengths": [1, 2]}, ShapeError, "lengths is a list of int, int; expected a tensor [5]"),
     "no reset": (LSTM, {"reset_state": (torch.ones(4, 4),) * 2}, ValueError, "reset_state is given, but reset, which"),
     "reset_state alone": (
@@ -262,8 +262,8 @@ CALLED = {
         "reset_state h has shape [3]; expected [2, 4] or [4]",
     ),
     "unknown": (LSTM, {"resets": RESET}, TypeError, "unexpected keyword argument 'resets'"),
-    "zoneout of a GRU": (gpu_rnn.GRU(3, 4, zoneout=(0.1, 0.2)), {}, ValueError, "zoneout is (0.1, 0.2); gru has 1 st"),
-    "zoneout of h projected": (gpu_rnn.LSTM(3, 4, proj_size=2, zoneout=0.1), {}, ValueError, "from 4 to 2 units; give"),
+    "zoneout of a GRU": (gpu_rnn.GRU(3, 4, zoneout=(0.1, 0.2)), {}, ValueError, "(0.1, 0.2), but gru has 1 state (h)"),
+    "zoneout of h projected": (gpu_rnn.LSTM(3, 4, proj_size=2, zoneout=0.1), {}, ValueError, "from H = 4 to P = 2;"),
 }  # fmt: skip
 CONSTRUCTED = {
     "zoneout": ("GRU", {"zoneout": 1.1}, ValueError, "zoneout must be a number in [0, 1], a probability; got 1.1"),
@@ -279,13 +279,13 @@ CONSTRUCTED = {
         "GRU",
         {"layer_norm": True, "reset_after": False},
         ValueError,
-        "a GRU with layer_norm has its reset",
+        "layer_norm is not defined for a GRU",
     ),
     "peephole": ("GRU", {"peephole": True}, TypeError, "GRU got an unexpected keyword argument 'peephole'"),
     "no bool": ("LSTM", {"coupled": "yes"}, TypeError, "coupled must be a bool, got 'yes'"),
     "no number": ("LSTM", {"forget_bias": "1"}, TypeError, "forget_bias must be a number, got '1'"),
     "no bound": ("LSTMCell", {"cell_clip": 0}, ValueError, "cell_clip must be a number larger than 0, got 0"),
-    "backend": ("GRU", {"backend": "cudnn"}, ValueError, "backend must be one of None, 'auto', 'cuda', 'triton', 'num"),
+    "backend": ("GRU", {"backend": "cudnn"}, ValueError, "backend must be one of None, 'auto', 'cuda', 'triton', 'nat"),
     "precision": ("GRU", {"precision": "fp8"}, ValueError, "precision must be one of None, 'tf32', 'ieee'; got 'fp8'"),
     "unknown": ("LSTM", {"zonout": 0.1}, TypeError, "LSTM got an unexpected keyword argument 'zonout'"),
     "cell": ("RNNCell", {"cell_clip": 1.0}, TypeError, "RNNCell got an unexpected keyword argument 'cell_clip'"),

@@ -143,10 +143,10 @@ def test_packed_input_draws_its_masks_like_padded_input(name, enforce_sorted):
 @every_layer
 @every_shape
 def test_starts_are_padding_on_the_left(name, shape):
-    made, starts = layer(name, shape), torch.tensor([4, 0, 1])
+    made, left_padding = layer(name, shape), torch.tensor([4, 0, 1])
     x, hx, _ = inputs(made)
-    y, last = made(x, hx, starts=starts)
-    for b, start in enumerate(starts.tolist()):
+    y, last = made(x, hx, left_padding=left_padding)
+    for b, start in enumerate(left_padding.tolist()):
         alone, ended = twin(made)(x[start:, b : b + 1], tree_map(lambda s, b=b: s[:, b : b + 1].contiguous(), hx))
         torch.testing.assert_close(y[start:, b : b + 1], alone, **CLOSE)
         torch.testing.assert_close(tree_map(lambda s, b=b: s[:, b : b + 1], last), ended, **CLOSE)
@@ -155,13 +155,15 @@ def test_starts_are_padding_on_the_left(name, shape):
 
 @every_layer
 @every_shape
-@pytest.mark.parametrize("names", [["lengths"], ["starts"], ["starts", "lengths", "reset", "reset_state"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["lengths"], ["left_padding"], ["left_padding", "lengths", "reset", "reset_state"]], ids=str
+)
 def test_nothing_in_the_padding_matters(name, shape, names):
     """NaN there changes no output and no gradient, forward and backward; and nothing comes out of there."""
     made = layer(name, shape, zoneout=0.3, recurrent_dropout=0.3)
     x, hx, call = inputs(made, names)
     t = torch.arange(len(x))[:, None]
-    padding = (t >= call.get("lengths", torch.full((3,), 9))) | (t < call.get("starts", torch.zeros(3)))
+    padding = (t >= call.get("lengths", torch.full((3,), 9))) | (t < call.get("left_padding", torch.zeros(3)))
     results = []
     for fill in (0.0, float("nan")):
         given = torch.where(padding[..., None], fill, x).detach().requires_grad_()

@@ -24,13 +24,13 @@ CASES = {
     "reset_state": ["reset", "reset_state"],
     "each row's own reset_state": ["reset", "reset_states"],
     "lengths": ["lengths"],
-    "starts": ["starts", "reverse"],
+    "left_padding": ["left_padding", "reverse"],
     "zoneout": ["zoneout"],
     "the mean": ["zoneout", "eval"],
     "dropout": ["recurrent_dropout"],
     "states": ["return_states"],
     "everything": [
-        "reset", "reset_states", "lengths", "starts", "zoneout", "recurrent_dropout", "return_states", "reverse",
+        "reset", "reset_states", "lengths", "left_padding", "zoneout", "recurrent_dropout", "return_states", "reverse",
     ],
 }  # fmt: skip
 VARIANTS = {
@@ -54,7 +54,7 @@ def drawn(rng, name, case):
         "reset_state": {"reset_state": [rng.standard_normal(size) for size in sizes]},
         "reset_states": {"reset_state": [rng.standard_normal((B, size)) for size in sizes]},
         "lengths": {"lengths": np.array([4, 0, 5])},
-        "starts": {"starts": np.array([1, 2, 0])},
+        "left_padding": {"left_padding": np.array([1, 2, 0])},
         "zoneout": {"zoneout": (0.0, 0.4) if P else (0.3, 0.4)[: len(sizes)], "seed": 7},
         "recurrent_dropout": {"recurrent_dropout": 0.3, "seed": 7},
         "eval": {"training": False},
@@ -127,7 +127,7 @@ def test_a_seed_is_a_number_or_an_array(rng, seed):
 def test_asking_for_nothing_changes_nothing(rng, name):
     function, given = drawn(rng, name, "states")
     nothing = {
-        "reset": np.zeros((T, B), bool), "lengths": np.full(B, T), "starts": np.zeros(B, int), "zoneout": 0,
+        "reset": np.zeros((T, B), bool), "lengths": np.full(B, T), "left_padding": np.zeros(B, int), "zoneout": 0,
         "recurrent_dropout": 0, "training": True,
     }  # fmt: skip
     for a, b in zip(arrays(function(**given)), arrays(function(**given, **nothing)), strict=True):
@@ -234,13 +234,13 @@ BAD = {
     "lengths of fractions": (GRU, {"lengths": np.ones(3)}, TypeError, "lengths is numpy float64 cpu; with this x it m"),
     "a mask for lengths": (GRU, {"lengths": RESET[0]}, TypeError, "lengths is numpy bool cpu; with this x it must be"),
     "lengths": (LSTM, {"lengths": np.ones(2, int)}, ShapeError, "lengths has shape [2]; expected [3], with x [5, 3"),
-    "starts": (GRU, {"starts": np.ones((3, 1), int)}, ShapeError, "starts has shape [3, 1]; expected [3], with x [5"),
+    "left_padding": (GRU, {"left_padding": np.ones((3, 1), int)}, ShapeError, "left_padding has shape [3, 1]"),
     "no reset": (GRU, {"reset_state": np.ones(6)}, ValueError, "reset_state is given, but reset, which"),
     "half a reset_state": (
         LSTM, {"reset": RESET, "reset_state": np.ones(6)}, ValueError,
-        "reset_state has 1 arrays; lstm has 2 states, h, c",
+        "reset_state has 1 arrays, but lstm has 2 states (h, c)",
     ),
-    "reset_state of two": (GRU, {"reset": RESET, "reset_state": (np.ones(6),) * 2}, ValueError, "gru has 1 states, h"),
+    "reset_state of two": (GRU, {"reset": RESET, "reset_state": (np.ones(6),) * 2}, ValueError, "gru has 1 state (h)"),
     "size of reset_state": (
         LSTM, {"reset": RESET, "reset_state": (np.ones(6), np.ones((2, 6)))}, ShapeError,
         "reset_state c has shape [2, 6]; expected [3, 6] or [6] or [1, 6], with x [5, 3, 4]",
@@ -248,16 +248,16 @@ BAD = {
     "dtype of reset_state": (
         GRU, {"reset": RESET, "reset_state": np.ones(6, "f")}, TypeError, "reset_state h is numpy float32 cpu"
     ),
-    "zoneout of three": (LSTM, {"zoneout": (0.1, 0.1, 0.1)}, ValueError, "(0.1, 0.1, 0.1); lstm has 2 states, h, c"),
-    "zoneout of a GRU": (GRU, {"zoneout": (0.1, 0.1)}, ValueError, "zoneout is (0.1, 0.1); gru has 1 states, h"),
+    "zoneout of three": (LSTM, {"zoneout": (0.1, 0.1, 0.1)}, ValueError, "0.1), but lstm has 2 states (h, c)"),
+    "zoneout of a GRU": (GRU, {"zoneout": (0.1, 0.1)}, ValueError, "(0.1, 0.1), but gru has 1 state (h)"),
     "zoneout": (GRU, {"zoneout": 1.5, "seed": 1}, ValueError, "zoneout must be a number in [0, 1], a probability; got"),
     "a list of zoneout": (LSTM, {"zoneout": [0.1, 0.1]}, ValueError, "zoneout must be a number in [0, 1]"),
     "zoneout of h projected": (
         LSTM | {"w_hh": np.ones((24, 2)), "w_hr": np.ones((2, 6))}, {"zoneout": 0.1, "seed": 1}, ValueError,
-        "projected from 6 to 2 units; give (0, p)",
+        "projected from H = 6 to P = 2; pass (0, p)",
     ),
-    "no seed": (GRU, {"zoneout": 0.1}, ValueError, "zoneout draws masks and needs a seed"),
-    "no seed for dropout": (GRU, {"recurrent_dropout": 0.1}, ValueError, "recurrent dropout draws masks and needs a"),
+    "no seed": (GRU, {"zoneout": 0.1}, ValueError, "zoneout draws random masks and needs seed="),
+    "no seed for dropout": (GRU, {"recurrent_dropout": 0.1}, ValueError, "recurrent dropout draws random masks"),
     "dropout": (GRU, {"recurrent_dropout": -0.1}, ValueError, "recurrent_dropout must be a number in [0, 1]"),
     "seed": (GRU, {"zoneout": 0.1, "seed": np.ones(2, "int64")}, ShapeError, "seed has shape [2]; expected [1], with"),
     "dtype of seed": (GRU, {"zoneout": 0.1, "seed": np.ones(1)}, TypeError, "seed is numpy float64 cpu; with this x"),

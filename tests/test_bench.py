@@ -280,7 +280,7 @@ def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
     monkeypatch.setattr(around, "function", lambda cell: (forgetful, {}))
     row = measured(Case(cell, 33, 3, 4, 5, mode="forward"), name)[name]
     known = {"ours, coupled": "failed", "ours, projection": "failed"}  # of other shapes
-    known |= {"ours, recompute": "ok", "ours, input part": "ok", "ours, bitwise": "ok"}  # the same numbers
+    known |= {"ours, recompute": "ok", "ours, input projection": "ok", "ours, step_exact": "ok"}  # the same numbers
     known |= {f"ours, {mask}": "ok" for mask in around.MASKED}  # a product before the call, here as there
     assert row["status"] == known.get(name, "wrong")
 
@@ -397,11 +397,11 @@ def test_without_a_gpu_kernels_alone_say_so():
 @pytest.mark.parametrize(
     ("text", "plan"),
     [
-        ("one product; then resident, cluster: 16 blocks; back: resident, grid: 64 blocks", "cluster, back grid"),
-        ("one product; then resident, grid: 2 blocks; back: resident, grid: 64 blocks", "grid"),
-        ("one product; then stepwise: one product; not resident: cluster: R does not fit", "stepwise"),
-        ("sequence: one product for all inputs; all steps in one launch", "sequence"),
-        ("float32; one product and 9 elementwise calls per step", ""),
+        ("forward: persistent kernel (cluster scope)\nbackward: persistent kernel (grid scope)", "cluster, back grid"),
+        ("forward: persistent kernel (grid scope): 2\nbackward: persistent kernel (grid scope): 64", "grid"),
+        ("input\nforward: per-step kernels: one GEMM; no persistent kernel: cluster scope: weights exceed", "stepwise"),
+        ("input projection: one GEMM\nforward: persistent kernel: 4 x 64 threads", "sequence"),
+        ("forward: float32, one recurrent matmul and 9 elementwise NumPy calls per time step", ""),
     ],
 )  # fmt: skip
 def test_the_plan_of_a_backend_in_a_word(text, plan):

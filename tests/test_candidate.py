@@ -81,7 +81,7 @@ def test_derivatives_and_vjp(rng, name):
 
 
 def test_a_cell_without_a_candidate_is_refused():
-    with pytest.raises(ValueError, match="rnn_tanh has no candidate"):
+    with pytest.raises(ValueError, match="rnn_tanh has no candidate gate"):
         weave(cells.get("rnn_tanh"), candidate=True)
     with pytest.raises(ValueError, match="recurrent_dropout_on must be 'h' or 'candidate', got 1"):
         gpu_rnn.gru(torch.ones(2, 1, 2), torch.ones(6, 2), torch.ones(6, 2), recurrent_dropout_on=1)

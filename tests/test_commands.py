@@ -54,8 +54,8 @@ def test_info_tells_every_backend_and_why_not():
     assert result.returncode == 0, result.stderr
     for word in (gpu_rnn.__version__, torch.__version__, "CPUs", *dispatch.ORDER):
         assert word in result.stdout
-    assert "yes: float32; one product" in result.stdout
-    assert "no: the arrays are on cuda; NumPy computes on the CPU" in result.stdout
+    assert "forward: float32, one recurrent matmul" in result.stdout
+    assert "no: not available for arrays on the GPU" in result.stdout
     if not torch.cuda.is_available():
         assert "no NVIDIA GPU: torch" in result.stdout
 
@@ -76,7 +76,7 @@ def test_explain_prints_the_explanation():
         (["explain", "lstm", *SIZES, "-P", "6"], "P = 6, H = 6; a projection needs P < H"),
         (["explain", "lstm", *SIZES, "--library", "numpy", "--device", "cuda"], "numpy has no arrays on cuda"),
         (["explain", "transformer", *SIZES], "'transformer' is not one of 'gru', 'lstm', 'rnn_relu', 'rnn_tanh'"),
-        (["explain", "lstm", *SIZES, "--backend", "fast"], "'fast' is not one of 'cuda', 'triton', 'numpy'"),
+        (["explain", "lstm", *SIZES, "--backend", "fast"], "'fast' is not one of 'cuda', 'triton', 'native', 'numpy'"),
         (["demo", "--seconds", "0"], "0.* is not in the range"),
         (["demo", "--seconds", "-1"], "-1.* is not in the range"),
         (["demo", "--seconds", "nan"], "'--seconds': nan is not a finite number"),
@@ -171,7 +171,7 @@ def test_the_demo_end_to_end(text, tmp_path):
     for name in ("loss.png", "gates.png"):
         assert (out / name).read_bytes().startswith(PNG)
         assert str(out / name) in result.stdout
-    assert "runs on " in result.stdout
+    assert "backend: " in result.stdout
     assert "[once];" in result.stdout, "the text's own brackets are no markup"
 
 

@@ -365,7 +365,7 @@ def test_restore_names_all_that_torch_has_no_form_for_and_changes_nothing():
 
 
 def test_what_only_says_how_to_compute_is_forgotten():
-    layer = gpu_rnn.LSTM(3, 4, backend="numpy", precision="ieee", recompute=True, bitwise=True, forget_bias=1.0)
+    layer = gpu_rnn.LSTM(3, 4, backend="numpy", precision="ieee", recompute=True, step_exact=True, forget_bias=1.0)
     layer.zoneout, layer.recurrent_dropout_on = (0.0, 0), "candidate"
     x, expected = torch.randn(5, 2, 3), dict(layer.named_parameters())
     y, _ = layer(x)

@@ -296,7 +296,11 @@ def cupy(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "T", "H", "kernels"),
-    [("float32", 3, 8, "stepwise"), ("bfloat16", 5, 20, "resident, block"), ("bfloat16", 4, 96, "resident")],
+    [
+        ("float32", 3, 8, "per-step"),
+        ("bfloat16", 5, 20, "persistent kernel (block"),
+        ("bfloat16", 4, 96, "persistent kernel ("),
+    ],
 )
 def test_from_cupy_to_kernel(dtype, T, H, kernels, cupy):
     """All of the backend but CuPy itself and the GPU."""
@@ -359,19 +363,19 @@ def test_no_reason_on_a_gpu(cupy):
         for dtype in arrays.DTYPES:
             problem = Problem(cells.get(name), 5, 4, 3, 2, dtype=dtype, device="cuda", library="torch")
             assert cuda.reasons(problem) == []
-            assert ("stepwise" if dtype == "float64" else "resident") in cuda.plan(problem)
+            assert ("per-step" if dtype == "float64" else "persistent kernel") in cuda.plan(problem)
             assert bool(cuda.reasons(replace(problem, library="cupy"))) == (dtype == "bfloat16")
 
 
 def test_why_not_resident(cupy):
     problem = Problem(cells.get("lstm"), 50, 4, 3, 64, dtype="float32", device="cuda", library="torch")
-    assert "resident" in cuda.plan(problem)
+    assert "persistent kernel" in cuda.plan(problem)
     for changes, reason in (
-        ({"P": 3}, "a projection is one more product per step"),
-        ({"T": 2}, "T = 2: fewer than 4 steps"),
-        ({"dtype": "float64"}, "float64 has no resident kernel"),
-        ({"H": 4096}, "does not fit the registers and shared memory"),
+        ({"P": 3}, "a projection (w_hr) takes a second matmul"),
+        ({"T": 2}, "T = 2: fewer than 4 time steps"),
+        ({"dtype": "float64"}, "there is no persistent kernel for float64"),
+        ({"H": 4096, "tf32": True}, "exceed the on-chip memory"),
     ):
         assert reason in cuda.plan(replace(problem, **changes))
-    assert "IEEE float32 products" in cuda.plan(problem)
-    assert "TF32 products" in cuda.plan(replace(problem, tf32=True))
+    assert "IEEE float32 matmuls" in cuda.plan(problem)
+    assert "TF32 matmuls" in cuda.plan(replace(problem, tf32=True))

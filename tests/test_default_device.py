@@ -10,7 +10,7 @@ from gpu_rnn import exchange
 
 T, B, I, H = 5, 2, 3, 4
 X, LENGTHS = torch.randn(T, B, I), torch.tensor([3, 5])
-CALL = {"lengths": LENGTHS, "starts": 0 * LENGTHS, "reset": torch.rand(T, B) < 0.3, "return_states": True}
+CALL = {"lengths": LENGTHS, "left_padding": 0 * LENGTHS, "reset": torch.rand(T, B) < 0.3, "return_states": True}
 PACKED = pack_sequence([X[:3, 0], X[:, 1]], enforce_sorted=False)
 RANDOM = {"recurrent_dropout": 0.2, "zoneout": 0.1, "input_dropout": 0.1, "weight_dropout": 0.1}
 LAYERS = {
@@ -19,7 +19,7 @@ LAYERS = {
     "variants": gpu_rnn.LSTM(I, H, peephole=True, cell_clip=0.3),
     "normalized": gpu_rnn.GRU(I, H, 2, layer_norm=True),
     "reset before": gpu_rnn.GRU(I, H, reset_after=False),
-    "bitwise": gpu_rnn.RNN(I, H, bitwise=True),
+    "step_exact": gpu_rnn.RNN(I, H, step_exact=True),
 }
 CELL, GRU = gpu_rnn.LSTMCell(I, H, **RANDOM), gpu_rnn.GRU(I, H)
 

@@ -173,7 +173,7 @@ def test_the_driver_is_asked_about_both():
     arguments = cells.get("gru"), "bfloat16", 1024, 8, 2, device, False, True
     plan, why = cuda.plan_of(*arguments, held)
     assert (plan.directions, asked) == (1, [1, 2])
-    assert why == ("grid: 128 blocks were to be resident at once, and the driver holds 16",)
+    assert why == ("grid scope: needs 128 blocks co-resident, but the CUDA driver reports 16",)
     cuda.plan_of.cache_clear()
     assert cuda.plan_of(*arguments, lambda *_: 132)[0].directions == 2
 
@@ -183,8 +183,8 @@ def test_explain_tells_both_from_one_after_the_other(monkeypatch):
     options = {"dtype": "bfloat16", "device": "cuda", "library": "torch", "directions": 2}
     assert "both directions in one launch" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 512, **options))
     plan = cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 2048, **options))
-    assert "the other direction after it: grid: both directions at once would be twice 128 blocks on 132" in plan
-    assert "stepwise" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 4096, **options))
+    assert "one direction after the other: grid scope: both directions in one launch need 2 x 128 blocks" in plan
+    assert "per-step" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 4096, **options))
 
 
 @WITH_NVRTC
@@ -212,7 +212,7 @@ def at_once(monkeypatch):
     """The NumPy backend, as if it could run several directions at once; notes how many."""
     backend, noted = dispatch.backend("numpy"), []
 
-    def forwards(cell, directions, *, tf32, save, bitwise):
+    def forwards(cell, directions, *, tf32, save, step_exact):
         noted.append(("forward", len(directions), save))
         return [backend.forward(cell, *given, reverse=reverse, tf32=tf32, save=save) for *given, reverse in directions]
 

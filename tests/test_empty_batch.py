@@ -17,14 +17,16 @@ KEYWORDS = [
     *(("lstm", keywords, ["reset", "reset_state"]) for keywords in VARIANTS.values()),
     *((name, {"layer_norm": True}, names) for name in ("gru", "lstm") for names in ([], FEATURES["everything"][1])),
     *((name, {"recurrent_dropout": 0.3, "recurrent_dropout_on": "candidate"}, []) for name in ("gru", "lstm")),
-    ("gru", {"bitwise": True}, ["reset"]), ("lstm", {"recompute": True, "recurrent_dropout": 0.2}, ["lengths"]),
+    ("gru", {"step_exact": True}, ["reset"]), ("lstm", {"recompute": True, "recurrent_dropout": 0.2}, ["lengths"]),
 ]  # fmt: skip
 SHAPES = [{}, {"num_layers": 2, "bidirectional": True}]
 
 
 def none_of(name, array):
     """Of a call's arrays, those of no rows: the batch is the last axis but one of x, states and reset states."""
-    return array[..., :0] if name in ("reset", "lengths", "starts") else array[..., :0, :].detach().requires_grad_()
+    return (
+        array[..., :0] if name in ("reset", "lengths", "left_padding") else array[..., :0, :].detach().requires_grad_()
+    )
 
 
 def check(made, names):

@@ -29,11 +29,11 @@ BAD = {
     "mixed kinds": ({"h0": torch.ones(3, 6)}, TypeError, "h0 is torch float32 cpu, but x is numpy float64 cpu"),
     "integers": (dict(zip(("x", "w_ih", "w_hh"), (a.astype(int) for a in (X, W_IH, W_HH)))), TypeError, "x is int64"),
     "lists": ({"x": [[1.0]]}, TypeError, "expected a NumPy, torch or CuPy array, got list"),
-    "no weights": ({"w_hh": None}, TypeError, "w_hh is None; lstm needs it"),
+    "no weights": ({"w_hh": None}, TypeError, "w_hh is None, but lstm needs it"),
     "unknown backend": ({"backend": "cudnn"}, ValueError, "unknown backend 'cudnn'; there are cuda, triton, native"),
     "half NumPy": (
         {k: v.astype(np.float16) for k, v in (("x", X), ("w_ih", W_IH), ("w_hh", W_HH))},
-        gpu_rnn.BackendError, "numpy: float16 NumPy arrays are not computed; give float32 or float64",
+        gpu_rnn.BackendError, "numpy: takes NumPy arrays of float32 or float64, not float16",
     ),
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ def without_product(case, *, bias):
     """The same case with its input part for x, which still lacks b_ih if `bias`."""
     weights = case.weights if not bias else case.weights._replace(b_ih=None)
     rest = case.weights._replace(w_ih=None, b_ih=case.weights.b_ih if bias else None)
-    return case._replace(x=sequence.input_part(case.x, weights, bitwise=False), weights=rest)
+    return case._replace(x=sequence.input_part(case.x, weights, step_exact=False), weights=rest)
 
 
 def check(case, forward, backward, *, exact=True):
@@ -201,10 +201,10 @@ def test_inspect_and_explain(rng):
     for letter in whole:
         np.testing.assert_allclose(part[letter], whole[letter], rtol=1e-12)
     given = {"T": 5, "B": 2, "H": 4, "input_part": True, "device": "cpu"}
-    for explained in (gpu_rnn.explain("gru", **given), gpu_rnn.explain("gru", (5, 2, 12), input_part=True)):
+    for explained in (gpu_rnn.explain("gru", **given), gpu_rnn.explain("gru", (5, 2, 12), input_projection=True)):
         assert explained.problem.I is None
         assert "gru T=5 B=2 H=4 float32" in str(explained)
-        assert "x is the input part already" in explained.plan
+        assert "input projection: given as x" in explained.plan
         assert explained.cudnn == "none"
 
 
@@ -221,7 +221,9 @@ def test_bad_input_is_named_with_its_shapes(case):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=re.escape(message)):
         gpu_rnn.lstm(**{"x": np.ones((5, 3, 24)), "w_ih": None, "w_hh": np.ones((24, 6))} | changes)
-    with pytest.raises(ShapeError, match=re.escape("x has shape [5, 2, 13]; the input part of 3 gates is [T, B, 3*H]")):
-        gpu_rnn.explain("gru", (5, 2, 13), input_part=True)
-    with pytest.raises(TypeError, match="with input_part=True there is no I; got I = 3"):
-        gpu_rnn.explain("gru", T=5, B=2, I=3, H=4, input_part=True)
+    with pytest.raises(
+        ShapeError, match=re.escape("x has shape [5, 2, 13]; the input projection of 3 gates is [T, B, 3*H]")
+    ):
+        gpu_rnn.explain("gru", (5, 2, 13), input_projection=True)
+    with pytest.raises(TypeError, match="input_projection=True excludes I; got I = 3"):
+        gpu_rnn.explain("gru", T=5, B=2, I=3, H=4, input_projection=True)

@@ -1,4 +1,4 @@
-"""Lengths and starts outside of [0, T]: an error that names them where a look costs nothing, clamped elsewhere."""
+"""lengths and left_padding outside of [0, T]: an error that names them on a CPU, clamped elsewhere."""
 
 import re
 
@@ -11,9 +11,9 @@ from gpu_rnn import ShapeError, woven
 
 T, B, I, H = 5, 3, 2, 4
 BAD = {"longer": [T + 1, 2, 0], "negative": [-1, 2, 0]}
-RIGHT = {"lengths": [1, T, 0], "starts": [0, 3, 0]}
+RIGHT = {"lengths": [1, T, 0], "left_padding": [0, 3, 0]}
 every_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-every_name = pytest.mark.parametrize("name", ["lengths", "starts"])
+every_name = pytest.mark.parametrize("name", ["lengths", "left_padding"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8])
 
 
@@ -60,7 +60,7 @@ def test_of_tbptt(bad, name, batch_first):
         gpu_rnn.tbptt(layer, x, 2, 3, **{name: torch.tensor(bad)})
     right = {
         "lengths": torch.tensor([1, 5, 0], dtype=torch.uint8),
-        "starts": torch.tensor([0, 3, 0], dtype=torch.uint8),
+        "left_padding": torch.tensor([0, 3, 0], dtype=torch.uint8),
     }
     windows = [y for y, _ in gpu_rnn.tbptt(layer, x, 2, 3, **right)]
     torch.testing.assert_close(torch.cat(windows, 1 if batch_first else 0), layer(x, **right)[0])
@@ -96,10 +96,10 @@ def test_without_a_look_they_are_clamped(dtype, monkeypatch):
     """As on a GPU."""
     layer = gpu_rnn.LSTM(I, H, bidirectional=True)
     x = torch.randn(T, B, I)
-    right = layer(x, lengths=torch.tensor([T, 0, 2]), starts=torch.tensor([0, 0, T]))
+    right = layer(x, lengths=torch.tensor([T, 0, 2]), left_padding=torch.tensor([0, 0, T]))
     monkeypatch.setattr(woven, "check_bound", lambda *_: None)
     found = layer(
-        x, lengths=torch.tensor([T + 2, -3, 2], dtype=dtype), starts=torch.tensor([-9, -1, T + 9], dtype=dtype)
+        x, lengths=torch.tensor([T + 2, -3, 2], dtype=dtype), left_padding=torch.tensor([-9, -1, T + 9], dtype=dtype)
     )
     torch.testing.assert_close(found, right, rtol=0, atol=0)
 
@@ -111,6 +111,6 @@ def test_on_a_gpu_they_are_clamped(backend, compiled):
     layer = gpu_rnn.LSTM(I, H, bidirectional=True, backend=backend, device="cuda")
     x = torch.randn(T, B, I, device="cuda")
     call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-    right = call(x, lengths=torch.tensor([T, 0, 2]).cuda(), starts=torch.tensor([0, 0, T]).cuda())
-    found = call(x, lengths=torch.tensor([T + 2, -3, 2]).cuda(), starts=torch.tensor([-9, -1, T + 9]).cuda())
+    right = call(x, lengths=torch.tensor([T, 0, 2]).cuda(), left_padding=torch.tensor([0, 0, T]).cuda())
+    found = call(x, lengths=torch.tensor([T + 2, -3, 2]).cuda(), left_padding=torch.tensor([-9, -1, T + 9]).cuda())
     torch.testing.assert_close(found, right, rtol=0, atol=0)

@@ -323,14 +323,14 @@ def test_a_name_keeps_its_page(forgotten):
     layer, x = first(3, 4), torch.randn(5, 2, 3)
     y, _ = layer(x)
     second = gpu_rnn.cell(leaky, gates="a", states="h", name="Mine")
-    assert (first.page, second.page, second.__name__) == ("Mine", "Mine#2", "Mine")
+    assert (first.cell_name, second.cell_name, second.__name__) == ("Mine", "Mine#2", "Mine")
     other = second(3, 4)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x)[0], y)
     assert not torch.allclose(other(x)[0], y)
     again = gpu_rnn.cell(elman, gates="a", states="h", name="Mine")
-    assert (again.page, cells.get("Mine")) == ("Mine", cells.get(first.page))
-    assert gpu_rnn.cell(leaky, gates="a", states="h", name="Mine").page == "Mine#2"
+    assert (again.cell_name, cells.get("Mine")) == ("Mine", cells.get(first.cell_name))
+    assert gpu_rnn.cell(leaky, gates="a", states="h", name="Mine").cell_name == "Mine#2"
     other(x, lengths=torch.tensor([5, 3]))
 
 
@@ -465,7 +465,7 @@ def test_what_is_no_gradient_is_refused():
     wrong = {
         r"must return 3 tuples: gradients of x": lambda *given: (given[0][0], given[0][0]),
         r"2 gradients of x|1 gradients of x \(a\), got 2": lambda *given: ((0.0, 0.0), (0.0,), (0.0,)),
-        r"can't be read.*saved \[1\].*unpack": lambda dnew, new, state, saved: [a for a, b in [saved]],
+        r"can't be traced.*saved \[1\].*unpack": lambda dnew, new, state, saved: [a for a, b in [saved]],
     }
     for why, grad in wrong.items():
         with pytest.raises((TypeError, ValueError), match=f"mine: grad .*({why})"):

@@ -19,7 +19,7 @@ from .around import B, H, I, T, as_tuple, by_the_rules, inputs, layer
 LAYERS = pytest.mark.parametrize("name", ["lstm", "gru"])
 ALL = {"zoneout": 0.3, "recurrent_dropout": 0.2, "input_dropout": 0.3, "weight_dropout": 0.2}
 VARIANTS = {"peephole": True, "coupled": True, "cell_clip": 0.3}
-MARKS = ["reset", "reset_state", "starts", "lengths"]
+MARKS = ["reset", "reset_state", "left_padding", "lengths"]
 
 
 def flat(results):
@@ -200,12 +200,12 @@ WRONG = {
     "a shape": (
         lambda gains: (gains[0], gains[1][:-1]),
         ShapeError,
-        r"recurrent part has shape \[11\]; expected \[12\]",
+        r"recurrent projection has shape \[11\]; expected \[12\]",
     ),
     "a dtype": (
         lambda gains: (gains[0].astype("float32"), gains[1]),
         TypeError,
-        "layer_norm of the input part is numpy",
+        "layer_norm of the input projection is numpy",
     ),
 }
 

@@ -35,16 +35,16 @@ STANDARD = {  # name of `around.layer`, its keywords, what a call takes; the nod
 }
 LOOPS = {
     "cell_clip": ("lstm", {"cell_clip": 0.2}, ["lengths"], {"Scan": 1}),
-    "all variants": ("lstm", around.VARIANTS["all variants"] | BOTH, ["starts"], {"Scan": 2}),
+    "all variants": ("lstm", around.VARIANTS["all variants"] | BOTH, ["left_padding"], {"Scan": 2}),
     "reset": ("lstm", STACKED, ["reset"], {"Scan": 4}),
     "reset state": ("gru", BOTH, ["reset", "reset_state"], {"Scan": 2}),
-    "reset and lengths": ("lstm", {}, ["reset", "reset_state", "starts", "lengths"], {"Scan": 1}),
+    "reset and lengths": ("lstm", {}, ["reset", "reset_state", "left_padding", "lengths"], {"Scan": 1}),
     "reset gate before": ("gru before", {}, ["reset"], {"Scan": 1}),
     "layer_norm": ("lstm", BOTH | {"layer_norm": True}, ["lengths"], {"Scan": 2}),
     "gru layer_norm": ("gru", {"layer_norm": True}, [], {"Scan": 1}),
     "projected": ("projected", BOTH, ["lengths"], {"Scan": 2}),
     "gru projected": ("gru projected", {}, ["reset"], {"Scan": 1}),
-    "rnn projected": ("rnn projected", {}, ["starts", "lengths"], {"Scan": 1}),
+    "rnn projected": ("rnn projected", {}, ["left_padding", "lengths"], {"Scan": 1}),
     "dropout": (
         "lstm",
         {"zoneout": (0.4, 0.3), "recurrent_dropout": 0.2, "input_dropout": 0.3, "weight_dropout": 0.2},
@@ -111,7 +111,7 @@ def of(layer, modifiers, T, B, seed):
         return torch.randn(state.shape[0], B, state.shape[-1], generator=rng)
 
     given |= {"lengths": torch.randint(0, T + 1, (B,), generator=rng)} if "lengths" in given else {}
-    given |= {"starts": torch.randint(0, T // 2, (B,), generator=rng)} if "starts" in given else {}
+    given |= {"left_padding": torch.randint(0, T // 2, (B,), generator=rng)} if "left_padding" in given else {}
     given |= {"reset": torch.rand(T, B, generator=rng) < 0.3} if "reset" in given else {}
     if "lengths" in given:
         given["lengths"][0] = 0
@@ -135,7 +135,12 @@ def test_onnxruntime_computes_what_the_layers_do(group):
         rng = torch.Generator().manual_seed(T)
         calls = [of(layer, case[2], T, B, seed=T + k) for k, (layer, case) in enumerate(zip(layers, cases.values()))]
         data.append(to(dtype, (torch.randn(T, B, around.I, generator=rng), calls)))
-    axes = {"hx": {1: DYNAMIC}, "lengths": {0: DYNAMIC}, "starts": {0: DYNAMIC}, "reset": {0: DYNAMIC, 1: DYNAMIC}}
+    axes = {
+        "hx": {1: DYNAMIC},
+        "lengths": {0: DYNAMIC},
+        "left_padding": {0: DYNAMIC},
+        "reset": {0: DYNAMIC, 1: DYNAMIC},
+    }
 
     def shape(label, value):
         return tuple(axes.get(label, {}) for _ in value) if isinstance(value, tuple) else axes.get(label, {})

@@ -87,10 +87,10 @@ def test_the_cut():
 @pytest.mark.parametrize(
     ("step", "what"),
     [
-        (lambda x, h, s: (recurrent(0, s[0]) + recurrent(1, s[0] * x[0]),), "can see one value of the page's"),
-        (lambda x, h, s: (recurrent(0, recurrent(1, s[0])),), "can see one value of the page's"),
-        (lambda x, h, s: (recurrent(2, s[0] * h[0]),), "a product for gate 2; the page has 2 gates"),
-        (lambda x, h, s: (h[1] + recurrent(1, s[0] * h[0]),), "this page asks for both"),
+        (lambda x, h, s: (recurrent(0, s[0]) + recurrent(1, s[0] * x[0]),), "at most one value per time step"),
+        (lambda x, h, s: (recurrent(0, recurrent(1, s[0])),), "at most one value per time step"),
+        (lambda x, h, s: (recurrent(2, s[0] * h[0]),), "for gate 2; the cell has 2 gates"),
+        (lambda x, h, s: (h[1] + recurrent(1, s[0] * h[0]),), "this cell uses both"),
     ],
 )
 def test_pages_that_can_not_be_cut(step, what):
@@ -99,7 +99,7 @@ def test_pages_that_can_not_be_cut(step, what):
 
 
 def test_only_a_page_has_such_a_product():
-    with pytest.raises(TypeError, match="only a value of a page can be shown to the recurrent weights, not float"):
+    with pytest.raises(TypeError, match=r"recurrent\(\) takes a traced value of a cell definition, got float"):
         recurrent(0, 1.0)
 
 
@@ -206,5 +206,6 @@ def test_inspect_and_explain():
     before = np.concatenate([np.zeros((1, 2, 4)), y[:-1]])
     np.testing.assert_allclose(inside["z"] * before + (1 - inside["z"]) * inside["n"], y, rtol=1e-12)
     (explained,) = gpu_rnn.explain(layer, x)
-    assert explained.plan.startswith("two instants for each, one product for all inputs; ")
+    assert explained.plan.startswith("two kernel steps per time step, since the cell has a second recurrent matmul\n")
+    assert explained.plan.count("input projection") == 1
     assert explained.cudnn == "none"

@@ -109,5 +109,5 @@ def test_bad_input_is_named(case):
     given = {"x": np.ones((5, 3, 4)), "w_ih": np.ones((18, 4)), "w_hh": np.ones((18, 6))}
     with pytest.raises(error, match=re.escape(message)):
         gpu_rnn.gru(**given | changes)
-    with pytest.raises(ValueError, match="a GRU with proj_size has its reset after the recurrent product"):
+    with pytest.raises(ValueError, match="proj_size is not defined for a GRU with reset_after=False"):
         gpu_rnn.GRU(3, 4, proj_size=2, reset_after=False)

@@ -145,14 +145,14 @@ def test_the_plan_does_not_depend_on_time_and_little_on_batch():
 @pytest.mark.parametrize(
     ("problem", "change", "reason"),
     [
-        (("lstm", "float64", 64, 8), {}, "float64 has no resident kernel"),
+        (("lstm", "float64", 64, 8), {}, "there is no persistent kernel for float64"),
         (("lstm", "bfloat16", 64, 8), {"capability": (7, 5)}, "compute capability 7.5 is below 8.0"),
-        (("lstm", "bfloat16", 4096, 8), {}, "grid: R, 128.0 MiB, does not fit the registers"),
-        (("lstm", "bfloat16", 1024, 8), {"cooperative": False}, "grid: this device has no cooperative launch"),
+        (("lstm", "bfloat16", 4096, 8), {}, "grid scope: the recurrent weights (128.0 MiB) exceed"),
+        (("lstm", "bfloat16", 1024, 8), {"cooperative": False}, "grid scope: this GPU has no cooperative launch"),
         (
             ("lstm", "bfloat16", 1024, 8),
             {"clusters": (), "cooperative": False},
-            "cluster: this device has no thread",
+            "cluster scope: this GPU has no thread",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_what_does_not_fit_has_its_reasons(problem, change, reason):
 def test_a_batch_that_takes_many_launches_is_left_to_one_product_per_step():
     plan, reasons = planned("lstm", "bfloat16", 1536, 256, DEVICES["h200"])
     assert plan is None
-    assert "one product per step" in reasons[0]
+    assert "by per-step kernels" in reasons[0]
     assert planned("lstm", "bfloat16", 1536, 256, DEVICES["h200"], scope="grid")[0].launches > 1
 
 
@@ -260,10 +260,10 @@ def test_fewer_clusters_than_thought_change_the_plan():
     """Down to none of a size: then another size, then the grid."""
     plan, reasons = settled(256, "h200", lambda plan: 0 if plan.scope == "cluster" else 132)
     assert plan.scope == "grid"
-    assert "cluster: 8 clusters of 16 blocks were to be resident at once, and the driver holds 0" in reasons
+    assert "cluster scope: needs 8 clusters of 16 blocks co-resident, but the CUDA driver reports 0" in reasons
     plan, reasons = settled(256, "h200", lambda plan: 1)  # queues for one place
     assert plan.scope == "cluster"
-    assert "and the driver holds 1" in reasons[0]
+    assert "the CUDA driver reports 1" in reasons[0]
 
 
 @pytest.mark.parametrize("count", [0, 20, 63, 64, 66, 131])
@@ -279,10 +279,10 @@ def test_a_grid_never_has_more_blocks_than_the_driver_holds(count):
 def test_another_plan_than_announced_is_no_secret():
     cuda.plan_of.cache_clear()
     arguments = (cells.get("lstm"), "bfloat16", 512, 8, 1, DEVICES["h200"], False, False)
-    with pytest.warns(RuntimeWarning, match="the driver holds 0; now resident, grid"):
+    with pytest.warns(RuntimeWarning, match=r"the CUDA driver reports 0; using persistent kernel \(grid"):
         plan, _ = cuda.plan_of(*arguments, lambda cell, dtype, plan: 0 if plan.scope == "cluster" else 132)
     assert plan.scope == "grid"
-    with pytest.warns(RuntimeWarning, match="the driver holds 0; .*; now stepwise"):
+    with pytest.warns(RuntimeWarning, match="the CUDA driver reports 0; .*; using per-step kernels instead"):
         assert cuda.plan_of(*arguments, lambda cell, dtype, plan: 0)[0] is None
 
 

@@ -394,10 +394,10 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
     assert "the driver" not in plan(512)
     monkeypatch.setattr(residence, "MOST_PUBLISHED", 1 << 20)
     cuda.stack_of.cache_clear()
-    assert "layer after layer: grid: what layers hand on takes 0.1 MiB an instant, of 1 that it may" in plan(512)
+    assert "layer by layer: grid scope: the buffer between layers takes 0.1 MiB per time step, and may" in plan(512)
     cuda.stack_of.cache_clear()
-    assert "layer after layer: grid: there is no place for [W | R] of 4 layers" in plan(1024)
-    assert "layer after layer: something is woven into its page" in plan(512, "lstm+hold")
+    assert "layer by layer: grid scope: the weights don't fit on-chip: [W | R] of 4 layers" in plan(1024)
+    assert "layer by layer: the wavefront kernel does not support modifiers (lstm[lengths])" in plan(512, "lstm+hold")
     assert "wavefront" not in plan(512, layers=1)
 
 
@@ -407,7 +407,7 @@ def test_the_driver_is_asked():
     for backward in (False, True):
         plan, (reason,) = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid - 1)
         assert plan is None
-        assert "128 blocks were to be resident at once, and the driver holds 127" in reason
+        assert "needs 128 blocks co-resident, but the CUDA driver reports 127" in reason
         plan, _ = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid)
         assert (plan.layers, plan.backward) == (4, backward)
 

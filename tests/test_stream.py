@@ -51,8 +51,8 @@ def whole(layer, x, hx=None):
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("B", [1, 3, 41])
-def test_with_bitwise_a_stream_is_the_sequence_bit_for_bit(kind, options, dtype, B):
-    layer, x = getattr(gpu_rnn, kind)(I, H, **options, dtype=dtype, bitwise=True), torch.randn(T, B, I, dtype=dtype)
+def test_with_step_exact_a_stream_is_the_sequence_bit_for_bit(kind, options, dtype, B):
+    layer, x = getattr(gpu_rnn, kind)(I, H, **options, dtype=dtype, step_exact=True), torch.randn(T, B, I, dtype=dtype)
     listen = gpu_rnn.stream(layer, B)
     y, last = whole(layer, x)
     assert torch.equal(followed(listen, x), y)
@@ -63,7 +63,7 @@ def test_with_bitwise_a_stream_is_the_sequence_bit_for_bit(kind, options, dtype,
 @pytest.mark.parametrize(("T", "H"), [(1, 37), (9, 112), (70, 37)], ids=str)
 @pytest.mark.parametrize("B", [1, 5])
 def test_also_with_ragged_units(kind, T, H, B):
-    layer, x = getattr(gpu_rnn, kind)(I, H, bitwise=True), torch.randn(T, B, I)
+    layer, x = getattr(gpu_rnn, kind)(I, H, step_exact=True), torch.randn(T, B, I)
     assert torch.equal(followed(gpu_rnn.stream(layer, B), x), whole(layer, x)[0])
 
 
@@ -82,7 +82,7 @@ def test_without_it_agrees_to_rounding(kind, options, B):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_halves_layers_hand_over_what_they_would_in_a_sequence(dtype):
-    layer, x = gpu_rnn.LSTM(I, H, num_layers=3, dtype=dtype, bitwise=True), torch.randn(T, 2, I).to(dtype)
+    layer, x = gpu_rnn.LSTM(I, H, num_layers=3, dtype=dtype, step_exact=True), torch.randn(T, 2, I).to(dtype)
     listen = gpu_rnn.stream(layer, 2)
     y, last = whole(layer, x)
     assert torch.equal(followed(listen, x), y)
@@ -143,7 +143,7 @@ def test_rows_are_reset_alone(rows):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_rollout_and_its_training_have_the_same_bits(kind):
     """Acting an instant at a time, learning from the whole rollout in one call, with episodes' ends in both."""
-    B, layer = 3, getattr(gpu_rnn, kind)(I, H, num_layers=2, bitwise=True)
+    B, layer = 3, getattr(gpu_rnn, kind)(I, H, num_layers=2, step_exact=True)
     x, reset, listen, acted = torch.randn(T, B, I), torch.rand(T, B) < 0.1, gpu_rnn.stream(layer, B), []
     for now, first in zip(x, reset):
         listen.reset(first)
@@ -238,7 +238,7 @@ def test_step_of_a_single_row():
 def test_bad_input_is_named_with_its_shapes():
     layer = gpu_rnn.LSTM(I, H, bidirectional=True)
     for call in (lambda: layer.step(torch.randn(2, I)), lambda: gpu_rnn.stream(layer)):
-        with pytest.raises(ValueError, match="from the past to the future, but the layer is bidirectional"):
+        with pytest.raises(ValueError, match="is not defined for a bidirectional layer"):
             call()
     for what, message in ((gpu_rnn.LSTMCell(I, H), "a layer, not a cell: LSTMCell"), (nn.Linear(I, H), "got Linear")):
         with pytest.raises(TypeError, match=message):

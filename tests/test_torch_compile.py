@@ -298,14 +298,14 @@ SIZES = [(5, 2), (7, 3), (9, 4), (11, 5), (4, 6), (6, 7), (8, 8), (3, 9), (12, 1
 KEYWORDS = {
     "LSTM": {
         "zoneout": 0.2, "recurrent_dropout": 0.3, "input_dropout": 0.2, "weight_dropout": 0.2, "recompute": True,
-        "bitwise": True, "proj_size": 2, "layer_norm": True, "peephole": True, "coupled": True, "cell_clip": 0.5,
+        "step_exact": True, "proj_size": 2, "layer_norm": True, "peephole": True, "coupled": True, "cell_clip": 0.5,
         "recurrent_dropout_on": "candidate", "forget_bias": 1.0, "num_layers": 2, "bidirectional": True,
         "batch_first": True,
     },
     "GRU": {"zoneout": (0.2,), "layer_norm": True, "reset_after": False, "recurrent_dropout": 0.3, "proj_size": 2},
     "RNN": {"zoneout": 0.2, "recurrent_dropout": 0.3, "nonlinearity": "relu"},
 }  # fmt: skip
-CALLS = ("reset", "reset_state", "lengths", "starts", "return_states", "hx")
+CALLS = ("reset", "reset_state", "lengths", "left_padding", "return_states", "hx")
 ALONE = [(kind, (name,)) for kind, keywords in KEYWORDS.items() for name in (*keywords, *CALLS)]
 PAIRS = [(kind, pair) for kind, keywords in KEYWORDS.items() for pair in combinations((*keywords, *CALLS), 2)][::5]
 
@@ -316,13 +316,13 @@ def drawn(layer, names, T, B):
     many = layer.num_layers * (2 if layer.bidirectional else 1)
 
     def states():
-        sizes = [layer.proj_size or 4, *[4] * (len(cells.get(layer.page).states) - 1)]
+        sizes = [layer.proj_size or 4, *[4] * (len(cells.get(layer.cell_name).states) - 1)]
         drawn = tuple(torch.randn(many, B, size) for size in sizes)
         return drawn if len(drawn) > 1 else drawn[0]
 
     keywords = {
         "reset": lambda: torch.rand(lead) < 0.3, "reset_state": states, "return_states": lambda: True, "hx": states,
-        "lengths": lambda: torch.randint(1, T + 1, (B,)), "starts": lambda: torch.randint(0, T, (B,)),
+        "lengths": lambda: torch.randint(1, T + 1, (B,)), "left_padding": lambda: torch.randint(0, T, (B,)),
     }  # fmt: skip
     wanted = {*names, "reset"} if "reset_state" in names else {*names}
     return torch.randn(*lead, 3), {name: draw() for name, draw in keywords.items() if name in wanted}

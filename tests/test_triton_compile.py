@@ -255,12 +255,12 @@ def test_what_a_gpu_can_hold_beside_the_gates():
     assert [largest(name, "bfloat16") for name in (ALL, BEFORE, "gru+norm", "lstm+norm", MOST)] == [64, 0, 64, 64, 0]
     assert [largest(name, "float32") for name in (ALL, BEFORE, "gru+norm", "lstm+norm", MOST)] == [0, 0, 32, 32, 0]
     for name, H, why in (
-        ("lstm+reset", 100, "lstm+reset in rows of 100 bfloat16 numbers, no multiple of 16 bytes,"),
-        ("lstm+reset", 256, "lstm+reset, with 7 values of an instant to keep, at H = 256"),
-        ("lstm+hold+norm", 64, "lstm+hold+norm, with 13 values of an instant to keep beside means, at H = 64"),
+        ("lstm+reset", 100, "lstm[reset] with rows of 100 bfloat16 numbers, no multiple of 16 bytes"),
+        ("lstm+reset", 256, "lstm[reset] has 7 live values per time step at H = 256"),
+        ("lstm+hold+norm", 64, "lstm[lengths, layer_norm] has 13 live values per time step plus reductions at H = 64"),
     ):
         found = plans.sequence(cells.get(name), H, "bfloat16", 232448, backward=True)
-        assert found == (None, f"{why} takes too many registers")
+        assert found == (None, f"too many registers: {why}")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

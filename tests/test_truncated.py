@@ -89,7 +89,7 @@ def test_outputs_and_states_are_the_whole_sequences(kind, T, k1, k2, batch_first
         "reset": reset,
         "reset_state": resets,
         "lengths": torch.tensor([T, 3, 0]),
-        "starts": torch.tensor([1, 0, 2]),
+        "left_padding": torch.tensor([1, 0, 2]),
     }
     wanted, last = layer(x, hx, **around)
     windows = list(gpu_rnn.tbptt(layer, x, k1, k2, hx, **around))
@@ -135,7 +135,7 @@ BAD = {
     "k1 over k2": ("GRU", {}, 3, 2, ValueError, "0 < k1 <= k2, got k1=3 and k2=2"),
     "no k1": ("GRU", {}, 0, 2, ValueError, "got k1=0 and k2=2"),
     "half an instant": ("GRU", {}, 1.5, 2, ValueError, "got k1=1.5 and k2=2"),
-    "two directions": ("LSTM", {"bidirectional": True}, 1, 2, ValueError, "the layer is bidirectional: LSTM(2, 4"),
+    "two directions": ("LSTM", {"bidirectional": True}, 1, 2, ValueError, "for a bidirectional layer: LSTM(2, 4"),
 }
 
 

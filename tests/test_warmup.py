@@ -56,7 +56,7 @@ def test_bad_calls_are_refused():
         gpu_rnn.warmup(gpu_rnn.LSTM(3, 4), T=5, B=2, H=4)
     with pytest.raises(ShapeError, match="size 0"):
         gpu_rnn.warmup(gpu_rnn.LSTM(3, 4), T=0)
-    with pytest.raises(gpu_rnn.BackendError, match="backend 'cuda' was asked for"):
+    with pytest.raises(gpu_rnn.BackendError, match="backend 'cuda' was requested"):
         gpu_rnn.warmup(gpu_rnn.LSTM(3, 4, backend="cuda"), T=5, B=2)
 
 

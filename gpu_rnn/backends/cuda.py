@@ -30,27 +30,27 @@ NAME = "cuda"
 def reasons(problem: Problem) -> list[str]:
     why = [reason for reason in (compat.no_gpu(), compat.missing("cupy")) if reason is not None]
     if problem.device != "cuda":
-        why.append(f"the arrays are on {problem.device}; CUDA computes on the GPU and nothing is moved silently")
+        why.append(problem.elsewhere)
     if problem.dtype not in arrays.DTYPES:
-        why.append(f"{problem.dtype} has no kernel; there are {', '.join(arrays.DTYPES)}")
+        why.append(f"has no kernel for {problem.dtype}, only for {', '.join(arrays.DTYPES)}")
     if (problem.library, problem.dtype) == ("cupy", "bfloat16"):
-        why.append("bfloat16 CuPy arrays are not computed, as CuPy knows this dtype only in part; give torch tensors")
+        why.append("takes no bfloat16 CuPy arrays, since CuPy supports this dtype in part; pass torch tensors")
     return why
 
 
 def plan(problem: Problem) -> str:
-    ways, product = [], arrays.product_dtype(problem.library, problem.dtype)
+    ways = [sequence.projection(problem)]
     for backward in ways_of(problem):
         resident, why = residence_of(problem, device(), backward)
-        each = f"stepwise: one product, in {product}, and one fused kernel per step; not resident: {'; '.join(why)}"
+        each = f"{sequence.per_step(problem)}; no persistent kernel: {'; '.join(why)}"
         if resident and why:
-            each = f"{resident}; the other direction after it: {'; '.join(why)}"
+            each = f"{resident}; one direction after the other: {'; '.join(why)}"
         each = each if why else str(resident)
         if problem.layers > 1:
             wavefront, against = stack_of(problem, device(), backward)
-            each = str(wavefront) if wavefront else f"{each}; layer after layer: {'; '.join(against)}"
-        ways.append(each)
-    return f"{sequence.projection(problem)}; then " + "; back: ".join(ways)
+            each = str(wavefront) if wavefront else f"{each}; layer by layer: {'; '.join(against)}"
+        ways.append(f"{'backward' if backward else 'forward'}: {each}")
+    return "\n".join(ways)
 
 
 def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
@@ -79,11 +79,13 @@ def ways_of(problem: Problem) -> tuple[bool, ...]:
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk, runner(), device(), held=held)
-        return sequence.forward(step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
+        return sequence.forward(
+            step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
+        )
 
 
 def backward(
@@ -98,11 +100,11 @@ def backward(
 
 
 def forwards(
-    cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
+    cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, step_exact: bool = False
 ) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
         step = partial(walk, runner(), device(), held=held)
-        return sequence.forwards(step, cell, directions, tf32=tf32, save=save, bitwise=bitwise)
+        return sequence.forwards(step, cell, directions, tf32=tf32, save=save, step_exact=step_exact)
 
 
 def backwards(
@@ -182,9 +184,9 @@ def residence_of(
     if problem.B == 0:
         why.append("the batch is empty")
     if problem.P is not None:
-        why.append("a projection is one more product per step")
-    if problem.T < LEAST_INSTANTS and not problem.bitwise:
-        why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} steps don't repay loading the weights")
+        why.append("a projection (w_hr) takes a second matmul per time step")
+    if problem.T < LEAST_INSTANTS and not problem.step_exact:
+        why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} time steps don't repay loading the weights")
     if why:
         return None, why
     sizes = problem.H, problem.B, problem.directions
@@ -200,9 +202,9 @@ def stack_of(
     if problem.B == 0 or problem.P is not None or problem.T < LEAST_INSTANTS:
         return None, residence_of(problem, on, backward)[1]
     if cell.meets:
-        return None, ("its page takes means over all units, and those of a stack don't meet",)
+        return None, ("it reduces over hidden units, which the wavefront kernel does not support",)
     if cell.E:
-        return None, ("something is woven into its page, and layers hand on h as it is",)
+        return None, (f"the wavefront kernel does not support modifiers ({cell.label})",)
     sizes = problem.H, problem.T, problem.B, problem.layers
     element, apart = residence.element(cell, backward=backward), sum(cell.separate)
     plan, why = residence.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=not tf32)
@@ -232,28 +234,28 @@ def plan_of(
     ours = partial(held, cell, dtype)
     plan, why = residence.settled(cell.G, element, dtype, H, B, on, held=ours, **how)
     if plan != announced[0]:
-        what = f"{cell.name}, H={H} B={B} {dtype}: {'; '.join(why)}; now {plan or 'stepwise'}"
+        what = f"{cell.label}, H={H} B={B} {dtype}: {'; '.join(why)}; using {plan or 'per-step kernels'} instead"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
     return plan, why
 
 
 def planned(
     on: residence.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
-    held: Held | None, bitwise: bool = False,
+    held: Held | None, step_exact: bool = False,
 ) -> residence.Residence | None:  # fmt: skip
     """The resident plan for arrays; gates [T, B, G, H]."""
     T, B, _, H = gates.shape
     P = None if w_hr is None else w_hr.shape[0]
     problem = Problem(
         cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32, directions=directions,
-        bitwise=bitwise,
+        step_exact=step_exact,
     )  # fmt: skip
     return residence_of(problem, on, backward, held)[0]
 
 
 def walk(run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None) -> None:
     one = given[0]
-    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.bitwise)
+    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.step_exact)
     for together in launched(plan, given):
         if plan is None:
             stepwise.walk(partial(bind, run), cell, *together)

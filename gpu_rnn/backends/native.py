@@ -42,13 +42,13 @@ SOURCES = Path(kernels.__file__).parent / "native"
 def reasons(problem: Problem) -> list[str]:
     why = []
     if problem.device != "cpu":
-        why.append(f"the arrays are on {problem.device}; native code runs on the CPU and nothing is moved silently")
+        why.append(problem.elsewhere)
     if problem.library == "cupy":
-        why.append("CuPy arrays are on a GPU")
+        why.append("takes no CuPy arrays, which are on a GPU")
     if problem.library == "numpy" and problem.dtype not in ("float32", "float64"):
-        why.append(f"{problem.dtype} NumPy arrays are not computed; give float32 or float64")
+        why.append(f"takes NumPy arrays of float32 or float64, not {problem.dtype}")
     if problem.cell.S > MAX_STATES:
-        why.append(f"{problem.cell.name} has {problem.cell.S} states; at most {MAX_STATES} are served")
+        why.append(f"supports at most {MAX_STATES} states; {problem.cell.label} has {problem.cell.S}")
     if not why:
         try:
             code(problem.cell, real_of(problem))
@@ -60,9 +60,11 @@ def reasons(problem: Problem) -> list[str]:
 def plan(problem: Problem) -> str:
     real, isa = real_of(problem), instruction_set()
     how = (
-        f"{real}, {isa.name}, {isa.lanes(real)} lanes, tiles of {isa.tile(problem.cell.G)}, {threads()} threads at most"
+        f"{real}, {isa.name}, {isa.lanes(real)} lanes, tiles of {isa.tile(problem.cell.G)}, at most {threads()} threads"
     )
-    return f"{how}; " + ("x is the input part already" if problem.I is None else "input projection by chunks")
+    ways = "forward and backward" if problem.training else "forward"
+    projection = problem.projection or "input projection: one GEMM per chunk of time steps"
+    return f"{projection}\n{ways}: native code, one call for the whole sequence: {how}"
 
 
 def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
@@ -92,14 +94,14 @@ def memory(problem: Problem) -> Memory:
 
 def warmup(problem: Problem) -> tuple[str, ...]:
     code(problem.cell, real_of(problem))
-    return (f"{problem.cell.name}, compiled for {instruction_set().name}",)
+    return (f"{problem.cell.label}, compiled for {instruction_set().name}",)
 
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
-    """bitwise: every sum has one order and nothing depends on T, so it always is."""
+    """step_exact: every sum has one order and nothing depends on T, so it always is."""
     given, w, first = plain(x), [plain(w) for w in weights], [plain(s) for s in state]
     (T, B, I), (GH, P), G = given.shape, w[1].shape, cell.G
     H, real, empty = GH // G, real_of(given), new(given)

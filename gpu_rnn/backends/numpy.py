@@ -45,22 +45,23 @@ AS_EVER = nullcontext()
 def reasons(problem: Problem) -> list[str]:
     why = []
     if problem.device != "cpu":
-        why.append(f"the arrays are on {problem.device}; NumPy computes on the CPU and nothing is moved silently")
+        why.append(problem.elsewhere)
     if problem.library == "cupy":
-        why.append("CuPy arrays are on a GPU")
+        why.append("takes no CuPy arrays, which are on a GPU")
     if problem.library == "numpy" and problem.dtype not in ("float32", "float64"):
-        why.append(f"{problem.dtype} NumPy arrays are not computed; give float32 or float64")
+        why.append(f"takes NumPy arrays of float32 or float64, not {problem.dtype}")
     return why
 
 
 def plan(problem: Problem) -> str:
     width = "float64" if problem.dtype == "float64" else "float32"
     columns = (problem.I or 0) + (problem.P or problem.H)
-    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width), problem.bitwise)
+    order = arranged(problem.cell, problem.T, problem.B, problem.H, columns, np.dtype(width), problem.step_exact)
     calls = len(step_program(problem.cell, order).calls)
-    projection = "input projection by steps" if problem.bitwise else "input projection by chunks"
-    before = "x is the input part already" if problem.I is None else projection
-    return f"{width}; one product and {calls} elementwise calls per step, {before}"
+    chunks = "one GEMM per time step" if problem.step_exact else "one GEMM per chunk of time steps"
+    projection = problem.projection or f"input projection: {chunks}"
+    ways = "forward and backward" if problem.training else "forward"
+    return f"{projection}\n{ways}: {width}, one recurrent matmul and {calls} elementwise NumPy calls per time step"
 
 
 def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
@@ -77,7 +78,7 @@ def memory(problem: Problem) -> Memory:
     given = x + (problem.weight_elements + problem.state_elements) * r if halves else 0  # in float32
     stored = y // 2 if halves else 0
 
-    shelf = shelf_forward(cell, T, B, inputs, G * H, P, dtype, problem.bitwise)
+    shelf = shelf_forward(cell, T, B, inputs, G * H, P, dtype, problem.step_exact)
     instants = shelf.lend()
     n = len(instants.views)
     entering = n * B * G * H if inputs and not instants.wide and n > 1 and B > 1 else 0  # the product for a chunk
@@ -85,7 +86,7 @@ def memory(problem: Problem) -> Memory:
     weights = G * H * (inputs + P) if instants.scaled else 0
     shelf.take_back(instants)
     record = ((T + 1) * (cell.K + cell.S - 1) + (T if problem.P else 0)) * H * B * r if save else 0
-    program = step_program(cell, arranged(cell, T, B, H, inputs + P, dtype, problem.bitwise))
+    program = step_program(cell, arranged(cell, T, B, H, inputs + P, dtype, problem.step_exact))
     forward = instants.bytes + (temporaries(program, H, B) + entering + weights) * r
     forward += y + record + problem.state_elements * r + history + given + stored
     if not problem.training:
@@ -114,11 +115,11 @@ def temporaries(program: Program, H: int, B: int) -> int:
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     if isinstance(x, np.ndarray):
-        return run_forward(cell, x, weights, state, reverse, save, bitwise)
-    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse, save, bitwise)
+        return run_forward(cell, x, weights, state, reverse, save, step_exact)
+    y, last, tape = run_forward(cell, to_numpy(x), *numpied(weights, state), reverse, save, step_exact)
     after = tuple([from_numpy(array.reshape(before.shape), like=x) for array, before in zip(last, state)])
     return from_numpy(y, like=x), after, tuple([from_numpy(array, like=x, keep_dtype=True) for array in tape])
 
@@ -175,12 +176,12 @@ def lent(weight: Any) -> np.ndarray:
 
 
 def run_forward(
-    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, reverse: bool, save: bool, bitwise: bool
+    cell: Cell, x: np.ndarray, weights: Weights, state: tuple, reverse: bool, save: bool, step_exact: bool
 ) -> tuple[np.ndarray, tuple, tuple]:
     """The tape is the record of `Instants` for all instants, in the order of computation; with a projection also h
     before it, [T, H, B]."""
     (T, B, I), (rows, P) = x.shape, weights.w_hh.shape
-    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, rows, P, x.dtype, bitwise)
+    shelf = shelf_forward(cell, T, B, 0 if weights.w_ih is None else I, rows, P, x.dtype, step_exact)
     instants = shelf.lend()
     W, recur = instants.take(weights, state)
     h, hg, record, shown, run = instants.h, instants.hg, instants.record, instants.shown, instants.run
@@ -311,13 +312,15 @@ def sizes(cell: Cell, weights: Weights) -> tuple[int, int]:
     return weights.w_hh.shape[0] // cell.G, weights.w_hh.shape[1]
 
 
-def arranged(cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, bitwise: bool = False) -> GateLayout:
+def arranged(
+    cell: Cell, T: float, B: int, H: int, columns: int, dtype: np.dtype, step_exact: bool = False
+) -> GateLayout:
     """The order of the gates going forward: torch's where the instants don't repay a copy of so many weights a gate.
 
-    bitwise: it may not depend on T.
+    step_exact: it may not depend on T.
     """
     repaid = (T - 4) * (B + 8) * 256
-    order = torch_layout(cell) if repaid < H * columns and not bitwise else layout(cell)
+    order = torch_layout(cell) if repaid < H * columns and not step_exact else layout(cell)
     return with_exp_sigmoid(order) if dtype == np.float32 and H * B >= EXP else order
 
 
@@ -388,11 +391,11 @@ shelf_of = lru_cache(SIZES)(Shelf)
 
 
 @lru_cache(SIZES)
-def shelf_forward(cell: Cell, T: int, B: int, I: int, rows: int, P: int, dtype: np.dtype, bitwise: bool) -> Shelf:
+def shelf_forward(cell: Cell, T: int, B: int, I: int, rows: int, P: int, dtype: np.dtype, step_exact: bool) -> Shelf:
     """Of the `Instants` on which a sequence goes forward. rows: G*H. I is 0 where x is the input part already."""
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(rows * B * dtype.itemsize, 1))
-    wide, H = bitwise or B >= WIDE or (B >= NARROW and rows * I <= SMALL), rows // cell.G
-    return shelf_of(Instants, cell, arranged(cell, T, B, H, I + P, dtype, bitwise), n, wide, B, I, H, P, dtype)
+    wide, H = step_exact or B >= WIDE or (B >= NARROW and rows * I <= SMALL), rows // cell.G
+    return shelf_of(Instants, cell, arranged(cell, T, B, H, I + P, dtype, step_exact), n, wide, B, I, H, P, dtype)
 
 
 class Instants(Kept):

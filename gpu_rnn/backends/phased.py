@@ -32,7 +32,12 @@ class Phased:
         return self.backend.reasons(run(problem))
 
     def plan(self, problem: Problem) -> str:
-        return f"two instants for each, {sequence.projection(problem)}; {self.backend.plan(run(problem))}"
+        lines = self.backend.plan(run(problem)).splitlines()
+        return "\n".join([
+            "two kernel steps per time step, since the cell has a second recurrent matmul",
+            sequence.projection(problem),
+            *(line for line in lines if not line.startswith("input projection")),
+        ])  # fmt: skip
 
     def method(self, problem: Problem, backward: bool, stacked: bool = False) -> str:
         return self.backend.method(run(problem), backward, stacked)
@@ -53,10 +58,10 @@ class Phased:
 
     def forward(
         self, cell: Cell, x: Any, weights: Weights, state: Sequence[Any], *, reverse: bool, tf32: bool = False,
-        save: bool, bitwise: bool = False,
+        save: bool, step_exact: bool = False,
     ) -> tuple[Any, tuple, tuple]:  # fmt: skip
         direction = Direction(x, weights, state, reverse)
-        (result,) = self.forwards(cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
+        (result,) = self.forwards(cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
         return result
 
     def backward(
@@ -68,14 +73,14 @@ class Phased:
         return gradients
 
     def forwards(
-        self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, bitwise: bool = False
+        self, cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, step_exact: bool = False
     ) -> list[tuple[Any, tuple, tuple]]:
         entering = [*map(sequence.plain, directions)]
         with arrays.products(entering[0].x, tf32):
             factors = [self.backend.factors(each.x, each.weights) for each in entering]
-            parts = [sequence.input_part(x, weights, bitwise) for x, weights in factors]
+            parts = [sequence.input_part(x, weights, step_exact) for x, weights in factors]
         run = [laid_out(cell, d, twice(returned(part, like=d.x))) for d, part in zip(entering, parts)]
-        how: dict[str, Any] = {"tf32": tf32, "save": save, "bitwise": bitwise}
+        how: dict[str, Any] = {"tf32": tf32, "save": save, "step_exact": step_exact}
         if hasattr(self.backend, "forwards"):
             found = self.backend.forwards(cell.phases, run, **how)
         else:

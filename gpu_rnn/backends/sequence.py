@@ -38,7 +38,7 @@ class Forward(NamedTuple):
     extra: Extra
     reverse: bool
     tf32: bool  # float32 products may be rounded to TF32
-    bitwise: bool  # the walk may not depend on T
+    step_exact: bool  # the walk may not depend on T
     w_ih: Any = None  # [G*H, H] storage, and
     b_ih: Any = None  # [G*H] storage, or None: of a layer that takes its input from the one below; then xg is None
 
@@ -87,11 +87,11 @@ Recorded = tuple[Any, tuple, Any, tuple, tuple]  # y, the tape, the gradients of
 
 def forward(
     walk: Callable[..., None], cell: Cell, x: Any, weights: Weights, state: tuple,
-    *, reverse: bool, tf32: bool = False, save: bool, bitwise: bool = False,
+    *, reverse: bool, tf32: bool = False, save: bool, step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
     direction = Direction(x, weights, state, reverse)
-    (result,) = forwards(walk, cell, [direction], tf32=tf32, save=save, bitwise=bitwise)
+    (result,) = forwards(walk, cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
     return result
 
 
@@ -102,9 +102,9 @@ def forwards(
     *,
     tf32: bool,
     save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> list[tuple[Any, tuple, tuple]]:
-    given = [begun(cell, *plain(direction), tf32, save, bitwise) for direction in directions]
+    given = [begun(cell, *plain(direction), tf32, save, step_exact) for direction in directions]
     walk(cell, *given)
     return [*map(done, given)]
 
@@ -146,12 +146,12 @@ def plain(direction: Direction) -> Direction:
 
 def begun(
     cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, tf32: bool, save: bool,
-    bitwise: bool = False, above: bool = False,
+    step_exact: bool = False, above: bool = False,
 ) -> Forward:  # fmt: skip
     """The product for all inputs, unless the walk makes it of the layer below."""
     (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
     H = GH // G
-    part = x if above else input_part(x, weights, bitwise)
+    part = x if above else input_part(x, weights, step_exact)
     xg = None if above else part.reshape(T, B, G, H)
     first = T if save and reverse else 0
     others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
@@ -164,7 +164,7 @@ def begun(
     shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
     return Forward(
         xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
-        tf32, bitwise, *((weights.w_ih, weights.b_ih) if above else ()),
+        tf32, step_exact, *((weights.w_ih, weights.b_ih) if above else ()),
     )  # fmt: skip
 
 
@@ -241,14 +241,14 @@ def gradients(cell: Cell, given: Backward, x: Any, weights: Weights, needs: Coll
     return found
 
 
-def input_part(x: Any, weights: Weights, bitwise: bool) -> Any:
-    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if that is all. bitwise: by a product per instant."""
+def input_part(x: Any, weights: Weights, step_exact: bool) -> Any:
+    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if that is all. step_exact: by a product per instant."""
     if weights.w_ih is None:
         return x if weights.b_ih is None else x + weights.b_ih
     (T, B, I), (GH, _) = x.shape, weights.w_ih.shape
     part = arrays.empty((T, B, GH), like=x)
     W, b = weights.w_ih.T, weights.b_ih
-    if not bitwise:
+    if not step_exact:
         arrays.matmul(x.reshape(T * B, I), W, out=part.reshape(T * B, GH), add=b)
         return part
     at, product = arrays.empty((B, I), like=x), arrays.empty((B, GH), like=x)
@@ -273,10 +273,15 @@ def of_input(dpart: Any, x: Any, weights: Weights, needs: Collection[str]) -> di
 
 
 def projection(problem: Problem) -> str:
-    """What comes before the walk, in words."""
-    if problem.I is None:
-        return "x is the input part already"
-    return "one product for the inputs of each step" if problem.bitwise else "one product for all inputs"
+    """The line of a plan on what comes before the time loop."""
+    gemms = "one GEMM per time step" if problem.step_exact else "one GEMM for all time steps"
+    return problem.projection or f"input projection: {gemms}"
+
+
+def per_step(problem: Problem) -> str:
+    """What a plan says of the per-step kernels."""
+    product = arrays.product_dtype(problem.library, problem.dtype)
+    return f"per-step kernels: one GEMM (accumulated in {product}) and one fused elementwise kernel per time step"
 
 
 def memory(problem: Problem, forward: int, backward: int) -> Memory:

@@ -32,12 +32,12 @@ def interpreted() -> bool:
 def reasons(problem: Problem) -> list[str]:
     why = [reason for reason in map(compat.missing, ("torch", "triton")) if reason is not None]
     if problem.library != "torch":
-        why.append(f"its kernels take torch tensors, not {problem.library} arrays; see torch.from_dlpack")
+        why.append(f"takes torch tensors, not {problem.library} arrays (torch.from_dlpack converts without a copy)")
     if problem.dtype not in arrays.DTYPES:
-        why.append(f"{problem.dtype} has no kernel; there are {', '.join(arrays.DTYPES)}")
+        why.append(f"has no kernel for {problem.dtype}, only for {', '.join(arrays.DTYPES)}")
     if not interpreted():
         if problem.device != "cuda":
-            why.append(f"the arrays are on {problem.device}; Triton computes on the GPU and nothing is moved silently")
+            why.append(problem.elsewhere)
         why += unfit()
     return why
 
@@ -56,7 +56,7 @@ def unfit() -> list[str]:
         return ["torch sees no GPU"]
     capability = torch.cuda.get_device_capability()
     if capability < plans.OLDEST:
-        return [f"the GPU has compute capability {capability}; the kernels need {plans.OLDEST}"]
+        return [f"the GPU has compute capability {capability}; the kernels need at least {plans.OLDEST}"]
     try:
         from triton.runtime import driver
 
@@ -68,10 +68,15 @@ def unfit() -> list[str]:
 
 def plan(problem: Problem) -> str:
     chosen, why = sequence_plan(problem)
+    ways = "forward and backward" if problem.training else "forward"
     if chosen is None:
-        return f"stepwise: {sequence.projection(problem)}; one product and one fused kernel per step; {why}"
+        return f"{sequence.projection(problem)}\n{ways}: {sequence.per_step(problem)}; no persistent kernel: {why}"
     programs = -(-problem.B // chosen.rows)
-    return f"sequence: {sequence.projection(problem)}; all steps in one launch of {programs} programs, {chosen}"
+    return (
+        f"{sequence.projection(problem)}\n{ways}: persistent kernel: {programs} x {32 * chosen.num_warps} threads, "
+        f"{chosen.rows} sequences per block, tiles of {chosen.tile} hidden units; recurrent weights on-chip; inputs in "
+        f"{chosen.stages} stages"
+    )
 
 
 def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
@@ -89,11 +94,13 @@ def memory(problem: Problem) -> Memory:
 
 def forward(
     cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    bitwise: bool = False,
+    step_exact: bool = False,
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     x, weights, state = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state))
     with device_of(x), arrays.products(x, tf32):
-        return sequence.forward(walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, bitwise=bitwise)
+        return sequence.forward(
+            walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
+        )
 
 
 def backward(
@@ -223,7 +230,7 @@ def planned(cell: Cell, gates: Any, w_hr: Any, *, backward: bool) -> plans.Seque
 def sequence_plan(problem: Problem) -> tuple[plans.Sequence | None, str]:
     """The plan for a whole sequence in one launch on the current GPU, or why there is none."""
     if problem.P is not None:
-        return None, "a projection is one more product per step"
+        return None, "a projection (w_hr) takes a second matmul per time step"
     return plans.sequence(problem.cell, problem.H, problem.dtype, shared_memory(), backward=problem.training)
 
 

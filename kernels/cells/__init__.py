@@ -63,6 +63,11 @@ class Cell:
     phases: "Cell | None" = None  # what kernels run in its place, in two instants for each
 
     @property
+    def label(self) -> str:
+        """The name for people: with the keywords that its caller wrote."""
+        return label(self.name)
+
+    @property
     def run(self) -> "Cell":
         """What kernels run."""
         return self.phases or self
@@ -91,6 +96,24 @@ class Cell:
     def E(self) -> int:
         """How many values `extra` has, the page's argument beside x, h and states; without any it takes none."""
         return len(self.units) + len(self.flags) + self.uniforms
+
+
+KEYWORDS = {  # of variants and modifiers, where the caller's keyword is another word
+    "before": "reset_after=False", "candidate": "recurrent_dropout_on='candidate'", "clip": "cell_clip",
+    "dropout": "recurrent_dropout", "given": "reset_state", "hold": "lengths", "mean": "training=False",
+    "norm": "layer_norm", "projected": "proj_size",
+}  # fmt: skip
+
+
+def label(name: str) -> str:
+    """ "lstm+hold+zoneout(0.1,0.05)" -> "lstm[lengths, zoneout=(0.1, 0.05)]"."""
+    base, *parts = name.split("+")
+    words = []
+    for part in parts:
+        word, _, values = part.rstrip(")").partition("(")
+        text = f"({', '.join(values.split(','))})" if "," in values else values
+        words.append(KEYWORDS.get(word, word) + f"={text}" * bool(text))
+    return f"{base}[{', '.join(words)}]" if words else base
 
 
 @cache

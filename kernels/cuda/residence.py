@@ -94,7 +94,7 @@ class Device:
 
 # Kinds of plans whose results were wrong, or which hung, on the first GPU that they met (an H200, 2026-11-29), while
 # all tests on the host pass. Until the cause is known they are made for tests alone.
-UNPROVEN = {"ieee": "IEEE float32 products", "wavefront": "layers as a wavefront"}
+UNPROVEN = {"ieee": "IEEE float32 matmuls", "wavefront": "layers as a wavefront"}
 
 DEVICES = {  # for planning without a device, of all kinds; where there is a device, the driver is asked
     "a100": Device((8, 0), 108, 166912),
@@ -265,17 +265,20 @@ class Residence:
         }
 
     def __str__(self) -> str:
-        held = f"{self.k_registers} k tiles a warp in registers"
+        on_chip = f"{self.k_registers} k-tiles per warp in registers"
         if self.k_shared:
-            held += f", {self.k_shared} in shared memory"
-        product = "16-bit" if self.size == 2 else "IEEE float32" if self.ieee else "TF32"
+            on_chip += f", {self.k_shared} in shared memory"
+        matmul = "16-bit" if self.size == 2 else "IEEE float32" if self.ieee else "TF32"
         several = "both directions in one launch; " if self.directions == 2 else ""
         if self.layers > 1:
             several = f"{self.layers} layers as a wavefront in one launch; "
+        count = self.members * self.groups
+        blocks = f"{count} groups of " * (count > 1) + f"{self.blocks} block{'s' * (self.blocks > 1)}"
+        launches = f"{self.launches} launch{'es' * (self.launches > 1)}"
         return (
-            f"resident, {self.scope}: {several}{self.blocks} blocks of {self.threads} threads, {self.units} hidden "
-            f"units each, {held}; {product} products; {self.members * self.groups} groups of {self.rows} batch rows in "
-            f"each of {self.launches} launches; predicted {self.microseconds:.2f} us a step"
+            f"persistent kernel ({self.scope} scope): {several}{blocks} of {self.threads} threads, {self.units} hidden "
+            f"units per block, {self.rows} sequences per group; recurrent weights on-chip: {on_chip}; "
+            f"{matmul} matmuls; {launches}; predicted {self.microseconds:.2f} us per time step"
         )
 
 
@@ -355,7 +358,7 @@ def plan(
     be TF32. `scope` insists on one.
     """
     if dtype not in SIZES:
-        return None, (f"{dtype} has no resident kernel: there are {', '.join(SIZES)}",)
+        return None, (f"there is no persistent kernel for {dtype}, only for {', '.join(SIZES)}",)
     if device.capability < (8, 0):
         return None, (f"compute capability {device.capability[0]}.{device.capability[1]} is below 8.0",)
     size, ieee = SIZES[dtype], ieee and dtype == "float32"
@@ -369,8 +372,8 @@ def plan(
     best = min(found, key=lambda made: made.waves * made.microseconds)
     other = stepwise(gates, size, H, B, ieee, len(meetings))
     if scope is None and best.waves * best.microseconds > other:
-        taken = f"{best.waves} times {best.microseconds:.1f} us a step for {B} batch rows"
-        return None, (f"{best.scope}: predicted to take {taken}, and one product per step {other:.1f} us",)
+        taken = f"{best.waves} x {best.microseconds:.1f} us per time step for {B} sequences"
+        return None, (f"{best.scope} scope: predicted {taken}, against {other:.1f} us by per-step kernels",)
     return best, ()
 
 
@@ -403,7 +406,7 @@ def holds(made: Residence, device: Device, held: Callable[[Residence], int]) -> 
     if count >= wanted:
         return count, None
     what = f"{wanted} blocks" if grid else f"{wanted} clusters of {made.blocks} blocks"
-    return count, f"{made.scope}: {what} were to be resident at once, and the driver holds {count}"
+    return count, f"{made.scope} scope: needs {what} co-resident, but the CUDA driver reports {count}"
 
 
 def together(
@@ -417,14 +420,14 @@ def together(
     groups = tiles
     if alone.scope != "block":
         if at_once < 2:
-            what = f"twice {alone.blocks} blocks on {device.multiprocessors} multiprocessors"
-            return None, (f"{alone.scope}: both directions at once would be {what}",)
+            what = f"2 x {alone.blocks} blocks, more than fit {device.multiprocessors} multiprocessors"
+            return None, (f"{alone.scope} scope: both directions in one launch need {what}",)
         groups = min(tiles, at_once // 2)
     launches = -(-tiles // groups)
     waves = -(-2 * tiles // at_once) if alone.scope == "block" else launches
     if waves > 2 * alone.waves:
         return None, (
-            f"{alone.scope}: both directions at once fill the device {waves} times, each alone {alone.waves}",
+            f"{alone.scope} scope: both directions in one launch take {waves} waves of blocks, one alone {alone.waves}",
         )
     made = replace(alone, directions=2, groups=groups, launches=launches, waves=waves)
     _, why_not = (0, None) if held is None else holds(made, device, held)
@@ -451,13 +454,14 @@ def stack(
     if not found:
         mebibytes = layers * 2 * gates * H * H * size / 2**20
         what = f"[W | R] of {layers} layers, {mebibytes:.1f} MiB, on {device.multiprocessors} multiprocessors at once"
-        return None, (f"grid: there is no place for {what}",)
+        return None, (f"grid scope: the weights don't fit on-chip: {what}",)
     best = min(found, key=lambda made: made.waves * made.microseconds)
     step = alone.waves * alone.microseconds if alone else stepwise(gates, size, H, B, ieee)
     spans = [end - begin for begin, end in cuts(best, T)]
     if max(spans) < min(T, LEAST_SPAN):
-        what = f"what layers hand on takes {best.launches * best.exchange_bytes(1) / 2**20:.1f} MiB an instant"
-        return None, (f"grid: {what}, of {MOST_PUBLISHED >> 20} that it may",)
+        mebibytes = best.launches * best.exchange_bytes(1) / 2**20
+        what = f"the buffer between layers takes {mebibytes:.1f} MiB per time step"
+        return None, (f"grid scope: {what}, and may take {MOST_PUBLISHED >> 20} MiB",)
     rate = IEEE_OPERATIONS_PER_MICROSECOND if ieee else OPERATIONS_PER_MICROSECOND
     inputs = (layers - 1) * (LAUNCHES / 2 + 2 * T * B * gates * H * H / rate)
     in_turn = layers * T * step + inputs
@@ -465,7 +469,7 @@ def stack(
     zeros = best.launches * sum(map(best.exchange_bytes, spans)) / ZERO_BYTES_PER_MICROSECOND
     at_once = best.waves * instants * best.microseconds + zeros + (len(spans) - 1) * LAUNCHES
     if at_once > in_turn:
-        return None, (f"{at_once:.0f} us predicted as a wavefront, {in_turn:.0f} us layer after layer",)
+        return None, (f"predicted {at_once:.0f} us as a wavefront, {in_turn:.0f} us layer by layer",)
     return best, ()
 
 
@@ -484,12 +488,13 @@ def meetings(cell: Cell, *, backward: bool) -> tuple[int, ...]:
 
 def why_not(scope: str, gates: int, size: int, H: int, device: Device) -> str:
     if scope == "cluster" and device.cluster_blocks < 2:
-        return "cluster: this device has no thread block clusters"
+        return "cluster scope: this GPU has no thread block clusters"
     if scope == "grid" and not device.cooperative:
-        return "grid: this device has no cooperative launch"
+        return "grid scope: this GPU has no cooperative launch"
     most = {"block": 1, "cluster": device.cluster_blocks, "grid": min(device.multiprocessors, MOST_GRID_BLOCKS)}[scope]
     mebibytes = gates * H * H * size / 2**20
-    return f"{scope}: R, {mebibytes:.1f} MiB, does not fit the registers and shared memory of {most} blocks"
+    blocks = f"{most} block{'s' * (most > 1)}"
+    return f"{scope} scope: the recurrent weights ({mebibytes:.1f} MiB) exceed the on-chip memory of {blocks}"
 
 
 Page = tuple[int, int, int, bool, tuple[int, ...]]  # gates, element, size, ieee, meetings

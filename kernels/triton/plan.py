@@ -63,17 +63,17 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
     float32     128      64      64            128      64      64
     """
     if dtype not in ITEM_BYTES:
-        return None, f"{dtype} products take no tensor cores and too many registers"
+        return None, f"{dtype} matmuls have no tensor cores and need too many registers"
     rows, tile = 16, max(32 if cell.meets else 16, power_of_two(H))
     why = spilling(cell, H, tile, dtype)
     if why is not None:
-        return None, f"{why} takes too many registers"
+        return None, f"too many registers: {why}"
     num_warps = min(tile // 4, 16) if dtype == "float32" else min(tile // 8, 8)
     for stages in (3, 2, 1):
         if sequence_bytes(cell, tile, dtype, rows, stages, backward=backward) <= shared_memory:
             return Sequence(rows, tile, stages, num_warps, maxnreg=min(65536 // (32 * num_warps), 255)), ""
     weights = cell.G * tile * tile * ITEM_BYTES[dtype] >> 10
-    return None, f"{weights} KiB of weights don't fit {shared_memory >> 10} KiB of shared memory"
+    return None, f"the recurrent weights ({weights} KiB) exceed the shared memory ({shared_memory >> 10} KiB)"
 
 
 def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
@@ -91,15 +91,15 @@ def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
     more = cell.E > 0 or cell.meets
     weights = cell.G * tile * tile * ITEM_BYTES[dtype]
     if dtype == "float32" and weights > FLOAT32_WEIGHTS // (1 + more):
-        return f"a product with {weights >> 10} KiB of float32 weights"
+        return f"a matmul with {weights >> 10} KiB of float32 weights"
     if tile > 64 and H % 4:
-        return f"H = {H}, above 64 and no multiple of 4,"
+        return f"H = {H} is above 64 and no multiple of 4"
     if more and H * ITEM_BYTES[dtype] % 16:
-        return f"{cell.name} in rows of {H} {dtype} numbers, no multiple of 16 bytes,"
+        return f"{cell.label} with rows of {H} {dtype} numbers, no multiple of 16 bytes"
     values = 2 * cell.S + cell.learned + 3 * (cell.E - cell.learned)
     most = 10 if cell.meets or dtype == "float32" else 21
     if values * max(tile, 64) > most * 64:
-        return f"{cell.name}, with {values} values of an instant to keep{' beside means' * cell.meets}, at H = {H}"
+        return f"{cell.label} has {values} live values per time step{' plus reductions' * cell.meets} at H = {H}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""bitwise=True: a sequence is, bit for bit, what its instants one at a time are."""
+"""step_exact=True: a sequence is, bit for bit, what its instants one at a time are."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def leaves(hx):
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 21), (40, 1, 37), (9, 5, 64)], ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_steps_are_the_sequence(kind, options, dtype, T, B, H, grad):
-    layer = getattr(gpu_rnn, kind)(I, H, **options, dtype=dtype, bitwise=True).eval()
+    layer = getattr(gpu_rnn, kind)(I, H, **options, dtype=dtype, step_exact=True).eval()
     x = torch.randn(T, B, I, dtype=dtype)
     with torch.set_grad_enabled(grad):
         y, last = layer(x)
@@ -43,7 +43,7 @@ def test_steps_are_the_sequence(kind, options, dtype, T, B, H, grad):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_rollout_with_resets_is_its_training(kind):
-    layer, x, first = getattr(gpu_rnn, kind)(I, H, bitwise=True), torch.randn(20, 3, I), torch.rand(20, 3) < 0.2
+    layer, x, first = getattr(gpu_rnn, kind)(I, H, step_exact=True), torch.randn(20, 3, I), torch.rand(20, 3) < 0.2
     hx, acted = None, []
     with torch.no_grad():
         for now, begins in zip(x, first):
@@ -57,10 +57,10 @@ def test_a_captured_sequence_too(monkeypatch):
     asked, forwards = [], dispatch.forwards
 
     def noting(backend, problem, directions):
-        asked.append(problem.bitwise)
+        asked.append(problem.step_exact)
         return forwards(backend, problem, directions)
 
-    layer, x = gpu_rnn.LSTM(I, H, bitwise=True), torch.randn(12, 3, I)
+    layer, x = gpu_rnn.LSTM(I, H, step_exact=True), torch.randn(12, 3, I)
     monkeypatch.setattr(dispatch, "forwards", noting)
     y, _ = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert asked == [True]
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_a_layer_without(recompute):
     torch.manual_seed(0)
     layer, x = gpu_rnn.LSTM(I, H, dtype=torch.float64), torch.randn(9, 3, I, dtype=torch.float64)
     found = []
-    for layer.bitwise, layer.recompute in ((False, False), (True, recompute)):
+    for layer.step_exact, layer.recompute in ((False, False), (True, recompute)):
         found.append(torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())))
     for ours, expected in zip(*found):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -81,25 +81,27 @@ def test_gradients_are_those_of_a_layer_without(recompute):
 def test_functions_and_arrays():
     rng = np.random.default_rng(0)
     x, w_ih, w_hh, b = (rng.standard_normal(shape).astype("f") for shape in ((15, 2, I), (3 * H, I), (3 * H, H), 3 * H))
-    y, last = gpu_rnn.gru(x, w_ih, w_hh, b, b, bitwise=True)
+    y, last = gpu_rnn.gru(x, w_ih, w_hh, b, b, step_exact=True)
     h = np.zeros((2, H), "f")
     for now, expected in zip(x, y):
-        _, h = gpu_rnn.gru(now[None], w_ih, w_hh, b, b, h0=h, bitwise=True)
+        _, h = gpu_rnn.gru(now[None], w_ih, w_hh, b, b, h0=h, step_exact=True)
         np.testing.assert_array_equal(h, expected)
     np.testing.assert_array_equal(h, last)
-    (again, _), pullback = gpu_rnn.vjp(gpu_rnn.gru, x, w_ih, w_hh, b, b, bitwise=True)
+    (again, _), pullback = gpu_rnn.vjp(gpu_rnn.gru, x, w_ih, w_hh, b, b, step_exact=True)
     np.testing.assert_array_equal(again, y)
     assert pullback((y, None))["w_ih"].shape == w_ih.shape
 
 
 def test_where_it_can_not_be_it_says_so():
     with pytest.raises(ValueError, match="layer_norm makes it for all at once"):
-        gpu_rnn.LSTM(I, H, layer_norm=True, bitwise=True)
+        gpu_rnn.LSTM(I, H, layer_norm=True, step_exact=True)
     x, w_ih, w_hh, gain = (torch.randn(shape) for shape in ((3, 2, I), (3 * H, I), (3 * H, H), 3 * H))
     with pytest.raises(ValueError, match="layer_norm makes it for all at once"):
-        gpu_rnn.gru(x, w_ih, w_hh, layer_norm=(gain, gain), bitwise=True)
+        gpu_rnn.gru(x, w_ih, w_hh, layer_norm=(gain, gain), step_exact=True)
 
 
 def test_it_is_shown():
-    assert "bitwise=True" in repr(gpu_rnn.GRU(I, H, bitwise=True))
-    assert "input projection by steps" in str(gpu_rnn.explain(gpu_rnn.GRU(I, H, bitwise=True), torch.randn(5, 2, I)))
+    assert "step_exact=True" in repr(gpu_rnn.GRU(I, H, step_exact=True))
+    assert "input projection: one GEMM per time step" in str(
+        gpu_rnn.explain(gpu_rnn.GRU(I, H, step_exact=True), torch.randn(5, 2, I))
+    )
