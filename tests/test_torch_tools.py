@@ -30,7 +30,7 @@ def ready(layer, needs_x=True):
     """An input, and states as the layer takes them, with gradients."""
     L = layer.num_layers * (1 + layer.bidirectional)
     x = torch.randn(T, B, I, requires_grad=needs_x)
-    sizes = [layer.proj_size or H, H][: len(gpu_rnn.kernels.cells.get(layer.page).states)]
+    sizes = [layer.proj_size or H, H][: len(gpu_rnn.kernels.cells.get(layer.cell_name).states)]
     states = tuple(torch.randn(L, B, size, requires_grad=True) for size in sizes)
     return x, states if len(states) > 1 else states[0]
 
