@@ -263,7 +263,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     if foreign(given["x"]):
         outputs, lent_pullback = vjp(function, *map(lent, bound.args), **{k: lent(a) for k, a in bound.kwargs.items()})
         return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
-    if arrays.library(given["x"]) == "torch":
+    if arrays.library(given["x"], "x") == "torch":
         from .operators import refuse_watched
 
         refuse_watched("gpu_rnn.vjp", "use torch.func.vjp, or torch.autograd.grad, of the function itself")

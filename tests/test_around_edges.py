@@ -189,13 +189,6 @@ def test_a_row_of_length_zero_keeps_its_states():
     torch.testing.assert_close(y[:, 1], made(x, hx)[0][:, 1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
-def test_lengths_beyond_the_end_are_the_end(dtype):
-    made = layer("gru")
-    x, hx, _ = inputs(made)
-    torch.testing.assert_close(made(x, hx, lengths=torch.tensor([99, 6, 7], dtype=dtype)), made(x, hx))
-
-
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 

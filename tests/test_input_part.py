@@ -200,7 +200,7 @@ def test_inspect_and_explain(rng):
     part = gpu_rnn.inspect(gpu_rnn.gru, x @ weights.w_ih.T, None, *weights[1:4], h0=state[0])
     for letter in whole:
         np.testing.assert_allclose(part[letter], whole[letter], rtol=1e-12)
-    given = {"T": 5, "B": 2, "H": 4, "input_part": True, "device": "cpu"}
+    given = {"T": 5, "B": 2, "H": 4, "input_projection": True, "device": "cpu"}
     for explained in (gpu_rnn.explain("gru", **given), gpu_rnn.explain("gru", (5, 2, 12), input_projection=True)):
         assert explained.problem.I is None
         assert "gru T=5 B=2 H=4 float32" in str(explained)
@@ -222,7 +222,7 @@ def test_bad_input_is_named_with_its_shapes(case):
     with pytest.raises(error, match=re.escape(message)):
         gpu_rnn.lstm(**{"x": np.ones((5, 3, 24)), "w_ih": None, "w_hh": np.ones((24, 6))} | changes)
     with pytest.raises(
-        ShapeError, match=re.escape("x has shape [5, 2, 13]; the input projection of 3 gates is [T, B, 3*H]")
+        ShapeError, match=re.escape("x has shape [5, 2, 13]; expected an input projection [T, B, 3*H]")
     ):
         gpu_rnn.explain("gru", (5, 2, 13), input_projection=True)
     with pytest.raises(TypeError, match="input_projection=True excludes I; got I = 3"):

@@ -8,13 +8,15 @@ import numpy as np
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 ULPS = 4
+ROUNDED = 4  # ulps more for float64, in which what is called exact is computed, too
 
 
 def allowed(exact, peer, dtype):
     """The largest error that `dtype` excuses, given what torch makes of the same problem."""
     if exact.size == 0:
         return 0.0
-    return 2 * np.abs(peer - exact).max() + ULPS * EPS[dtype] * np.abs(exact).max()
+    ulps = ULPS + ROUNDED * (dtype == "float64")
+    return 2 * np.abs(peer - exact).max() + ulps * EPS[dtype] * np.abs(exact).max()
 
 
 def assert_close(ours, exact, peer, dtype, what):

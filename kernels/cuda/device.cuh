@@ -37,11 +37,13 @@
 // A number or an address that stays in a register: a compiler that saves registers computes it anew at every use.
 DEVICE int in_register(int x) {
     PTX(asm volatile("" : "+r"(x)));
+    TWIN();
     return x;
 }
 template <class T>
 DEVICE T* in_register(T* global) {
     PTX(asm volatile("" : "+l"(global)));
+    TWIN();
     return global;
 }
 

@@ -40,12 +40,8 @@ DEVICE double from_real(real x) {
 DEVICE float reciprocal(float a) { return __fdividef(1.0f, a); }  // one instruction, 1 ulp; 0 for a > 2^126
 DEVICE double reciprocal(double a) { return 1 / a; }
 
-// exp(-a) for sigmoid, which shows its relative error only where it is large itself: for float it grows as |a| 2^-24.
-DEVICE float exp_of_minus(float a) { return exp2_approx(-1.442695041f * a); }  // 2 instructions where exp takes 8
-DEVICE double exp_of_minus(double a) { return exp(-a); }
-
 // exp overflows to infinity for a < -88, and the result is 0, as it should be.
-DEVICE real sigmoid(real a) { return reciprocal(1 + exp_of_minus(a)); }
+DEVICE real sigmoid(real a) { return reciprocal(1 + exp(-a)); }
 
 // tanh on the way forward: one instruction where results are stored as bfloat16, whose rounding is four times as large as
 // its error of 2^-11. A gradient shows it where tanh is near 1, as 1 - tanh^2, so it isn't for the way back.
@@ -54,7 +50,11 @@ DEVICE real tanh_for(real a, Stored) {
     return tanh(a);
 }
 DEVICE float tanh_for(float a, __nv_bfloat16) { return tanh_approx(a); }
+#ifdef SCALAR
 DEVICE real forward_tanh(real a) { return tanh_for(a, SCALAR()); }
+#else
+DEVICE real forward_tanh(real a) { return tanh(a); }
+#endif
 
 #if GPU_RNN_ON_HOST
 DEVICE real rsqrt(real a) { return 1 / std::sqrt(a); }

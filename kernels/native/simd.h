@@ -234,6 +234,9 @@ DEVICE real tanh(const real& a) {
     return each<real>([](vec x, vec y) { return (vec)((ints)x | ((ints)y & sign_bits())); }, e / (e + 2.0), a);
 }
 
+// The cell's name for it on the way forward, where CUDA has a faster one.
+DEVICE real forward_tanh(const real& a) { return tanh(a); }
+
 // a = 2^n (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); log(1 + f) by the series of atanh(f / (2 + f)).
 DEVICE real log(const real& a) {
     constexpr integer ROOT = DOUBLE ? integer(0x3FE6A09E667F3BCD) : integer(0x3F3504F3);  // the bits of sqrt(1/2)
