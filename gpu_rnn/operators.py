@@ -225,8 +225,8 @@ def tape_like(backend: dispatch.Backend, problem: Problem, x: Tensor) -> list[Te
     """Empty tensors of the shapes, dtypes and strides of a backend's tape."""
     cell, T, B, H = problem.cell, problem.T, problem.B, problem.H
     real = getattr(torch, arrays.real_dtype(x))
-    if cell.phases is not None:
-        return [x.new_empty(2 * T, B, H), *tape_like(backend, phased.run(problem), x)]
+    if isinstance(backend, phased.Phased):
+        return [x.new_empty(2 * T, B, H), *tape_like(backend.backend, phased.run(problem), x)]
     if backend.NAME == "native":
         shapes = backend.tape_shapes(cell, T, B, H, problem.P is not None, arrays.real_dtype(x))
         return [x.new_empty(shape, dtype=real) for shape in shapes]
