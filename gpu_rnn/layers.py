@@ -174,7 +174,7 @@ class RecurrentLayer(Recurrent):
         [L*D, ...]. generator: of the random masks. mask: [T, B] bool in the layout of input, instead of lengths.
         """
         packed = isinstance(input, PackedSequence)
-        if packed or getattr(input, "is_nested", False):
+        if packed or (isinstance(input, Tensor) and input.is_nested):
             if any(given is not None for given in (reset, reset_state, lengths, left_padding, mask)) or return_states:
                 raise TypeError(
                     f"{self._get_name()}: {'packed' if packed else 'nested'} input has its own lengths; for reset, "
