@@ -221,9 +221,7 @@ def test_bad_input_is_named_with_its_shapes(case):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=re.escape(message)):
         gpu_rnn.lstm(**{"x": np.ones((5, 3, 24)), "w_ih": None, "w_hh": np.ones((24, 6))} | changes)
-    with pytest.raises(
-        ShapeError, match=re.escape("x has shape [5, 2, 13]; expected an input projection [T, B, 3*H]")
-    ):
+    with pytest.raises(ShapeError, match=re.escape("x has shape [5, 2, 13]; expected an input projection [T, B, 3*H]")):
         gpu_rnn.explain("gru", (5, 2, 13), input_projection=True)
     with pytest.raises(TypeError, match="input_projection=True excludes I; got I = 3"):
         gpu_rnn.explain("gru", T=5, B=2, I=3, H=4, input_projection=True)
