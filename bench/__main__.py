@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_rnn.compat import no_gpu
+from gpu_rnn.core.optional_imports import no_gpu
 
 from . import floor, problems, results
 from .problems import Case, Group

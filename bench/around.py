@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_rnn import dispatch
+from gpu_rnn.backends import dispatch
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.random import uniforms
-from gpu_rnn.woven import dropout_mask
+from gpu_rnn.kernels.philox import uniforms
+from gpu_rnn.modifiers.apply import dropout_mask
 
 from . import machine
 from .contenders import STEPS, Contender, Run, plan_of

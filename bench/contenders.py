@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import gpu_rnn
-from gpu_rnn import dispatch
-from gpu_rnn.compat import missing, no_gpu
-from gpu_rnn.problem import Problem, Weights
+from gpu_rnn.backends import dispatch
+from gpu_rnn.core.optional_imports import missing, no_gpu
+from gpu_rnn.core.problem import Problem, Weights
 
 from . import machine, problems
 from .data import Data, function

@@ -1,7 +1,7 @@
-"""On a GPU: the instructions that the host runtime of tests/host imitates do what it says they do.
+"""On a GPU: the instructions do what the CUDA emulator (tests/cuda_emulator) says they do.
 
-`python -m bench.features JOURNAL` launches the kernels of tests/host/features.cu through CuPy and holds them against
-the same expectations as the CPU tests. One that fails here means a wrong twin: then the CPU tests prove nothing.
+`python -m bench.features JOURNAL` launches the kernels of tests/cuda_emulator/features.cu through CuPy and
+holds them against the same expectations as the CPU tests. One that fails here means a wrong twin: then the CPU tests prove nothing.
 """
 
 import ctypes
@@ -73,7 +73,7 @@ class Launcher:
 
 def names() -> list[str]:
     """The checks that this GPU has the instructions for; on another machine, all."""
-    from tests.host import features
+    from tests.cuda_emulator import features
 
     return [name for name in features.CHECKS if name not in features.HOPPER or capability() >= 90]
 
@@ -85,7 +85,7 @@ def capability() -> int:
 
 
 def main(journal: Journal) -> None:
-    from tests.host import features, runtime
+    from tests.cuda_emulator import features, runtime
 
     from . import nvrtc
 

@@ -16,7 +16,7 @@ arrays, so that floor over time is its fraction of the copy bandwidth; of the re
 
 from dataclasses import dataclass
 
-from gpu_rnn import arrays
+from gpu_rnn.core import arrays
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import grad_graph
 

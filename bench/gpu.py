@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from pathlib import Path
 from typing import Any
 
-from gpu_rnn.compat import no_gpu
+from gpu_rnn.core.optional_imports import no_gpu
 
 from . import floor, machine, problems, results, supervise
 from .problems import Case

@@ -14,12 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-from gpu_rnn import arrays
-from gpu_rnn.backends import cuda, sequence, stepwise, triton
-from gpu_rnn.compat import missing, no_gpu
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.backends import cuda, gpu_common, per_step, triton
+from gpu_rnn.core import arrays
+from gpu_rnn.core.optional_imports import missing, no_gpu
+from gpu_rnn.core.problem import Weights
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import Runner, Unit
-from gpu_rnn.problem import Weights
 
 from . import machine, problems
 from .contenders import Contender, Run
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     """Where kernels run."""
 
     run: Runner
-    device: residence.Device
+    device: persistent.Device
     held: cuda.Held | None
     stream: Callable[[Any], AbstractContextManager]
 
@@ -49,7 +49,7 @@ def units(case: Case, contenders: tuple[str, ...]) -> set[Unit]:
         plan, _ = cuda.residence_of(problem, cuda.device(), way == "backward")
         if backend == "cuda" and part != "step" and plan is not None:
             only = None if part == "sequence" else part
-            found.add(residence.compiled(plan, problem.cell, problem.dtype, only))
+            found.add(persistent.compiled(plan, problem.cell, problem.dtype, only))
     return found
 
 
@@ -104,23 +104,23 @@ class Alone(Contender):
     def stream(self, data: Data) -> AbstractContextManager:
         return self.place().stream(data.dy) if self.backend == "cuda" else nullcontext()
 
-    def resident(self, case: Case) -> tuple[residence.Residence | None, Any]:
+    def resident(self, case: Case) -> tuple[persistent.Residence | None, Any]:
         at = self.place()
         return cuda.residence_of(case.problem(machine.tf32(case)), at.device, self.back, at.held)
 
     @property
-    def bind(self) -> stepwise.Bind:
+    def bind(self) -> per_step.Bind:
         return triton.bind if self.backend == "triton" else partial(cuda.bind, self.place().run)
 
-    def walk(self, cell: Any, given: sequence.Forward) -> None:
+    def walk(self, cell: Any, given: gpu_common.Forward) -> None:
         if self.part == "step":
-            stepwise.walk(self.bind, cell, given)
+            per_step.walk(self.bind, cell, given)
         else:
             cuda.walk(self.place().run, self.place().device, cell, given, held=self.place().held)
 
-    def walk_back(self, cell: Any, given: sequence.Backward) -> None:
+    def walk_back(self, cell: Any, given: gpu_common.Backward) -> None:
         if self.part == "step":
-            stepwise.walk_back(self.bind, cell, given)
+            per_step.walk_back(self.bind, cell, given)
         else:
             cuda.walk_back(self.place().run, self.place().device, cell, given, held=self.place().held)
 
@@ -128,7 +128,7 @@ class Alone(Contender):
         x, tf32 = data.x[0], machine.tf32(case)
         weights, state = Weights(**data.weights), tuple(data.state.values())
         with arrays.products(x, tf32):
-            return sequence.forward(
+            return gpu_common.forward(
                 walk, case.problem().cell, x, weights, state, reverse=False, tf32=tf32, save=case.training
             )
 
@@ -136,7 +136,7 @@ class Alone(Contender):
         x, tf32 = data.x[0], machine.tf32(case)
         weights, state = Weights(**data.weights), tuple(data.state.values())
         with arrays.products(x, tf32):
-            return sequence.backward(
+            return gpu_common.backward(
                 walk_back, case.problem().cell, x, weights, state, y, tape, data.dy, data.dlast, reverse=False,
                 tf32=tf32, needs={"x", *data.weights},
             )  # fmt: skip
@@ -160,11 +160,11 @@ class Alone(Contender):
             found.append(arrays)
             return lambda *instant: None
 
-        (stepwise.walk_back if self.back else stepwise.walk)(catch, case.problem().cell, given)
+        (per_step.walk_back if self.back else per_step.walk)(catch, case.problem().cell, given)
         (the,) = found
         for array in (the.back, the.dh) if self.back else (the.hg,):
             array.normal_()  # that walk made it of nothing
-        kernel, all_instants = self.bind(case.problem().cell, the), list(stepwise.instants(case.T, reverse=False))
+        kernel, all_instants = self.bind(case.problem().cell, the), list(per_step.instants(case.T, reverse=False))
 
         def launch(held: Any = the) -> None:  # as in `whole`
             for instant in all_instants:
@@ -181,10 +181,10 @@ class Alone(Contender):
         assert plan is not None  # `absent` asked
         exchange = arrays.zeros((plan.launches * plan.exchange_bytes(case.T),), like=given.w_hh, dtype="uint8")
         whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given)
-        words = residence.words([residence.Member(arrays.pointers(whole, given.w_hh), reverse=False)])
+        words = persistent.words([persistent.Member(arrays.pointers(whole, given.w_hh), reverse=False)])
         only = None if self.part == "sequence" else self.part
         sizes = case.T, case.B, case.H, 1
-        launches = list(map(run, residence.sequence(plan, cell, case.dtype, *sizes, save=case.training, only=only)))
+        launches = list(map(run, persistent.sequence(plan, cell, case.dtype, *sizes, save=case.training, only=only)))
 
         def launch(held: Any = (whole, given)) -> None:  # the launches have addresses and keep nothing alive
             exchange.zero_()  # or the last call's stamps would let everybody pass

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_rnn import arrays
 from gpu_rnn.backends import cuda
+from gpu_rnn.core import arrays
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import Unit
 
 T, LAUNCHES, MOST = 512, 5, 4  # time steps; timed launches of a plan; plans of a scope, the best ones by prediction
@@ -29,27 +29,27 @@ PROBLEMS = [  # cell, dtype, H, B
 Problem = tuple[str, str, int, int]
 
 
-def plans() -> Iterator[tuple[Problem, residence.Residence]]:
+def plans() -> Iterator[tuple[Problem, persistent.Residence]]:
     """The most promising ones of each scope, forward and backward, in the order of the problems."""
     on = cuda.device()
     for problem in PROBLEMS:
         name, dtype, H, B = problem
         cell, ieee = cells.get(name), False
         for backward in (False, True):
-            element = residence.element(cell, backward=backward)
-            page = (cell.G, element, residence.SIZES[dtype], ieee, residence.meetings(cell, backward=backward))
+            element = persistent.element(cell, backward=backward)
+            page = (cell.G, element, persistent.SIZES[dtype], ieee, persistent.meetings(cell, backward=backward))
             for scope in on.scopes:
-                found = residence.candidates(scope, backward, page, H, B, on)
+                found = persistent.candidates(scope, backward, page, H, B, on)
                 best = sorted(found, key=lambda plan: plan.waves * plan.launches * plan.microseconds)
                 yield from ((problem, plan) for plan in best[:MOST])
 
 
 def units() -> list[Unit]:
     """What all of them compile."""
-    return list(dict.fromkeys(residence.compiled(plan, cells.get(name), dtype) for (name, dtype, *_), plan in plans()))
+    return list(dict.fromkeys(persistent.compiled(plan, cells.get(name), dtype) for (name, dtype, *_), plan in plans()))
 
 
-def measure(problem: Problem, plan: residence.Residence) -> float:
+def measure(problem: Problem, plan: persistent.Residence) -> float:
     """Microseconds of a step."""
     import torch
 
@@ -66,8 +66,8 @@ def measure(problem: Problem, plan: residence.Residence) -> float:
         given = (y, dh, dothers, R, y, h0, states, saved, gates, dhg, None, None, None, None, None, None)
     else:
         given = (gates, R, b_hh, h0, states, saved, y, None, None, None, None, None)
-    words = residence.words([residence.Member(arrays.pointers(given, y), reverse=False)])
-    launches = [cuda.ready(part) for part in residence.sequence(plan, cell, dtype, T, B, H, 1, save=True)]
+    words = persistent.words([persistent.Member(arrays.pointers(given, y), reverse=False)])
+    launches = [cuda.ready(part) for part in persistent.sequence(plan, cell, dtype, T, B, H, 1, save=True)]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(LAUNCHES + 1):
@@ -100,7 +100,9 @@ def main(path: Path, seconds: float) -> None:
                 continue
             write(**about, measured=None)  # whoever reads a plan without a time knows where it hung
             try:
-                count, why = residence.holds(plan, cuda.device(), partial(cuda.held, cells.get(problem[0]), problem[1]))
+                count, why = persistent.holds(
+                    plan, cuda.device(), partial(cuda.held, cells.get(problem[0]), problem[1])
+                )
                 write(**about, measured=None if why else measure(problem, plan), note=why, held=count)
             except Exception as error:  # of one plan; after a trap all later calls fail, and a new process goes on
                 write(**about, measured=None, note=f"{type(error).__name__}: {error}")
@@ -123,7 +125,7 @@ def table(path: Path) -> list[str]:
 
     lines = []
     for line in sorted({key(line): line for line in read(path)}.values(), key=order):
-        plan = residence.Residence(**{**line["plan"], "meetings": tuple(line["plan"]["meetings"])})
+        plan = persistent.Residence(**{**line["plan"], "meetings": tuple(line["plan"]["meetings"])})
         took = f"{line['measured']:6.2f}" if line["measured"] else "  -   "
         way = "backward" if plan.backward else "forward "
         shape = f"{plan.scope:7} {plan.blocks:3} x {plan.threads:3}, {plan.elements} each, k {plan.k_splits}"

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Problem
 
 WIDTH = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a value
 MODES = ("forward", "training", "step")  # training is forward and backward; a step is one instant with its state given

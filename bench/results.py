@@ -49,7 +49,7 @@ def complete(row: Row, case: Case, run: str, threads: int | None, ceilings: floo
     known = {"run": run, **case.asdict(), "threads": threads, **machine.describe()}
     known["tf32"] = int(machine.tf32(case))
     if case.device == "cuda":
-        from gpu_rnn import cudnn
+        from gpu_rnn.backends import cudnn
 
         known["cudnn_algorithm"] = cudnn.algorithm(case.problem(bool(known["tf32"])))
     if ceilings is not None:

@@ -17,15 +17,15 @@ from os import sched_getaffinity
 from pathlib import Path
 
 from gpu_rnn.backends import cuda
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.problem import Problem
+from gpu_rnn.kernels.cuda import persistent
 
 from . import nvrtc, results
 from .machine_code import CLASSES, Instruction, MachineCode
 
 TABLE = Path(__file__).parent / "sass.csv"
-DEVICE, ARCHITECTURE, SCHEDULERS = replace(residence.DEVICES["h200"], proven_only=True), "sm_90", 4
+DEVICE, ARCHITECTURE, SCHEDULERS = replace(persistent.DEVICES["h200"], proven_only=True), "sm_90", 4
 B, T = 16, 512  # batch rows; the number of time steps doesn't change a kernel
 SIZES = [
     *((cell, "bfloat16", H) for cell in ("lstm", "gru") for H in (128, 512, 1024)),
@@ -50,7 +50,7 @@ class Kernel:
         return "{} {} H={} {}".format(*self.key)
 
     @property
-    def plan(self) -> residence.Residence:
+    def plan(self) -> persistent.Residence:
         problem = Problem(cells.get(self.cell), T, B, self.H, self.H, None, self.dtype, "cuda", "torch", tf32=True)
         plan, why = cuda.residence_of(problem, DEVICE, self.backward)
         if plan is None:
@@ -59,8 +59,8 @@ class Kernel:
 
     def compiled(self) -> tuple[nvrtc.Resources, MachineCode]:
         plan = self.plan
-        source, options = cuda.text(residence.compiled(plan, cells.get(self.cell), self.dtype))
-        cubin, name = nvrtc.compile(source, ARCHITECTURE, options), residence.name(plan)
+        source, options = cuda.text(persistent.compiled(plan, cells.get(self.cell), self.dtype))
+        cubin, name = nvrtc.compile(source, ARCHITECTURE, options), persistent.name(plan)
         return nvrtc.resources(cubin)[name], MachineCode(nvrtc.sass(cubin)[name])
 
 
@@ -79,7 +79,7 @@ def of_publication(one: Instruction) -> bool:
     return one.base == "STG" and one.shared
 
 
-def paths(plan: residence.Residence, code: MachineCode) -> list[list[Instruction]]:
+def paths(plan: persistent.Residence, code: MachineCode) -> list[list[Instruction]]:
     """What each warp of a block executes in a time step."""
     words = plan.exchanged // 16 // plan.blocks if plan.scope == "grid" else plan.threads
 
@@ -105,7 +105,7 @@ def row(kernel: Kernel) -> Row:
     used, code = kernel.compiled()
     issued = busiest(paths(plan, code))
     count = Counter(one.kind for one in issued)
-    floor = len(issued) / residence.CYCLES_PER_MICROSECOND
+    floor = len(issued) / persistent.CYCLES_PER_MICROSECOND
     took = measured().get(json.dumps([[kernel.cell, kernel.dtype, kernel.H, B], asdict(plan)]))
     cell, dtype, H, way = kernel.key
     return {

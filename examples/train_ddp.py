@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from gpu_rnn.demo import LEARNING_RATE, B, Model, Text
+from gpu_rnn.tools.demo import LEARNING_RATE, B, Model, Text
 
 
 def main(steps: int, text: Path | None, shard: bool) -> None:

@@ -17,26 +17,39 @@ Letters, everywhere in code, comments and documentation:
     h0 hT c0 cT first and last states   dx dW dR db dh0 gradients
 """
 
+import sys as _sys
 from contextlib import suppress as _suppress
 from importlib import import_module as _import_module
+from importlib import util as _util
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if not (_Path(__file__).parent / "kernels").is_dir():  # a bare checkout: the folder kernels/ stands beside this one
-    __path__.append(str(_Path(__file__).parents[1]))
+    _folder = _Path(__file__).parents[1] / "kernels"
+    _spec = _util.spec_from_file_location(
+        "gpu_rnn.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
+    )
+    assert _spec is not None and _spec.loader is not None
+    kernels = _sys.modules["gpu_rnn.kernels"] = _util.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
-from .compat import when_imported as _when_imported
-from .dispatch import BackendError
-from .functional import ShapeError, gru, lstm, rnn, vjp
+from .backends.dispatch import BackendError
+from .core.optional_imports import require as _require
+from .core.optional_imports import when_imported as _when_imported
+from .core.validation import ShapeError
+from .functional import gru, lstm, rnn, vjp
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .conversion import replace_, restore_
-    from .custom import cell
-    from .inspection import explain, inspect, warmup
-    from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-    from .streaming import stream
-    from .truncated import tbptt
+    from . import keras as keras
+    from . import onnx as onnx
+    from .nn.conversion import replace_, restore_
+    from .nn.custom_cell import cell
+    from .nn.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+    from .nn.streaming import stream
+    from .nn.tbptt import tbptt
+    from .tools.explain import explain, warmup
+    from .tools.inspect import inspect
 
 
 __all__ = [
@@ -45,46 +58,47 @@ __all__ = [
     "warmup",
 ]  # fmt: skip
 
-_LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "layers")
-_LAZY |= dict.fromkeys(("replace_", "restore_"), "conversion")
-_LAZY |= dict.fromkeys(("explain", "inspect", "warmup"), "inspection") | {"cell": "custom", "stream": "streaming"}
-_LAZY |= {"tbptt": "truncated"}
+_LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn.layers")
+_LAZY |= dict.fromkeys(("replace_", "restore_"), "nn.conversion")
+_LAZY |= {"cell": "nn.custom_cell", "stream": "nn.streaming", "tbptt": "nn.tbptt"}
+_LAZY |= {"explain": "tools.explain", "warmup": "tools.explain", "inspect": "tools.inspect"}
+_MODULES = ("keras", "onnx")
 
 
-def _operators() -> None:
+def _custom_ops() -> None:
     """Register the operators that programs saved by torch.export and torch.jit name.
 
     Errors are kept for the layers, which need that module as well: importing torch must not fail by them.
     """
     with _suppress(Exception):
-        _import_module(".operators", __name__)
+        _import_module(".autograd.custom_ops", __name__)
 
 
-_when_imported("torch", _operators)
+_when_imported("torch", _custom_ops)
 
 
-def _translation() -> None:
+def _onnx_translation() -> None:
     """Tell torch.onnx.export how the operators are written in ONNX. Errors are kept, as above."""
     with _suppress(Exception):
-        _import_module(".onnx_export", __name__).register()
+        _import_module(".weights.onnx_export", __name__).register()
 
 
-_when_imported("torch.onnx._internal.exporter._compat", _translation)  # what torch.onnx.export loads last
+_when_imported("torch.onnx._internal.exporter._compat", _onnx_translation)  # what torch.onnx.export loads last
 
 
 def __getattr__(name: str):
-    if name not in _LAZY:
+    if name in _MODULES:
+        value = _import_module(f".{name}", __name__)
+    elif name in _LAZY:
+        if _LAZY[name].startswith("nn."):
+            _require("torch", f"gpu_rnn.{name}")
+        value = getattr(_import_module(f".{_LAZY[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _LAZY[name] in ("conversion", "custom", "layers", "streaming", "truncated"):
-        from .compat import require
-
-        require("torch", f"gpu_rnn.{name}")
-    value = getattr(_import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    """What is public, loaded or not, and such modules that were imported."""
-    modules = {"kernels", "keras", "onnx"} & globals().keys()
-    return sorted({*__all__, *modules, *(name for name in globals() if name.startswith("__"))})
+    """What is public, loaded or not."""
+    return sorted({*__all__, "kernels", *_MODULES, *(name for name in globals() if name.startswith("__"))})

@@ -11,9 +11,11 @@ from typing import Any
 
 from gpu_rnn.kernels import cells
 
-from . import __version__, arrays, dispatch
-from .compat import installed, missing, no_gpu, require
-from .problem import Problem
+from . import __version__
+from .backends import dispatch
+from .core import arrays
+from .core.optional_imports import installed, missing, no_gpu, require
+from .core.problem import Problem
 
 if absent := [name for name in ("click", "rich") if not installed(name)]:
     print(f"Error: gpu-rnn's commands need {' and '.join(absent)}: pip install 'gpu-rnn[demo]'", file=sys.stderr)
@@ -138,7 +140,7 @@ def demo(text: Path | None, seconds: float, out: Path) -> None:
     for name in ("torch", "matplotlib"):
         if missing(name):
             raise Refused(f"the demo needs {name}: {missing(name)}; pip install 'gpu-rnn[demo]' brings all of it")
-    from .demo import TextError, run
+    from .tools.demo import TextError, run
 
     try:
         run(text, seconds, out, Console())
@@ -169,7 +171,7 @@ def explain(**options) -> None:
 
     For example: gpu-rnn explain lstm -T 256 -B 64 -I 512 -H 512 --dtype float16 --training
     """
-    from .inspection import explain
+    from .tools.inspection import explain
 
     try:
         click.echo(explain(options.pop("cell"), **options))

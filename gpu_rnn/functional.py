@@ -15,12 +15,14 @@ import numpy as np
 
 from gpu_rnn.kernels import cells
 
-from . import arrays, dispatch
-from .arguments import ShapeError, check_flags, check_words, first_states, prepared, shape, told
-from .compat import require
-from .plans import Plan, planned
-from .problem import Around, Options, Weights
-from .woven import PLAIN, apply
+from .backends import dispatch
+from .backends.call_cache import Plan, planned
+from .backends.dispatch import prepared
+from .core import arrays
+from .core.optional_imports import require
+from .core.problem import Around, Options, Weights
+from .core.validation import ShapeError, check_flags, check_words, first_states, shape, told
+from .modifiers.apply import PLAIN, apply
 
 LOOK = attrgetter("__class__", "shape", "dtype")
 FLAGS = ("training", "return_states", "coupled", "reset_after")
@@ -264,7 +266,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
         outputs, lent_pullback = vjp(function, *map(lent, bound.args), **{k: lent(a) for k, a in bound.kwargs.items()})
         return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
     if arrays.library(given["x"], "x") == "torch":
-        from .operators import refuse_watched
+        from .autograd.custom_ops import refuse_watched
 
         refuse_watched("gpu_rnn.vjp", "use torch.func.vjp, or torch.autograd.grad, of the function itself")
     name = named(function, given)
@@ -337,10 +339,10 @@ def sequence(
         return returned(sequence(name, *given, options, Around(*map(lent, around))), like=x)
     tensors = arrays.library(x, "x") == "torch"
     if tensors:
-        from . import autograd  # first: torch.compile then knows what it needn't look into
+        from .autograd import eager  # first: torch.compile then knows what it needn't look into
     applied = apply(name, x, weights, around, options.reverse)
     if tensors:
-        y, after = autograd.sequence(applied.name, applied.x, applied.weights, state, options)
+        y, after = eager.sequence(applied.name, applied.x, applied.weights, state, options)
     else:
         backend, problem, filled = prepared(applied.name, applied.x, applied.weights, state, options, training=False)
         y, after, _ = dispatch.forward(backend, problem, applied.x, applied.weights, filled)

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.weave import weave
+from gpu_rnn.kernels.cells import weave
 
-from .compat import require
-from .exchange import Stack, chosen, reading, reordered
-from .functional import ShapeError, shape
-from .keras_layers import COMPUTED, FREE, GATES, KINDS, Found, layers_in
-from .problem import Weights
+from .core.optional_imports import require
+from .core.problem import Weights
+from .core.validation import ShapeError, shape
+from .weights.interchange import Stack, chosen, reading, reordered
+from .weights.keras_layers import COMPUTED, FREE, GATES, KINDS, Found, layers_in
 
 CELLS = {  # class and activation
     ("SimpleRNN", "tanh"): "rnn_tanh",

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.weave import weave
+from gpu_rnn.kernels.cells import weave
 
-from .compat import require
-from .exchange import DTYPES, Budget, Stack, chosen, reading, reordered
-from .functional import ShapeError, shape
-from .problem import Weights
+from .core.optional_imports import require
+from .core.problem import Weights
+from .core.validation import ShapeError, shape
+from .weights.interchange import DTYPES, Budget, Stack, chosen, reading, reordered
 
 onnx = require("onnx", "gpu_rnn.onnx")
 
 # After the error that says how to get onnx
-from .onnx_graph import CELLS, DATA, GATES, PEEPHOLES, Axes, Constant, Graph, Node
+from .weights.onnx_graph import CELLS, DATA, GATES, PEEPHOLES, Axes, Constant, Graph, Node
 
 OPSET, IR = 17, 8
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
@@ -241,7 +241,7 @@ def translations() -> dict[Any, Any]:
     """
     torch = require("torch", "torch.onnx.export")
     require("onnxscript", "torch.onnx.export")
-    from .onnx_export import translate
+    from .weights.onnx_export import translate
 
     return {torch.ops.gpu_rnn.forward.default: translate}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_rnn.compat import no_gpu
+from gpu_rnn.core.optional_imports import no_gpu
+from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Weights
 
 # Native code that tests compile is kept from run to run, and not among the user's own.
 os.environ.setdefault("GPU_RNN_CACHE", str(Path(__file__).parents[1] / ".build" / "native"))

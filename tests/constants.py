@@ -8,7 +8,7 @@ import torch
 
 from gpu_rnn.kernels import cells, mathematics
 
-from . import woven
+from . import reference_modifiers
 from .sequences import wide
 
 GATES, STATES = "ab", "hcdefgijklmnpq"
@@ -59,14 +59,14 @@ def published(name, x, h, state, *more):
 def define(monkeypatch):
     """Known as "constants" until the end of the test, also to the judge."""
     monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
-    monkeypatch.setattr(woven, "published", published)
+    monkeypatch.setattr(reference_modifiers, "published", published)
     cells.define(cells.made("constants", GATES, STATES, step))
     cells.get.cache_clear()
 
 
 def check(made, results, dtype="float64"):
     """To a few ulp of the largest: constants rounded to float32 are further off."""
-    truth = woven.by_the_rules(made, torch.float64)
+    truth = reference_modifiers.by_the_rules(made, torch.float64)
     for name, array in results.items():
         eps = np.finfo(dtype).eps
         atol = 200 * eps * max(1.0, np.abs(wide(truth[name])).max())

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .around import T, as_hx, as_tuple
+from .reference_layers import T, as_hx, as_tuple
 
 # By row. An episode begins at some time steps of x, some before a row's start and behind its end.
 STARTS = torch.tensor([0, 2, 1])

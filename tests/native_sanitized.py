@@ -8,9 +8,9 @@ import sys
 import numpy as np
 
 from gpu_rnn.backends import native
+from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.weave import weave
-from gpu_rnn.problem import Weights
+from gpu_rnn.kernels.cells import weave
 
 from .conftest import sequence_arrays
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpu_rnn import reference
+from gpu_rnn.core import reference
+from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Weights
 
 from .conftest import sequence_arrays
 from .tolerance import assert_close

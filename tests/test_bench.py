@@ -34,13 +34,13 @@ from bench.contenders import Products, Torch, plan_of
 from bench.data import Data
 from bench.problems import NN, NUMPY, Case
 from bench.worker import Worker
-from gpu_rnn import dispatch, functional
-from gpu_rnn.backends import cuda
-from gpu_rnn.compat import no_gpu
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn import functional
+from gpu_rnn.backends import cuda, dispatch
+from gpu_rnn.core.optional_imports import no_gpu
+from gpu_rnn.kernels.cuda import persistent
 
-from . import on_host, test_gpu
-from .host import runtime
+from . import cuda_on_cpu, test_gpu
+from .cuda_emulator import runtime
 
 CASE = Case("lstm", 3, 2, 4, 5)
 TRAINING = replace(CASE, mode="training")
@@ -232,7 +232,7 @@ def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
         with torch.enable_grad():
             run(0)
         assert asked == {problems.LAYER: [False, True], problems.IN_TURN: [], problems.BACK_IN_TURN: [False]}[name]
-    monkeypatch.setattr(cuda, "device", lambda: residence.DEVICES["h200"])
+    monkeypatch.setattr(cuda, "device", lambda: persistent.DEVICES["h200"])
     monkeypatch.setattr(dispatch, "choose", lambda problem: cuda)
     (case, *_) = [
         case for group in problems.gpu() if group.name == "wavefront" for case in group.cases if case.training
@@ -302,7 +302,7 @@ HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_
 
 def on_cpu(backend, way, part):
     """A kernel of ours, on the CPU, as an H200 would have it."""
-    place = kernels.Place(on_host.ready, residence.DEVICES["h200"], None, lambda x: nullcontext())
+    place = kernels.Place(cuda_on_cpu.ready, persistent.DEVICES["h200"], None, lambda x: nullcontext())
     return kernels.Alone(backend, way, part, lambda: place)
 
 
@@ -777,7 +777,7 @@ def trying(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu, "gpu_tests", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_a.py")])
         monkeypatch.setattr(gpu, "TEST_PATIENCE_S", 15)
         monkeypatch.setattr(gpu, "TEST_PROCESSES", 2)
-        monkeypatch.setattr(cuda, "SCOPES", residence.SCOPES)
+        monkeypatch.setattr(cuda, "SCOPES", persistent.SCOPES)
         monkeypatch.setenv("GPU_RNN_CUDA_SCOPES", "")
         options = SimpleNamespace(dry=False, minutes=2, only=None, stage="first", filter=None)
         return gpu.Visit(options, tmp_path / "out", time.monotonic())
@@ -807,7 +807,7 @@ def test_scopes_that_hang_or_crash_are_left_out_by_name(trying, capsys):
 def test_scopes_that_pass_or_are_only_wrong_stay(trying):
     visit = trying(SCOPES.replace('("cluster", "lstm")', "None").replace('("grid", "gru")', "None"))
     visit.try_scopes()
-    assert cuda.SCOPES == residence.SCOPES
+    assert cuda.SCOPES == persistent.SCOPES
     assert "notes" not in visit.found
     assert visit.found["smoke"] == {"passed": 5, "failed": 1}
 
@@ -823,7 +823,7 @@ def test_why_tests_could_not_begin_is_in_the_summary(trying):
 
 def test_the_smoke_test_names_the_scope_first():
     """`try_scopes` reads it from there."""
-    assert getattr(test_gpu, gpu.SMOKE).pytestmark[0].args == ("scope", residence.SCOPES)
+    assert getattr(test_gpu, gpu.SMOKE).pytestmark[0].args == ("scope", persistent.SCOPES)
 
 
 def test_features_load_what_nvrtc_compiled(monkeypatch):

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from gpu_rnn.kernels import cells, mathematics, program
+from gpu_rnn.kernels import cells, mathematics
+from gpu_rnn.kernels.codegen import numpy
 from gpu_rnn.kernels.trace import ARITY, trace
 
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
@@ -46,10 +47,10 @@ def test_grad_is_the_derivative_of_step(name, rng):
 
 @EVERY
 @pytest.mark.parametrize("by", ["tanh", "exp"])
-@pytest.mark.parametrize("arrange", [program.layout, program.torch_layout])
+@pytest.mark.parametrize("arrange", [numpy.layout, numpy.torch_layout])
 def test_the_compiled_step_is_the_page(name, arrange, by, rng):
     cell, B, H = cells.get(name), 3, 5
-    order = program.with_exp_sigmoid(arrange(cell)) if by == "exp" else arrange(cell)
+    order = numpy.with_exp_sigmoid(arrange(cell)) if by == "exp" else arrange(cell)
     x, h, state = instant(rng, cell, B, H)
     bias = rng.standard_normal((len(order.separate), B, H))
     met = [h[g] + bias[order.separate.index(g)] if g in order.separate else h[g] for g in range(cell.G)]
@@ -57,7 +58,7 @@ def test_the_compiled_step_is_the_page(name, arrange, by, rng):
 
     rows_x = np.stack([x[g] * order.scale[g] for g in order.inputs])
     rows_h = np.stack([h[g] * order.scale[g] for g in order.recurrent])
-    compiled = program.step_program(cell, order)
+    compiled = numpy.step_program(cell, order)
     first, *others = state
     h_after, record = np.full((B, H), np.nan), np.full((2, cell.K + cell.S - 1, B, H), np.nan)
     record[0, cell.K :] = np.reshape(others, (-1, B, H))
@@ -72,13 +73,13 @@ def test_the_compiled_step_is_the_page(name, arrange, by, rng):
 @EVERY
 def test_the_compiled_grad_is_the_page(name, rng):
     cell, B, H = cells.get(name), 3, 5
-    order = program.layout(cell)
+    order = numpy.layout(cell)
     x, h, state = instant(rng, cell, B, H)
     new, saved = cell.step(x, h, state)
     dnew = tuple(rng.standard_normal((B, H)) for _ in range(cell.S))
     dx, dh, dstate = cell.grad(dnew, new, state, saved)
 
-    compiled, n = program.gradient(cell), len(order.separate)
+    compiled, n = numpy.gradient(cell), len(order.separate)
     record = np.full((2, cell.K + cell.S - 1, B, H), np.nan)
     record[0, : cell.K] = np.reshape([saved[k] for k in order.saved], (-1, B, H))
     for array, others in zip(record, (state[1:], new[1:])):
@@ -106,8 +107,8 @@ def test_the_compiled_grad_is_the_page(name, rng):
 def test_numbers_of_calls_do_not_grow(name, expected):
     """Forward, forward with the gates as torch has them, the gradient's coefficients, the gradient."""
     cell = cells.get(name).run
-    compiled, backward = program.step_program(cell), program.gradient(cell)
-    in_torch_order = program.step_program(cell, program.torch_layout(cell))
+    compiled, backward = numpy.step_program(cell), numpy.gradient(cell)
+    in_torch_order = numpy.step_program(cell, numpy.torch_layout(cell))
     programs = compiled, in_torch_order, backward.coefficients, backward.grad
     assert all(len(found.calls) <= most for found, most in zip(programs, expected, strict=True))
 
@@ -123,7 +124,7 @@ def count(frame, event, argument):
     global calls
     calls += event in ("call", "c_call")
 sys.setprofile(count)
-program.step_program(cell), program.gradient(cell), program.step_program(cell, program.torch_layout(cell))
+numpy.step_program(cell), numpy.gradient(cell), numpy.step_program(cell, numpy.torch_layout(cell))
 sys.setprofile(None)
 print(calls)
 """
@@ -132,18 +133,18 @@ print(calls)
 
 
 def test_the_gradient_of_the_lstm_takes_four_calls_an_instant():
-    calls = program.gradient(cells.get("lstm")).grad.calls
+    calls = numpy.gradient(cells.get("lstm")).grad.calls
     assert calls == (
         "multiply(q0, c[1], d[0])",
         "multiply(q0, c[0], w[0])",
         "add(q1, w[0], w[1])",
         "multiply(w[1], c[2:6], d[1:5])",
     )
-    assert all(call in program.Gradient.__doc__ for call in calls), "the documentation shows this very program"
+    assert all(call in numpy.Gradient.__doc__ for call in calls), "the documentation shows this very program"
 
 
 def test_the_lstm_takes_one_tanh_for_all_gates():
-    calls = program.step_program(cells.get("lstm")).calls
+    calls = numpy.step_program(cells.get("lstm")).calls
     assert calls == (
         "add(x[0:4], h[0:4], v[0:4])",
         "tanh(v[0:4], v[0:4])",
@@ -154,7 +155,7 @@ def test_the_lstm_takes_one_tanh_for_all_gates():
         "tanh(r[4], n)",
         "multiply(v[0], n, n)",
     )
-    assert all(call in program.__doc__ for call in calls), "the documentation shows this very program"
+    assert all(call in numpy.__doc__ for call in calls), "the documentation shows this very program"
 
 
 def test_facts_follow_from_the_page():
@@ -202,8 +203,8 @@ def test_every_operation_of_a_page_compiles(rng):
     outputs = page(np.swapaxes(x, 1, 2), np.swapaxes(h + bias, 1, 2), [None])  # units on the last axis
     expected, saved = ([np.broadcast_to(value, (3, 2)).T for value in group] for group in outputs)
     first, record = np.full((2, 3), np.nan), np.full((2, 4 + len(expected) - 1, 2, 3), np.nan)
-    order = program.layout(cell)
-    look, run = program.step_program(cell, order).bind((2, 3), np.dtype("float64"), h=h, b=bias)
+    order = numpy.layout(cell)
+    look, run = numpy.step_program(cell, order).bind((2, 3), np.dtype("float64"), h=h, b=bias)
     run(*look(x, np.nan, first, *record))
     for ours, exact in zip([first, *record[1, 4:]], expected, strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-14)

@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 
 import gpu_rnn
-from gpu_rnn import demo, dispatch
 from gpu_rnn.__main__ import main
+from gpu_rnn.backends import dispatch
+from gpu_rnn.tools import demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SIZES = ["-T", "7", "-B", "3", "-I", "4", "-H", "6"]

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gpu_rnn import compiler, dispatch
-from gpu_rnn.backends import native
+from gpu_rnn.backends import compiler, dispatch, native
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Problem
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 FLAGS = ("-shared", "-fPIC")

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, numpy, sequence, stepwise
+from gpu_rnn.backends import cuda, gpu_common, numpy, per_step
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cell_struct import page as cuda_text
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.codegen.cpp import page as cuda_text
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.mathematics import centred, mean, positive, recurrent, scaled, tanh, where
 
-from . import constants, on_host, woven
-from .host import runtime
+from . import constants, cuda_on_cpu, reference_modifiers
+from .cuda_emulator import runtime
 
 HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 BOTH = pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -32,7 +32,7 @@ def forgotten(monkeypatch):
 @BOTH
 def test_every_operation_in_numpy(dtype, forgotten, monkeypatch):
     constants.define(monkeypatch)
-    made = woven.drawn("constants", {}, dtype, 5, 3, 4, 6, reverse=True)
+    made = reference_modifiers.drawn("constants", {}, dtype, 5, 3, 4, 6, reverse=True)
     constants.check(made, made.case.run(numpy.forward, numpy.backward), dtype)
 
 
@@ -40,11 +40,11 @@ def test_every_operation_in_numpy(dtype, forgotten, monkeypatch):
 @BOTH
 def test_every_operation_in_cuda(dtype, forgotten, monkeypatch):
     constants.define(monkeypatch)
-    made = woven.drawn("constants", {}, dtype, 5, 3, 4, 6)
-    bind = partial(cuda.bind, on_host.ready)
+    made = reference_modifiers.drawn("constants", {}, dtype, 5, 3, 4, 6)
+    bind = partial(cuda.bind, cuda_on_cpu.ready)
     forward, backward = (
         partial(whole, partial(walk, bind))
-        for whole, walk in ((sequence.forward, stepwise.walk), (sequence.backward, stepwise.walk_back))
+        for whole, walk in ((gpu_common.forward, per_step.walk), (gpu_common.backward, per_step.walk_back))
     )
     constants.check(made, made.case.mapped(torch.Tensor.numpy).run(forward, backward), dtype)
 
@@ -52,7 +52,7 @@ def test_every_operation_in_cuda(dtype, forgotten, monkeypatch):
 def test_every_operation_in_second_derivatives(forgotten, monkeypatch):
     """Of the layer against torch's own, of a loop."""
     constants.define(monkeypatch)
-    made = woven.drawn("constants", {}, "float64", 4, 2, 3, 5)
+    made = reference_modifiers.drawn("constants", {}, "float64", 4, 2, 3, 5)
     case = made.case
     x, w_ih, w_hh, b_ih, b_hh = (a.clone().requires_grad_() for a in (case.x, *case.weights[:4]))
 
@@ -146,10 +146,10 @@ def test_a_persistent_kernel_hands_on_any_state(name, forgotten, monkeypatch):
     def published(_, *given):
         return [value + 0 * sum(map(sum, given)) for value in SAME[name](*given)]
 
-    monkeypatch.setattr(woven, "published", published)
-    walks = (partial(walk, on_host.ready, residence.DEVICES["h200"]) for walk in (cuda.walk, cuda.walk_back))
-    forward, backward = (partial(whole, walk) for whole, walk in zip((sequence.forward, sequence.backward), walks))
-    made = woven.drawn("mine", {}, "float32", 4, 3, 5, 20)
+    monkeypatch.setattr(reference_modifiers, "published", published)
+    walks = (partial(walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]) for walk in (cuda.walk, cuda.walk_back))
+    forward, backward = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
+    made = reference_modifiers.drawn("mine", {}, "float32", 4, 3, 5, 20)
     constants.check(made, made.case.run(forward, backward), "float32")
 
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_rnn import arrays, compat
-from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.core import arrays, optional_imports
+from gpu_rnn.core.problem import Direction, Problem
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda import stepwise as plans
-from gpu_rnn.problem import Direction, Problem
 
-from . import on_host, sequences, twins
-from .host import runtime, sanitize
+from . import cell_struct, cuda_on_cpu, sequences
+from .cuda_emulator import runtime, sanitize
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
@@ -33,9 +33,9 @@ SIZES = [  # T, B, I, H: aligned, ragged and degenerate
     (1, 1, 1, 1), (3, 2, 5, 3), (3, 5, 4, 31), (2, 2, 3, 64), (1, 5, 2, 100), (3, 1, 7, 8),
 ]  # fmt: skip
 
-BIND = partial(cuda.bind, on_host.ready)
-forward = partial(sequence.forward, partial(stepwise.walk, BIND))
-backward = partial(sequence.backward, partial(stepwise.walk_back, BIND))
+BIND = partial(cuda.bind, cuda_on_cpu.ready)
+forward = partial(gpu_common.forward, partial(per_step.walk, BIND))
+backward = partial(gpu_common.backward, partial(per_step.walk_back, BIND))
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +88,11 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
 
         def ready(launch):
             launches.append(launch.kernel)  # noqa: B023
-            return on_host.ready(launch)
+            return cuda_on_cpu.ready(launch)
 
-        walks = (partial(walk, ready, residence.DEVICES[device]) for walk in (cuda.walk, cuda.walk_back))
+        walks = (partial(walk, ready, persistent.DEVICES[device]) for walk in (cuda.walk, cuda.walk_back))
         forward, backward = (
-            partial(whole, walk, tf32=tf32) for whole, walk in zip((sequence.forward, sequence.backward), walks)
+            partial(whole, walk, tf32=tf32) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks)
         )
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
@@ -108,10 +108,10 @@ def test_without_biases(name):
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_an_empty_batch(dtype):
     """It trains, as in torch.nn: there are no rows, and the weights' gradients are zero."""
-    case, on = sequences.draw("lstm", dtype, 5, 0, 3, 8), residence.DEVICES["h200"]
+    case, on = sequences.draw("lstm", dtype, 5, 0, 3, 8), persistent.DEVICES["h200"]
     ran = case.run(
-        partial(sequence.forward, partial(cuda.walk, on_host.ready, on)),
-        partial(sequence.backward, partial(cuda.walk_back, on_host.ready, on)),
+        partial(gpu_common.forward, partial(cuda.walk, cuda_on_cpu.ready, on)),
+        partial(gpu_common.backward, partial(cuda.walk_back, cuda_on_cpu.ready, on)),
     )
     assert ran["y"].shape == (5, 0, 8)
     assert ran["dx"].shape == case.x.shape
@@ -138,9 +138,9 @@ def test_arrays_that_are_not_aligned(monkeypatch):
 
     def ready(launch):
         launches.append(launch)
-        return on_host.ready(launch)
+        return cuda_on_cpu.ready(launch)
 
-    backward = partial(sequence.backward, partial(stepwise.walk_back, partial(cuda.bind, ready)))
+    backward = partial(gpu_common.backward, partial(per_step.walk_back, partial(cuda.bind, ready)))
     sequences.check(case, case._replace(dy=odd).run(forward, backward))
     assert {dict(launch.unit.defines)["UNITS"] for launch in launches} == {"1"}
 
@@ -168,12 +168,12 @@ def test_no_access_outside_an_array_and_no_race(sanitizer):
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_twin_equals_page(name, dtype):
-    twins.check_cell(on_host.ready, np.copy, np.asarray, name, dtype)
+    cell_struct.check_cell(cuda_on_cpu.ready, np.copy, np.asarray, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_functions(dtype):
-    twins.check_functions(on_host.ready, np.copy, np.asarray, dtype)
+    cell_struct.check_functions(cuda_on_cpu.ready, np.copy, np.asarray, dtype)
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Cupy:
             assert shared_mem <= function.max_dynamic_shared_size_bytes
             assert enable_cooperative_groups == (defines.get("SCOPE") == "2")
             kinds = [parameter.kind for parameter in library.parameters(name)]
-            given = list(map(on_host.passed, kinds, arguments))
+            given = list(map(cuda_on_cpu.passed, kinds, arguments))
             library.launch(name, grid, block, given, shared=shared_mem, cluster=cluster)
 
         kernel.ptr = 0
@@ -274,10 +274,12 @@ class Cupy:
 @pytest.fixture
 def cupy(monkeypatch):
     """The backend believes in a GPU with CuPy."""
-    stand_in, require = Cupy(), compat.require
-    monkeypatch.setattr(compat, "no_gpu", lambda: None)
-    monkeypatch.setattr(compat, "missing", lambda name: None)
-    monkeypatch.setattr(compat, "require", lambda name, why: stand_in if name == "cupy" else require(name, why))
+    stand_in, require = Cupy(), optional_imports.require
+    monkeypatch.setattr(optional_imports, "no_gpu", lambda: None)
+    monkeypatch.setattr(optional_imports, "missing", lambda name: None)
+    monkeypatch.setattr(
+        optional_imports, "require", lambda name, why: stand_in if name == "cupy" else require(name, why)
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     driver = SimpleNamespace(
         blocks=lambda *launch: stand_in.asked(1),
@@ -285,7 +287,7 @@ def cupy(monkeypatch):
         allow_large_clusters=lambda function: stand_in.asked(None),
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(cuda, "clusters", lambda shared: residence.DEVICES["h200"].clusters)
+    monkeypatch.setattr(cuda, "clusters", lambda shared: persistent.DEVICES["h200"].clusters)
     caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of, cuda.stack_of, cuda.launches, cuda.runner_of)
     for cached in caches:
         cached.cache_clear()
@@ -352,8 +354,8 @@ def test_several_at_once_from_cupy_to_kernel(cupy, monkeypatch):
 
 
 def test_every_reason_in_order(monkeypatch):
-    monkeypatch.setattr(compat, "no_gpu", lambda: "no GPU")
-    monkeypatch.setattr(compat, "missing", lambda name: f"{name} is missing")
+    monkeypatch.setattr(optional_imports, "no_gpu", lambda: "no GPU")
+    monkeypatch.setattr(optional_imports, "missing", lambda name: f"{name} is missing")
     why = cuda.reasons(Problem(cells.get("lstm"), 1, 1, 1, 1, dtype="int8", device="cpu"))
     assert why[:2] == ["no GPU", "cupy is missing"]
     assert ["CPU" in why[2], "int8" in why[3], len(why)] == [True, True, 4]

@@ -9,7 +9,7 @@ import pytest
 from bench import nvrtc
 from gpu_rnn.backends import cuda
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence, stepwise
+from gpu_rnn.kernels.cuda import persistent, stepwise
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
 pytestmark = pytest.mark.skipif(
@@ -111,10 +111,10 @@ def test_as_cupy_compiles_it(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
     monkeypatch.setattr(compiler, "function", SimpleNamespace(Module=lambda: takes))
     monkeypatch.setattr(compiler, "_kernel_cache_backend", compiler._DiskKernelCacheBackend(str(tmp_path)))
-    cell, on = cells.get("lstm").run, residence.DEVICES["h100"]
+    cell, on = cells.get("lstm").run, persistent.DEVICES["h100"]
     units = [
         stepwise.launch("", cell, B=4, H=64, R=1, storage="bfloat16", product="float32", addresses=()).unit,
-        *(residence.compiled(residence.plan(4, 16, "bfloat16", H, 8, on, backward=True)[0], cell, "bfloat16")
+        *(persistent.compiled(persistent.plan(4, 16, "bfloat16", H, 8, on, backward=True)[0], cell, "bfloat16")
           for H in (64, 512, 1024)),
     ]  # fmt: skip
     for raw in (*map(cuda.module.__wrapped__, units), cuda.of_clusters()):

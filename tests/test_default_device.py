@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_rnn
-from gpu_rnn import exchange
+from gpu_rnn.weights import interchange
 
 T, B, I, H = 5, 2, 3, 4
 X, LENGTHS = torch.randn(T, B, I), torch.tensor([3, 5])
@@ -43,7 +43,7 @@ def streamed(layer):
 
 def loaded(kind):
     made = gpu_rnn.LSTM(I, H, peephole=True, device="cpu") if kind == "lstm" else gpu_rnn.GRU(I, H, device="cpu")
-    return [*exchange.Stack.of(made).module().parameters(), *made.parameters()]
+    return [*interchange.Stack.of(made).module().parameters(), *made.parameters()]
 
 
 WAYS = {

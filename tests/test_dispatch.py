@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import gpu_rnn
-from gpu_rnn import cudnn, dispatch
-from gpu_rnn.kernels import cells, program
-from gpu_rnn.problem import Problem
+from gpu_rnn.backends import cudnn, dispatch
+from gpu_rnn.core.problem import Problem
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.codegen import numpy
 
 
 def problem(cell="lstm", T=8, B=4, I=16, H=32, **options):
@@ -59,9 +60,9 @@ def test_the_explanation_is_complete():
 
 def test_the_plan_tells_the_program_that_runs():
     """A few instants take the weights as they lie, and more calls for it."""
-    for T, arrangement in ((4, program.torch_layout), (512, program.layout)):
+    for T, arrangement in ((4, numpy.torch_layout), (512, numpy.layout)):
         cell = cells.get("lstm")
-        calls = len(program.step_program(cell, arrangement(cell)).calls)
+        calls = len(numpy.step_program(cell, arrangement(cell)).calls)
         assert f" {calls} elementwise NumPy calls" in dispatch.explain(problem(T=T)).plan
     assert calls == 8
 

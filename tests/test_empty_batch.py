@@ -7,10 +7,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_rnn
 
-from . import on_host
-from .around import FEATURES, VARIANTS, VARIED, as_tuple, inputs, layer
-from .host import runtime
-from .test_residence import DEVICES
+from . import cuda_on_cpu
+from .cuda_emulator import runtime
+from .reference_layers import FEATURES, VARIANTS, VARIED, as_tuple, inputs, layer
+from .test_persistent_config import DEVICES
 
 KEYWORDS = [
     *((name, keywords, names) for name in VARIED for keywords, names in FEATURES.values()),
@@ -56,7 +56,7 @@ def test_every_keyword(name, keywords, names, shape):
 @pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize("keywords", [{"recurrent_dropout": 0.3}, {"layer_norm": True}], ids=str)
 def test_on_cuda_kernels(keywords, monkeypatch):
-    on_host.in_place_of_numpy(monkeypatch, DEVICES["h200"])
+    cuda_on_cpu.in_place_of_numpy(monkeypatch, DEVICES["h200"])
     check(layer("gru", bidirectional=True, dtype=torch.float32, **keywords), FEATURES["everything"][1])
 
 

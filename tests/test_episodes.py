@@ -6,10 +6,10 @@ import torch
 
 import gpu_rnn
 
-from . import episodes, on_host
-from .around import LAYERS, inputs, layer
-from .host import runtime
-from .test_residence import DEVICES
+from . import cuda_on_cpu, episodes
+from .cuda_emulator import runtime
+from .reference_layers import LAYERS, inputs, layer
+from .test_persistent_config import DEVICES
 
 SHAPES = {
     "one": {},
@@ -33,7 +33,7 @@ def test_every_episode_is_as_if_it_were_alone(name, shape, call):
 @pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize(("name", "call"), [("lstm", "padded"), ("gru", "plain"), ("relu", "reset_state")])
 def test_on_cuda_kernels(name, call, monkeypatch):
-    on_host.in_place_of_numpy(monkeypatch, DEVICES["h200"])
+    cuda_on_cpu.in_place_of_numpy(monkeypatch, DEVICES["h200"])
     made = layer(name, bidirectional=True, dtype=torch.float32)
     episodes.check(made, *inputs(made, episodes.CALLS[call]))
 

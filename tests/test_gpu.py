@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import arrays
 from gpu_rnn.backends import cuda, triton
 from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.core import arrays
+from gpu_rnn.core.problem import Direction, Problem, Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.problem import Direction, Problem, Weights
+from gpu_rnn.kernels.cuda import persistent
 
-from . import sequences, twins, woven
+from . import cell_struct, reference_modifiers, sequences
 from .tolerance import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +77,7 @@ def plans(problem, on):
 @EVERY
 @pytest.mark.parametrize("size", RESIDENT, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("scope", residence.SCOPES)
+@pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_persistent_kernels(name, dtype, size, scope, monkeypatch):
     """Weights on the chip, in each scope that can hold them; one batch tile and several."""
     monkeypatch.setattr(cuda, "SCOPES", (scope,))
@@ -152,27 +152,29 @@ def check_as_planned(problem, reverse):
 
 
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
-@pytest.mark.parametrize("option", woven.OPTIONS)
+@pytest.mark.parametrize("option", reference_modifiers.OPTIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("place", MODIFIED)
 def test_modifiers(place, dtype, option, backend, monkeypatch):
     """With IEEE products."""
-    (name, T, B, H), scopes = MODIFIED[place], tuple({place} & {*residence.SCOPES})
+    (name, T, B, H), scopes = MODIFIED[place], tuple({place} & {*persistent.SCOPES})
     monkeypatch.setattr(cuda, "SCOPES", scopes)
-    made = woven.drawn(name, woven.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru")
-    woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
+    made = reference_modifiers.drawn(
+        name, reference_modifiers.OPTIONS[option], dtype, T, B, 7, H, reverse=name == "gru"
+    )
+    reference_modifiers.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
-@pytest.mark.parametrize("option", woven.NORMED)
+@pytest.mark.parametrize("option", reference_modifiers.NORMED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("place", NORMALIZED)
 def test_layer_normalization(place, dtype, option, backend, monkeypatch):
     """Where there are reductions over hidden units; with IEEE products."""
-    (name, T, B, H), scopes = NORMALIZED[place], tuple({place} & {*residence.SCOPES})
+    (name, T, B, H), scopes = NORMALIZED[place], tuple({place} & {*persistent.SCOPES})
     monkeypatch.setattr(cuda, "SCOPES", scopes)
-    made = woven.drawn(name, woven.NORMED[option], dtype, T, B, 7, H, reverse=name == "gru")
-    woven.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
+    made = reference_modifiers.drawn(name, reference_modifiers.NORMED[option], dtype, T, B, 7, H, reverse=name == "gru")
+    reference_modifiers.check(made, moved("torch", made.case).run(backend.forward, backend.backward))
 
 
 @EVERY
@@ -343,13 +345,13 @@ def test_projection(library, dtype, reverse):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_twin_equals_page(name, dtype):
     cupy = pytest.importorskip("cupy")
-    twins.check_cell(cuda.ready, cupy.asarray, cupy.asnumpy, name, dtype)
+    cell_struct.check_cell(cuda.ready, cupy.asarray, cupy.asnumpy, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_functions(dtype):
     cupy = pytest.importorskip("cupy")
-    twins.check_functions(cuda.ready, cupy.asarray, cupy.asnumpy, dtype)
+    cell_struct.check_functions(cuda.ready, cupy.asarray, cupy.asnumpy, dtype)
 
 
 @pytest.mark.parametrize("dtype", arrays.HALVES)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import gpu_rnn
-from gpu_rnn import dispatch
-from gpu_rnn.inspection import activated, problem
+from gpu_rnn.backends import dispatch
 from gpu_rnn.kernels import cells
+from gpu_rnn.tools.explain import problem
+from gpu_rnn.tools.inspect import activated
 
 from .conftest import sequence_arrays
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import ShapeError, woven
+from gpu_rnn import ShapeError
+from gpu_rnn.modifiers import apply
 
 T, B, I, H = 5, 3, 2, 4
 BAD = {"longer": [T + 1, 2, 0], "negative": [-1, 2, 0]}
@@ -97,7 +98,7 @@ def test_without_a_look_they_are_clamped(dtype, monkeypatch):
     layer = gpu_rnn.LSTM(I, H, bidirectional=True)
     x = torch.randn(T, B, I)
     right = layer(x, lengths=torch.tensor([T, 0, 2]), left_padding=torch.tensor([0, 0, T]))
-    monkeypatch.setattr(woven, "check_bound", lambda *_: None)
+    monkeypatch.setattr(apply, "check_bound", lambda *_: None)
     found = layer(
         x, lengths=torch.tensor([T + 2, -3, 2], dtype=dtype), left_padding=torch.tensor([-9, -1, T + 9], dtype=dtype)
     )

@@ -10,14 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pack_sequence
 
 import gpu_rnn
-from gpu_rnn import dispatch
-from gpu_rnn.backends import cuda, numpy, sequence
+from gpu_rnn.backends import cuda, dispatch, gpu_common, numpy
+from gpu_rnn.core.problem import Problem, Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.problem import Problem, Weights
+from gpu_rnn.kernels.cuda import persistent
 
 WITHIN = 0.05
-H200 = residence.Device((9, 0), 132, 232448, ((2, 66), (4, 33), (8, 16), (16, 7)))
+H200 = persistent.Device((9, 0), 132, 232448, ((2, 66), (4, 33), (8, 16), (16, 7)))
 
 
 def allocated(function):
@@ -127,12 +126,12 @@ def no_kernel(launch):
 @pytest.mark.parametrize("name", [name for name in SIZES if name not in ("gru+before", "rnn_tanh one row")])
 def test_cuda(name, dtype, training, rng, monkeypatch):
     """Its arrays as NumPy's, on a device that isn't there; nothing is computed: torch's matmuls allocate nothing."""
-    monkeypatch.setattr(sequence.arrays, "matmul", lambda *given, **named: None)
+    monkeypatch.setattr(gpu_common.arrays, "matmul", lambda *given, **named: None)
     problem = problem_of(name, dtype, device="cuda", training=training)
     x, weights, state = arrays(problem, rng)
     how = {"reverse": problem.reverse, "tf32": False}
     step = partial(cuda.walk, no_kernel, H200)
-    call = partial(sequence.forward, step, problem.cell, x, weights, state, save=training, **how)
+    call = partial(gpu_common.forward, step, problem.cell, x, weights, state, save=training, **how)
     foretold = cuda.memory_on(problem, H200)
     (y, last, tape), measured = allocated(call)
     close(foretold.forward, measured)
@@ -140,7 +139,7 @@ def test_cuda(name, dtype, training, rng, monkeypatch):
         assert foretold.saved == sum(array.nbytes for array in (y, *tape))
         back = partial(cuda.walk_back, no_kernel, H200)
         dy = np.ones_like(y)
-        call = partial(sequence.backward, back, problem.cell, x, weights, state, y, tape, dy, last, **how)
+        call = partial(gpu_common.backward, back, problem.cell, x, weights, state, y, tape, dy, last, **how)
         close(foretold.backward, allocated(partial(call, needs=needs(weights)))[1])
 
 
@@ -148,7 +147,7 @@ def test_cuda_in_a_grid_counts_what_blocks_exchange():
     problem = Problem(cells.get("lstm"), 8, 8, 16, 1024, None, "float16", "cuda", "torch", training=True)
     plan, _ = cuda.residence_of(problem, H200, False)
     assert plan.scope == "grid"
-    alone = sequence.memory(problem, 0, 0)
+    alone = gpu_common.memory(problem, 0, 0)
     assert cuda.memory_on(problem, H200).forward == alone.forward + plan.launches * plan.exchange_bytes(8)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from gpu_rnn import functional, layers
+from gpu_rnn import functional
+from gpu_rnn.nn import layers
 
 TEXT = (Path(__file__).parents[1] / "docs" / "modifiers.md").read_text(encoding="utf-8")
 

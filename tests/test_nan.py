@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from . import nan, on_host
-from .host import runtime
-from .test_residence import DEVICES
+from . import cuda_on_cpu, nan
+from .cuda_emulator import runtime
+from .test_persistent_config import DEVICES
 
 every_place = pytest.mark.parametrize("place", nan.PLACES)
 
@@ -35,7 +35,7 @@ def test_differentiated_again(place):
 @pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_on_cuda_kernels(dtype, monkeypatch):
-    on_host.in_place_of_numpy(monkeypatch, DEVICES["h200"])
+    cuda_on_cpu.in_place_of_numpy(monkeypatch, DEVICES["h200"])
     nan.compare(*nan.relu("x", "one", dtype))
     nan.compare(*nan.bounds("x", dtype))
 

@@ -12,15 +12,14 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import compiler
-from gpu_rnn.backends import native
-from gpu_rnn.backends.phased import Phased
+from gpu_rnn.backends import compiler, native
+from gpu_rnn.backends.two_pass import Phased
 from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cells import weave
 from gpu_rnn.kernels.native import isa
-from gpu_rnn.kernels.weave import weave
 
-from . import own, sequences, woven
-from .host import sanitize
+from . import custom_cells, reference_modifiers, sequences
+from .cuda_emulator import sanitize
 from .test_numpy import FUNCTIONS, NEEDS, torch_run
 
 
@@ -83,44 +82,48 @@ def test_equals_torch_in_float64(name, reverse, bias, T, B, I, H, P, threads, rn
 
 
 @EVERY
-@pytest.mark.parametrize("options", woven.OPTIONS.values(), ids=woven.OPTIONS)
+@pytest.mark.parametrize("options", reference_modifiers.OPTIONS.values(), ids=reference_modifiers.OPTIONS)
 def test_modifiers(name, options, threads):
     projected = 4 if name == "lstm" and "zoneout" not in options else None
     for B, H, rows, P, reverse in ((3, 6, None, None, False), (2, 9, 1, None, True), (1, 17, None, projected, False)):
-        made = woven.drawn(name, options, "float32", 5, B, 4, H, P, rows=rows, reverse=reverse)
-        woven.check(made, run(made.case))
+        made = reference_modifiers.drawn(name, options, "float32", 5, B, 4, H, P, rows=rows, reverse=reverse)
+        reference_modifiers.check(made, run(made.case))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
-@pytest.mark.parametrize("options", woven.NORMED.values(), ids=woven.NORMED)
+@pytest.mark.parametrize("options", reference_modifiers.NORMED.values(), ids=reference_modifiers.NORMED)
 def test_layer_normalization(name, options, threads):
     for dtype, B, H, reverse in (("float32", 3, 6, False), ("float32", 1, 35, True), ("bfloat16", 2, 4, False)):
-        made = woven.drawn(name, options, dtype, 5, B, 4, H, reverse=reverse)
-        woven.check(made, run(made.case))
+        made = reference_modifiers.drawn(name, options, dtype, 5, B, 4, H, reverse=reverse)
+        reference_modifiers.check(made, run(made.case))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_dropout_of_the_candidate(name, threads):
-    made = woven.drawn(name, {"candidate": True}, "float32", 5, 3, 4, 11)
-    woven.check(made, run(made.case))
+    made = reference_modifiers.drawn(name, {"candidate": True}, "float32", 5, 3, 4, 11)
+    reference_modifiers.check(made, run(made.case))
 
 
-@pytest.mark.parametrize("options", [{}, *woven.OPTIONS.values()], ids=["plain", *woven.OPTIONS])
+@pytest.mark.parametrize(
+    "options", [{}, *reference_modifiers.OPTIONS.values()], ids=["plain", *reference_modifiers.OPTIONS]
+)
 def test_a_second_recurrent_product(options):
     backend = Phased(native)
     for B, H, rows, reverse in ((3, 6, None, False), (2, 9, 1, True)):
-        made = woven.drawn("gru+before", options, "float32", 5, B, 4, H, rows=rows, reverse=reverse)
-        woven.check(made, made.case.run(backend.forward, backend.backward))
+        made = reference_modifiers.drawn("gru+before", options, "float32", 5, B, 4, H, rows=rows, reverse=reverse)
+        reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
-@pytest.mark.parametrize("name", own.CELLS)
+@pytest.mark.parametrize("name", custom_cells.CELLS)
 @pytest.mark.parametrize("option", ["plain", "reset", "hold", "mean"])
 def test_custom_cells(name, option, threads, monkeypatch):
-    monkeypatch.setattr(woven, "published", own.published)
-    options = {"plain": {}, "mean": {"zoneout": (0.3,) * 4, "mean": True}}.get(option) or woven.OPTIONS.get(option, {})
+    monkeypatch.setattr(reference_modifiers, "published", custom_cells.published)
+    options = {"plain": {}, "mean": {"zoneout": (0.3,) * 4, "mean": True}}.get(
+        option
+    ) or reference_modifiers.OPTIONS.get(option, {})
     for B, H in ((3, 6), (1, 37)):
-        made = own.case(name, options, "float32", 5, B, 4, H, reverse=option == "hold")
-        woven.check(made, run(made.case))
+        made = custom_cells.case(name, options, "float32", 5, B, 4, H, reverse=option == "hold")
+        reference_modifiers.check(made, run(made.case))
 
 
 @pytest.mark.parametrize("G", [2, 5, 9])
@@ -190,10 +193,10 @@ def instruction_set(request, monkeypatch):
 
 
 def test_every_instruction_set(instruction_set):
-    for name, options in (("lstm", woven.OPTIONS["all"]), ("gru", {"norm": True}), ("rnn_tanh", {})):
+    for name, options in (("lstm", reference_modifiers.OPTIONS["all"]), ("gru", {"norm": True}), ("rnn_tanh", {})):
         for dtype in ("float32", "bfloat16"):
-            made = woven.drawn(name, options, dtype, 4, 7, 5, 35, reverse=True)
-            woven.check(made, run(made.case))
+            made = reference_modifiers.drawn(name, options, dtype, 4, 7, 5, 35, reverse=True)
+            reference_modifiers.check(made, run(made.case))
 
 
 def test_the_table_chooses_by_what_the_cpu_has():
@@ -429,7 +432,7 @@ def test_it_says_what_it_does():
     found = native.instruction_set()
     assert f"float32, {found.name}, {found.lanes('float32')} lanes, tiles of {found.tile(4)}" in text
     assert "at most" in text
-    assert native.warmup(gpu_rnn.problem.Problem(weave(cells.get("lstm"), hold=True), 1, 1, 1, 1))
+    assert native.warmup(gpu_rnn.core.problem.Problem(weave(cells.get("lstm"), hold=True), 1, 1, 1, 1))
 
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------

@@ -14,25 +14,26 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import functional
-from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.core.problem import Options, Weights
 from gpu_rnn.functional import ShapeError
-from gpu_rnn.kernels import cells, check
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cells import validation
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.mathematics import exp, log, log_sigmoid, maximum, mean, sigmoid, tanh, where
-from gpu_rnn.problem import Options, Weights
 
-from . import on_host, own, woven
+from . import cuda_on_cpu, custom_cells, reference_modifiers
 from .conftest import sequence_arrays
-from .host import runtime
+from .cuda_emulator import runtime
 
-EVERY = pytest.mark.parametrize("name", own.CELLS)
+EVERY = pytest.mark.parametrize("name", custom_cells.CELLS)
 on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 
 
 @pytest.fixture(autouse=True)
 def _published(monkeypatch):
-    monkeypatch.setattr(woven, "published", own.published)
+    monkeypatch.setattr(reference_modifiers, "published", custom_cells.published)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def forgotten(monkeypatch):
 @pytest.fixture
 def mgu(tmp_path, monkeypatch):
     """The cell "mgu", a page where pages stand."""
-    (tmp_path / "mgu.py").write_text(own.PAGE)
+    (tmp_path / "mgu.py").write_text(custom_cells.PAGE)
     monkeypatch.setattr(cells, "__path__", [*cells.__path__, str(tmp_path)])
     monkeypatch.setattr(cells, "NAMES", (*cells.NAMES, "mgu"))
     cells.get.cache_clear()
@@ -60,12 +61,12 @@ def mgu(tmp_path, monkeypatch):
 
 
 def test_the_definitions_are_short():
-    assert len(own.DEFINITIONS) == len(own.CELLS)
-    assert all(len(block.splitlines()) < 30 for block in own.DEFINITIONS)
+    assert len(custom_cells.DEFINITIONS) == len(custom_cells.CELLS)
+    assert all(len(block.splitlines()) < 30 for block in custom_cells.DEFINITIONS)
 
 
 def test_the_documents_use_runs():
-    exec(own.USE, dict(vars(own.document)))
+    exec(custom_cells.USE, dict(vars(custom_cells.document)))
 
 
 def test_facts_are_read_off_the_pages(mgu):
@@ -86,7 +87,7 @@ def test_a_derived_gradient_is_the_one_by_hand(mgu, rng):
 
 def test_the_mgu_is_the_published_one(rng):
     x, w, (h0,) = sequence_arrays(rng, "MGU", 4, 3, 2, 5)
-    y, hT = own.document.MGU.function(x, *w[:4], h0=h0)
+    y, hT = custom_cells.document.MGU.function(x, *w[:4], h0=h0)
     h, H = h0, 5
     for t in range(4):  # Zhou et al. 2016, with the gate after the recurrent product
         a, r = x[t] @ w.w_ih.T + w.b_ih, h @ w.w_hh.T + w.b_hh
@@ -99,7 +100,7 @@ def test_the_mgu_is_the_published_one(rng):
 def test_the_slstm_is_the_published_one_without_its_stabilizer(rng):
     T, B, H = 6, 3, 5
     x, w, _ = sequence_arrays(rng, "SLSTM", T, B, 2, H)
-    y, last = own.document.SLSTM.function(x, *w[:4])
+    y, last = custom_cells.document.SLSTM.function(x, *w[:4])
     h = c = n = np.zeros((B, H))
     for t in range(T):  # Beck et al. 2024, equations 8 to 14
         z, i, f, o = np.split(x[t] @ w.w_ih.T + w.b_ih + h @ w.w_hh.T + w.b_hh, 4, axis=1)
@@ -115,8 +116,8 @@ def test_the_stabilizer_stabilizes(rng):
     """Gates whose exponentials float32 can't hold."""
     x, w, _ = sequence_arrays(rng, "SLSTM", 6, 3, 2, 5, dtype=np.float32)
     w.b_ih[5:10] = 200 * rng.random(5)
-    y, _ = own.document.SLSTM.function(x, *w[:4])
-    exact, _ = own.document.SLSTM.function(x.astype("float64"), *(a.astype("float64") for a in w[:4]))
+    y, _ = custom_cells.document.SLSTM.function(x, *w[:4])
+    exact, _ = custom_cells.document.SLSTM.function(x.astype("float64"), *(a.astype("float64") for a in w[:4]))
     np.testing.assert_allclose(y, exact, rtol=1e-3, atol=1e-4)
 
 
@@ -126,40 +127,42 @@ def test_the_stabilizer_stabilizes(rng):
 @EVERY
 @pytest.mark.parametrize("option", ["plain", "reset", "hold", "mean"])
 def test_numpy(name, option):
-    options = {"plain": {}, "mean": {"zoneout": (0.3,) * 4, "mean": True}}.get(option) or woven.OPTIONS.get(option, {})
-    made = own.case(name, options, "float32", 5, 3, 4, 6, reverse=option == "hold")
-    woven.check(made, made.case.run(oracle.forward, oracle.backward))
+    options = {"plain": {}, "mean": {"zoneout": (0.3,) * 4, "mean": True}}.get(
+        option
+    ) or reference_modifiers.OPTIONS.get(option, {})
+    made = custom_cells.case(name, options, "float32", 5, 3, 4, 6, reverse=option == "hold")
+    reference_modifiers.check(made, made.case.run(oracle.forward, oracle.backward))
 
 
 @on_host_runtime
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_cuda_stepwise(name, dtype):
-    bind = partial(cuda.bind, on_host.ready)
-    forward = partial(sequence.forward, partial(stepwise.walk, bind))
-    backward = partial(sequence.backward, partial(stepwise.walk_back, bind))
-    made = own.case(name, {}, dtype, 4, 5, 3, 7)
-    woven.check(made, made.case.run(forward, backward))
+    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    forward = partial(gpu_common.forward, partial(per_step.walk, bind))
+    backward = partial(gpu_common.backward, partial(per_step.walk_back, bind))
+    made = custom_cells.case(name, {}, dtype, 4, 5, 3, 7)
+    reference_modifiers.check(made, made.case.run(forward, backward))
 
 
 @on_host_runtime
 @EVERY
-@pytest.mark.parametrize("scope", residence.SCOPES)
+@pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_cuda_resident(name, scope, monkeypatch):
-    monkeypatch.setattr(residence, "plan", partial(residence.plan, scope=scope))
-    monkeypatch.setattr(stepwise, "walk", None)  # which would be no test
+    monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
+    monkeypatch.setattr(per_step, "walk", None)  # which would be no test
     cuda.plan_of.cache_clear()
-    walks = (partial(walk, on_host.ready, residence.DEVICES["h200"]) for walk in (cuda.walk, cuda.walk_back))
-    made = own.case(name, {}, "bfloat16", 4, 9, 3, 20)
-    run = (partial(whole, walk) for whole, walk in zip((sequence.forward, sequence.backward), walks))
-    woven.check(made, made.case.run(*run))
+    walks = (partial(walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]) for walk in (cuda.walk, cuda.walk_back))
+    made = custom_cells.case(name, {}, "bfloat16", 4, 9, 3, 20)
+    run = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
+    reference_modifiers.check(made, made.case.run(*run))
     cuda.plan_of.cache_clear()
 
 
 def test_a_page_where_pages_stand_runs_with_gradients(mgu, rng):
     x, weights, (h0,) = sequence_arrays(rng, "mgu", 4, 3, 2, 5)
     y, _ = functional.sequence("mgu", x, weights, (h0,), Options())
-    expected, _ = own.document.MGU.function(x, *weights[:4], h0=h0)
+    expected, _ = custom_cells.document.MGU.function(x, *weights[:4], h0=h0)
     np.testing.assert_allclose(y, expected, rtol=1e-12)
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x, *weights[:4], h0)]
 
@@ -196,7 +199,7 @@ def test_derivatives(name, rng):
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x, *weights[:4], *state)]
 
     def run(*given):
-        y, last = own.CELLS[name].function(*given[:5], **dict(zip(labels, given[5:])), reverse=True)
+        y, last = custom_cells.CELLS[name].function(*given[:5], **dict(zip(labels, given[5:])), reverse=True)
         return y, *(last if isinstance(last, tuple) else (last,))
 
     assert torch.autograd.gradcheck(run, tensors)
@@ -208,7 +211,7 @@ def test_vjp_is_autograd(name, rng):
     x, weights, state = sequence_arrays(rng, name, 3, 2, 2, 3)
     labels = [letter + "0" for letter in cells.get(name).states]
     given = {"x": x, **{label: w for label, w in weights._asdict().items() if w is not None}, labels[0]: state[0]}
-    function = own.CELLS[name].function
+    function = custom_cells.CELLS[name].function
     tensors = {label: torch.from_numpy(array).requires_grad_() for label, array in given.items()}
     function(**tensors)[0].sum().backward()
     (y, _), pullback = gpu_rnn.vjp(function, **given)
@@ -221,7 +224,7 @@ def test_vjp_is_autograd(name, rng):
 @EVERY
 def test_a_layer_is_its_function_layer_after_layer(name):
     torch.manual_seed(1)
-    cls = own.CELLS[name]
+    cls = custom_cells.CELLS[name]
     layer = cls(3, 4, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
     S, x = cells.get(name).S, torch.randn(2, 5, 3, dtype=torch.float64)
     y, last = layer(x)
@@ -243,12 +246,12 @@ def test_a_layer_is_its_function_layer_after_layer(name):
 @EVERY
 def test_a_layer_is_pickled_copied_compiled_and_exported(name):
     torch.manual_seed(2)
-    layer, x = own.CELLS[name](3, 4), torch.randn(5, 2, 3)
+    layer, x = custom_cells.CELLS[name](3, 4), torch.randn(5, 2, 3)
     y, _ = layer(x)
     for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
         assert type(again) is type(layer)
         assert torch.equal(again(x)[0], y)
-    fresh = own.CELLS[name](3, 4)
+    fresh = custom_cells.CELLS[name](3, 4)
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(x)[0], y)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -262,20 +265,20 @@ def test_keywords_are_those_of_every_layer():
     torch.manual_seed(3)
     x, reset = torch.randn(6, 2, 3), torch.zeros(6, 2, dtype=torch.bool)
     reset[3] = True
-    layer = own.document.MGU(3, 4)
+    layer = custom_cells.document.MGU(3, 4)
     y, hT = layer(x, reset=reset)
     torch.testing.assert_close(y, torch.cat([layer(x[:3])[0], layer(x[3:])[0]]))
     y, hT, states = layer(x, lengths=torch.tensor([6, 2]), return_states=True)
     assert (y[2:, 1] == 0).all()
     assert torch.equal(hT[0, 1], layer(x[:2])[1][0, 1])
     with pytest.raises(TypeError, match="peephole"):
-        own.document.MGU(3, 4, peephole=True)
+        custom_cells.document.MGU(3, 4, peephole=True)
     with pytest.raises(ShapeError, match=r"h0 has shape \[2, 4\].*\[1, 2, 4\]"):
         layer(x, torch.zeros(2, 4))
     with pytest.raises(TypeError, match=r"\(h0, c0, n0, m0\)"):
-        own.document.SLSTM(3, 4)(x, torch.zeros(1, 2, 4))
+        custom_cells.document.SLSTM(3, 4)(x, torch.zeros(1, 2, 4))
     with pytest.raises(TypeError, match="c0"):
-        own.document.MGU.function(*(np.ones(n) for n in ((5, 2, 3), (8, 3), (8, 4))), c0=np.ones((2, 4)))
+        custom_cells.document.MGU.function(*(np.ones(n) for n in ((5, 2, 3), (8, 3), (8, 4))), c0=np.ones((2, 4)))
     assert "MGU" in str(gpu_rnn.explain(layer, x))
 
 
@@ -357,9 +360,9 @@ def test_a_gradient_is_checked_on_request(forgotten):
         gpu_rnn.cell(lambda x, h, s: (log(s[0]),), gates="a", states="h", name="nowhere", check=True)
 
 
-@pytest.mark.parametrize("name", [*cells.NAMES, *own.CELLS])
+@pytest.mark.parametrize("name", [*cells.NAMES, *custom_cells.CELLS])
 def test_every_gradient_passes_the_check(name):
-    check.derivative(cells.get(name))
+    validation.derivative(cells.get(name))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends import numpy as backend
+from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Weights
 
 from .conftest import sequence_arrays
 

@@ -13,8 +13,8 @@ from onnx import helper, numpy_helper
 
 import gpu_rnn
 import gpu_rnn.onnx
-from gpu_rnn import exchange
 from gpu_rnn.functional import ShapeError
+from gpu_rnn.weights import interchange
 from tests.mutated import read_mutated
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -552,7 +552,7 @@ def test_large_constants_are_not_read_for_other_nodes(rng, tmp_path, monkeypatch
     for k in range(9):
         model.graph.node.insert(k, node("Transpose", ["table"], [f"turned{k}"]))
         model.graph.node.insert(k, node("Gather", ["table", "X"], [f"rows{k}"]))
-    monkeypatch.setattr("gpu_rnn.onnx_graph.MOST_MOVED", 100_000)
+    monkeypatch.setattr("gpu_rnn.weights.onnx_graph.MOST_MOVED", 100_000)
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=1 << 16)
     (tmp_path / "w").unlink()  # which has the table alone
     with warnings.catch_warnings():
@@ -582,7 +582,7 @@ def test_a_graph_with_a_circle_is_refused(rng, tmp_path):
 
 
 def test_functions_that_never_end_are_refused(rng, monkeypatch):
-    monkeypatch.setattr("gpu_rnn.onnx_graph.MOST_CALLED", 5000)
+    monkeypatch.setattr("gpu_rnn.weights.onnx_graph.MOST_CALLED", 5000)
 
     def function(name, *calls):
         nodes = [helper.make_node(call, ["x"], ["y"], domain="mine") for call in calls]
@@ -642,7 +642,7 @@ def test_data_in_other_files_need_the_path(rng, tmp_path, monkeypatch):
 
 def test_weights_shared_without_measure_are_refused(rng, monkeypatch):
     model, _ = node_model("gru", rng)
-    monkeypatch.setattr(exchange.Budget, "__init__", lambda self, size, slack=0: setattr(self, "left", size))
+    monkeypatch.setattr(interchange.Budget, "__init__", lambda self, size, slack=0: setattr(self, "left", size))
     model.graph.node.append(helper.make_node("GRU", ["X", "W", "R", "B"], ["Y2"], name="twin", linear_before_reset=1))
     gpu_rnn.onnx.load(model, "cell")
     with pytest.raises(ValueError, match="the whole may take"):

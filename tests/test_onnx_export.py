@@ -15,12 +15,12 @@ from torch import nn
 import gpu_rnn
 import gpu_rnn.onnx
 from gpu_rnn.kernels.mathematics import sigmoid, tanh
-from tests import around
+from tests import reference_layers
 from tests.tolerance import assert_close
 
 STACKED = {"num_layers": 2, "bidirectional": True}
 BOTH = {"bidirectional": True}
-STANDARD = {  # name of `around.layer`, its keywords, what a call takes; the nodes it should be
+STANDARD = {  # name of `reference_layers.layer`, its keywords, what a call takes; the nodes it should be
     "lstm": ("lstm", STACKED, [], {"LSTM": 2}),
     "gru": ("gru", STACKED, [], {"GRU": 2}),
     "rnn": ("rnn", STACKED, [], {"RNN": 2}),
@@ -35,7 +35,7 @@ STANDARD = {  # name of `around.layer`, its keywords, what a call takes; the nod
 }
 LOOPS = {
     "cell_clip": ("lstm", {"cell_clip": 0.2}, ["lengths"], {"Scan": 1}),
-    "all variants": ("lstm", around.VARIANTS["all variants"] | BOTH, ["left_padding"], {"Scan": 2}),
+    "all variants": ("lstm", reference_layers.VARIANTS["all variants"] | BOTH, ["left_padding"], {"Scan": 2}),
     "reset": ("lstm", STACKED, ["reset"], {"Scan": 4}),
     "reset state": ("gru", BOTH, ["reset", "reset_state"], {"Scan": 2}),
     "reset and lengths": ("lstm", {}, ["reset", "reset_state", "left_padding", "lengths"], {"Scan": 1}),
@@ -104,7 +104,7 @@ def recurrent_nodes(model):
 
 def of(layer, modifiers, T, B, seed):
     """x, and what a call takes, for T time steps of B sequences."""
-    x, hx, given = around.inputs(layer, modifiers, seed)
+    x, hx, given = reference_layers.inputs(layer, modifiers, seed)
     rng = torch.Generator().manual_seed(seed)
 
     def resized(state):
@@ -116,7 +116,7 @@ def of(layer, modifiers, T, B, seed):
     if "lengths" in given:
         given["lengths"][0] = 0
         given["lengths"][1] = T
-    return {"hx": around.as_hx([resized(state) for state in around.as_tuple(hx)]), **given}
+    return {"hx": reference_layers.as_hx([resized(state) for state in reference_layers.as_tuple(hx)]), **given}
 
 
 def to(dtype, structure):
@@ -128,13 +128,15 @@ def to(dtype, structure):
 def test_onnxruntime_computes_what_the_layers_do(group):
     """One model of many layers, exported for one T and B and run with others."""
     cases, dtype = GROUPS[group]
-    layers = [around.layer(name, seed=k, **keywords).eval() for k, (name, keywords, *_) in enumerate(cases.values())]
+    layers = [
+        reference_layers.layer(name, seed=k, **keywords).eval() for k, (name, keywords, *_) in enumerate(cases.values())
+    ]
     model = Together([layer.to(dtype) for layer in layers])
     data = []
     for T, B in ((6, 3), (9, 2)):
         rng = torch.Generator().manual_seed(T)
         calls = [of(layer, case[2], T, B, seed=T + k) for k, (layer, case) in enumerate(zip(layers, cases.values()))]
-        data.append(to(dtype, (torch.randn(T, B, around.I, generator=rng), calls)))
+        data.append(to(dtype, (torch.randn(T, B, reference_layers.I, generator=rng), calls)))
     axes = {
         "hx": {1: DYNAMIC},
         "lengths": {0: DYNAMIC},
@@ -152,8 +154,10 @@ def test_onnxruntime_computes_what_the_layers_do(group):
         found = iter(run(exported, x, calls))
         for label, layer, call in zip(cases, layers, calls):
             with torch.no_grad():
-                peer = around.by_the_rules(layer, x, **call)[:2]
-                exact = around.by_the_rules(layer.double(), *to(torch.float64, (x,)), **to(torch.float64, call))[:2]
+                peer = reference_layers.by_the_rules(layer, x, **call)[:2]
+                exact = reference_layers.by_the_rules(
+                    layer.double(), *to(torch.float64, (x,)), **to(torch.float64, call)
+                )[:2]
             layer.to(dtype)
             for a, b in zip(leaves(exact), leaves(peer), strict=True):
                 ours, name = next(found), str(dtype).removeprefix("torch.")

@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
 
-from . import on_host
-from .around import LAYERS, inputs, layer
-from .host import runtime
-from .test_residence import DEVICES
+from . import cuda_on_cpu
+from .cuda_emulator import runtime
+from .reference_layers import LAYERS, inputs, layer
+from .test_persistent_config import DEVICES
 
 NAMES = [*LAYERS, "gru projected", "rnn projected", "gru before"]
 CALLS = [[], ["lengths"], ["reset", "reset_state"]]
@@ -58,7 +58,7 @@ def test_of_a_single_sequence_and_batch_first(batch_first):
 
 @pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 def test_on_cuda_kernels(monkeypatch):
-    on_host.in_place_of_numpy(monkeypatch, DEVICES["h200"])
+    cuda_on_cpu.in_place_of_numpy(monkeypatch, DEVICES["h200"])
     for name in ("gru", "lstm"):
         made = layer(name, dtype=torch.float32)
         check(made, *inputs(made, ["reset"]))

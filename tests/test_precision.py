@@ -8,7 +8,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import gpu_rnn
-from gpu_rnn import arrays, dispatch, plans
+from gpu_rnn.backends import call_cache, dispatch
+from gpu_rnn.core import arrays
 
 from .conftest import sequence_arrays
 
@@ -36,7 +37,7 @@ def setting(monkeypatch):
     """A float32 tensor follows this word, as if it were on a GPU."""
     words = ["tf32"]
     monkeypatch.setattr(arrays, "precision", lambda array: words[-1])
-    monkeypatch.setattr(plans, "PLANS", {})  # of tensors on the CPU, which knew no such word
+    monkeypatch.setattr(call_cache, "PLANS", {})  # of tensors on the CPU, which knew no such word
     return words
 
 

@@ -9,14 +9,14 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
 
-from . import on_host, woven
-from .around import FEATURES, PROJECTED, inputs, layer
+from . import cuda_on_cpu, reference_modifiers
 from .conftest import sequence_arrays
-from .host import runtime
-from .test_around import agree
+from .cuda_emulator import runtime
+from .reference_layers import FEATURES, PROJECTED, inputs, layer
+from .test_modifiers import agree
 
 EVERY = pytest.mark.parametrize("name", ["gru+projected", "rnn_tanh", "rnn_relu"])
 on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
@@ -28,18 +28,20 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 )
 def test_numpy(name, options):
     for B, reverse in ((3, False), (9, True)):
-        made = woven.drawn(name, options, "float32", 5, B, 4, 6, 3, reverse=reverse)
-        woven.check(made, made.case.run(oracle.forward, oracle.backward))
+        made = reference_modifiers.drawn(name, options, "float32", 5, B, 4, 6, 3, reverse=reverse)
+        reference_modifiers.check(made, made.case.run(oracle.forward, oracle.backward))
 
 
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, on_host.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.ready)
     options = {"reset": True, "given": True, "hold": True, "dropout": True}
-    made = woven.drawn(name, options, "float32", 6, 4, 3, 5, P=2, reverse=name == "rnn_relu")
-    forward = partial(sequence.forward, partial(stepwise.walk, bind))
-    woven.check(made, made.case.run(forward, partial(sequence.backward, partial(stepwise.walk_back, bind))))
+    made = reference_modifiers.drawn(name, options, "float32", 6, 4, 3, 5, P=2, reverse=name == "rnn_relu")
+    forward = partial(gpu_common.forward, partial(per_step.walk, bind))
+    reference_modifiers.check(
+        made, made.case.run(forward, partial(gpu_common.backward, partial(per_step.walk_back, bind)))
+    )
 
 
 @pytest.mark.parametrize("feature", [None, "reset state", "both ends", "recurrent dropout", "everything"])

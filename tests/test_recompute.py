@@ -9,19 +9,21 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import gpu_rnn
-from gpu_rnn import autograd, dispatch
-from gpu_rnn.backends import cuda, sequence, stepwise
+from gpu_rnn.autograd import eager
+from gpu_rnn.backends import cuda, dispatch, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.core.problem import Options, Problem, Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda import residence
-from gpu_rnn.problem import Options, Problem, Weights
+from gpu_rnn.kernels.cuda import persistent
 
-from . import on_host, woven
-from .host import runtime
+from . import cuda_on_cpu, reference_modifiers
+from .cuda_emulator import runtime
 from .sequences import draw
 
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
-OPTIONS = pytest.mark.parametrize("options", [{}, *woven.OPTIONS.values()], ids=["plain", *woven.OPTIONS])
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, *reference_modifiers.OPTIONS.values()], ids=["plain", *reference_modifiers.OPTIONS]
+)
 
 
 def bytes_kept(layer, x):
@@ -59,7 +61,7 @@ def by_autograd(case, recompute, history=False):
 
     x, weights, state = leaf(case.x), Weights(*map(leaf, case.weights)), tuple(map(leaf, case.state))
     options = Options(case.reverse, "numpy", None, history, recompute)
-    y, after = autograd.sequence(case.cell.name, x, weights, state, options)
+    y, after = eager.sequence(case.cell.name, x, weights, state, options)
     dlast = [*case.dlast, *(torch.ones_like(array) for array in after[len(state) :])]
     torch.autograd.backward((y, *after), (case.dy, *dlast))
     return [y, *after, *(leaf.grad for leaf in (x, *weights, *state) if leaf is not None and leaf.requires_grad)]
@@ -69,7 +71,7 @@ def by_autograd(case, recompute, history=False):
 @OPTIONS
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_gradients_are_the_same_bit_for_bit(name, options, reverse):
-    case = woven.drawn(name, options, "float32", 5, 3, 4, 6, reverse=reverse).case
+    case = reference_modifiers.drawn(name, options, "float32", 5, 3, 4, 6, reverse=reverse).case
     for history in {False, case.cell.S > 1}:
         pairs = zip(*(by_autograd(case, recompute, history) for recompute in (False, True)), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
@@ -83,13 +85,13 @@ def test_with_a_projection_in_every_dtype(dtype):
 
 BACKENDS = {"numpy": oracle}
 for way, forward, backward in (
-    ("cuda stepwise", partial(stepwise.walk, partial(cuda.bind, on_host.ready)),
-     partial(stepwise.walk_back, partial(cuda.bind, on_host.ready))),
-    ("cuda resident", partial(cuda.walk, on_host.ready, residence.DEVICES["h200"]),
-     partial(cuda.walk_back, on_host.ready, residence.DEVICES["h200"])),
+    ("cuda stepwise", partial(per_step.walk, partial(cuda.bind, cuda_on_cpu.ready)),
+     partial(per_step.walk_back, partial(cuda.bind, cuda_on_cpu.ready))),
+    ("cuda resident", partial(cuda.walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]),
+     partial(cuda.walk_back, cuda_on_cpu.ready, persistent.DEVICES["h200"])),
 ):  # fmt: skip
     BACKENDS[way] = SimpleNamespace(
-        forward=partial(sequence.forward, forward), backward=partial(sequence.backward, backward)
+        forward=partial(gpu_common.forward, forward), backward=partial(gpu_common.backward, backward)
     )
 
 
@@ -98,12 +100,12 @@ for way, forward, backward in (
 def test_every_backend_records_when_it_is_asked_for_a_gradient(way, option):
     if way != "numpy" and runtime.why_not() is not None:
         pytest.skip(str(runtime.why_not()))
-    again(BACKENDS[way], woven.OPTIONS.get(option, {}))
+    again(BACKENDS[way], reference_modifiers.OPTIONS.get(option, {}))
 
 
 def again(backend, options, dtype="bfloat16"):
     """A backend's gradients from the tape, and without one."""
-    case = woven.drawn("lstm", options, dtype, 5, 3, 4, 20).case
+    case = reference_modifiers.drawn("lstm", options, dtype, 5, 3, 4, 20).case
     given = case.x, case.weights, case.state
     problem = Problem(case.cell, 5, 3, 4, 20, None, dtype, library="torch", training=True)
     y, _, tape = dispatch.forward(backend, problem, *given)
@@ -171,7 +173,7 @@ def test_second_derivatives(name):
     tensors = [tensor.requires_grad_() for tensor in (case.x, *case.weights[:4], *case.state)]
 
     def run(x, *rest):
-        y, after = autograd.sequence(name, x, Weights(*rest[:4]), rest[4:], Options(recompute=True))
+        y, after = eager.sequence(name, x, Weights(*rest[:4]), rest[4:], Options(recompute=True))
         return y, *after
 
     assert torch.autograd.gradcheck(run, tensors)

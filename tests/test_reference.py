@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_rnn import reference
+from gpu_rnn.core import reference
 from gpu_rnn.kernels import cells
 
 from .sequences import by_torch, draw, exact, wide

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import dispatch
+from gpu_rnn.backends import dispatch
 
 I, H = 7, 21
 LAYERS = [

@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
-import gpu_rnn.autograd  # registers the operators
-from gpu_rnn import nodes
+import gpu_rnn.autograd.custom_ops  # registers the operators
+from gpu_rnn.autograd import functions
 from gpu_rnn.kernels import cells
-from gpu_rnn.woven import page
+from gpu_rnn.modifiers.apply import page
 
 LAYERS = [
     ("LSTM", {}), ("LSTM", {"proj_size": 2, "bias": False}), ("RNN", {"nonlinearity": "relu"}),
@@ -216,7 +216,7 @@ def check(*case, **where):
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
         with torch.no_grad():
-            found = nodes.parts(forward(*arguments), len(reverse))
+            found = functions.parts(forward(*arguments), len(reverse))
         outputs = 1 + S + (S - 1) * history
         recorded = [tensor for y, *rest in found for tensor in (y, *rest[outputs - 1 :])]
         douts = [torch.randn_like(tensor) for each in found for tensor in each[:outputs]]

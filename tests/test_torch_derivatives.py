@@ -7,8 +7,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import gpu_rnn
 from gpu_rnn import functional
+from gpu_rnn.core.problem import Options, Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.problem import Options, Weights
 
 from .conftest import sequence_arrays
 from .test_layers import LAYERS, twins

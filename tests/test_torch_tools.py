@@ -12,9 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_rnn
-from gpu_rnn import dispatch
-from gpu_rnn.operators import captured, captured_stack
-from gpu_rnn.problem import Direction, Options
+from gpu_rnn.autograd.custom_ops import captured, captured_stack
+from gpu_rnn.backends import dispatch
+from gpu_rnn.core.problem import Direction, Options
 
 T, B, I, H = 5, 3, 4, 6
 LAYERS = {"RNN": gpu_rnn.RNN, "LSTM": gpu_rnn.LSTM, "GRU": gpu_rnn.GRU}

@@ -321,13 +321,13 @@ for run in (torch.export.load(folder + "/exported.pt2").module(), torch.jit.load
 def test_watching_for_torch_costs_nothing_and_hides_nothing():
     script = """
 import gpu_rnn, sys
-from gpu_rnn.compat import Watch, installed
+from gpu_rnn.core.optional_imports import Watch, installed
 assert "torch" not in sys.modules and installed("torch") and not installed("no such module")
 import torch, importlib.resources, inspect
 assert torch.__spec__.loader.__class__.__name__ == "SourceFileLoader" and "exec_module" not in vars(torch.__loader__)
 assert inspect.getsource(torch.nn.LSTM)
 assert "torch" not in [finder.name for finder in sys.meta_path if isinstance(finder, Watch)]
-assert "gpu_rnn.operators" in sys.modules and "gpu_rnn.layers" not in sys.modules
+assert "gpu_rnn.autograd.custom_ops" in sys.modules and "gpu_rnn.nn.layers" not in sys.modules
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -10,7 +10,7 @@ import torch
 
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.mathematics import mean, tanh
-from gpu_rnn.kernels.triton import plan as plans
+from gpu_rnn.kernels.triton import config as plans
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 from triton.runtime.jit import MockTensor
 
 from gpu_rnn.backends import triton as backend
-from gpu_rnn.backends.stepwise import Step
-from gpu_rnn.kernels.triton import sequence, stepwise
-from gpu_rnn.problem import Weights
+from gpu_rnn.backends.per_step import Step
+from gpu_rnn.core.problem import Weights
+from gpu_rnn.kernels.triton import persistent, stepwise
 
-from . import constants, gpuless
+from . import constants, fake_gpu
 
 STORED = {name: MockTensor(getattr(torch, name)) for name in ("float64", "float32", "float16", "bfloat16")}
 LARGE = 1 << 33  # elements: more than int32 counts
@@ -53,21 +53,21 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
         given = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
     constants = (*page, language, block_b, block_h)
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
-    return gpuless.compiled(monkeypatch, capability, kernel, *given, 33, H, 33, *constants, **options)
+    return fake_gpu.compiled(monkeypatch, capability, kernel, *given, 33, H, 33, *constants, **options)
 
 
 def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precision="ieee"):
     cell, array, real = cells.get(name).run, STORED[dtype], STORED["float32"]
-    chosen, _ = plans.sequence(cell, H, dtype, gpuless.SHARED_MEMORY[capability], backward=backward)
+    chosen, _ = plans.sequence(cell, H, dtype, fake_gpu.SHARED_MEMORY[capability], backward=backward)
     if backward:
-        kernel, page = sequence.backward_kernel, backend.differentiating(cell)
+        kernel, page = persistent.backward_kernel, backend.differentiating(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         given = (array, array, real, real, array, array, real, array, array, separate, history, real)
     else:
-        kernel, page = sequence.forward_kernel, backend.stepping(cell)
+        kernel, page = persistent.forward_kernel, backend.stepping(cell)
         given = (array, array, array, array, real, array, array)
     constants = (*page, H, chosen.rows, chosen.tile, precision, chosen.stages)
-    binary = gpuless.compiled(
+    binary = fake_gpu.compiled(
         monkeypatch, capability, kernel, *given, *extra(cell, real), 1000, 33, 33, 0, *constants,
         num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
@@ -87,7 +87,7 @@ BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "b
 def test_an_instant(monkeypatch, name, dtype, capability, backward):
     for H in (512, 33) if capability == 90 else (100,):
         binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
-        gpuless.check(binary, capability, products=False)
+        fake_gpu.check(binary, capability, products=False)
 
 
 ALL = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
@@ -117,7 +117,7 @@ MOST = "lstm+clip(1.0)+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)"
 )
 def test_an_instant_of_a_woven_cell(monkeypatch, name, dtype, capability, H, backward):
     binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
-    gpuless.check(binary, capability, products=False)
+    fake_gpu.check(binary, capability, products=False)
 
 
 @BACKWARD
@@ -167,7 +167,7 @@ def test_a_sequence_with_a_state_that_is_no_tile(monkeypatch, shared, backward):
     monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
     name = cells.define(cells.made("flat" if shared else "fixed", "a", "hc", step)).name
     binary = compiled_sequence(monkeypatch, 90, name, "float32", 32, backward)
-    gpuless.check(binary, 90, products=False)
+    fake_gpu.check(binary, 90, products=False)
 
 
 # The largest H of a row of the plan, or a ragged one in the same tile, so that every row meets both.
@@ -186,7 +186,7 @@ SEQUENCES = [
 )
 def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
     binary = compiled_sequence(monkeypatch, capability, name, dtype, H, backward)
-    gpuless.check(binary, capability, products=dtype != "float32")
+    fake_gpu.check(binary, capability, products=dtype != "float32")
 
 
 @BACKWARD
@@ -206,11 +206,11 @@ def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
 )
 def test_the_largest_sequences_of_a_woven_cell(monkeypatch, name, dtype, capability, backward):
     """The largest H that the plan takes, and the largest that is ragged; larger ones spill."""
-    memory = gpuless.SHARED_MEMORY[capability]
+    memory = fake_gpu.SHARED_MEMORY[capability]
     fits = [H for H in range(1, 600) if plans.sequence(cells.get(name).run, H, dtype, memory, backward=backward)[0]]
     for H in (max(fits), max(H for H in fits if H % 16)):
         binary = compiled_sequence(monkeypatch, capability, name, dtype, H, backward)
-        gpuless.check(binary, capability, products=dtype != "float32")
+        fake_gpu.check(binary, capability, products=dtype != "float32")
 
 
 @pytest.mark.parametrize(("dtype", "H"), [("bfloat16", 15), ("float32", 16)], ids=["loaded", "copied ahead"])
@@ -224,12 +224,12 @@ def test_a_sequence_has_read_what_it_overwrites(monkeypatch, dtype, H):
 @pytest.mark.parametrize(("name", "H", "capability"), [("lstm", 64, 90), ("lstm", 33, 80), ("rnn_tanh", 100, 100)])
 def test_float32_on_tensor_cores(monkeypatch, name, H, capability, backward):
     binary = compiled_sequence(monkeypatch, capability, name, "float32", H, backward, precision="tf32")
-    gpuless.check(binary, capability, products=True)
+    fake_gpu.check(binary, capability, products=True)
 
 
 def test_what_a_gpu_can_hold():
     def chosen(name, H, dtype, capability, backward):
-        return plans.sequence(cells.get(name), H, dtype, gpuless.SHARED_MEMORY[capability], backward=backward)[0]
+        return plans.sequence(cells.get(name), H, dtype, fake_gpu.SHARED_MEMORY[capability], backward=backward)[0]
 
     largest = {"bfloat16": [256, 128, 128], "float32": [128, 64, 64], "float64": [0, 0, 0]}
     for backward, capability, dtype in product((False, True), (80, 90, 100), largest):
@@ -277,15 +277,15 @@ def test_the_threads_of_an_instant_hold_16_bytes(H, dtype):
 def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
     """Triton builds it, and needs a C compiler and Python's headers."""
 
-    class Broken(gpuless.Driver):
+    class Broken(fake_gpu.Driver):
         def get_current_target(self):
             raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr("gpu_rnn.compat.no_gpu", lambda: None)
+    monkeypatch.setattr("gpu_rnn.core.optional_imports.no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for driver, reasons in (
-        (gpuless.Driver, []),
+        (fake_gpu.Driver, []),
         (Broken, ["Triton's driver for the GPU doesn't start: RuntimeError: Failed to find C compiler"]),
     ):
         monkeypatch.setattr(triton.runtime.driver, "_active", driver(90))
@@ -295,8 +295,8 @@ def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
 @pytest.mark.parametrize("H", [12, 300], ids=["sequence", "instant"])
 def test_no_length_and_no_batch_compiles_anything(monkeypatch, H):
     """Nor where in a larger tensor the caller's begin, which is a matter of B."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", gpuless.Driver(90, []))
-    kernels = sequence.forward_kernel, sequence.backward_kernel, stepwise.step_kernel, stepwise.grad_kernel
+    monkeypatch.setattr(triton.runtime.driver, "_active", fake_gpu.Driver(90, []))
+    kernels = persistent.forward_kernel, persistent.backward_kernel, stepwise.step_kernel, stepwise.grad_kernel
     for kernel in kernels:
         kernel.device_caches.clear()
     cell = cells.get("rnn_tanh+hold+zoneout(0.1)")
@@ -315,7 +315,7 @@ def test_no_length_and_no_batch_compiles_anything(monkeypatch, H):
 def test_later_launches_pass_what_the_first_one_passed(monkeypatch):
     """They go around Triton's own launcher, which looks at every argument again."""
     launches = []
-    monkeypatch.setattr(triton.runtime.driver, "_active", gpuless.Driver(90, launches))
+    monkeypatch.setattr(triton.runtime.driver, "_active", fake_gpu.Driver(90, launches))
     stepwise.step_kernel.device_caches.clear()
     cell, (T, B, H) = cells.get("lstm"), (3, 5, 7)
     given = Step(

@@ -10,11 +10,12 @@ import pytest
 
 import gpu_rnn
 from gpu_rnn import __main__ as command_line
-from gpu_rnn import arrays, dispatch, keras, onnx
-from gpu_rnn.backends import cuda, triton
+from gpu_rnn import keras, onnx
+from gpu_rnn.backends import cuda, dispatch, triton
+from gpu_rnn.core import arrays
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cuda.residence import DEVICES
-from gpu_rnn.problem import Problem
+from gpu_rnn.kernels.cuda.persistent import DEVICES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,7 +57,7 @@ def public():
         yield module.__name__, module
     for module in (keras, onnx):
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in ("load", "weights", "save"))
-    for module in (gpu_rnn.functional, gpu_rnn.recurrent):
+    for module in (gpu_rnn.functional, gpu_rnn.nn.base):
         names = [name for name in vars(module) if name.endswith("Keywords")]
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in names)
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import gpu_rnn
-from gpu_rnn import ShapeError, dispatch
+from gpu_rnn import ShapeError
+from gpu_rnn.backends import dispatch
 
 
 @pytest.fixture
@@ -95,9 +96,9 @@ def test_nothing_is_compiled_after_it(backend, options):
         def compiled():
             return cuda.loaded.cache_info().misses
     else:
-        from gpu_rnn.kernels.triton import sequence, stepwise
+        from gpu_rnn.kernels.triton import persistent, stepwise
 
-        kernels = sequence.forward_kernel, sequence.backward_kernel, stepwise.step_kernel, stepwise.grad_kernel
+        kernels = persistent.forward_kernel, persistent.backward_kernel, stepwise.step_kernel, stepwise.grad_kernel
 
         def compiled():
             return sum(len(binaries) for kernel in kernels for binaries, *_ in kernel.device_caches.values())

@@ -1,6 +1,6 @@
 """CUDA: the kernels of kernels/cuda, compiled by CuPy at first use, on the arrays and the stream of the caller.
 
-Where the recurrent weights fit the chip, a whole sequence is one launch that holds them there (resident.cu); else
+Where the recurrent weights fit the chip, a whole sequence is one launch that holds them there (persistent.cu); else
 `stepwise` walks through time with one product and one launch per instant. Both leave the same tape. Memory comes from
 the caller's library alone, and nothing waits for the GPU: after `warmup`, or one run, a CUDA graph can capture it.
 """
@@ -14,21 +14,21 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.cuda import residence
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda import stepwise as plans
 from gpu_rnn.kernels.cuda.launch import OPTIONS, Launch, Runner, Unit
 
-from .. import arrays, compat
-from ..problem import Direction, Memory, Problem, Weights
-from . import sequence, stepwise
-from .sequence import factors as factors
-from .sequence import history as history
+from ..core import arrays, optional_imports
+from ..core.problem import Direction, Memory, Problem, Weights
+from . import gpu_common, per_step
+from .gpu_common import factors as factors
+from .gpu_common import history as history
 
 NAME = "cuda"
 
 
 def reasons(problem: Problem) -> list[str]:
-    why = [reason for reason in (compat.no_gpu(), compat.missing("cupy")) if reason is not None]
+    why = [reason for reason in (optional_imports.no_gpu(), optional_imports.missing("cupy")) if reason is not None]
     if problem.device != "cuda":
         why.append(problem.elsewhere)
     if problem.dtype not in arrays.DTYPES:
@@ -39,10 +39,10 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def plan(problem: Problem) -> str:
-    ways = [sequence.projection(problem)]
+    ways = [gpu_common.projection(problem)]
     for backward in ways_of(problem):
         resident, why = residence_of(problem, device(), backward)
-        each = f"{sequence.per_step(problem)}; no persistent kernel: {'; '.join(why)}"
+        each = f"{gpu_common.per_step(problem)}; no persistent kernel: {'; '.join(why)}"
         if resident and why:
             each = f"{resident}; one direction after the other: {'; '.join(why)}"
         each = each if why else str(resident)
@@ -63,13 +63,13 @@ def memory(problem: Problem) -> Memory:
     return memory_on(problem, device())
 
 
-def memory_on(problem: Problem, on: residence.Device) -> Memory:
+def memory_on(problem: Problem, on: persistent.Device) -> Memory:
     """Of one layer by itself: in a wavefront the upper ones have no input part."""
-    per_step, own = stepwise.memory(problem), []
+    workspace, own = per_step.memory(problem), []
     for backward in (False, True):
         plan, _ = residence_of(problem, on, backward)
-        own.append(plan.launches * plan.exchange_bytes(problem.T) // plan.directions if plan else per_step[backward])
-    return sequence.memory(problem, *own)
+        own.append(plan.launches * plan.exchange_bytes(problem.T) // plan.directions if plan else workspace[backward])
+    return gpu_common.memory(problem, *own)
 
 
 def ways_of(problem: Problem) -> tuple[bool, ...]:
@@ -83,7 +83,7 @@ def forward(
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk, runner(), device(), held=held)
-        return sequence.forward(
+        return gpu_common.forward(
             step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
         )
 
@@ -94,7 +94,7 @@ def backward(
 ) -> dict[str, Any]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk_back, runner(), device(), held=held)
-        return sequence.backward(
+        return gpu_common.backward(
             step, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
         )
 
@@ -104,16 +104,16 @@ def forwards(
 ) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
         step = partial(walk, runner(), device(), held=held)
-        return sequence.forwards(step, cell, directions, tf32=tf32, save=save, step_exact=step_exact)
+        return gpu_common.forwards(step, cell, directions, tf32=tf32, save=save, step_exact=step_exact)
 
 
 def backwards(
-    cell: Cell, directions: Sequence[Direction], recorded: Sequence[sequence.Recorded], *, tf32: bool,
+    cell: Cell, directions: Sequence[Direction], recorded: Sequence[gpu_common.Recorded], *, tf32: bool,
     needs: Sequence[Collection[str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
         step = partial(walk_back, runner(), device(), held=held)
-        return sequence.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
+        return gpu_common.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
 
 
 def stacks(problem: Problem, backward: bool) -> bool:
@@ -125,16 +125,16 @@ def stack(
 ) -> list[tuple[Any, tuple, tuple]]:
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk_stack, runner(), device(), held=held)
-        return sequence.stack(step, cell, x, layers, tf32=tf32, save=save)
+        return gpu_common.stack(step, cell, x, layers, tf32=tf32, save=save)
 
 
 def stack_back(
-    cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], recorded: Sequence[sequence.Recorded],
+    cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], recorded: Sequence[gpu_common.Recorded],
     *, tf32: bool, needs: Sequence[Collection[str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     with stream_of(x), arrays.products(x, tf32):
         step = partial(walk_stack_back, runner(), device(), held=held)
-        return sequence.stack_back(step, cell, x, layers, recorded, tf32=tf32, needs=needs)
+        return gpu_common.stack_back(step, cell, x, layers, recorded, tf32=tf32, needs=needs)
 
 
 def warmup(problem: Problem) -> tuple[str, ...]:
@@ -151,8 +151,8 @@ def kernels_of(problem: Problem, held: "Held | None" = None) -> Iterator[tuple[U
     if problem.layers > 1:
         found = [stack_of(problem, device(), way, held)[0] or plan for way, plan in zip(ways_of(problem), found)]
     for resident in filter(None, found):
-        unit = residence.compiled(resident, problem.cell, problem.dtype)
-        yield unit, residence.name(resident)
+        unit = persistent.compiled(resident, problem.cell, problem.dtype)
+        yield unit, persistent.name(resident)
     if all(found):
         return
     product = arrays.product_dtype(problem.library, problem.dtype)
@@ -169,12 +169,12 @@ LEAST_INSTANTS = 4  # fewer don't repay loading the weights
 
 
 # How many clusters of a plan, or blocks of its grid, are resident at once: of its kernel for a cell and a dtype.
-Held = Callable[[Cell, str, residence.Residence], int]
+Held = Callable[[Cell, str, persistent.Residence], int]
 
 
 def residence_of(
-    problem: Problem, on: residence.Device, backward: bool, held: Held | None = None
-) -> tuple[residence.Residence | None, Sequence[str]]:
+    problem: Problem, on: persistent.Device, backward: bool, held: Held | None = None
+) -> tuple[persistent.Residence | None, Sequence[str]]:
     """The resident plan of a problem, one way through time, or why there is none.
 
     A plan for one direction with a reason is for a problem of two: why they don't go together. Without `held` nothing
@@ -195,8 +195,8 @@ def residence_of(
 
 @lru_cache(maxsize=1024)  # asked at every call
 def stack_of(
-    problem: Problem, on: residence.Device, backward: bool, held: Held | None = None
-) -> tuple[residence.Residence | None, Sequence[str]]:
+    problem: Problem, on: persistent.Device, backward: bool, held: Held | None = None
+) -> tuple[persistent.Residence | None, Sequence[str]]:
     """The plan by which the layers of a stack go one way through time at once, or why they don't."""
     cell, dtype, tf32 = problem.cell, problem.dtype, problem.tf32
     if problem.B == 0 or problem.P is not None or problem.T < LEAST_INSTANTS:
@@ -206,10 +206,10 @@ def stack_of(
     if cell.E:
         return None, (f"the wavefront kernel does not support modifiers ({cell.label})",)
     sizes = problem.H, problem.T, problem.B, problem.layers
-    element, apart = residence.element(cell, backward=backward), sum(cell.separate)
-    plan, why = residence.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=not tf32)
+    element, apart = persistent.element(cell, backward=backward), sum(cell.separate)
+    plan, why = persistent.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=not tf32)
     if plan is not None and held is not None:
-        _, fewer = residence.holds(plan, on, partial(held, cell, dtype))
+        _, fewer = persistent.holds(plan, on, partial(held, cell, dtype))
         if fewer is not None:
             return None, (fewer,)
     return plan, why
@@ -217,22 +217,22 @@ def stack_of(
 
 @lru_cache(maxsize=1024)  # asked at every call
 def plan_of(
-    cell: Cell, dtype: str, H: int, B: int, directions: int, on: residence.Device, backward: bool, ieee: bool,
+    cell: Cell, dtype: str, H: int, B: int, directions: int, on: persistent.Device, backward: bool, ieee: bool,
     held: Held | None,
-) -> tuple[residence.Residence | None, Sequence[str]]:  # fmt: skip
+) -> tuple[persistent.Residence | None, Sequence[str]]:  # fmt: skip
     if directions > 1:
         alone, why = plan_of(cell, dtype, H, B, 1, on, backward, ieee, held)
         if alone is None:
             return None, why
-        both, why = residence.together(alone, B, on, held and partial(held, cell, dtype))
+        both, why = persistent.together(alone, B, on, held and partial(held, cell, dtype))
         return both or alone, why
-    element = residence.element(cell, backward=backward)
-    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "meetings": residence.meetings(cell, backward=backward)}
-    announced = residence.plan(cell.G, element, dtype, H, B, on, **how)
+    element = persistent.element(cell, backward=backward)
+    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "meetings": persistent.meetings(cell, backward=backward)}
+    announced = persistent.plan(cell.G, element, dtype, H, B, on, **how)
     if held is None:
         return announced
     ours = partial(held, cell, dtype)
-    plan, why = residence.settled(cell.G, element, dtype, H, B, on, held=ours, **how)
+    plan, why = persistent.settled(cell.G, element, dtype, H, B, on, held=ours, **how)
     if plan != announced[0]:
         what = f"{cell.label}, H={H} B={B} {dtype}: {'; '.join(why)}; using {plan or 'per-step kernels'} instead"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
@@ -240,9 +240,9 @@ def plan_of(
 
 
 def planned(
-    on: residence.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
+    on: persistent.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
     held: Held | None, step_exact: bool = False,
-) -> residence.Residence | None:  # fmt: skip
+) -> persistent.Residence | None:  # fmt: skip
     """The resident plan for arrays; gates [T, B, G, H]."""
     T, B, _, H = gates.shape
     P = None if w_hr is None else w_hr.shape[0]
@@ -253,18 +253,18 @@ def planned(
     return residence_of(problem, on, backward, held)[0]
 
 
-def walk(run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None) -> None:
+def walk(run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Forward, held: Held | None = None) -> None:
     one = given[0]
     plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.step_exact)
     for together in launched(plan, given):
         if plan is None:
-            stepwise.walk(partial(bind, run), cell, *together)
+            per_step.walk(partial(bind, run), cell, *together)
         else:
             resident(run, plan, cell, together, forward_arrays, one.xg.shape, one.saved is not None)
 
 
 def walk_stack(
-    run: Runner, on: residence.Device, cell: Cell, *given: sequence.Forward, held: Held | None = None
+    run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Forward, held: Held | None = None
 ) -> None:
     """The layers forward at once, for a problem that `stack_of` has a plan for."""
     plan = stack_plan(on, cell, given[0].xg, given, False, held)
@@ -272,7 +272,7 @@ def walk_stack(
 
 
 def walk_stack_back(
-    run: Runner, on: residence.Device, cell: Cell, *given: sequence.Backward, held: Held | None = None
+    run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Backward, held: Held | None = None
 ) -> None:
     """And back."""
     plan = stack_plan(on, cell, given[0].dxg, given, True, held)
@@ -280,9 +280,9 @@ def walk_stack_back(
 
 
 def stack_plan(
-    on: residence.Device, cell: Cell, gates: Any, layers: Sequence[sequence.Forward | sequence.Backward],
+    on: persistent.Device, cell: Cell, gates: Any, layers: Sequence[gpu_common.Forward | gpu_common.Backward],
     backward: bool, held: Held | None,
-) -> residence.Residence:  # fmt: skip
+) -> persistent.Residence:  # fmt: skip
     """As `planned`, of a stack."""
     T, B, _, H = gates.shape
     dtype, library = arrays.dtype(gates), arrays.library(gates)
@@ -293,30 +293,30 @@ def stack_plan(
 
 
 def walk_back(
-    run: Runner, on: residence.Device, cell: Cell, *given: sequence.Backward, held: Held | None = None
+    run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Backward, held: Held | None = None
 ) -> None:
     one = given[0]
     plan = planned(on, cell, one.dxg, one.w_hr, len(given), True, one.tf32, held)
     for together in launched(plan, given):
         if plan is None:
-            stepwise.walk_back(partial(bind, run), cell, *together)
+            per_step.walk_back(partial(bind, run), cell, *together)
         else:
             resident(run, plan, cell, together, backward_arrays, one.dxg.shape, True)
 
 
-def launched(plan: residence.Residence | None, given: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def launched(plan: persistent.Residence | None, given: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """The directions, those in turn that a launch is for."""
     n = 1 if plan is None else plan.directions
     return (given[k : k + n] for k in range(0, len(given), n))
 
 
-def forward_arrays(given: sequence.Forward) -> tuple:
+def forward_arrays(given: gpu_common.Forward) -> tuple:
     """Those of `resident_forward`, in its order."""
     below = given.w_ih, None if given.w_ih is None else given.b_ih
     return given.xg, given.w_hh, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra, *below
 
 
-def backward_arrays(given: sequence.Backward) -> tuple:
+def backward_arrays(given: gpu_common.Backward) -> tuple:
     """Those of `resident_backward`, in its order."""
     tape = given.y, given.h0, given.others, given.saved
     written = given.dxg, given.dhg, given.dhistory, given.dunits
@@ -324,7 +324,7 @@ def backward_arrays(given: sequence.Backward) -> tuple:
 
 
 def resident(
-    run: Runner, plan: residence.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any], tuple],
+    run: Runner, plan: persistent.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any], tuple],
     shape: tuple, save: bool,
 ) -> None:  # fmt: skip
     """Run the sequence of every direction or layer. `ordered`: see `forward_arrays`."""
@@ -336,30 +336,30 @@ def resident(
         if n > 0 and exchange is not None:
             exchange[...] = 0  # or the stamps of the part before would let everybody pass
         these = given if len(parts) == 1 else [one.between(begin, end) for one in given]
-        members = [residence.Member(arrays.pointers(ordered(one), like), one.reverse) for one in these]
-        words = residence.words(members)
+        members = [persistent.Member(arrays.pointers(ordered(one), like), one.reverse) for one in these]
+        words = persistent.words(members)
         for k, repeat in enumerate(repeats):
             repeat(words, at + k * bytes_)
 
 
 @lru_cache(maxsize=1024)  # asked at every call
 def launches(
-    run: Runner, plan: residence.Residence, cell: Cell, dtype: str, T: int, B: int, H: int, rows: int, save: bool
+    run: Runner, plan: persistent.Residence, cell: Cell, dtype: str, T: int, B: int, H: int, rows: int, save: bool
 ) -> tuple[list[tuple[int, int, tuple]], int]:
     """From which to which time step, and what launches them; and the bytes that each launch exchanges through."""
     parts = [
-        (begin, end, tuple(map(run, residence.sequence(plan, cell, dtype, end - begin, B, H, rows, save=save))))
-        for begin, end in residence.cuts(plan, T)
+        (begin, end, tuple(map(run, persistent.sequence(plan, cell, dtype, end - begin, B, H, rows, save=save))))
+        for begin, end in persistent.cuts(plan, T)
     ]
     return parts, plan.exchange_bytes(max(end - begin for begin, end, _ in parts))
 
 
-KERNELS = {stepwise.Step: "stepwise_forward", stepwise.Grad: "stepwise_backward"}
+KERNELS = {per_step.Step: "stepwise_forward", per_step.Grad: "stepwise_backward"}
 
 
-def bind(run: Runner, cell: Cell, given: stepwise.Step | stepwise.Grad) -> Callable[..., None]:
+def bind(run: Runner, cell: Cell, given: per_step.Step | per_step.Grad) -> Callable[..., None]:
     """Either kernel on its arrays, for whoever runs it."""
-    gates, product = (given.xg, given.hg) if isinstance(given, stepwise.Step) else (given.dxg, given.back)
+    gates, product = (given.xg, given.hg) if isinstance(given, per_step.Step) else (given.dxg, given.back)
     _, B, _, H = gates.shape
     R = 1 if given.units is None else given.units.shape[1]
     return run(
@@ -385,7 +385,7 @@ def text(unit: Unit) -> tuple[str, tuple[str, ...]]:
 def module(unit: Unit) -> Any:
     """A cupy.RawModule, which compiles once per device and keeps the result on disk."""
     code, options = text(unit)
-    return compat.require("cupy", "the cuda backend").RawModule(code=code, options=options)
+    return optional_imports.require("cupy", "the cuda backend").RawModule(code=code, options=options)
 
 
 @cache
@@ -425,7 +425,7 @@ def ready(launch: Launch) -> Callable[..., None]:
 
 def runner() -> Runner:
     """`ready`, as an object of the current device: what is kept by runner is kept by device."""
-    return runner_of(compat.require("cupy", "the cuda backend").cuda.Device().id)
+    return runner_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id)
 
 
 @cache
@@ -440,11 +440,15 @@ CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter mu
 # ---- What fits the device at once, as the driver knows it -----------------------------------------------------------
 
 
-def held(cell: Cell, dtype: str, plan: residence.Residence) -> int:
+def held(cell: Cell, dtype: str, plan: persistent.Residence) -> int:
     """`Held`, of the current device."""
-    compat.require("cupy", "the cuda backend").cuda.Device().use()  # gives a thread that is new to it its context
+    optional_imports.require(
+        "cupy", "the cuda backend"
+    ).cuda.Device().use()  # gives a thread that is new to it its context
     in_cluster = plan.blocks if plan.scope == "cluster" else 1
-    kernel = prepared(residence.compiled(plan, cell, dtype), residence.name(plan), plan.shared_bytes, in_cluster).kernel
+    kernel = prepared(
+        persistent.compiled(plan, cell, dtype), persistent.name(plan), plan.shared_bytes, in_cluster
+    ).kernel
     if plan.scope == "cluster":
         return driver().clusters(kernel.ptr, plan.blocks, plan.threads, plan.shared_bytes)
     return coresident(kernel.ptr, plan.threads, plan.shared_bytes)
@@ -457,21 +461,21 @@ def coresident(function: int, threads: int, shared: int) -> int:
 
 
 # What plans may use: a scope that failed on a machine can be left out there.
-SCOPES = tuple(filter(None, os.environ.get("GPU_RNN_CUDA_SCOPES", ",".join(residence.SCOPES)).split(",")))
+SCOPES = tuple(filter(None, os.environ.get("GPU_RNN_CUDA_SCOPES", ",".join(persistent.SCOPES)).split(",")))
 PROVEN_ONLY = not os.environ.get("GPU_RNN_CUDA_UNPROVEN")
 
 
-def device() -> residence.Device:
+def device() -> persistent.Device:
     """The current device, as plans see it."""
-    return device_of(compat.require("cupy", "the cuda backend").cuda.Device().id, SCOPES, PROVEN_ONLY)
+    return device_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id, SCOPES, PROVEN_ONLY)
 
 
 @cache
-def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> residence.Device:
+def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> persistent.Device:
     """Of a part of a device (MIG, MPS) the driver says how many multiprocessors it has, and how many clusters fit."""
-    properties = compat.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
+    properties = optional_imports.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
     capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
-    return residence.Device(
+    return persistent.Device(
         capability, properties["multiProcessorCount"], shared, clusters(shared) if capability >= (9, 0) else (),
         cooperative=bool(properties["cooperativeLaunch"]), scopes=scopes, proven_only=proven_only,
     )  # fmt: skip
@@ -492,7 +496,7 @@ def clusters(shared: int) -> tuple[tuple[int, int], ...]:
 def of_clusters() -> Any:
     """A cupy.RawModule of a kernel for each size, to ask about."""
     code = "".join(f'extern "C" __global__ void __cluster_dims__({n}) cluster_of_{n}() {{}}\n' for n in CLUSTERS)
-    return compat.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
+    return optional_imports.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
 
 
 class Driver:
@@ -548,12 +552,12 @@ def driver() -> Driver:
 @contextmanager
 def stream_of(x: Any) -> Iterator[None]:
     """CuPy on the device of x, and on the stream that the library of x uses there."""
-    cupy = compat.require("cupy", "the cuda backend")
+    cupy = optional_imports.require("cupy", "the cuda backend")
     if arrays.library(x) == "cupy":
         with x.device:
             yield
         return
-    stream = compat.require("torch", "a torch tensor").cuda.current_stream(x.device)
+    stream = optional_imports.require("torch", "a torch tensor").cuda.current_stream(x.device)
     if hasattr(stream, "__cuda_stream__") and hasattr(cupy.cuda.Stream, "from_external"):
         borrowed = cupy.cuda.Stream.from_external(stream)
     else:  # torch or CuPy of before the protocol

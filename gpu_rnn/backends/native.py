@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn import kernels
-from gpu_rnn.kernels.cell_struct import page
 from gpu_rnn.kernels.cells import Cell
+from gpu_rnn.kernels.cells.modifiers import HOLD
+from gpu_rnn.kernels.codegen.cpp import page
 from gpu_rnn.kernels.native import isa as instruction_sets
-from gpu_rnn.kernels.weave import HOLD
 
-from .. import arrays, compiler
-from ..extra import Extra
-from ..problem import Direction, Memory, Problem, Weights
-from . import sequence
+from ..core import arrays
+from ..core.cell_inputs import Extra
+from ..core.problem import Direction, Memory, Problem, Weights
+from . import compiler, gpu_common
 
 NAME = "native"
-MAX_STATES = 16  # as in sequence.h
+MAX_STATES = 16  # as in gpu_common.h
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
@@ -120,7 +120,7 @@ def backward(
     cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
     dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
-    leaf = sequence.plain(Direction(x, weights, state, reverse))  # products follow, on no graph
+    leaf = gpu_common.plain(Direction(x, weights, state, reverse))  # products follow, on no graph
     given, w, first = plain(leaf.x), Weights(*map(plain, leaf.weights)), [*map(plain, leaf.state)]
     (T, B, P), GH, G, projected = y.shape, w.w_hh.shape[0], cell.G, w.w_hr is not None
     H, real, empty = GH // G, real_of(given), new(given)
@@ -139,16 +139,16 @@ def backward(
     )  # fmt: skip
     call(library(real).backward, values)
 
-    found = sequence.of_input(dWx, given, w, set(needs) - {"b_ih"})
+    found = gpu_common.of_input(dWx, given, w, set(needs) - {"b_ih"})
     if "w_hh" in needs:
-        seen = sequence.seen_by_weights(cell, y, first[0], Extra.of(w), reverse)
-        found["w_hh"] = sequence.recurrent_gradient(dRh, seen, reverse)
+        seen = gpu_common.seen_by_weights(cell, y, first[0], Extra.of(w), reverse)
+        found["w_hh"] = gpu_common.recurrent_gradient(dRh, seen, reverse)
     for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
         if name in needs:
             found[name] = empty((GH,))
             library(real).sum_rows(pointer(gradient), T * B, GH, pointer(found[name]))
     if projected and "w_hr" in needs:
-        found["w_hr"] = sequence.product(total.reshape(T * B, P).T, hidden[0].reshape(T * B, H), like=given)
+        found["w_hr"] = gpu_common.product(total.reshape(T * B, P).T, hidden[0].reshape(T * B, H), like=given)
     if "units" in needs:
         found["units"] = arrays.zeros(tuple(w.units.shape), like=given)
         found["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
@@ -158,7 +158,7 @@ def backward(
 def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
     """The other states after every time step, each [T, B, H], in the dtype of `like`."""
     after = arrays.flipped(tape[1][1:]) if reverse else tape[1][1:]
-    return tuple(sequence.stored(after[:, k], like) for k in range(cell.S - 1))
+    return tuple(gpu_common.stored(after[:, k], like) for k in range(cell.S - 1))
 
 
 def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:

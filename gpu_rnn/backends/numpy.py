@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from gpu_rnn.kernels.autodiff import OPERATIONS
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
-from gpu_rnn.kernels.derive import OPERATIONS
-from gpu_rnn.kernels.program import GateLayout, gradient, layout, step_program, torch_layout, with_exp_sigmoid
-from gpu_rnn.kernels.random import uniforms
-from gpu_rnn.kernels.schedule import Program
-from gpu_rnn.kernels.weave import HOLD
+from gpu_rnn.kernels.cells.modifiers import HOLD
+from gpu_rnn.kernels.codegen.numpy import GateLayout, gradient, layout, step_program, torch_layout, with_exp_sigmoid
+from gpu_rnn.kernels.codegen.schedule import Program
+from gpu_rnn.kernels.philox import uniforms
 
-from ..arrays import HALVES, from_numpy, to_numpy
-from ..arrays import dtype as dtype_of
-from ..extra import Extra
-from ..problem import Memory, Problem, Weights
+from ..core.arrays import HALVES, from_numpy, to_numpy
+from ..core.arrays import dtype as dtype_of
+from ..core.cell_inputs import Extra
+from ..core.problem import Memory, Problem, Weights
 
 NAME = "numpy"
 LAYERED = True  # states may come as those of one layer, [1, B, .], and then leave so

@@ -13,13 +13,13 @@ from functools import cache
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.triton import plan as plans
+from gpu_rnn.kernels.triton import config as plans
 
-from .. import arrays, compat
-from ..problem import Memory, Problem, Weights
-from . import sequence, stepwise
-from .sequence import factors as factors
-from .sequence import history as history
+from ..core import arrays, optional_imports
+from ..core.problem import Memory, Problem, Weights
+from . import gpu_common, per_step
+from .gpu_common import factors as factors
+from .gpu_common import history as history
 
 NAME = "triton"
 LARGEST_SHARED_MEMORY = 232448  # bytes; that of sm_90 and sm_100, which the interpreter stands for
@@ -30,7 +30,7 @@ def interpreted() -> bool:
 
 
 def reasons(problem: Problem) -> list[str]:
-    why = [reason for reason in map(compat.missing, ("torch", "triton")) if reason is not None]
+    why = [reason for reason in map(optional_imports.missing, ("torch", "triton")) if reason is not None]
     if problem.library != "torch":
         why.append(f"takes torch tensors, not {problem.library} arrays (torch.from_dlpack converts without a copy)")
     if problem.dtype not in arrays.DTYPES:
@@ -45,10 +45,10 @@ def reasons(problem: Problem) -> list[str]:
 @cache
 def unfit() -> list[str]:
     """Why the current GPU can't run the kernels, or that there is none."""
-    reason = compat.no_gpu()
+    reason = optional_imports.no_gpu()
     if reason is not None:
         return [reason]
-    if compat.missing("torch") is not None:
+    if optional_imports.missing("torch") is not None:
         return []  # said before
     import torch
 
@@ -70,10 +70,10 @@ def plan(problem: Problem) -> str:
     chosen, why = sequence_plan(problem)
     ways = "forward and backward" if problem.training else "forward"
     if chosen is None:
-        return f"{sequence.projection(problem)}\n{ways}: {sequence.per_step(problem)}; no persistent kernel: {why}"
+        return f"{gpu_common.projection(problem)}\n{ways}: {gpu_common.per_step(problem)}; no persistent kernel: {why}"
     programs = -(-problem.B // chosen.rows)
     return (
-        f"{sequence.projection(problem)}\n{ways}: persistent kernel: {programs} x {32 * chosen.num_warps} threads, "
+        f"{gpu_common.projection(problem)}\n{ways}: persistent kernel: {programs} x {32 * chosen.num_warps} threads, "
         f"{chosen.rows} sequences per block, tiles of {chosen.tile} hidden units; recurrent weights on-chip; inputs in "
         f"{chosen.stages} stages"
     )
@@ -85,11 +85,11 @@ def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
 
 
 def memory(problem: Problem) -> Memory:
-    per_step, own = stepwise.memory(problem), []
+    workspace, own = per_step.memory(problem), []
     for backward in (False, True):
         persistent = sequence_plan(replace(problem, training=backward))[0]
-        own.append(0 if persistent else per_step[backward])
-    return sequence.memory(problem, *own)
+        own.append(0 if persistent else workspace[backward])
+    return gpu_common.memory(problem, *own)
 
 
 def forward(
@@ -98,7 +98,7 @@ def forward(
 ) -> tuple[Any, tuple, tuple]:  # fmt: skip
     x, weights, state = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state))
     with device_of(x), arrays.products(x, tf32):
-        return sequence.forward(
+        return gpu_common.forward(
             walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
         )
 
@@ -109,7 +109,7 @@ def backward(
 ) -> dict[str, Any]:  # fmt: skip
     x, weights, state, dy = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state)), aligned(dy)
     with device_of(x), arrays.products(x, tf32):
-        return sequence.backward(
+        return gpu_common.backward(
             walk_back, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
         )
 
@@ -120,7 +120,7 @@ def warmup(problem: Problem) -> tuple[str, ...]:
     Triton specializes on sizes that are 1 or divisible by 16, so that a few instants stand for all, and on whether
     there is a bias.
     """
-    torch = compat.require("torch", "the triton backend")
+    torch = optional_imports.require("torch", "the triton backend")
     cell, B, H, I = problem.cell, problem.B, problem.H, problem.I
     T, P = 1 if problem.T == 1 else 2 if problem.T % 16 else 16, problem.P or H
 
@@ -151,34 +151,34 @@ def aligned(array: Any) -> Any:
     """
     if array is None or array.data_ptr() % 16 == 0:
         return array
-    return array.clone(memory_format=compat.require("torch", "the triton backend").contiguous_format)
+    return array.clone(memory_format=optional_imports.require("torch", "the triton backend").contiguous_format)
 
 
 def device_of(x: Any) -> Any:
     """Triton launches on the current device, which needn't be that of x."""
-    return compat.require("torch", "the triton backend").cuda.device_of(x)
+    return optional_imports.require("torch", "the triton backend").cuda.device_of(x)
 
 
 # ---- the walk: in one launch where a program can hold the weights, else an instant at a time ------------------------
 
 
-def walk(cell: Cell, given: sequence.Forward) -> None:
+def walk(cell: Cell, given: gpu_common.Forward) -> None:
     chosen = planned(cell, given.xg, given.w_hr, backward=False)
     if chosen is None:
-        stepwise.walk(bind, cell, given)
+        per_step.walk(bind, cell, given)
         return
-    from gpu_rnn.kernels.triton.sequence import forward_kernel
+    from gpu_rnn.kernels.triton.persistent import forward_kernel
 
     whole = (given.xg, given.w_hh, given.b_hh, given.h0, given.others, given.saved, given.y)
     launch(forward_kernel, stepping(cell), chosen, whole, given, given.xg.shape)
 
 
-def walk_back(cell: Cell, given: sequence.Backward) -> None:
+def walk_back(cell: Cell, given: gpu_common.Backward) -> None:
     chosen = planned(cell, given.dxg, given.w_hr, backward=True)
     if chosen is None:
-        stepwise.walk_back(bind, cell, given)
+        per_step.walk_back(bind, cell, given)
         return
-    from gpu_rnn.kernels.triton.sequence import backward_kernel
+    from gpu_rnn.kernels.triton.persistent import backward_kernel
 
     whole = (
         given.w_hh, given.dy, given.dh, given.dothers, given.y, given.h0, given.others, given.saved, given.dxg,
@@ -188,7 +188,7 @@ def walk_back(cell: Cell, given: sequence.Backward) -> None:
 
 
 def launch(
-    kernel: Any, page: tuple, chosen: plans.Sequence, whole: tuple, given: sequence.Forward | sequence.Backward,
+    kernel: Any, page: tuple, chosen: plans.Sequence, whole: tuple, given: gpu_common.Forward | gpu_common.Backward,
     shape: tuple,
 ) -> None:  # fmt: skip
     T, B, _, H = shape
@@ -201,7 +201,7 @@ def launch(
 
 def stepping(cell: Cell) -> tuple:
     """What a kernel that goes forward is specialized on: functions and sizes of the page."""
-    from gpu_rnn.kernels.triton.page import page
+    from gpu_rnn.kernels.triton.cell_functions import page
 
     of = page(cell)
     return of.step, of.step_level, of.step_means, of.operand, *sizes(cell)
@@ -209,7 +209,7 @@ def stepping(cell: Cell) -> tuple:
 
 def differentiating(cell: Cell) -> tuple:
     """The same of one that goes back."""
-    from gpu_rnn.kernels.triton.page import page
+    from gpu_rnn.kernels.triton.cell_functions import page
 
     of = page(cell)
     operand_grad = None if cell.operand is None else of.operand_grad
@@ -253,13 +253,13 @@ def shared_memory_of(device: int) -> int:
 # ---- an instant in one launch ---------------------------------------------------------------------------------------
 
 
-def bind(cell: Cell, given: stepwise.Step | stepwise.Grad) -> Callable[..., None]:
+def bind(cell: Cell, given: per_step.Step | per_step.Grad) -> Callable[..., None]:
     """Either kernel on its arrays. The first call finds or makes the binary for them, the others launch just that."""
     from triton import language as tl
 
     from gpu_rnn.kernels.triton.stepwise import grad_kernel, step_kernel
 
-    if isinstance(given, stepwise.Step):
+    if isinstance(given, per_step.Step):
         kernel, page, gates, real = step_kernel, stepping(cell), given.xg, given.h
     else:
         kernel, page, gates, real = grad_kernel, differentiating(cell), given.dxg, given.dh

@@ -4,11 +4,11 @@
 // appears nowhere else. Each function has two bodies side by side:
 //
 //     PTX(...)    what NVRTC compiles for the GPU;
-//     TWIN(...)   what g++ compiles for the tests, where a CUDA thread is a fiber on the CPU (tests/host).
+//     TWIN(...)   what g++ compiles for the tests, where a CUDA thread is a fiber on the CPU (tests/cuda_emulator).
 //
 // One signature for both makes it impossible to have one without the other. A function with neither is
 // written in terms of those that have. The host side is chosen by GPU_RNN_ON_HOST, which
-// tests/host/language.h defines: the tests include it in front of this file, so nothing here names the tests.
+// tests/cuda_emulator/language.h defines: the tests include it in front of this file, so nothing here names the tests.
 //
 // Rules for kernels: no inline asm; shared memory only through SHARED and DYNAMIC_SHARED; threads of
 // different blocks talk only through the acquire, release and relaxed accesses below, never through

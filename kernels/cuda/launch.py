@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..cell_struct import page
 from ..cells import Cell
+from ..codegen.cpp import page
 
 HERE = Path(__file__).parent
 C_TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -29,7 +29,7 @@ class Unit(NamedTuple):
         device, mathematics = HERE / "device.cuh", HERE / "mathematics.cuh"
         parts = {file.name: file.read_text() for file in (device, mathematics)}
         parts[f"cell {self.cell.name}"] = page(self.cell)
-        parts |= {file.name: file.read_text() for file in (HERE / "extra.cuh", *self.headers, self.kernels)}
+        parts |= {file.name: file.read_text() for file in (HERE / "cell_inputs.cuh", *self.headers, self.kernels)}
         return "".join(f'#line 1 "{name}"\n{text}' for name, text in parts.items())
 
 

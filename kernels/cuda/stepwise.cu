@@ -14,10 +14,10 @@
 // registers it would limit H. The sums are added up in a fixed order. UNITS is half of that, as such a page has more
 // values at hand.
 //
-// Not the obvious: the weights could stay on the chip (resident.cu) and the product could be fused with this; both need
+// Not the obvious: the weights could stay on the chip (persistent.cu) and the product could be fused with this; both need
 // sizes that fit. Limits: none but memory; offsets are 64 bits.
 //
-// What a cell's page takes beside gates and states, `extra`, is explained in extra.cuh.
+// What a cell's page takes beside gates and states, `extra`, is explained in cell_inputs.cuh.
 //
 // Compiled with -D: SCALAR (stored), PRODUCT (what the matrix products give: SCALAR, or float for halves), REAL
 // (computed in), UNITS. An instant t is an index into [T, ...]; boundary t lies between the instants t-1 and t.

@@ -16,7 +16,7 @@ T and B are plain arguments: a new length or batch compiles nothing. Offsets to 
 import triton
 import triton.language as tl
 
-from .extra import flag_tiles, key_of, uniform_tiles, unit_tiles
+from .cell_inputs import flag_tiles, key_of, uniform_tiles, unit_tiles
 from .tiles import add_tiles, load_tiles, store_tiles
 
 

@@ -11,7 +11,7 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     import torch
 
-    from . import mend  # noqa: F401
+    from . import patch_interpreter  # noqa: F401
 else:
     collect_ignore_glob = ["test_*.py"]
 
@@ -33,9 +33,9 @@ def _poisoned(monkeypatch):
 @pytest.fixture(autouse=True)
 def _as_many_registers_as_it_takes(monkeypatch):
     """Whole sequences also of what a GPU has too few for; the smallest sizes are ragged."""
-    from gpu_rnn.kernels.triton import plan
+    from gpu_rnn.kernels.triton import config
 
-    monkeypatch.setattr(plan, "spilling", lambda *_: None)
+    monkeypatch.setattr(config, "spilling", lambda *_: None)
 
 
 def poisoned(make):

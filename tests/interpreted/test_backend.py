@@ -8,9 +8,9 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends import triton as backend
+from gpu_rnn.core.problem import Problem, Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.triton import plan as plans
-from gpu_rnn.problem import Problem, Weights
+from gpu_rnn.kernels.triton import config as plans
 
 from .. import sequences
 

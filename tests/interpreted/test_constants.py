@@ -6,17 +6,17 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends import triton
-from gpu_rnn.kernels.triton import plan
+from gpu_rnn.kernels.triton import config
 
-from .. import constants, woven
+from .. import constants, reference_modifiers
 
 
 @pytest.mark.parametrize(("dtype", "how"), [("float64", "stepwise"), ("float32", "stepwise"), ("float32", "sequence")])
 def test_every_operation(dtype, how, monkeypatch):
     constants.define(monkeypatch)
     if how == "stepwise":
-        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
-    made = woven.drawn("constants", {}, dtype, 5, 3, 4, 6)
+        monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
+    made = reference_modifiers.drawn("constants", {}, dtype, 5, 3, 4, 6)
     constants.check(made, made.case.run(triton.forward, triton.backward), dtype)
 
 

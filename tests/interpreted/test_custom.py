@@ -6,21 +6,21 @@ import pytest
 from gpu_rnn.backends import numpy, triton
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.mathematics import exp, mean, tanh
-from gpu_rnn.kernels.triton import plan
+from gpu_rnn.kernels.triton import config
 
-from .. import own, woven
+from .. import custom_cells, reference_modifiers
 from ..sequences import draw, wide
 
 
 @pytest.mark.parametrize("how", ["stepwise", "sequence"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("name", own.CELLS)
+@pytest.mark.parametrize("name", custom_cells.CELLS)
 def test_every_result_is_as_good_as_torchs(name, dtype, how, monkeypatch):
-    monkeypatch.setattr(woven, "published", own.published)
+    monkeypatch.setattr(reference_modifiers, "published", custom_cells.published)
     if how == "stepwise":
-        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
-    made = own.case(name, {}, dtype, 5, 3, 4, 6, reverse=dtype == "float32")
-    woven.check(made, made.case.run(triton.forward, triton.backward))
+        monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
+    made = custom_cells.case(name, {}, dtype, 5, 3, 4, 6, reverse=dtype == "float32")
+    reference_modifiers.check(made, made.case.run(triton.forward, triton.backward))
 
 
 @pytest.mark.parametrize("how", ["stepwise", "sequence"])
@@ -34,7 +34,7 @@ def test_units_that_meet_are_those_of_numpy(how, monkeypatch):
     monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
     cells.define(cells.made("competing", "a", "h", step))
     if how == "stepwise":
-        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
+        monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
     case = draw("competing", "float32", 4, 3, 2, 5)
     ours, exact = case.run(triton.forward, triton.backward), case.mapped(wide).run(numpy.forward, numpy.backward)
     for name, array in exact.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ..around import FEATURES, layer
+from ..reference_layers import FEATURES, layer
 from ..test_empty_batch import check
 
 

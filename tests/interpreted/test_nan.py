@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpu_rnn.kernels.triton import plan
+from gpu_rnn.kernels.triton import config
 
 from .. import nan
 
@@ -12,6 +12,6 @@ from .. import nan
 @pytest.mark.parametrize("place", nan.PLACES)
 def test_bounds(place, how, monkeypatch):
     if how == "stepwise":
-        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
+        monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
     nan.compare(*nan.relu(place, "stacked", torch.float32, backend="triton"))
     nan.compare(*nan.bounds(place, torch.float32, "triton"))

@@ -2,11 +2,11 @@
 
 from gpu_rnn.backends import triton
 
-from .. import woven
+from .. import reference_modifiers
 from ..test_projection import EVERY
 
 
 @EVERY
 def test_triton(name):
-    made = woven.drawn(name, {"reset": True, "hold": True}, "float32", 4, 3, 4, 6, 3)
-    woven.check(made, made.case.run(triton.forward, triton.backward))
+    made = reference_modifiers.drawn(name, {"reset": True, "hold": True}, "float32", 4, 3, 4, 6, 3)
+    reference_modifiers.check(made, made.case.run(triton.forward, triton.backward))

@@ -3,9 +3,9 @@
 import pytest
 
 from gpu_rnn.backends import triton
-from gpu_rnn.kernels.triton import plan
+from gpu_rnn.kernels.triton import config
 
-from .. import woven
+from .. import reference_modifiers
 from ..test_recompute import again
 
 
@@ -13,5 +13,5 @@ from ..test_recompute import again
 @pytest.mark.parametrize("how", ["stepwise", "sequence"])
 def test_triton(option, how, monkeypatch):
     if how == "stepwise":
-        monkeypatch.setattr(plan, "sequence", lambda *_, **__: (None, "told not to"))
-    again(triton, woven.OPTIONS.get(option, {}))
+        monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
+    again(triton, reference_modifiers.OPTIONS.get(option, {}))

@@ -1,0 +1,78 @@
+"""The plain reference: a loop over time that runs a cell's graph one operation at a time, on arrays of any library.
+
+Right for every cell and modifier, and slow. It is what double backward and forward mode differentiate, what `inspect`
+looks into, and what tests judge optimized code by; it is judged by torch.nn.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpu_rnn.kernels.cells import Cell, operand_graph
+from gpu_rnn.kernels.cells.modifiers import HOLD
+from gpu_rnn.kernels.cells.two_pass import second
+from gpu_rnn.kernels.mathematics import PRODUCT
+from gpu_rnn.kernels.trace import Graph
+
+from . import arrays
+from .cell_inputs import Extra
+from .problem import Weights
+
+
+def run(
+    cell: Cell, step: Graph, x: Any, weights: Weights, state: Sequence[Any], reverse: bool
+) -> list[tuple[tuple, tuple]]:
+    """Run one layer in one direction.
+
+    Args:
+        cell: the cell with its modifiers.
+        step: its graph; the outputs are the new states, and whatever else is to be seen of a time step.
+        x, weights, state: [T, B, I], `Weights`, [B, P] and [B, H]; floating point in the dtype of computing.
+        reverse: whether the last time step is computed first.
+
+    Returns:
+        By time step, in the order of x: the states after it, projection included, and the graph's other outputs.
+    """
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights[:5]
+    (T, B), H, extra = x.shape[:2], w_hh.shape[0] // cell.G, Extra.of(weights)
+    blank, real = arrays.zeros((B, H), like=x), arrays.dtype(x)
+
+    def gate(g: float) -> slice:
+        return slice(int(g) * H, (int(g) + 1) * H)
+
+    def by_gate(rows: Any) -> list[Any]:
+        return [rows[..., gate(g)] for g in range(cell.G)]
+
+    def recurrent(value: Any, g: float) -> Any:
+        """As of h, of a value of the cell's own."""
+        return linear(value, w_hh[gate(g)], None if b_hh is None else b_hh[gate(g)])
+
+    operations: dict[str, Callable] = {**arrays.operations(x), PRODUCT: recurrent}
+    projected, (h, *others) = by_gate(linear(x, w_ih, b_ih)), state
+    found = []
+    for t in range(T)[:: -1 if reverse else 1]:
+        drawn_at = t if cell.phases is None else second(t, reverse)
+        fixed = [arrays.converted(value, real) for value in extra.at(cell, t, H)]
+        random = [arrays.converted(value, real) for value in extra.drawn(cell, drawn_at, B, H)]
+        ((seen,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
+        new, shown = step.run(
+            operations, x=[part[t] for part in projected], h=by_gate(linear(seen, w_hh, b_hh)),
+            state=(h if w_hr is None else blank, *others), extra=[*fixed, *random],
+        )  # fmt: skip
+        before, (h, *others) = h, (whole(value, blank) for value in new)
+        if w_hr is not None:
+            h = linear(h, w_hr, None)
+            if HOLD in cell.flags:
+                h = operations["where"](fixed[len(cell.units) + cell.flags.index(HOLD)], before, h)
+        found.append(((h, *others), shown))
+    return found[:: -1 if reverse else 1]
+
+
+def linear(value: Any, weight: Any, bias: Any) -> Any:
+    """Without a weight the value is the product already."""
+    product = value if weight is None else value @ weight.T
+    return product if bias is None else product + bias
+
+
+def whole(value: Any, blank: Any) -> Any:
+    """A new state [B, H], also where the cell gives a number, or one for all units [B, 1]."""
+    return value if getattr(value, "shape", None) == blank.shape else value + blank

@@ -1,0 +1,210 @@
+"""`stream`: a layer whose input comes one time step at a time, as in live audio or a control loop."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd.custom_ops import refuse_watched
+from ..backends import numpy
+from ..backends.dispatch import prepared
+from ..core.problem import Options, Weights
+from ..core.validation import shape
+from ..functional import ShapeError
+from .base import driven
+from .conversion import as_gpu_rnn_layer, shallow_copy
+from .layers import RecurrentLayer, as_hx
+
+
+def stream(layer: nn.Module, batch: int = 1) -> "Stream":
+    """Make a stream of a layer, which runs one time step per call and keeps its states.
+
+        listen = gpu_rnn.stream(layer)
+        for x in microphone:          # [1, I]
+            y = listen(x)             # [1, P], the same tensor every time
+        listen.reset()
+
+    It computes what the layer does in eval mode, with a copy of the weights made now: whichever way the layer's change
+    later, the stream's don't, on any device. For new ones make another stream and hand it `state`. There are no
+    gradients. After it was made a call allocates no memory for arrays. On a CPU the weights are arranged once, which is
+    most of what a call of the layer for one time step takes. On a GPU a time step is captured as a CUDA graph, which a
+    call replays; while a graph is being captured, a call becomes part of that one. So it
+    does under torch.compile. torch.jit.trace, make_fx and torch.func can't keep states: take `layer.step` there.
+
+    The numbers are those of the layer over the whole sequence: bit for bit if it has step_exact=True, else to rounding,
+    since a matmul for the inputs of many time steps adds in another order than one for one time step. A GRU with
+    reset_after=False is to rounding on a CPU.
+
+    Args:
+        layer: an RNN, LSTM, GRU or a layer of `gpu_rnn.cell`, or torch.nn's; any number of layers, one direction.
+        batch: B, how many streams there are side by side.
+
+    Returns:
+        A Stream, which has
+            stream(x): x [B, I], of the dtype and device of the parameters -> y [B, P], overwritten by the next call.
+            stream.state: hx as the layer has it, (h [L, B, P], c [L, B, H]) or h; a copy. Can be set; None for zeros.
+            stream.reset(rows): zero states, of the rows alone if given: indices, perhaps none, or bool [B].
+        A copy of it, pickled or not, goes on by itself from the same state, with the same weights.
+
+    Raises:
+        TypeError: not such a layer, another dtype or device, rows that are neither ints nor bools. ValueError: a
+        bidirectional layer, which has to know the future, or a batch below 1. ShapeError: x, a state or rows that don't
+        fit.
+    """
+    layer = as_gpu_rnn_layer(layer)
+    if not isinstance(layer, RecurrentLayer):
+        raise TypeError(f"stream takes a layer, not a cell: {layer!r}")
+    if layer.bidirectional:
+        raise ValueError(f"stream is not defined for a bidirectional layer: {layer!r}")
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
+        raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
+    layer = frozen(layer)
+    layer.training = False
+    return Stream(layer, int(batch))
+
+
+class Stream:
+    """A layer that runs one time step per call and keeps its states; `stream` makes it."""
+
+    def __init__(self, layer: RecurrentLayer, batch: int) -> None:
+        like = next(layer.parameters()).detach()
+        self._layer = layer
+        self._x = like.new_zeros(batch, layer.input_size)
+        self._y = like.new_zeros(batch, layer.proj_size or layer.hidden_size)
+        self._advance, self._states = arranged(layer, self._x, self._y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, also one that is pickled: its arrays are its own."""
+        return {"layer": self._layer, "batch": len(self._x), "states": [[*map(torch.clone, s)] for s in self._states]}
+
+    def __setstate__(self, made: dict[str, Any]) -> None:
+        self.__init__(made["layer"], made["batch"])  # type: ignore[misc]
+        for ours, states in zip(self._states, made["states"]):
+            for state, given in zip(ours, states):
+                state.copy_(given)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape != self._x.shape:
+            raise ShapeError(f"x has shape {shape(x)}; expected [B, I] = {shape(self._x)}")
+        if (x.dtype, x.device) != (self._x.dtype, self._x.device):
+            raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
+        if torch.compiler.is_compiling():
+            return stepped(self._layer, x, self._y, self._states)
+        refuse_watched("a stream", "use layer.step, which takes the states and returns them")
+        self._x.copy_(x.detach())
+        self._advance()
+        return self._y
+
+    @property
+    def state(self) -> Any:
+        return as_hx([torch.stack(tuple(layers)).to(self._x.dtype) for layers in self._states])
+
+    @state.setter
+    def state(self, hx: Any) -> None:
+        sizes = len(self._states[0]), len(self._x)
+        for layers, given in zip(self._states, self._layer._initial(hx, sizes, "L B", self._x)):
+            for k, state in enumerate(layers):
+                if given is None:
+                    state.zero_()
+                else:
+                    state.copy_(given[k].detach())
+
+    def reset(self, rows: Any = None) -> None:
+        B, device = len(self._x), self._x.device
+        which = torch.as_tensor(range(B) if rows is None else rows, device=device)
+        if which.ndim != 1 or (which.dtype == torch.bool and len(which) != B):
+            raise ShapeError(f"rows has shape {shape(which)}; expected indices [N] or bool [B] = [{B}]")
+        if len(which) and (which.is_floating_point() or which.is_complex()):
+            raise TypeError(f"rows must be ints, or bools, got {which.dtype}")
+        which = which if which.dtype == torch.bool else which.long()
+        for state in (state for layers in self._states for state in layers):
+            if which.dtype == torch.bool:
+                state.masked_fill_(which[:, None], 0)
+            else:
+                state.index_fill_(0, which, 0)
+
+
+States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each layer [B, .]; zero at first
+
+
+def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+    """-> what reads x and the states, and writes y and the states; and these."""
+    notes = list(driven(shallow_copy(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
+    if all(backend.NAME == "numpy" and weights.w_ih is not None for backend, _, weights in notes):
+        return on_numpy([numpy.steps(cell, weights, len(x)) for _, cell, weights in notes], x, y)
+    _, cell, _ = notes[0]
+    sizes = [y.shape[1], *[layer.hidden_size] * (cell.S - 1)]
+    states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]
+
+    layers = [state.unbind(0) for state in states]
+
+    def advance() -> None:
+        stepped(layer, x, y, layers)
+
+    return captured(advance, states) if x.is_cuda else advance, layers
+
+
+@torch.no_grad()
+def stepped(layer: RecurrentLayer, x: Tensor, y: Tensor, states: States) -> Tensor:
+    """Write y and the states after one time step, in torch's operations, which torch.compile and CUDA graphs record."""
+    found, after = layer.step(x, as_hx([torch.stack(tuple(layers)) for layers in states]))
+    for layers, new in zip(states, after if len(states) > 1 else (after,)):
+        for k, state in enumerate(layers):
+            state.copy_(new[k])
+    return y.copy_(found)
+
+
+def frozen(layer: RecurrentLayer) -> RecurrentLayer:
+    """The layer with weights of its own, also where a hook or a parametrization makes them of others."""
+    own = shallow_copy(layer)
+    made_of_others = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
+    own.__dict__ |= {name: value.detach().clone() for name, value in made_of_others.items()}
+    own._parameters, own._modules = deepcopy(layer._parameters), deepcopy(layer._modules)
+    return own
+
+
+def noted(name: str, x: Tensor, weights: Weights, state: Sequence, options: Options) -> tuple:
+    """What one layer would run, in the place of running it."""
+    backend, problem, filled = prepared(name, x, weights, state, options, training=False)
+    return (backend, problem.cell, weights), x.new_zeros(*x.shape[:2], weights.w_hh.shape[1]), filled
+
+
+def on_numpy(layers: list, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+    """Between the layers everything is of the dtype of x, as it is in a whole sequence."""
+    outputs = [*(torch.empty_like(y) for _ in layers[1:]), y]
+    views = [(torch.from_numpy(a).t(), run, torch.from_numpy(b).t()) for a, b, _, run in layers]
+    parts = list(zip([x, *outputs], views, outputs))
+
+    def advance() -> None:
+        for given, (taken, run, made), output in parts:
+            taken.copy_(given)
+            run()
+            output.copy_(made)
+
+    return advance, [[torch.from_numpy(state).t() for state in states] for states in zip(*(part[2] for part in layers))]
+
+
+def captured(advance: Callable[[], None], states: Sequence[Tensor]) -> Callable[[], None]:
+    """The same as a CUDA graph. cuBLAS wants a first run before, which leaves the states changed."""
+    with torch.cuda.device(states[0].device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            advance()
+    for state in states:
+        state.zero_()
+
+    def run() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            advance()
+        else:
+            graph.replay()
+
+    return run

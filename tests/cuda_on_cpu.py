@@ -1,0 +1,87 @@
+"""Runs the launches of the CUDA backend on the CPU: a `Runner` made of the host runtime (tests/cuda_emulator)."""
+
+import ctypes
+import sys
+from functools import cache, partial
+from itertools import cycle
+
+import numpy as np
+
+from gpu_rnn.backends import call_cache, cuda, gpu_common, numpy, per_step
+from gpu_rnn.core.problem import Direction
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda.launch import Launch, Unit
+
+from .conftest import sequence_arrays
+from .cuda_emulator import runtime
+
+SEEDS = cycle((0, 1, 2))  # a schedule of its own for every launch
+
+
+@cache
+def compiled(unit: Unit, sanitizer=None) -> runtime.Library:
+    return runtime.compile([runtime.Source(unit.kernels.name, unit.source)], dict(unit.defines), sanitizer)
+
+
+def ready(launch: Launch, sanitizer=None):
+    """The twin of the CUDA backend's `ready`."""
+    library = compiled(launch.unit, sanitizer)
+
+    def repeat(*more):
+        execute(library, launch, *more, seed=next(SEEDS))
+
+    return repeat
+
+
+def execute(library: runtime.Library, launch: Launch, *more, **options) -> None:
+    """A launch as the plan has it, and the arguments that follow its own."""
+    given = zip(library.parameters(launch.kernel), (*launch.arguments, *more), strict=True)
+    arguments = [passed(parameter.kind, value) for parameter, value in given]
+    library.launch(
+        launch.kernel, launch.grid, launch.block, arguments, shared=launch.shared, cluster=launch.cluster, **options
+    )
+
+
+def passed(kind: str, value):
+    """An argument as the host runtime takes it: a plain int is an address, or 64 bits; an array is a struct's bytes."""
+    if isinstance(value, int):
+        return ctypes.c_void_p(value) if kind == "p" else np.int64(value)
+    if not isinstance(value, np.ndarray):
+        return value
+    assert value.size == 1, "CuPy passes no other array by value"
+    return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
+
+
+def in_place_of_numpy(monkeypatch, device) -> None:
+    """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
+
+    def forward(cell, x, weights, state, *, reverse, tf32=False, save, step_exact=False):
+        walk, direction = partial(cuda.walk, ready, device), Direction(x, weights, state, reverse)
+        (found,) = gpu_common.forwards(walk, cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
+        return found
+
+    def backward(cell, x, weights, state, y, tape, dy, dlast, dhistory=(), *, reverse, tf32=False, needs):
+        walk, direction = partial(cuda.walk_back, ready, device), Direction(x, weights, state, reverse)
+        recorded = y, tape, dy, dlast, dhistory
+        (found,) = gpu_common.backwards(walk, cell, [direction], [recorded], tf32=tf32, needs=[needs])
+        return found
+
+    monkeypatch.delattr(numpy, "LAYERED")
+    monkeypatch.setattr(call_cache, "PLANS", {})  # which were made of what NumPy takes
+    for function in (forward, backward, gpu_common.history, gpu_common.factors):
+        monkeypatch.setattr(numpy, function.__name__, function)
+
+
+def main() -> None:
+    """The LSTM, ragged and aligned, under the sanitizer named; without torch, which is slow to load there."""
+    bind = partial(cuda.bind, partial(ready, sanitizer=sys.argv[1]))
+    cell = cells.get("lstm")
+    for H in (3, 8):
+        x, weights, state = sequence_arrays(np.random.default_rng(1), "lstm", 2, 3, 2, H, dtype=np.float32)
+        step, grad = partial(per_step.walk, bind), partial(per_step.walk_back, bind)
+        y, last, tape = gpu_common.forward(step, cell, x, weights, state, reverse=False, save=True)
+        gpu_common.backward(grad, cell, x, weights, state, y, tape, y, last, reverse=False, needs={"w_hh"})
+
+
+if __name__ == "__main__":
+    main()

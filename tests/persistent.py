@@ -1,0 +1,234 @@
+"""Runs the resident kernels on the CPU, with their launch plans, beside the oracle. The tests' common ground, and by
+
+    python -m tests.resident --sanitizer thread lstm bfloat16 grid
+
+what a sanitizer watches.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.core.problem import Weights
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.codegen import cpp as pages
+from gpu_rnn.kernels.cuda import persistent
+
+from . import cuda_on_cpu
+from .cuda_emulator import runtime
+
+CUDA = Path(persistent.__file__).parent
+SOURCE = "".join(file.read_text() for file in (*persistent.HEADERS, persistent.KERNELS))
+EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8, "ieee": 2.0**-22}  # of an operand
+
+
+# ---- Halves as NumPy has them: bfloat16 as its bits -------------------------------------------------------------
+
+
+def encode(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to nearest even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(x, dtype)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def decode(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "bfloat16":
+        return x.astype(np.float64)
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def zeros(count: int) -> np.ndarray:
+    """Bytes, at an address that is a multiple of 16."""
+    spare = np.zeros(count + 16, np.uint8)
+    start = -spare.ctypes.data % 16
+    return spare[start : start + count]
+
+
+def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """All NaN."""
+    return np.full(shape, 0xFFFF, np.uint16) if dtype == "bfloat16" else np.full(shape, np.nan, dtype)
+
+
+# ---- One problem, both ways -------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    cell: str
+    dtype: str  # float32 is multiplied as TF32, "ieee" is float32 that isn't
+    scope: str
+    T: int = 3
+    B: int = 5
+    H: int = 20
+    reverse: bool = False
+    save: bool = True
+
+    @property
+    def ieee(self) -> bool:
+        return self.dtype == "ieee"
+
+    @property
+    def storage(self) -> str:
+        return "float32" if self.ieee else self.dtype
+
+
+Plans = tuple[persistent.Residence, ...]  # forward and, if the case saves anything, backward
+
+
+def planned(case: Case, device: persistent.Device = persistent.DEVICES["h200"]) -> Plans:
+    cell = cells.get(case.cell)
+    made = []
+    for backward in (False, True) if case.save else (False,):
+        options = {"backward": backward, "ieee": case.ieee, "scope": case.scope}
+        options["meetings"] = persistent.meetings(cell, backward=backward)
+        element = persistent.element(cell, backward=backward)
+        plan, reasons = persistent.plan(cell.G, element, case.storage, case.H, case.B, device, **options)
+        assert plan is not None, reasons
+        made.append(plan)
+    return tuple(made)
+
+
+def forced(case: Case, *, pieces=(1, 1), blocks, unit_tiles, k_splits, k_shared=0, batch_tiles=1) -> Plans:
+    """Plans that the planner gives to a larger problem."""
+    size = persistent.SIZES[case.storage]
+    k_tiles = -(-blocks * 16 * unit_tiles * size // (32 * k_splits))
+    held = {"k_registers": k_tiles - k_shared, "k_shared": k_shared}
+    shape = {"blocks": blocks, "unit_tiles": unit_tiles, "k_splits": k_splits, "batch_tiles": batch_tiles, **held}
+    cell = cells.get(case.cell)
+    stored = {"gates": cell.G, "size": size, "ieee": case.ieee}
+    rows = batch_tiles * (2 if case.ieee else 8)
+    launch = {"groups": -(-case.B // rows), "launches": 1, "waves": 1}
+    return tuple(
+        persistent.Residence(
+            backward, case.scope, pieces=pieces[backward], meetings=persistent.meetings(cell, backward=backward),
+            **shape, **stored, **launch,
+        )
+        for backward in (False, True)
+    )  # fmt: skip
+
+
+def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
+    """Cases that run every statement of a scope."""
+    case = Case(cell, dtype, scope, T=4, B=5, H=40)
+    found = [(case, planned(case))]
+    if scope == "grid":  # a team of several warps, and of one; the operand in pieces
+        found.append((case, forced(case, pieces=(2, 4), blocks=2, unit_tiles=2, k_splits=2)))
+        case = case._replace(dtype="ieee")
+        found.append((case, forced(case, pieces=(2, 4), blocks=3, unit_tiles=1, k_splits=2)))
+    return found
+
+
+def sources(cell: str, kernel: runtime.Source | None = None) -> list:
+    page = runtime.Source(f"cell {cell}", pages.page(cells.get(cell)))
+    kernels = [kernel] if kernel else [*persistent.HEADERS, persistent.KERNELS]
+    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, CUDA / "cell_inputs.cuh", *kernels]
+
+
+def libraries(case: Case, plans: Plans, sanitizer=None, kernel=None) -> list[runtime.Library]:
+    units = [persistent.compiled(plan, cells.get(case.cell), case.storage) for plan in plans]
+    return [runtime.compile(sources(case.cell, kernel), dict(unit.defines), sanitizer) for unit in units]
+
+
+def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int = 0, **options) -> dict[str, float]:
+    """Run it; by result, the largest error over what the operands' rounding allows: right when below 1."""
+    cell = cells.get(case.cell)
+    (G, S, K), (T, B, H, dtype) = (cell.G, cell.S, cell.K), (case.T, case.B, case.H, case.storage)
+    rng = np.random.default_rng(5)
+
+    def draw(*shape, scale=1.0):  # exactly what the dtype can store
+        return decode(encode(scale * rng.standard_normal(shape), dtype), dtype)
+
+    xg, R, b_hh = draw(T, B, G, H), draw(G * H, H, scale=H**-0.5), draw(G * H)
+    h0, others0 = draw(B, H), draw(S - 1, B, H)
+    dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
+    units = (1 + 0.3 * draw(len(cell.units), 1, H)).astype(np.float32) if cell.units else None
+
+    def run(arrays, *, backward):
+        plan = plans[backward]
+        exchange = zeros(plan.launches * plan.exchange_bytes(T))
+        addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
+        words = persistent.words([persistent.Member(addresses, case.reverse)])
+        for k, launch in enumerate(persistent.sequence(plan, cell, dtype, T, B, H, 1, save=case.save)):
+            at = exchange.ctypes.data + k * plan.exchange_bytes(T)
+            cuda_on_cpu.execute(kernels[backward], launch, words, at, seed=seed, **options)
+
+    stored = encode(R, dtype)
+    others = np.full((T + 1 if case.save else 1, S - 1, B, H), np.nan, np.float32)
+    others[T if case.save and case.reverse else 0] = others0
+    y = poison((T, B, H), dtype)
+    saved = poison((T, B, K, H), dtype) if case.save else None
+    step = [encode(xg, dtype), stored, encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
+    step += [units, *[None] * 4]
+    run(step, backward=False)
+
+    weights = Weights(np.eye(G * H), R, None, b_hh, units=None if units is None else units.astype(float))
+    x, state = xg.reshape(T, B, G * H), (h0, *others0)
+    exact, last, tape = oracle.forward(cell, x, weights, state, reverse=case.reverse, save=True)
+    scale = EPSILON[case.dtype] * math.sqrt(T)
+    found = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
+    final = others[(0 if case.reverse else T) if case.save else 0]
+    for letter, ours, theirs in zip(cell.states[1:], final, last[1:]):
+        found[letter + "T"] = np.abs(ours - theirs).max() / (8 * scale)
+    if not case.save:
+        return found
+
+    dxg, dhg = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
+    dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
+    tape_before = [a.copy() for a in (y, others, saved)]
+    back = [encode(dy, dtype), dh_ours, dothers_ours, stored, y, encode(h0, dtype), others, saved]
+    dunits = np.zeros((cell.learned, B, H), np.float32)
+    run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
+
+    gradients = oracle.backward(
+        cell,
+        x,
+        weights,
+        state,
+        exact,
+        tape,
+        dy,
+        (dh, *dothers),
+        reverse=case.reverse,
+        needs={"x", "b_hh"} | ({"units"} if cell.units else set()),
+    )
+    bound = 8 * scale * max(1.0, np.abs(gradients["x"]).max())
+    found["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
+    for letter, ours, exact0 in zip(cell.states, (dh_ours, *dothers_ours), gradients["state"]):
+        found[f"d{letter}0"] = np.abs(ours - exact0).max() / (2 * bound)
+    if dhg is not None:
+        total = decode(dhg, dtype).sum((0, 1)).ravel()
+        found["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
+    if cell.units:
+        found["dunits"] = np.abs(dunits.sum(1) - gradients["units"][:, 0]).max() / (bound * math.sqrt(T * B))
+    return found
+
+
+def wrong(found: dict[str, float]) -> dict[str, float]:
+    return {name: error for name, error in found.items() if not error < 1}  # NaN is wrong, too
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitizer", choices=("thread", "address"))
+    parser.add_argument("--source", help="another persistent.cu, with its headers")
+    parser.add_argument("cell")
+    parser.add_argument("dtype")
+    parser.add_argument("scope")
+    options = parser.parse_args()
+    kernel = runtime.Source("persistent.cu", Path(options.source).read_text()) if options.source else None
+    failed = False
+    for case, plans in variants(options.cell, options.dtype, options.scope):
+        found = errors(case, plans, libraries(case, plans, options.sanitizer, kernel), seed=1)
+        print(case, "wrong:", wrong(found))
+        failed = failed or bool(wrong(found))
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,709 @@
+"""The layers of a stack as a wavefront in one launch: the kernel against the oracle, its races, its plans."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gpu_rnn
+from bench import nvrtc
+from gpu_rnn.backends import cuda, dispatch, gpu_common
+from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.core import arrays
+from gpu_rnn.core.problem import Problem, Weights
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.cuda import persistent
+from gpu_rnn.kernels.cuda.launch import OPTIONS
+
+from . import cuda_on_cpu, sequences
+from .cuda_emulator import runtime, sanitize
+from .persistent import EPSILON, SOURCE, decode, encode, poison, sources, zeros
+from .tolerance import assert_close
+
+ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
+DEVICES = persistent.DEVICES
+DTYPES = (*sorted(persistent.SIZES), "ieee")  # which is float32 not as TF32
+
+
+def stored(dtype):
+    return "float32" if dtype == "ieee" else dtype
+
+
+def planned(cell, dtype, H, T, B, layers, device, backward=False):
+    page = cells.get(cell)
+    element = persistent.element(page, backward=backward)
+    options = {"backward": backward, "apart": sum(page.separate), "ieee": dtype == "ieee"}
+    return persistent.stack(page.G, element, stored(dtype), H, T, B, layers, device, **options)
+
+
+class Run:
+    """A stack's kernels on drawn arrays, layer after layer in lists; what they give is held against float64.
+
+    Each result's error is told over what the operands' rounding allows: right when below 1.
+    """
+
+    def __init__(self, name, dtype, T, B, H, layers, plans, kernels):
+        self.cell, self.dtype, self.sizes, self.layers = cells.get(name), stored(dtype), (T, B, H), layers
+        self.plans, self.kernels, self.epsilon = plans, kernels, EPSILON[dtype]
+        G, S, rng = self.cell.G, self.cell.S, np.random.default_rng(5)
+
+        def draw(*shape, scale=1.0):  # exactly what the dtype can store
+            return decode(encode(scale * rng.standard_normal(shape), self.dtype), self.dtype)
+
+        self.xg = draw(T, B, G, H)
+        self.W, self.R = ([draw(G * H, H, scale=H**-0.5) for _ in range(layers)] for _ in range(2))
+        self.b_ih, self.b_hh = ([draw(G * H) for _ in range(layers)] for _ in range(2))
+        self.state = [(draw(B, H), *draw(S - 1, B, H)) for _ in range(layers)]
+        self.dlast = [draw(S, B, H) for _ in range(layers)]
+        self.dy = [draw(T, B, H) if k % 2 == (layers - 1) % 2 else None for k in range(layers)]  # a hidden y, too
+
+    def launch(self, backward, given, *, save, seed, **options):
+        """given: the kernel's arrays of each layer, with places for R and W."""
+        (T, B, H), plan, kernels = self.sizes, self.plans[backward], self.kernels[backward]
+        places = (3, -1) if backward else (1, -2)
+        for k, each in enumerate(given):
+            for place, weights in zip(places, (self.R[k], self.W[k] if k else None)):
+                each[place] = None if weights is None else encode(weights, self.dtype)
+        members = [persistent.Member(tuple(0 if a is None else a.ctypes.data for a in each), False) for each in given]
+        words, exchange = persistent.words(members), zeros(plan.launches * plan.exchange_bytes(T))
+        for k, launch in enumerate(persistent.sequence(plan, self.cell, self.dtype, T, B, H, 1, save=save)):
+            at = exchange.ctypes.data + k * plan.exchange_bytes(T)
+            cuda_on_cpu.execute(kernels, launch, words, at, seed=seed, **options)
+
+    def forward(self, *, save=True, seed=0, **options):
+        (T, B, H), cell, kept, found = self.sizes, self.cell, self.dtype, {}
+        S, K, given, self.tape = cell.S, cell.K, [], []
+        for k in range(self.layers):
+            h0, b_hh, b_ih = (encode(array, kept) for array in (self.state[k][0], self.b_hh[k], self.b_ih[k]))
+            others = np.full((T + 1 if save else 1, S - 1, B, H), np.nan, np.float32)
+            others[0] = np.reshape(self.state[k][1:], (S - 1, B, H))
+            y, saved = poison((T, B, H), kept), poison((T, B, K, H), kept) if save else None
+            xg = None if k else encode(self.xg, kept)
+            given.append([xg, None, b_hh, h0, others, saved, y, None, None, None, None, b_ih if k else None])
+            self.tape.append((y, h0, others, saved))
+        self.launch(False, given, save=save, seed=seed, **options)
+        below = self.xg.reshape(T, B, -1)
+        for k, (y, _, others, _) in enumerate(self.tape):
+            W, b_ih = (self.W[k], self.b_ih[k]) if k else (np.eye(cell.G * H), None)
+            weights = Weights(W, self.R[k], b_ih, self.b_hh[k])
+            below, last, _ = oracle.forward(cell, below, weights, self.state[k], reverse=False, save=True)
+            scale = self.epsilon * np.sqrt(T * (k + 1)) * 2**k
+            found[f"y{k}"] = np.abs(decode(y, kept) - below).max() / (4 * scale)
+            for letter, ours, theirs in zip(cell.states[1:], others[-1], last[1:]):
+                found[f"{letter}T{k}"] = np.abs(ours - theirs).max() / (8 * scale)
+        return found
+
+    def backward(self, *, seed=0, **options):
+        """Over the tape that `forward` has left, which is read alone."""
+        (T, B, H), cell, kept, found = self.sizes, self.cell, self.dtype, {}
+        before, given = [[a.copy() for a in tape] for tape in self.tape], []
+        for dy, dlast, tape in zip(self.dy, self.dlast, self.tape):
+            dxg, dhg = (poison((T, B, cell.G, H), kept) for _ in range(2))
+            dh, *dothers = dlast.astype(np.float32)
+            dothers = np.reshape(dothers, (cell.S - 1, B, H))
+            dy = None if dy is None else encode(dy, kept)
+            dhg = dhg if any(cell.separate) else None
+            given.append([dy, dh.copy(), dothers.copy(), None, *tape, dxg, dhg, None, None, None, None, None, None])
+        self.launch(True, given, save=True, seed=seed, **options)
+        for tape, kept_tape in zip(self.tape, before):
+            assert all(np.array_equal(a, b) for a, b in zip(tape, kept_tape)), "backward wrote the tape"
+        dx = None
+        for k in reversed(range(self.layers)):
+            dxg, dhg, dstate, dx = self.gradients(k, dx)
+            _, dh, dothers, *_, ours_dxg, ours_dhg, _, _, _, _, _, _ = given[k]
+            scale = 8 * self.epsilon * np.sqrt(T * (self.layers - k)) * max(1.0, np.abs(dxg).max(), np.abs(dhg).max())
+            found[f"dxg{k}"] = np.abs(decode(ours_dxg, kept) - dxg).max() / scale
+            if ours_dhg is not None:
+                found[f"dhg{k}"] = np.abs(decode(ours_dhg, kept) - dhg).max() / scale
+            for letter, ours, theirs in zip(cell.states, (dh, *dothers), dstate):
+                found[f"d{letter}{k}"] = np.abs(ours - theirs).max() / (2 * scale)
+        return found
+
+    def gradients(self, k, dx):
+        """Of a layer in float64, by its page and over the very tape: of both parts of its gates, of states, of x."""
+        (T, B, H), cell, kept = self.sizes, self.cell, self.dtype
+        y, h0, others, saved = (decode(a, kept if n != 2 else "float32") for n, a in enumerate(self.tape[k]))
+        asked, dxg, dhg = [*self.dlast[k]], np.empty((T, B, cell.G, H)), np.empty((T, B, cell.G, H))
+        for t in reversed(range(T)):
+            for from_above in (self.dy[k], dx):
+                asked[0] = asked[0] + (0 if from_above is None else from_above[t])
+            given = {"dnew": asked, "new": (y[t], *others[t + 1]), "state": (y[t - 1] if t else h0, *others[t])}
+            given["saved"] = [*saved[t].swapaxes(0, 1)]
+            of_x, of_h, of_state, _ = cells.grad_graph(cell).run(arrays.operations(y), **given)
+            dxg[t], dhg[t] = np.stack(of_x, 1), np.stack(of_h, 1)
+            asked = [of_state[0] + dhg[t].reshape(B, -1) @ self.R[k], *of_state[1:]]
+        return dxg, dhg, asked, dxg.reshape(T, B, -1) @ self.W[k]
+
+
+def wrong(found):
+    return {name: error for name, error in found.items() if not error < 1}  # NaN is wrong, too
+
+
+def libraries(name, dtype, plans, sanitizer=None, kernel=None):
+    units = [persistent.compiled(plan, cells.get(name), stored(dtype)) for plan in plans]
+    return [runtime.compile(sources(name, kernel), dict(unit.defines), sanitizer) for unit in units]
+
+
+VARIANTS = [  # cell, dtype, T, B, H, layers: of one batch tile and several, ragged, each dtype
+    ("lstm", "bfloat16", 5, 11, 40, 3), ("gru", "ieee", 4, 5, 35, 3), ("rnn_relu", "float32", 4, 3, 40, 2),
+    ("rnn_tanh", "float16", 1, 3, 20, 4), ("gru", "bfloat16", 4, 3, 64, 2), ("lstm", "ieee", 3, 3, 20, 2),
+]  # fmt: skip
+DEVICE = persistent.Device((9, 0), 60, 232448)
+
+
+def forced(name, dtype, H, B, layers, device=DEVICE, alone=False):
+    """The best plans, forward and backward, whether or not they pay; alone: of those with a block for each layer."""
+    page, best = cells.get(name), []
+    for backward in (False, True):
+        size, element = persistent.SIZES[stored(dtype)], persistent.element(page, backward=backward)
+        sizes = (page.G, element, size, dtype == "ieee", ()), H, B, device, layers, sum(page.separate)
+        made = persistent.candidates("grid", backward, *sizes)
+        made = [plan for plan in made if (plan.blocks == 1) == alone]
+        best.append(min(made, key=lambda plan: plan.waves * plan.microseconds))
+    return best
+
+
+@ON_HOST
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("alone", [False, True])
+def test_equals_the_oracle(variant, alone):
+    name, dtype, T, B, H, layers = variant
+    plans = forced(name, dtype, H, B, layers, alone=alone)
+    run = Run(*variant, plans, libraries(name, dtype, plans))
+    for seed, save in ((0, True), (2, False), (3, True)):
+        found = run.forward(save=save, seed=seed)
+        assert not wrong(found), (plans, seed, found)
+    for seed in (0, 1, 2):
+        found = run.backward(seed=seed)
+        assert not wrong(found), (plans, seed, found)
+
+
+@ON_HOST
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_weights_in_shared_memory_and_several_launches(name):
+    small = persistent.Device((9, 0), 9, 232448)
+    plans = forced(name, "bfloat16", 40, 40, 3, small)
+    plans = [replace(plan, k_registers=0, k_shared=plan.k_registers + plan.k_shared) for plan in plans]
+    assert all(plan.launches > 1 for plan in plans)
+    run = Run(name, "bfloat16", 4, 40, 40, 3, plans, libraries(name, "bfloat16", plans))
+    found = [ways(resident_blocks=small.multiprocessors, seed=1) for ways in (run.forward, run.backward)]
+    assert not any(map(wrong, found)), found
+
+
+@ON_HOST
+def test_warps_that_share_columns_and_sums():
+    """Unit tiles, K splits and batch tiles that larger problems have."""
+    plans = []
+    for plan in forced("gru", "float16", 70, 11, 2):
+        k_tiles = -(-3 * 32 // (16 * 2))
+        shape = {"blocks": 3, "unit_tiles": 2, "k_splits": 2, "k_registers": k_tiles - 1, "k_shared": 1}
+        plans.append(replace(plan, **shape, batch_tiles=2, groups=1, launches=1))
+    run = Run("gru", "float16", 3, 11, 70, 2, plans, libraries("gru", "float16", plans))
+    found = [ways(seed=1) for ways in (run.forward, run.backward)]
+    assert not any(map(wrong, found)), found
+
+
+@ON_HOST
+def test_a_layer_that_is_not_resident_would_hang_and_is_reported():
+    """The one that waits for no other: the lowest forward; going back the highest, so that all have to be."""
+    plans = forced("lstm", "bfloat16", 40, 3, 3)
+    run = Run("lstm", "bfloat16", 4, 3, 40, 3, plans, libraries("lstm", "bfloat16", plans))
+    with pytest.raises(runtime.HostError, match="have not started"):
+        run.forward(resident_blocks=plans[0].blocks - 1)
+    assert not wrong(run.forward(resident_blocks=plans[0].blocks))
+    with pytest.raises(runtime.HostError, match="have not started"):
+        run.backward(resident_blocks=plans[1].grid - 1)
+    assert not wrong(run.backward(resident_blocks=plans[1].grid))
+
+
+@ON_HOST
+def test_nobody_waits_for_who_reads_him():
+    """By a schedule that lets blocks run in their order for as long as they can; and no run depends on it."""
+    variant = "gru", "bfloat16", 6, 3, 20, 4
+    plans = forced("gru", "bfloat16", 20, 3, 4)
+    run = Run(*variant, plans, libraries("gru", "bfloat16", plans))
+    for way in (run.forward, run.backward):
+        found = [way(seed=seed) for seed in range(6)]
+        assert all(each == found[0] for each in found), "two runs are bitwise equal"
+
+
+@ON_HOST
+def test_no_race():
+    if (reason := sanitize.why_not("thread")) is not None:
+        pytest.skip(reason)
+    outcome = sanitize.run("thread", ["-m", "tests.test_stack"])
+    assert not outcome.reports, outcome.reports[0].text
+    assert outcome.returncode == 0, outcome.output
+
+
+MUTATIONS = {
+    "the layer above doesn't wait for the one below": (
+        "if (ABOVE) below.multiply_all(n + 1);", "if (ABOVE) below.multiply_all(n > 1 ? n - 1 : n);"),
+    "publications share two places": ("return KEEPS ? n : n % 2;", "return n % 2;"),
+    "the last instant isn't published": ("if (STACK || n + 1 < T) home.publish(n + 1);",
+                                        "if (n + 1 < T) home.publish(n + 1);"),
+    "it receives its own": ("group() - ABOVE, T", "group(), T"),
+    "a word is taken as it comes": ("while (got[f].w != stamp(n)) got[f] = ld_relaxed_gpu(word(i));", ""),
+}  # fmt: skip
+BACKWARD_MUTATIONS = {
+    "what is handed down is taken as it comes": ("while (handed[k].y != Handed::stamp(turn))", "if (false)"),
+    "the last is not handed down": ("if (!Residence::ALONE) hand_down(T - 1);", ""),
+    "all instants share a place": ("words + ((turn * BLOCKS", "words + ((turn % 2 * BLOCKS"),
+    "the operand is already the next": ("turn > 1) hand_down(turn - 2);", "turn > 1) hand_down(turn - 1);"),
+    "what is multiplied twice is overwritten": (
+        "        lay_out(sums, others);\n",
+        "        float* to = others;\n        sums.finish(lane, [&](int r, int row, int column, float sum) {\n"
+        "            to[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;\n"
+        "        });\n"),
+    "it takes from its own layer": ("from_above(exchange, T, member())", "from_above(exchange, T, member() - 1)"),
+    "both parts have one gradient": ("-1 : value;", "value : value;"),
+}  # fmt: skip
+ALONE_MUTATIONS = {  # where a block alone has a layer
+    "it is handed down too late": ("if (Residence::ALONE && turn > 0) hand_down(turn - 1);",
+                                  "if (Residence::ALONE && turn > 1) hand_down(turn - 2);"),
+    "it waits for nobody": ("waits(!ALONE || from != group())", "waits(!ALONE)"),
+    "it sends nothing": ("SCOPE == GRID && (!ALONE || KEEPS)", "SCOPE == GRID && !ALONE"),
+    "its own is not where it multiplies": ("if (SCOPE == GRID && !ALONE) return;", "if (SENDS) return;"),
+}  # fmt: skip
+
+
+@ON_HOST
+@pytest.mark.parametrize("what", [*MUTATIONS, *BACKWARD_MUTATIONS, *ALONE_MUTATIONS])
+def test_what_makes_it_right_is_needed(what):
+    right, broken = (MUTATIONS | BACKWARD_MUTATIONS | ALONE_MUTATIONS)[what]
+    assert SOURCE.count(right) == 1
+    backward = what in BACKWARD_MUTATIONS or what == "it is handed down too late"
+    name = "gru" if backward else "lstm"
+    plans = forced(name, "bfloat16", 40, 3, 3, alone=what in ALONE_MUTATIONS)
+    kernel = runtime.Source("persistent.cu", SOURCE.replace(right, broken))
+    kernels = libraries(name, "bfloat16", plans[backward:], kernel=kernel)
+    run = Run(name, "bfloat16", 6, 3, 40, 3, plans, [*libraries(name, "bfloat16", plans[:backward]), *kernels])
+    if backward:
+        assert not wrong(run.forward())
+    assert any(caught(run.backward if backward else run.forward, seed) for seed in range(1, 9)), what
+
+
+def caught(way, seed):
+    try:
+        return wrong(way(seed=seed, max_switches=2_000_000))
+    except runtime.HostError:
+        return True
+
+
+# ---- The backend ----------------------------------------------------------------------------------------------------
+
+
+@ON_HOST
+@pytest.mark.parametrize(("name", "dtype"), [("lstm", "bfloat16"), ("gru", "float32")])
+def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
+    """As good as one after the other, also over a tape of the other kind."""
+    L, device, launched, cell = 3, DEVICES["a100"], [], cells.get(name)
+
+    def ready(launch):
+        launched.append((launch.kernel, dict(launch.unit.defines).get("LAYERS")))
+        return cuda_on_cpu.ready(launch)
+
+    cases = drawn(name, dtype, L)
+    stack = Problem(cell, 6, 3, 140, 140, dtype=dtype, device="cuda", layers=L)
+    walks = cuda.walk, cuda.walk_back, cuda.walk_stack, cuda.walk_stack_back
+    walk, walk_back, walk_stack, walk_stack_back = (partial(w, ready, device) for w in walks)
+
+    def in_turn(forward, backward, cases):
+        """Only the last layer's y is asked for."""
+        x, found, results, dy = cases[0].x, [], {}, cases[-1].dy
+        for case in cases:
+            found.append(forward(cell, x, case.weights, case.state, reverse=False, save=True))
+            x = found[-1][0]
+        for k in reversed(range(L)):
+            case, (y, _, tape), x = cases[k], found[k], found[k - 1][0] if k else cases[0].x
+            given = cell, x, case.weights, case.state, y, tape, dy, case.dlast
+            results |= gradients_of(k, backward(*given, reverse=False, needs=case.needs))
+            dy = results[f"dx{k}"]
+        return named(results, found), found
+
+    def gradients_of(k, gradients):
+        states = {f"d{letter}0{k}": array for letter, array in zip(cell.states, gradients["state"], strict=True)}
+        return states | {f"d{what}{k}": array for what, array in gradients.items() if what != "state"}
+
+    def named(results, found):
+        for k, (y, last, _) in enumerate(found):
+            results |= {f"y{k}": y} | {f"{letter}T{k}": state for letter, state in zip(cell.states, last)}
+        return {what: sequences.wide(array) for what, array in results.items()}
+
+    def back(found):
+        dys, needs, results = [*[None] * (L - 1), cases[-1].dy], [case.needs for case in cases], {}
+        recorded = [(y, tape, dy, case.dlast, ()) for dy, case, (y, _, tape) in zip(dys, cases, found)]
+        gradients = gpu_common.stack_back(walk_stack_back, cell, cases[0].x, layers, recorded, tf32=False, needs=needs)
+        for k, (case, each) in enumerate(zip(cases, gradients)):
+            assert each.keys() == (case.needs if k == 0 else case.needs - {"x"}) | {"state"}
+            results |= gradients_of(k, each)
+        return named(results, found)
+
+    peer, recorded = in_turn(partial(gpu_common.forward, walk), partial(gpu_common.backward, walk_back), cases)
+    launched.clear()
+    layers = [(case.weights, case.state) for case in cases]
+    found = gpu_common.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=True)
+    ours = back(found)
+    resident = launched
+    assert resident == [("resident_forward", "3"), ("resident_backward", "3")]
+    truth, _ = in_turn(oracle.forward, oracle.backward, [case.mapped(sequences.wide) for case in cases])
+    over_the_other = back(recorded)
+    for what in ours:
+        assert_close(ours[what], truth[what], peer[what], dtype, what)
+        assert_close(over_the_other[what], truth[what], peer[what], dtype, what)
+
+    def at_most(instants, backward):
+        plan, _ = cuda.stack_of(stack, device, backward)
+        monkeypatch.setattr(persistent, "MOST_PUBLISHED", plan.launches * plan.exchange_bytes(instants))
+
+    launched.clear()
+    at_most(4, backward=True)
+    in_parts = back(found)
+    assert launched.count(("resident_backward", "3")) == 2, "cut over time"
+    assert all(np.array_equal(in_parts[what], ours[what]) for what in ours), "back it makes no difference"
+    at_most(2, backward=False)
+    again = gpu_common.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=True)
+    assert launched.count(("resident_forward", "3")) == 3
+    for what, array in named({}, again).items():
+        assert_close(array, truth[what], peer[what], dtype, what)
+    unsaved = gpu_common.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=False)
+    ours |= named({}, again)
+    for k, (y, _, tape) in enumerate(unsaved):
+        assert tape == ()
+        assert np.array_equal(sequences.wide(y), ours[f"y{k}"]), "inference and training agree bit for bit"
+
+
+def drawn(name, dtype, L):
+    return [sequences.draw(name, dtype, 6, 3, 5 if k == 0 else 140, 140, seed=k) for k in range(L)]
+
+
+def test_explain_tells_of_it_and_why_not(monkeypatch):
+    monkeypatch.setattr(cuda, "device", lambda: DEVICES["h200"])
+    options = {"dtype": "bfloat16", "device": "cuda", "library": "torch", "training": True}
+
+    def plan(H, name="lstm", **more):
+        sizes = {"T": 1000, "B": 8, "I": 64, "H": H, "layers": 4}
+        return cuda.plan(Problem(cells.get(name), **sizes | options | more))
+
+    assert plan(512).count("4 layers as a wavefront in one launch") == 2, "forward and back"
+    assert "the driver" not in plan(512)
+    monkeypatch.setattr(persistent, "MOST_PUBLISHED", 1 << 20)
+    cuda.stack_of.cache_clear()
+    assert "layer by layer: grid scope: the buffer between layers takes 0.1 MiB per time step, and may" in plan(512)
+    cuda.stack_of.cache_clear()
+    assert "layer by layer: grid scope: the weights don't fit on-chip: [W | R] of 4 layers" in plan(1024)
+    assert "layer by layer: the wavefront kernel does not support modifiers (lstm[lengths])" in plan(512, "lstm+hold")
+    assert "wavefront" not in plan(512, layers=1)
+
+
+def test_the_driver_is_asked():
+    problem = Problem(cells.get("lstm"), 1000, 8, 64, 512, dtype="bfloat16", device="cuda", layers=4)
+    cuda.stack_of.cache_clear()
+    for backward in (False, True):
+        plan, (reason,) = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid - 1)
+        assert plan is None
+        assert "needs 128 blocks co-resident, but the CUDA driver reports 127" in reason
+        plan, _ = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid)
+        assert (plan.layers, plan.backward) == (4, backward)
+
+
+# ---- Layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The NumPy backend, as if it could run a stack at once; notes how many layers, and whether they keep a tape."""
+    return pretending(monkeypatch, (False,))
+
+
+@pytest.fixture
+def both_ways(monkeypatch):
+    """The same, back, too."""
+    return pretending(monkeypatch, (False, True))
+
+
+def pretending(monkeypatch, ways):
+    backend, noted = dispatch.backend("numpy"), []
+
+    def stack(cell, x, layers, *, tf32, save):
+        noted.append((len(layers), save))
+        found = []
+        for weights, state in layers:
+            found.append(backend.forward(cell, x, weights, state, reverse=False, tf32=tf32, save=save))
+            x = found[-1][0]
+        return found
+
+    def stack_back(cell, x, layers, recorded, *, tf32, needs):
+        noted.append((len(layers), "back", [*map(sorted, needs)]))
+        found, asked = [], torch.zeros_like(recorded[-1][0])
+        for k in reversed(range(len(layers))):
+            (y, tape, dy, dlast, _), below = recorded[k], recorded[k - 1][0] if k else x
+            asked = asked + (0 if dy is None else dy)
+            given = cell, below, *layers[k], y, tape, asked, dlast
+            found.append(backend.backward(*given, reverse=False, tf32=tf32, needs={*needs[k], "x"}))
+            asked = found[-1]["x"]
+            if k or "x" not in needs[0]:
+                found[-1].pop("x")
+        return found[::-1]
+
+    monkeypatch.setattr(
+        backend, "stacks", lambda problem, backward: problem.layers > 1 and backward in ways, raising=False
+    )
+    monkeypatch.setattr(backend, "stack", stack, raising=False)
+    monkeypatch.setattr(backend, "stack_back", stack_back, raising=False)
+    return noted
+
+
+def results(layer, x, trains, owner=None):
+    outputs = torch.utils._pytree.tree_leaves(layer(x))
+    if not trains:
+        return outputs
+    wanted = [p for p in (x, *(owner or layer).parameters()) if p.requires_grad]
+    return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), wanted)]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(("batch_first", "ways"), [(False, (False,)), (True, (True,)), (False, (False, True))])
+def test_a_stack_asks_for_all_layers_and_gets_the_same(kind, batch_first, ways, monkeypatch):
+    """Forward, back, or both: what doesn't go at once goes in turn. And only what is needed is asked for."""
+    layer, noted = getattr(gpu_rnn, kind)(3, 4, 3, batch_first=batch_first, bias=kind != "GRU"), []
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    layer.weight_hh_l1.requires_grad_(False)
+    expected = results(layer, x, False) + results(layer, x, True)
+    with monkeypatch.context() as patched:
+        noted = pretending(patched, ways)
+        with torch.no_grad():
+            found = results(layer, x, False)
+        found += results(layer, x, True)
+    for ours, alone in zip(found, expected, strict=True):
+        assert torch.equal(ours, alone)
+    names = sorted({"x", "w_ih", "w_hh", *(("b_ih", "b_hh") if kind != "GRU" else ())})
+    there = [(3, False), (3, True)] if False in ways else []
+    back = [(3, "back", [names, [name for name in names if name != "w_hh"], names])] if True in ways else []
+    assert noted == there + back
+
+
+def test_gradients_end_where_nobody_needs_them(both_ways, monkeypatch):
+    """Lower layers that are frozen get none; a state's alone comes through; states' are asked for as well as y's."""
+    layer, x, h0 = gpu_rnn.GRU(3, 4, num_layers=3), torch.randn(5, 2, 3), torch.randn(3, 2, 4)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.endswith("l2") or name == "weight_ih_l1")
+    wanted = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def gradients():
+        y, hT = layer(x, h0)
+        return torch.autograd.grad(y.square().sum() + hT[1].sum(), wanted)
+
+    def of_states():
+        first = h0.clone().requires_grad_()
+        return torch.autograd.grad(layer(x, first)[1][0].square().sum(), first)
+
+    ours = [*gradients(), *of_states()]
+    (_, _, of_weights), (_, _, of_states_alone) = [noted for noted in both_ways if noted[1] == "back"]
+    assert of_weights == [[], ["w_ih"], ["b_hh", "b_ih", "w_hh", "w_ih", "x"]]
+    assert of_states_alone == [[], ["w_ih", "x"], of_weights[2]], "the engine says what could be needed"
+    monkeypatch.undo()
+    for one, other in zip(ours, [*gradients(), *of_states()], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_it_is_differentiated_again_and_a_graph_is_walked_twice(kind, both_ways):
+    """With respect to what is in the lower layer, too, on which all that is above depends."""
+    layer = getattr(gpu_rnn, kind)(2, 3, num_layers=2, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *_):
+        y, hx = layer(x)
+        return y, *torch.utils._pytree.tree_leaves(hx)
+
+    given = x, layer.weight_ih_l0, layer.weight_hh_l0, layer.weight_ih_l1, layer.bias_hh_l1
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
+    loss = layer(x)[0].square().sum()
+    once, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)
+    assert {noted[:2] for noted in both_ways} == {(2, True), (2, "back")}
+
+
+IN_TURN = {
+    "one layer": {"num_layers": 1}, "two directions": {"bidirectional": True}, "a projection": {"proj_size": 2},
+    "dropout between layers": {"dropout": 0.5}, "masks": {"recurrent_dropout": 0.5}, "a page's own": {"peephole": True},
+    "the same bits again": {"recompute": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", IN_TURN)
+def test_what_is_between_layers_or_in_them_goes_in_turn(why, at_once):
+    layer = gpu_rnn.LSTM(3, 4, **{"num_layers": 2} | IN_TURN[why])
+    layer(torch.randn(5, 2, 3))
+    assert at_once == []
+
+
+def test_transforms_lengths_and_what_is_exported_go_in_turn(at_once):
+    layer, x = gpu_rnn.GRU(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    torch.func.vmap(lambda x: layer(x)[0])(x[None])
+    layer(x, lengths=torch.tensor([5, 3]))
+    torch.export.export(layer, (x,)).module()(x)
+    assert at_once == []
+    layer(x)
+    assert at_once == [(2, True)]
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", {}), ("GRU", {"bias": False, "batch_first": True})])
+def test_compiled_is_eager_at_every_size_from_one_graph(kind, arguments, both_ways):
+    """One operator for the stack, and the backend decides at run time."""
+    layer = getattr(gpu_rnn, kind)(3, 4, num_layers=3, **arguments)
+    layer.weight_hh_l0.requires_grad_(False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for T, B in ((5, 2), (7, 3), (40, 6)):
+        x = torch.randn(T, B, 3, requires_grad=True)
+        for ours, eager in zip(results(compiled, x, True, layer), results(layer, x, True), strict=True):
+            assert torch.equal(ours, eager)
+            assert ours.stride() == eager.stride()
+    assert len(both_ways) == 3 * 2 * 2, "there and back, compiled and eager"
+    graphs = [[node for node in graph.graph.nodes if "gpu_rnn" in str(node.target)] for graph in counter.graphs]
+    assert [*map(len, filter(None, graphs))] == [1]
+    with torch.no_grad():
+        for ours, eager in zip(results(compiled, x, False), results(layer, x, False), strict=True):
+            assert torch.equal(ours, eager)
+    assert both_ways[-1] == (3, False)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_operators_are_what_their_fakes_say(name):
+    """Also in turn, on a backend that has no stacks; some gradients needed."""
+    layer = getattr(gpu_rnn, name.upper())(3, 4, num_layers=2, bias=name == "lstm")
+    S, x = cells.get(name).S, torch.randn(5, 2, 3, requires_grad=True)
+    names = "w_ih w_hh b_ih b_hh" if layer.bias else "w_ih w_hh"
+    given = [x]
+    for weights in layer.all_weights:
+        given += [*weights, *(torch.randn(2, 4, requires_grad=k == 0) for k in range(S))]
+    arguments = name, given, names, 2, "auto", None, True
+    torch.library.opcheck(torch.ops.gpu_rnn.stack.default, arguments)
+    found = torch.ops.gpu_rnn.stack(*arguments)
+    layers = found[: len(found) // 2], found[len(found) // 2 :]
+    doutputs = [torch.randn_like(tensor) for of_layer in layers for tensor in of_layer[: 1 + S]]
+    doutputs[0] = None
+    kept = [tensor for y, *others in layers for tensor in (y, *others[S:])]
+    needs = [tensor.requires_grad for tensor in given]
+    given, kept = ([tensor.detach() for tensor in tensors] for tensors in (given, kept))
+    arguments = name, given, names, doutputs, kept, 2, "auto", None, needs
+    torch.library.opcheck(torch.ops.gpu_rnn.stack_backward.default, arguments)
+
+
+def test_bad_states_are_refused_before_anything_runs(at_once):
+    layer = gpu_rnn.LSTM(3, 4, num_layers=2)
+    with pytest.raises(TypeError, match="h0 is torch float64 cpu, but x is torch float32 cpu"):
+        layer(torch.randn(5, 2, 3), (torch.zeros(2, 2, 4, dtype=torch.float64), torch.zeros(2, 2, 4)))
+    assert at_once == []
+
+
+# ---- The plans ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=1200, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["gru", "lstm", "rnn_relu", "rnn_tanh"]), st.sampled_from(DTYPES), st.integers(1, 1100),
+    st.integers(1, 130), st.integers(2, 12), st.sampled_from(sorted(DEVICES)), st.booleans(),
+)  # fmt: skip
+def test_every_plan_fits_and_covers(name, dtype, H, B, layers, device, backward):
+    device, cell = DEVICES[device], cells.get(name)
+    plan, reasons = planned(name, dtype, H, 1000, B, layers, device, backward)
+    if plan is None:
+        assert reasons
+        return
+    assert not reasons
+    assert (plan.scope, plan.layers, plan.backward) == ("grid", layers, backward)
+    assert plan.values == (1, cell.G + sum(cell.separate))[backward]
+    assert plan.grid == layers * plan.groups * plan.blocks <= device.multiprocessors, "all layers are resident"
+    assert (plan.blocks - 1) * plan.units < H <= plan.blocks * plan.units, "every unit of a layer once"
+    assert (plan.launches - 1) * plan.groups * plan.rows < B <= plan.launches * plan.groups * plan.rows
+    k, columns = plan.k_splits * plan.k_tiles * (32 // plan.size), plan.blocks * plan.values * plan.units
+    assert k >= columns, "all rows of both matrices"
+    assert plan.threads * 8 * plan.row_sets * plan.values * plan.k_registers <= persistent.REGISTER_FILE
+    assert plan.shared_bytes <= device.shared_bytes
+    assert plan.pieces == 1 or (not backward and plan.blocks > 1), "what is multiplied twice, or made here, is whole"
+    handed = (layers - 1) * plan.groups * 7 * plan.blocks * plan.units * plan.rows * 8
+    kept = layers * plan.groups * plan.exchanged
+    assert plan.exchange_bytes(7) == (kept * 2 + handed if backward else kept * 8)
+    assert "as a wavefront" in str(plan)
+
+
+def test_it_is_taken_where_it_is_predicted_to_pay():
+    device = DEVICES["h200"]
+    assert planned("lstm", "bfloat16", 512, 1000, 8, 4, device)[0].layers == 4
+    plan, (reason,) = planned("lstm", "bfloat16", 1024, 1000, 8, 2, device)
+    assert plan is None
+    assert "no place for [W | R] of 2 layers, 32.0 MiB, on 132 multiprocessors" in reason
+    for backward in (False, True):
+        assert planned("lstm", "bfloat16", 64, 100, 8, 4, device, backward)[0].blocks == 1, "a block for each layer"
+    plan, (reason,) = planned("lstm", "ieee", 64, 100, 8, 2, device, backward=True)
+    assert plan is None
+    assert "layer after layer" in reason
+    for backward, parts in ((False, 4), (True, 7)):
+        plan, _ = planned("lstm", "bfloat16", 512, 16384, 8, 4, device, backward)
+        found = persistent.cuts(plan, 16384)
+        assert len(found) == parts
+        assert sorted(t for cut in found for t in range(*cut)) == list(range(16384)), "every instant once"
+        assert found == sorted(found, reverse=backward)
+        assert plan.launches * max(plan.exchange_bytes(end - begin) for begin, end in found) <= 256 << 20
+        assert persistent.cuts(plan, 1000) == [(0, 1000)]
+    assert persistent.cuts(persistent.plan(4, 20, "bfloat16", 512, 8, device, backward=False)[0], 10**6) == [(0, 10**6)]
+    assert planned("lstm", "bfloat16", 512, 1000, 8, 4, device, backward=True)[0].layers == 4
+    assert "no place for [W | R]" in planned("lstm", "bfloat16", 1024, 1000, 8, 2, device, backward=True)[1][0]
+    assert planned("lstm", "float64", 64, 100, 8, 2, device)[0] is None
+    assert planned("lstm", "bfloat16", 512, 1000, 8, 4, replace(device, cooperative=False))[0] is None
+
+
+COMPILED = [
+    ("lstm", "bfloat16", 512, 8, 4), ("lstm", "bfloat16", 512, 32, 2), ("gru", "bfloat16", 512, 8, 3),
+    ("lstm", "float32", 256, 8, 3), ("lstm", "ieee", 256, 8, 2), ("rnn_tanh", "float16", 512, 64, 4),
+    ("lstm", "bfloat16", 64, 8, 4), ("gru", "float32", 64, 8, 2), ("rnn_tanh", "float16", 128, 8, 3),  # a block alone
+]  # fmt: skip
+ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
+COMPILATIONS = [  # each problem either way on one architecture, each architecture with some problems either way
+    (problem, arch, backward)
+    for k, problem in enumerate(COMPILED)
+    for n, arch in enumerate(ARCHITECTURES)
+    for backward in (False, True)
+    if (k + n + 2 * backward) % 4 == 1
+]
+
+
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+@pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
+@pytest.mark.parametrize(("problem", "arch", "backward"), COMPILATIONS, ids=str)
+def test_compiles_without_spills(problem, arch, backward):
+    name, dtype, H, B, layers = problem
+    try:
+        plan = forced(name, dtype, H, B, layers, DEVICES[ARCHITECTURES[arch]], alone=H <= 128)[backward]
+    except ValueError:
+        pytest.skip("it doesn't fit this device")
+    unit = persistent.compiled(plan, cells.get(name), stored(dtype))
+    cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
+    assert not cubin.log
+    kernel = nvrtc.resources(cubin)[persistent.name(plan)]
+    assert (kernel.stack, kernel.spills, kernel.trap) == (0, 0, False), (kernel, str(plan))
+    assert kernel.registers * plan.threads <= persistent.REGISTER_FILE
+
+
+def main():
+    """What ThreadSanitizer watches."""
+    variant, plans = ("gru", "bfloat16", 3, 3, 40, 3), forced("gru", "bfloat16", 40, 3, 3)
+    run = Run(*variant, plans, libraries("gru", "bfloat16", plans, sanitizer="thread"))
+    assert not wrong(run.forward(seed=1))
+    assert not wrong(run.backward(seed=1))
+    _, run.plans[1] = forced("gru", "bfloat16", 40, 3, 3, alone=True)
+    run.kernels[1:] = libraries("gru", "bfloat16", run.plans[1:], sanitizer="thread")
+    assert not wrong(run.backward(seed=1)), "a block alone for each layer"
+
+
+if __name__ == "__main__":
+    main()
