@@ -1,7 +1,8 @@
 """On a GPU: the instructions do what the CUDA emulator (tests/cuda_emulator) says they do.
 
 `python -m bench.features JOURNAL` launches the kernels of tests/cuda_emulator/features.cu through CuPy and
-holds them against the same expectations as the CPU tests. One that fails here means a wrong twin: then the CPU tests prove nothing.
+holds them against the same expectations as the CPU tests. One that fails here means a wrong
+emulation: then the CPU tests prove nothing.
 """
 
 import ctypes

@@ -29,9 +29,8 @@ if not (_Path(__file__).parent / "kernels").is_dir():  # a bare checkout: the fo
     _spec = _util.spec_from_file_location(
         "gpu_rnn.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
     )
-    assert _spec is not None and _spec.loader is not None
-    kernels = _sys.modules["gpu_rnn.kernels"] = _util.module_from_spec(_spec)
-    _spec.loader.exec_module(kernels)
+    kernels = _sys.modules["gpu_rnn.kernels"] = _util.module_from_spec(_spec)  # type: ignore[arg-type]
+    _spec.loader.exec_module(kernels)  # type: ignore[union-attr]
 
 from .backends.dispatch import BackendError
 from .core.optional_imports import require as _require

@@ -4,7 +4,7 @@ From `get_algo` and what it calls in PyTorch's aten/src/ATen/native/cudnn/RNN.cp
 sizes nearly everything is STANDARD: one product and one elementwise kernel per step.
 """
 
-from gpu_rnn.kernels.cells.modifiers import HOLD
+from gpu_rnn.kernels.modifiers import HOLD
 
 from ..core.problem import Problem
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from gpu_rnn import kernels
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.cells.modifiers import HOLD
 from gpu_rnn.kernels.codegen.cpp import page
+from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.native import isa as instruction_sets
 
 from ..core import arrays

@@ -18,9 +18,9 @@ import numpy as np
 
 from gpu_rnn.kernels.autodiff import OPERATIONS
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
-from gpu_rnn.kernels.cells.modifiers import HOLD
 from gpu_rnn.kernels.codegen.numpy import GateLayout, gradient, layout, step_program, torch_layout, with_exp_sigmoid
 from gpu_rnn.kernels.codegen.schedule import Program
+from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.philox import uniforms
 
 from ..core.arrays import HALVES, from_numpy, to_numpy

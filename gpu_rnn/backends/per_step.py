@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph
-from gpu_rnn.kernels.cells.modifiers import HOLD
+from gpu_rnn.kernels.modifiers import HOLD
 
 from ..core import arrays
 from ..core.cell_inputs import Extra

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.cells.two_pass import second
+from gpu_rnn.kernels.two_pass import second
 
 from ..core import arrays
 from ..core.problem import Direction, Memory, Problem, Weights

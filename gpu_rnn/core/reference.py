@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell, operand_graph
-from gpu_rnn.kernels.cells.modifiers import HOLD
-from gpu_rnn.kernels.cells.two_pass import second
 from gpu_rnn.kernels.mathematics import PRODUCT
+from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.trace import Graph
+from gpu_rnn.kernels.two_pass import second
 
 from . import arrays
 from .cell_inputs import Extra

@@ -1,4 +1,4 @@
-"""The modifiers of a call: the modified cell (`gpu_rnn.kernels.cells.modifiers`) and the arrays that it takes.
+"""The modifiers of a call: the modified cell (`gpu_rnn.kernels.modifiers`) and the arrays that it takes.
 
     reset       x[t] is the first of an episode: the states that enter it, in reverse those that enter the time step
                 before it, are the reset state

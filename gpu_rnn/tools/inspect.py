@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels.cells import Cell, activation, get, step_graph
-from gpu_rnn.kernels.cells.modifiers import HOLD
+from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.trace import Graph
 
 from ..core import arrays, reference

@@ -29,8 +29,8 @@ import torch
 from onnxscript import evaluator
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells.modifiers import HOLD
 from gpu_rnn.kernels.mathematics import PRODUCT
+from gpu_rnn.kernels.modifiers import HOLD
 
 from ..autograd.custom_ops import directions_in
 from ..core.problem import Direction

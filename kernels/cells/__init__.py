@@ -30,16 +30,16 @@ import pkgutil
 from dataclasses import replace
 from functools import cache
 
+from ..cell import Cell as Cell
+from ..cell import activation as activation
+from ..cell import grad_graph as grad_graph
+from ..cell import label as label
+from ..cell import made as made
+from ..cell import operand_grad_graph as operand_grad_graph
+from ..cell import operand_graph as operand_graph
+from ..cell import step_graph as step_graph
 from ..emit import assignments
-from .definition import Cell as Cell
-from .definition import activation as activation
-from .definition import grad_graph as grad_graph
-from .definition import label as label
-from .definition import made as made
-from .definition import operand_grad_graph as operand_grad_graph
-from .definition import operand_graph as operand_graph
-from .definition import step_graph as step_graph
-from .modifiers import Option, named, read, woven
+from ..modifiers import Option, named, read, woven
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 DEFINED: dict[str, "Cell"] = {}  # of pages from elsewhere

@@ -15,9 +15,9 @@ other. Every kernel runs that cell as any other, with no more exchanges than the
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..autodiff import derive, playing
-from ..mathematics import PRODUCT, where
-from ..trace import Graph, Symbol, ascending, operands, operated, trace
+from .autodiff import derive, playing
+from .mathematics import PRODUCT, where
+from .trace import Graph, Symbol, ascending, operands, operated, trace
 
 PHASE = "phase"  # the flag, 1 in the second phase
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import mathematics
-from ..trace import Traced, read
-from . import Cell
+from . import mathematics
+from .cell import Cell
+from .trace import Traced, read
 
 ALLOWED = f"+ - * /, numbers, and of gpu_rnn.kernels.mathematics {', '.join(mathematics.__all__)}"
 DELTA = 1e-6  # of a central difference: in float64 its error is about 1e-10

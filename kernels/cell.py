@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..autodiff import derive, new_states, playing, pullback
-from ..mathematics import where
-from ..trace import Graph, Symbol, operands, trace
+from .autodiff import derive, new_states, playing, pullback
+from .mathematics import where
+from .trace import Graph, Symbol, operands, trace
 from .two_pass import PHASE, cut, products
 
 

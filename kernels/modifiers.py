@@ -18,10 +18,10 @@ gradient follows by `derive`.
 from collections.abc import Sequence
 from typing import Any
 
-from ..autodiff import OPERATIONS
-from ..mathematics import PRODUCT, recurrent, where
-from ..trace import Graph
-from .definition import Cell, activation, made, step_graph
+from .autodiff import OPERATIONS
+from .cell import Cell, activation, made, step_graph
+from .mathematics import PRODUCT, recurrent, where
+from .trace import Graph
 
 RESET, HOLD, DROPOUT = "reset", "hold", "dropout"
 
