@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: test test-fast demo lint docs gpu bench hub figures clean
 
-FAST := $(addsuffix .py,$(addprefix tests/test_,cells weave derivation numpy functional dispatch layers layers_torch documents))
+FAST := $(addsuffix .py,$(addprefix tests/test_,cells modifier_graph derivation numpy functional dispatch layers layers_torch documents))
 
 test: $(VENV)/test lint  ## lint, then every test that this machine can run
 	$(BIN)/python -m pytest -n auto -q

@@ -29,9 +29,7 @@ OWN = {
     "": EDITION / "__init__.py",
     "layers": EDITION / "layers.py",
     "_numpy": EDITION / "_numpy.py",
-    "modules": ROOT / PACKAGE / "layers.py",
 }
-MOVED = {"layers": "modules"}  # in the hub `layers` is what `kernelize` looks for
 GENERATED = "_ops"  # by the hub's builder: `add_op_namespace_prefix(name)`, and `ops`, torch.ops of that namespace
 
 
@@ -117,7 +115,7 @@ class Module:
             target = parts[1:]
         else:
             return None
-        return [MOVED.get(name, name) for name in target[:1]] + target[1:]
+        return target
 
     def relative(self, target: list[str]) -> tuple[str, str]:
         """The dots, and the name after them, by which this module imports another one."""
@@ -134,14 +132,14 @@ class Module:
         yield from self.own_imports()
         yield from self.operators()
         yield from self.deferred_numpy()
-        if self.name == "dispatch":
+        if self.name == "backends.dispatch":
             yield self.replaced(self.assigned("ORDER"), repr(BACKENDS).replace("'", '"'))
 
     def own_imports(self) -> Iterator[Edit]:
         for node in ast.walk(self.tree):
             if not isinstance(node, ast.ImportFrom) or (target := self.target(node)) is None:
                 continue
-            if not node.level or target[:1] == [*MOVED.values()]:
+            if not node.level:
                 dots, name = self.relative(target)
                 yield self.replaced(node, ast.unparse(ast.ImportFrom(name, node.names, len(dots))))
 

@@ -117,14 +117,15 @@ def test_compiling_a_cell_searches_nothing():
     """It is part of every first call; a search over orders took 90,000 Python calls for the LSTM."""
     script = """
 import sys
-from gpu_rnn.kernels import cells, program
+from gpu_rnn.kernels import cells
+from gpu_rnn.kernels.codegen import numpy as program
 cell, calls = cells.get("lstm"), 0
 cells.step_graph(cell)
 def count(frame, event, argument):
     global calls
     calls += event in ("call", "c_call")
 sys.setprofile(count)
-numpy.step_program(cell), numpy.gradient(cell), numpy.step_program(cell, numpy.torch_layout(cell))
+program.step_program(cell), program.gradient(cell), program.step_program(cell, program.torch_layout(cell))
 sys.setprofile(None)
 print(calls)
 """

@@ -152,7 +152,7 @@ def test_every_relative_import_leads_somewhere(package):
 
 def test_other_backends_stay_out(package):
     assert {path.stem for path in (package / "backends").glob("*.py")} == {
-        "__init__", "phased", "sequence", "stepwise", "triton",
+        "__init__", "call_cache", "cudnn", "dispatch", "gpu_common", "per_step", "triton", "two_pass",
     }  # fmt: skip
     assert not [path for path in package.rglob("*") if "cuda" in path.name]
 
@@ -184,7 +184,7 @@ def interpreted(only):
     """Triton's interpreter takes NumPy, and some of its versions take mending."""
     return lambda code: only(
         ["torch", "triton", "numpy"],
-        "import mend\n" + AGREE + code,
+        "import patch_interpreter\n" + AGREE + code,
         ROOT / "tests" / "interpreted",
         TRITON_INTERPRET="1",
     )

@@ -18,8 +18,7 @@ from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.core.problem import Options, Weights
 from gpu_rnn.functional import ShapeError
-from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import validation
+from gpu_rnn.kernels import cells, validation
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.mathematics import exp, log, log_sigmoid, maximum, mean, sigmoid, tanh, where
 

@@ -53,7 +53,7 @@ def public():
             yield name, value
             members = vars(value).items() if inspect.isclass(value) else ()
             yield from ((f"{name}.{key}", member) for key, member in members if not key.startswith("_"))
-    for module in (gpu_rnn, keras, onnx, *(vars(gpu_rnn).get(name) for name in ("functional", "recurrent"))):
+    for module in (gpu_rnn, keras, onnx, gpu_rnn.functional, gpu_rnn.nn.base):
         yield module.__name__, module
     for module in (keras, onnx):
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in ("load", "weights", "save"))

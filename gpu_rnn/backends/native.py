@@ -36,7 +36,7 @@ FLAGS = (
 )  # fmt: skip
 FORWARD, BACKWARD = struct.Struct(f"{23 + 2 * MAX_STATES}Q"), struct.Struct(f"{24 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
-SOURCES = Path(kernels.__file__).parent / "native"
+SOURCES = Path(kernels.__path__[0]) / "native"
 
 
 def reasons(problem: Problem) -> list[str]:

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import nn
 
-from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import validation
+from gpu_rnn.kernels import cells, validation
 
 from .. import functional
 from ..core.problem import Options, Weights

@@ -7,10 +7,11 @@ layers                   what `kernels.kernelize` puts into the torch.nn modules
 """
 
 from . import layers
-from .conversion import replace_, restore_
-from .dispatch import BackendError
-from .functional import ShapeError, gru, lstm, rnn
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .backends.dispatch import BackendError
+from .core.validation import ShapeError
+from .functional import gru, lstm, rnn
+from .nn.conversion import replace_, restore_
+from .nn.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .version import VERSION as __version__
 
 __all__ = [

@@ -6,7 +6,7 @@ The hub wants them pure: no constructor, no state, no method but `forward`, whos
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import modules
+from .nn import layers as modules
 
 
 class RNN(nn.Module):

@@ -2,7 +2,7 @@
 // the whole sequence, flags that a batch row has at an instant, random numbers that an element has at an instant.
 //
 // Random numbers are Philox4x32-10's (Salmon et al. 2011), a function of seed, instant, batch row and unit: forward,
-// recomputed and backward they are the same, and those of kernels/random.py.
+// recomputed and backward they are the same, and those of kernels/philox.py.
 #pragma once
 
 constexpr int EXTRA_UNITS = Cell::PER_UNIT, EXTRA_FLAGS = Cell::FLAGS, EXTRA_UNIFORMS = Cell::UNIFORMS;

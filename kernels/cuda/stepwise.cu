@@ -2,7 +2,7 @@
 //
 // A recurrent layer that reads its weights anew at every instant: a library's product gives the recurrent part of the
 // gates, and one of these kernels does the rest in one pass over memory: bias, gates, states, what is saved for the
-// gradient; and the mirror of that. gpu_rnn/backends/stepwise.py walks through time.
+// gradient; and the mirror of that. gpu_rnn/backends/per_step.py walks through time.
 //
 // A thread owns UNITS hidden units side by side, of one batch row after another; a block has x over units and y over
 // rows. Where units never meet there is no shared memory, no barrier and no atomic: two runs are bitwise equal.

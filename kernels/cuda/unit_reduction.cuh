@@ -1,6 +1,6 @@
 // unit_reduction.cuh: means over the units of a batch row, for the group of blocks that shares them.
 //
-// The group meets once for each level of them (kernels/levels.py) within an instant: sums by half warps, by block
+// The group meets once for each level of them (kernels/codegen/reductions.py) within an instant: sums by half warps, by block
 // through shared memory, and at the scope of the group's exchange by group, in a fixed order.
 #pragma once
 

@@ -14,7 +14,7 @@ static_assert(S <= MAX_STATES, "more states than MAX_STATES");
 
 // ---- Auxiliary values ----------------------------------------------------------------------------------------------
 
-// Four random words for each lane: Philox4x32-10 (Salmon et al. 2011), as in kernels/random.py.
+// Four random words for each lane: Philox4x32-10 (Salmon et al. 2011), as in kernels/philox.py.
 static void philox(uint32_t (&counter)[4][V], uint64_t seed) {
     uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {

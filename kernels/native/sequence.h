@@ -12,7 +12,7 @@ DEVICE int lanes_of(Index block, Index units) {
     return rest < V ? static_cast<int>(rest) : V;
 }
 
-// Values that a cell takes in addition to gates and states (gpu_rnn/extra.py).
+// Values that a cell takes in addition to gates and states (gpu_rnn/core/cell_inputs.py).
 struct Auxiliary {
     const scalar* units;   // [N, unit_rows, H]; unit_rows is B, or 1 where all batch rows have the same
     const uint8_t* flags;  // [T, B], bit k is flag k

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from ..cells import Cell, operand_grad_graph, operand_graph
+from ..codegen.reductions import Cut, grad_cut, step_cut
 from ..emit import assignments
 from ..trace import ARITY, Graph
-from ..triton import mathematics
-from .reductions import Cut, grad_cut, step_cut
+from . import mathematics
 
 NUMBERS = count()
 STEP, GRAD = ("x", "h", "state", "extra", "means"), ("dnew", "new", "state", "saved", "extra", "means")
