@@ -1,6 +1,7 @@
 """The planner of the resident kernels, for thousands of problems and without a GPU: every plan fits, and covers all."""
 
 import dataclasses
+import re
 from functools import partial
 from itertools import product
 from operator import attrgetter
@@ -415,6 +416,23 @@ def test_compiles_without_spills(problem, arch, backward):
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 @pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("batch_tiles", [1, 2])
+@pytest.mark.parametrize(("name", "dtype"), [("rnn_tanh", "bfloat16"), ("rnn_tanh", "ieee"), ("lstm+norm", "bfloat16")])
+def test_data_and_flag_are_read_in_one_access(name, dtype, batch_tiles, backward):
+    """The batch tile may have no rows for some of a word's data; ptxas reads a word in parts if it needs only some."""
+    cell, kept, ieee = cells.get(name).run, stored(dtype), dtype == "ieee"
+    element, levels = (f(cell, backward=backward) for f in (residence.element, residence.meetings))
+    page = cell.G, element, residence.SIZES[kept], ieee, levels
+    plans = residence.candidates("grid", backward, page, 128, 32, DEVICES["h200"])
+    unit = residence.compiled(next(plan for plan in plans if plan.batch_tiles == batch_tiles), cell, kept)
+    cubin = nvrtc.compile(unit.source, "sm_90", [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
+    (code,) = nvrtc.sass(cubin).values()
+    accesses = re.findall(r"\b(?:LD|ST)G\S*\.STRONG\S*", code)
+    assert accesses
+    assert all(".128" in access for access in accesses), accesses
+
+
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 @pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -118,7 +118,7 @@ DEVICE float exp2_approx(float x) {
 
 // Relaxed accesses order nothing else, but are never torn, never kept in a register or in L1: a stamp travels in
 // the same word as the data it announces. They use .b64 and .b128, because PTX treats .v4.u32 as four separate
-// accesses.
+// accesses. Use all that is loaded: of a word that is used in part ptxas loads those parts one by one, torn.
 DEVICE uint2 ld_relaxed_gpu(const uint2* address) {
     uint2 value;
     PTX(unsigned long long whole;
