@@ -179,7 +179,7 @@ struct Watchdog {
         if (++turns % 256 != 0) return;
         const unsigned now = globaltimer_lo();
         if (turns == 256) began = now;
-        if (now - began > 2000000000u) trap();
+        if (static_cast<int>(now - began) > 2000000000) trap();  // not where the clock went back a little
     }
 #else
     DEVICE void turn() {}
