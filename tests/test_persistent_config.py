@@ -422,10 +422,10 @@ def test_compiles_without_spills(problem, arch, backward):
 def test_data_and_flag_are_read_in_one_access(name, dtype, batch_tiles, backward):
     """The batch tile may have no rows for some of a word's data; ptxas reads a word in parts if it needs only some."""
     cell, kept, ieee = cells.get(name).run, stored(dtype), dtype == "ieee"
-    element, levels = (f(cell, backward=backward) for f in (residence.element, residence.meetings))
-    page = cell.G, element, residence.SIZES[kept], ieee, levels
-    plans = residence.candidates("grid", backward, page, 128, 32, DEVICES["h200"])
-    unit = residence.compiled(next(plan for plan in plans if plan.batch_tiles == batch_tiles), cell, kept)
+    element, levels = (f(cell, backward=backward) for f in (persistent.element, persistent.meetings))
+    page = cell.G, element, persistent.SIZES[kept], ieee, levels
+    plans = persistent.candidates("grid", backward, page, 128, 32, DEVICES["h200"])
+    unit = persistent.compiled(next(plan for plan in plans if plan.batch_tiles == batch_tiles), cell, kept)
     cubin = nvrtc.compile(unit.source, "sm_90", [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
     (code,) = nvrtc.sass(cubin).values()
     accesses = re.findall(r"\b(?:LD|ST)G\S*\.STRONG\S*", code)
