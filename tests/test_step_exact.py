@@ -93,10 +93,10 @@ def test_functions_and_arrays():
 
 
 def test_where_it_can_not_be_it_says_so():
-    with pytest.raises(ValueError, match="layer_norm makes it for all at once"):
+    with pytest.raises(ValueError, match="layer_norm normalizes the projection of all steps at once"):
         gpu_rnn.LSTM(I, H, layer_norm=True, step_exact=True)
     x, w_ih, w_hh, gain = (torch.randn(shape) for shape in ((3, 2, I), (3 * H, I), (3 * H, H), 3 * H))
-    with pytest.raises(ValueError, match="layer_norm makes it for all at once"):
+    with pytest.raises(ValueError, match="layer_norm normalizes the projection of all steps at once"):
         gpu_rnn.gru(x, w_ih, w_hh, layer_norm=(gain, gain), step_exact=True)
 
 
