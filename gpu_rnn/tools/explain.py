@@ -208,6 +208,7 @@ def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem
     from torch.autograd.graph import saved_tensors_hooks
 
     from ..autograd.derivatives import tracked
+    from ..autograd.functions import to_save
     from ..nn.base import driven
 
     made: dict[int, Any] = {}  # storages, by identity
@@ -221,7 +222,7 @@ def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem
     def run(name: str, x: Any, weights: Weights, initial: Sequence, options: Options) -> tuple:
         wanted = tracked(x, *weights, *initial) if training is None else training
         asked, state = checked(name, x, weights, initial, options, wanted)
-        for tensor in (x, *weights, *state):
+        for tensor in to_save((x, *weights, *state)):
             if tensor is not None:
                 keep(tensor)
         y = keep(x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted))
