@@ -32,7 +32,9 @@ constexpr int STEP_MEANS = Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1;
 constexpr int GRAD_MEANS = Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1;
 constexpr bool MEETS = Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0;
 constexpr int THREADS = MEETS ? 256 : 128;  // of a block, at most
-constexpr int BLOCKS = MEETS ? 1 : 0;  // of a multiprocessor, at least; told of none ptxas aims for more, and spills
+// Blocks that a multiprocessor has at least, which caps a thread's registers at 255, for float at 128: without a cap ptxas
+// aims for more blocks, and spills.
+constexpr int BLOCKS = MEETS ? 1 : sizeof(real) == 8 ? 2 : 4;
 
 // ---- A thread's units ----------------------------------------------------------------------------------------------
 
