@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpu_rnn.core import reference
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 
+from . import judge
 from .conftest import sequence_arrays
 from .tolerance import assert_close
 
@@ -84,15 +84,12 @@ def named(case, gradients):
 
 
 def exact(case):
-    """By the plain reference and torch's autograd, in float64, from the same rounded arrays."""
-    case = case.mapped(lambda array: torch.from_numpy(wide(array)).clone().requires_grad_())
-    steps = reference.run(case.cell, cells.step_graph(case.cell), case.x, case.weights, case.state, case.reverse)
-    y, last = torch.stack([states[0] for states, _ in steps]), steps[0 if case.reverse else -1][0]
-    torch.autograd.backward((y, *last), (case.dy, *case.dlast))
-    results = {"y": y} | {f"{letter}T": array for letter, array in zip(case.cell.states, last, strict=True)}
-    weights = {f"d{name}": w.grad for name, w in case.weights._asdict().items() if w is not None}
-    initial = {f"d{letter}0": array.grad for letter, array in zip(case.cell.states, case.state, strict=True)}
-    return {name: wide(array) for name, array in ({"dx": case.x.grad} | results | weights | initial).items()}
+    """By the judge, from the same rounded arrays, in long double."""
+    cell, _, reverse, x, weights, state, dy, dlast = case.mapped(wide)
+    y, last, dx, dweights, first = judge.run(cell.name, x, weights[:5], state, dy, dlast, reverse)
+    results = {"y": y, "dx": dx} | {f"{letter}T": array for letter, array in zip(cell.states, last, strict=True)}
+    results |= {f"d{name}": dw for name, dw in zip(Weights._fields, dweights, strict=False) if dw is not None}
+    return results | {f"d{letter}0": array for letter, array in zip(cell.states, first, strict=True)}
 
 
 def by_torch(case):
@@ -125,11 +122,14 @@ def by_torch(case):
 def check(case, results, *, tf32=False):
     """Every result against the exact one, by the one rule. TF32 has float16's mantissa, so that is its peer.
 
-    What is exact is told by the NumPy backend, or where the case is on a GPU, since that is faster there, by torch.nn.
+    What is exact is told by the judge, or where the case is on a GPU, since that is faster there, by torch.nn.
     """
     dtype = "float16" if tf32 else case.dtype
-    truth = by_torch(case.mapped(torch.Tensor.double)) if case.x.is_cuda else exact(case)
+    if case.x.is_cuda:
+        truth = {name: wide(array) for name, array in by_torch(case.mapped(torch.Tensor.double)).items()}
+    else:
+        truth = exact(case)
     peer = by_torch(case.mapped(torch.Tensor.half) if tf32 else case)
     assert results.keys() == truth.keys() == peer.keys()
     for name in truth:
-        assert_close(wide(results[name]), wide(truth[name]), wide(peer[name]), dtype, f"{case.cell.name} {name}")
+        assert_close(wide(results[name]), truth[name], wide(peer[name]), dtype, f"{case.cell.name} {name}")
