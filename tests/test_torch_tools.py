@@ -1,4 +1,4 @@
-"""torch's tools see the layers: FlopCounterMode, the profiler, selective checkpointing, torchinfo."""
+"""torch's tools see the layers: FlopCounterMode, the profiler, memory snapshots, selective checkpointing, summaries."""
 
 import re
 from functools import partial
@@ -235,6 +235,51 @@ def test_no_range_is_made_while_no_profiler_is_on(monkeypatch):
         layer(x)
 
 
+@pytest.mark.usefixtures("on_numpy")
+@pytest.mark.parametrize("emit", ["emit_itt", pytest.param("emit_nvtx", marks=pytest.mark.gpu)])
+def test_ranges_for_other_profilers(emit, monkeypatch):
+    """torch hands every record_function to them; without CUDA it refuses emit_nvtx, but has VTune's emit_itt."""
+    entered, record_function = [], torch.profiler.record_function
+    monkeypatch.setattr(torch.profiler, "record_function", lambda name: entered.append(name) or record_function(name))
+    layer, x = gpu_rnn.GRU(I, H), torch.randn(T, B, I)
+    with getattr(torch.autograd.profiler, emit)():
+        layer(x)[0].sum().backward()
+    assert entered == [f"gpu_rnn::gru {way} T={T} B={B} H={H} numpy" for way in ("forward", "backward")]
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_profiler_says_whose_memory_it_is(kind, monkeypatch):
+    """What a range has allocated and not given back is what `explain` says that is kept."""
+    monkeypatch.setenv("GPU_RNN_BACKEND", "native")  # allocates by torch, as the backends on a GPU do; NumPy's doesn't
+    layer, x = LAYERS[kind](16, 32), torch.randn(100, 8, 16)
+    if gpu_rnn.explain(layer, x)[0].backend is None:
+        pytest.skip("native code can't be compiled here")
+    layer(x)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y, _ = layer(x)
+    (event,) = (event for event in profile.events() if event.name.startswith("gpu_rnn::"))
+    assert event.cpu_memory_usage == pytest.approx(gpu_rnn.explain(layer, x).saved, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_memory_snapshots_show_whose_buffers_they_are():
+    """By the Python frames of every allocation."""
+    layer, x = gpu_rnn.LSTM(16, 32, device="cuda"), torch.randn(100, 8, 16, device="cuda")
+    layer(x)[0].sum().backward()
+    torch.cuda.memory._record_memory_history(context="all", stacks="python")
+    try:
+        y, _ = layer(x)
+        (trace,) = (each for each in torch.cuda.memory._snapshot()["device_traces"] if each)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    allocations = [entry for entry in trace if entry["action"] == "alloc"]
+    ours = [e["size"] for e in allocations if any("gpu_rnn" in frame["filename"] for frame in e["frames"])]
+    assert sum(ours) >= gpu_rnn.explain(layer, x).saved
+
+
 # ---- summaries ------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +295,17 @@ def test_torchinfo_says_of_a_layer_what_it_says_of_torch_nn(kind):
     ours, theirs = summary(gpu_rnn), summary(nn)
     assert str(ours) == str(theirs)
     assert re.search(rf"{kind}: 1-2 +\[{B}, {T}, {2 * H}\]", str(ours))
+
+
+def test_torchview_draws_what_it_draws_of_torch_nn():
+    torchview = pytest.importorskip("torchview")
+
+    def drawn(library):
+        model = nn.Sequential(nn.Linear(2, I), library.LSTM(I, H, num_layers=2, bidirectional=True))
+        return str(torchview.draw_graph(model, input_size=(T, B, 2), expand_nested=True).visual_graph)
+
+    assert drawn(gpu_rnn) == drawn(nn)
+    assert f"({T}, {B}, {2 * H}), 2 x ({4}, {B}, {H})" in drawn(gpu_rnn)
 
 
 def test_the_document_runs():
