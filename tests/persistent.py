@@ -1,6 +1,6 @@
 """Runs the resident kernels on the CPU, with their launch plans, beside the oracle. The tests' common ground, and by
 
-    python -m tests.resident --sanitizer thread lstm bfloat16 grid
+    python -m tests.persistent --sanitizer thread lstm bfloat16 grid
 
 what a sanitizer watches.
 """

@@ -157,7 +157,7 @@ def test_no_access_outside_an_array_and_no_race(sanitizer):
     """AddressSanitizer watches every access, UBSan its alignment, ThreadSanitizer the order of any two."""
     if (reason := sanitize.why_not(sanitizer)) is not None:
         pytest.skip(reason)
-    outcome = sanitize.run(sanitizer, ["-m", "tests.on_host", sanitizer])
+    outcome = sanitize.run(sanitizer, ["-m", "tests.cuda_on_cpu", sanitizer])
     assert not outcome.reports, outcome.output
     assert outcome.returncode == 0, outcome.output
 

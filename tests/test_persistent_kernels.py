@@ -120,7 +120,7 @@ def test_sanitizers_find_nothing(scope, sanitizer):
     if (reason := sanitize.why_not(sanitizer)) is not None:
         pytest.skip(reason)
     outcome = sanitize.run(
-        sanitizer, ["-m", "tests.resident", "--sanitizer", sanitizer, "lstm+norm", "bfloat16", scope]
+        sanitizer, ["-m", "tests.persistent", "--sanitizer", sanitizer, "lstm+norm", "bfloat16", scope]
     )
     assert not outcome.reports, outcome.reports[0].text
     assert outcome.returncode == 0, outcome.output
@@ -175,7 +175,7 @@ def caught(cell: str, scope: str, broken: runtime.Source, tmp_path) -> bool:
         return False
     path = tmp_path / "persistent.cu"
     path.write_text(broken.text)
-    arguments = ["-m", "tests.resident", "--sanitizer", "thread", "--source", str(path), cell, "bfloat16", scope]
+    arguments = ["-m", "tests.persistent", "--sanitizer", "thread", "--source", str(path), cell, "bfloat16", scope]
     return bool(sanitize.run("thread", arguments).reports)
 
 

@@ -236,7 +236,7 @@ def test_nobody_waits_for_who_reads_him():
 def test_no_race():
     if (reason := sanitize.why_not("thread")) is not None:
         pytest.skip(reason)
-    outcome = sanitize.run("thread", ["-m", "tests.test_stack"])
+    outcome = sanitize.run("thread", ["-m", "tests.test_wavefront"])
     assert not outcome.reports, outcome.reports[0].text
     assert outcome.returncode == 0, outcome.output
 
