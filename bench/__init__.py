@@ -1,9 +1,9 @@
-"""Microbenchmarks of gpu_rnn and of everybody else who computes an RNN, LSTM or GRU: `python -m bench --help`.
+"""Microbenchmarks of gpu_rnn and of other implementations of RNN, LSTM and GRU: `python -m bench --help`.
 
-problems    what is measured, in which order        contenders, peers   who takes part
-oracle      data, the exact answer, the tolerance   timing              one case: checked first, then interleaved
-around      what is around a cell                   kernels             our kernels alone
-worker      one case in a process of its own        floor               what the machine would allow
-results     append-only CSV, and what changed       report              tables in the documents, plots, HTML
-gpu         the whole visit to a GPU machine        machine, progress   where this runs, and how long it still takes
+problems         what is measured, in which order    implementations, third_party, modifiers, kernels   who computes it
+data             random inputs, outputs by name      correctness       accuracy is checked before anything is timed
+timing           one case, A B A B                   worker            a process of its own, with a time limit
+roofline         a lower bound of the time           results, report   CSV files; tables, plots and an HTML page
+gpu              a whole session on a GPU machine    calibration, device_checks, pytest_journal   parts of it
+sass, nvrtc      machine code, without a GPU
 """

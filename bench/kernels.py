@@ -1,7 +1,7 @@
-"""Our kernels alone, so that a slow step can be placed: `python -m bench run --device cuda --contender kernels`.
+"""Our kernels alone, so that a slow step can be placed: `python -m bench run --device cuda --implementation kernels`.
 
-    step      an instant of the stepwise walk without its product: gates and states, bound by memory; all T in a row
-    sequence  the resident launch, without packing, input projection and the products after it
+    step      a time step of the per-step kernels without its matmul: gates and states, bound by memory; all T in a row
+    sequence  the persistent launch, without packing, input projection and the matmuls after it
     exchange  the same with the arithmetic left out
     product   the same with the waiting left out
 
@@ -9,7 +9,7 @@ They run on the arrays of a real call, by the plans of the backend. What the las
 kernel has a time only if the whole call that it is part of is right.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,13 +21,13 @@ from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import Runner, Unit
 
-from . import machine, problems
-from .contenders import Contender, Run
+from . import problems
 from .data import Data
+from .implementations import IMPLEMENTATIONS, Implementation, Run, tf32
 from .problems import Case
 
 
-class Place(NamedTuple):
+class LaunchContext(NamedTuple):
     """Where kernels run."""
 
     run: Runner
@@ -36,21 +36,132 @@ class Place(NamedTuple):
     stream: Callable[[Any], AbstractContextManager]
 
 
-def here() -> Place:
-    return Place(cuda.ready, cuda.device(), cuda.held, cuda.stream_of)
+def current_device() -> LaunchContext:
+    return LaunchContext(cuda.ready, cuda.device(), cuda.held, cuda.stream_of)
 
 
-def units(case: Case, contenders: tuple[str, ...]) -> set[Unit]:
-    """What the CUDA contenders of a case compile, for the current device; the driver isn't asked."""
-    problem, found = case.problem(machine.tf32(case)), set[Unit]()
-    if {problems.CUDA, problems.LAYER, problems.KERNEL} & {*contenders}:
-        found |= {unit for unit, _ in cuda.kernels_of(problem)}
-    for backend, way, part in (problems.KERNELS[name] for name in contenders if name in problems.KERNELS):
+class KernelOnly:
+    def __init__(
+        self, backend: str, way: str, part: str, context: Callable[[], LaunchContext] = current_device
+    ) -> None:
+        self.triton, self.backward, self.part, self.context = backend == "triton", way == "backward", part, context
+
+    def implementation(self) -> Implementation:
+        return Implementation(self.prepare, self.skip_reason, self.plan)
+
+    def skip_reason(self, case: Case) -> str | None:
+        reason = missing("triton" if self.triton else "cupy") or no_gpu()
+        if reason and self.context is current_device:
+            return reason
+        if self.backward and not case.training:
+            return "it takes part in training"
+        plan, why = (None, ()) if self.part == "step" else self.persistent(case)
+        return None if plan or self.part == "step" else f"no persistent kernel: {'; '.join(why)}"
+
+    def plan(self, case: Case) -> str:
+        plan = None if self.part == "step" else self.persistent(case)[0]
+        return plan.scope if plan else "stepwise"
+
+    def persistent(self, case: Case) -> tuple[persistent.Residence | None, Any]:
+        at = self.context()
+        return cuda.residence_of(case.problem(tf32(case)), at.device, self.backward, at.held)
+
+    def prepare(self, case: Case, data: Data) -> tuple[Run, Callable]:
+        def stream() -> AbstractContextManager:
+            return nullcontext() if self.triton else self.context().stream(data.dy)
+
+        with stream():
+            launch = self.launch(case, self.args(case, data))
+
+        def run(k: int) -> None:
+            with stream():
+                launch()
+
+        def outputs() -> tuple:  # those of the whole call
+            run(0)
+            with stream():
+                return self.call(case, data, self.loop(False), self.loop(True))
+
+        return run, outputs
+
+    def loop(self, backward: bool) -> Callable[..., None]:
+        """What goes through time in a call."""
+        if self.part == "step":
+            return partial(per_step.walk_back if backward else per_step.walk, self.bind)
+        at = self.context()
+        return partial(cuda.walk_back if backward else cuda.walk, at.run, at.device, held=at.held)
+
+    def bind(self, cell: Any, args: Any) -> Callable[..., None]:
+        return triton.bind(cell, args) if self.triton else cuda.bind(self.context().run, cell, args)
+
+    def call(self, case: Case, data: Data, forward: Callable, backward: Callable) -> tuple:
+        """(y, last states[, gradients]) of a call whose time loops are these."""
+        x, how = data.x[0], {"reverse": False, "tf32": tf32(case)}
+        inputs: Any = case.problem().cell, x, Weights(**data.weights), tuple(data.state.values())
+        with arrays.products(x, tf32(case)):
+            y, last, saved = gpu_common.forward(forward, *inputs, **how, save=case.training)
+            if not case.training:
+                return y, last
+            wanted: Any = {"needs": {"x", *data.weights}, **how}
+            grads = gpu_common.backward(backward, *inputs, y, saved, data.dy, data.dlast, **wanted)
+        return y, last, grads | dict(zip(data.state, grads.pop("state")))
+
+    def args(self, case: Case, data: Data) -> Any:
+        """The arrays of the time loop."""
+        caught: list[Any] = []
+        catch: Any = lambda cell, args: caught.append(args)  # noqa: E731
+        self.call(case, data, self.loop(False) if self.backward else catch, catch)
+        return caught[-1 if self.backward else 0]
+
+    def launch(self, case: Case, args: Any) -> Callable[[], None]:
+        cell, steps, kernels = case.problem().cell, list[tuple](), list[Any]()
+        if self.part != "step":
+            plan, ordered = self.persistent(case)[0], cuda.backward_arrays if self.backward else cuda.forward_arrays
+            only, sizes = None if self.part == "sequence" else self.part, (case.T, case.B, case.H)
+            how = {"like": args.w_hh, "save": case.training, "only": only}
+            return launch_plan(self.context().run, plan, cell, case.dtype, *sizes, ordered(args), **how)
+
+        def record(cell: Any, args: Any) -> Callable[..., None]:
+            kernels[:] = self.bind(cell, args), args  # a kernel has addresses and keeps nothing alive
+            return lambda *step: (steps.append(step), kernels[0](*step))
+
+        (per_step.walk_back if self.backward else per_step.walk)(record, cell, args)
+
+        def replay() -> None:
+            for step in steps:
+                kernels[0](*step)
+
+        return replay
+
+
+def launch_plan(
+    run: Runner, plan: Any, cell: Any, dtype: str, T: int, B: int, H: int, args: Sequence[Any], like: Any, save: bool,
+    only: str | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """A function that launches a persistent kernel over a sequence, on these arrays, with nothing else in Python."""
+    step = plan.exchange_bytes(T)
+    exchange = arrays.zeros((max(1, plan.launches * step),), like=like, dtype="uint8")
+    words = persistent.words([persistent.Member(arrays.pointers(args, like), reverse=False)])
+    launches = list(map(run, persistent.sequence(plan, cell, dtype, T, B, H, 1, save=save, only=only)))
+
+    def launch(alive: Any = args) -> None:  # the launches have addresses and keep nothing alive
+        exchange.zero_()  # or the last call's stamps would let every block pass
+        for k, each in enumerate(launches):
+            each(words, arrays.pointer(exchange) + k * step)
+
+    return launch
+
+
+def units(case: Case, names: Sequence[str]) -> set[Unit]:
+    """What the CUDA implementations of a case compile, for the current device; the driver isn't asked."""
+    problem, compiled = case.problem(tf32(case)), set[Unit]()
+    if {problems.CUDA, problems.LAYER, problems.KERNEL} & {*names}:
+        compiled |= {unit for unit, _ in cuda.kernels_of(problem)}
+    for backend, way, part in (problems.KERNELS[name] for name in names if name in problems.KERNELS):
         plan, _ = cuda.residence_of(problem, cuda.device(), way == "backward")
         if backend == "cuda" and part != "step" and plan is not None:
-            only = None if part == "sequence" else part
-            found.add(persistent.compiled(plan, problem.cell, problem.dtype, only))
-    return found
+            compiled.add(persistent.compiled(plan, problem.cell, problem.dtype, None if part == "sequence" else part))
+    return compiled
 
 
 def compile_text(text: tuple[str, tuple[str, ...]]) -> None:
@@ -60,135 +171,4 @@ def compile_text(text: tuple[str, tuple[str, ...]]) -> None:
     cupy.RawModule(code=text[0], options=text[1]).compile()
 
 
-class Alone(Contender):
-    def __init__(self, backend: str, way: str, part: str, place: Callable[[], Place] = here) -> None:
-        self.backend, self.back, self.part, self.place = backend, way == "backward", part, place
-
-    def absent(self, case: Case) -> str | None:
-        library = "cupy" if self.backend == "cuda" else "triton"
-        reason = (missing(library) or no_gpu()) if self.place is here else None
-        if reason is None and self.back and not case.training:
-            reason = "it takes part in training"
-        if reason is None and self.part != "step":
-            plan, why = self.resident(case)
-            reason = None if plan else f"no persistent kernel: {'; '.join(why)}"
-        return reason
-
-    def prepare(self, case: Case, data: Data) -> Run:
-        with self.stream(data):
-            given = self.given(case, data)
-            launch = self.instants(case, given) if self.part == "step" else self.whole(case, given)
-
-        def run(k: int) -> None:
-            with self.stream(data):
-                launch()
-
-        return run
-
-    def answer(self, case: Case, data: Data, run: Run) -> Any:
-        """That of the whole call."""
-        run(0)
-        with self.stream(data):
-            y, last, tape = self.forward(case, data, self.walk)
-            if not case.training:
-                return y, last
-            gradients = self.backward(case, data, y, tape, self.walk_back)
-        return y, last, gradients | dict(zip(data.state, gradients.pop("state")))
-
-    def plan(self, case: Case) -> str:
-        found = None if self.part == "step" else self.resident(case)[0]
-        return found.scope if found else "stepwise"
-
-    # ---- the call -------------------------------------------------------------------------------------------------
-
-    def stream(self, data: Data) -> AbstractContextManager:
-        return self.place().stream(data.dy) if self.backend == "cuda" else nullcontext()
-
-    def resident(self, case: Case) -> tuple[persistent.Residence | None, Any]:
-        at = self.place()
-        return cuda.residence_of(case.problem(machine.tf32(case)), at.device, self.back, at.held)
-
-    @property
-    def bind(self) -> per_step.Bind:
-        return triton.bind if self.backend == "triton" else partial(cuda.bind, self.place().run)
-
-    def walk(self, cell: Any, given: gpu_common.Forward) -> None:
-        if self.part == "step":
-            per_step.walk(self.bind, cell, given)
-        else:
-            cuda.walk(self.place().run, self.place().device, cell, given, held=self.place().held)
-
-    def walk_back(self, cell: Any, given: gpu_common.Backward) -> None:
-        if self.part == "step":
-            per_step.walk_back(self.bind, cell, given)
-        else:
-            cuda.walk_back(self.place().run, self.place().device, cell, given, held=self.place().held)
-
-    def forward(self, case: Case, data: Data, walk: Callable) -> tuple:
-        x, tf32 = data.x[0], machine.tf32(case)
-        weights, state = Weights(**data.weights), tuple(data.state.values())
-        with arrays.products(x, tf32):
-            return gpu_common.forward(
-                walk, case.problem().cell, x, weights, state, reverse=False, tf32=tf32, save=case.training
-            )
-
-    def backward(self, case: Case, data: Data, y: Any, tape: tuple, walk_back: Callable) -> dict[str, Any]:
-        x, tf32 = data.x[0], machine.tf32(case)
-        weights, state = Weights(**data.weights), tuple(data.state.values())
-        with arrays.products(x, tf32):
-            return gpu_common.backward(
-                walk_back, case.problem().cell, x, weights, state, y, tape, data.dy, data.dlast, reverse=False,
-                tf32=tf32, needs={"x", *data.weights},
-            )  # fmt: skip
-
-    # ---- one kernel of it -----------------------------------------------------------------------------------------
-
-    def given(self, case: Case, data: Data) -> Any:
-        """The arrays that a walk is given, one way through time."""
-        found: list[Any] = []
-        if not self.back:
-            self.forward(case, data, lambda cell, given: found.append(given))
-        else:
-            y, _, tape = self.forward(case, data, self.walk)
-            self.backward(case, data, y, tape, lambda cell, given: found.append(given))
-        return found[0]
-
-    def instants(self, case: Case, given: Any) -> Callable[[], None]:
-        found: list[Any] = []
-
-        def catch(cell: Any, arrays: Any) -> Callable[..., None]:
-            found.append(arrays)
-            return lambda *instant: None
-
-        (per_step.walk_back if self.back else per_step.walk)(catch, case.problem().cell, given)
-        (the,) = found
-        for array in (the.back, the.dh) if self.back else (the.hg,):
-            array.normal_()  # that walk made it of nothing
-        kernel, all_instants = self.bind(case.problem().cell, the), list(per_step.instants(case.T, reverse=False))
-
-        def launch(held: Any = the) -> None:  # as in `whole`
-            for instant in all_instants:
-                if self.back:
-                    kernel(*instant)
-                else:
-                    boundaries = (instant.before, instant.after) if case.training else (0, 0)
-                    kernel(instant.t, *boundaries, instant.following)
-
-        return launch
-
-    def whole(self, case: Case, given: Any) -> Callable[[], None]:
-        run, cell, (plan, _) = self.place().run, case.problem().cell, self.resident(case)
-        assert plan is not None  # `absent` asked
-        exchange = arrays.zeros((plan.launches * plan.exchange_bytes(case.T),), like=given.w_hh, dtype="uint8")
-        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given)
-        words = persistent.words([persistent.Member(arrays.pointers(whole, given.w_hh), reverse=False)])
-        only = None if self.part == "sequence" else self.part
-        sizes = case.T, case.B, case.H, 1
-        launches = list(map(run, persistent.sequence(plan, cell, case.dtype, *sizes, save=case.training, only=only)))
-
-        def launch(held: Any = (whole, given)) -> None:  # the launches have addresses and keep nothing alive
-            exchange.zero_()  # or the last call's stamps would let everybody pass
-            for k, each in enumerate(launches):
-                each(words, arrays.pointer(exchange) + k * plan.exchange_bytes(case.T))
-
-        return launch
+IMPLEMENTATIONS |= {name: KernelOnly(*which).implementation() for name, which in problems.KERNELS.items()}

@@ -7,307 +7,311 @@ report made and this one doesn't are removed. `publish` copies those of PUBLISHE
 Every comparison says how many times as fast something is: above 1 is faster.
 """
 
-import html
 import math
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import plots, problems, results
-from .summary import ratio, where
+import numpy as np
+import pandas
+from pandas import DataFrame
 
-Row = dict[str, Any]
+from . import plots, problems
+from .problems import KERNEL_OF, MATMULS, NN, NUMPY, PEERS, PLAIN, STREAM
+from .results import CASE, FIELDS, FOLDER, where
+
 PUBLISHED = {  # end of a name -> copy
-    "bfloat16-speedup-ours-cuda": "speedup_gpu.svg",
-    "float32-threads-1-speedup-ours-numpy": "speedup_cpu.svg",
-    "float32-threads-1-steps": "steps_cpu.svg",
-}
+    "bfloat16-speedup-ours-cuda": "speedup_gpu.svg", "float32-threads-1-speedup-ours-numpy": "speedup_cpu.svg",
+}  # fmt: skip
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
-NOTHING = "Not measured yet."
+SUBJECT = ["contender", *CASE, "threads", "tf32", "machine", "gpu"]  # two rows are compared if they agree in these
+NOISE = 0.05  # a change under this is none, whatever the spread says
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+WAYS = {"forward": "forward", "training": "forward + backward", "step": "one step"}
+SIZES = ["T", "B", "I", "H", "L"]
+NUMBERS = [
+    *SIZES, "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio", "floor_us",
+    "of_floor", "peak_bytes", "saved_bytes", "error", "ceiling_flops", "ceiling_bandwidth",
+]  # fmt: skip
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>gpu_rnn: benchmarks</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto } .rows { overflow: auto; font-size: 12px }
+body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto } svg { max-width: 100% } .rows { overflow: auto }
+table { border-collapse: collapse } th, td { padding: .2em .7em; text-align: right }
 </style>
 <h1>gpu_rnn: benchmarks</h1>
 """
 
 
+class Block(NamedTuple):
+    """A table, and lines below it."""
+
+    head: Sequence[str] = ()
+    body: Sequence[Sequence[str]] = ()
+    lines: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        ruler = ["---", *["---:"] * (len(self.head) - 1)]
+        table = [f"| {' | '.join(row)} |" for row in (self.head, ruler, *self.body)] if self.body else []
+        return "\n".join([*table, *[""] * bool(table and self.lines), *self.lines]) or "Not measured yet."
+
+    def html(self) -> str:
+        table = DataFrame(self.body, columns=self.head).to_html(index=False) if self.body else ""
+        return table + "".join(f"<p>{line}</p>" for line in self.lines)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def read(*paths: Path) -> DataFrame:
+    """All rows; text is never missing, T to L and threads are whole numbers, and 0 threads are those of a GPU."""
+    frames = [pandas.read_csv(path, dtype=object, keep_default_na=False) for path in paths]
+    rows = pandas.concat([DataFrame(columns=list(FIELDS)), *frames], ignore_index=True)[list(FIELDS)].fillna("")
+    rows[NUMBERS] = rows[NUMBERS].apply(pandas.to_numeric)
+    return rows.fillna({"L": 1, "threads": 0, "tf32": 0}).astype(dict.fromkeys((*SIZES, "threads", "tf32"), int))
+
+
+def latest(rows: DataFrame) -> DataFrame:
+    """The last row of every subject, where its first one is."""
+    rows = rows.sort_values("run", kind="stable")
+    rows = rows.assign(first=rows.groupby(SUBJECT, sort=False).ngroup())
+    return rows.drop_duplicates("first", keep="last").sort_values("first").drop(columns="first")
+
+
+def shown_rows(rows: DataFrame) -> DataFrame:
+    """For each kind of device, those of the place that has the last run."""
+    rows = rows.assign(place=rows["gpu"].where(rows["device"] == "cuda", rows["machine"]))
+    last = rows.sort_values("run", kind="stable").groupby("device")["place"].last()
+    return rows[rows["place"] == rows["device"].map(last)]
+
+
+def select(name: str) -> DataFrame:
+    """The rows of a CSV file, or of the run or commit whose name begins like this."""
+    if Path(name).suffix == ".csv":
+        return read(Path(name))
+    rows = read(*sorted(FOLDER.glob("*.csv")))
+    rows = rows[rows["run"].str.startswith(name) | rows["commit"].str.startswith(name)]
+    if rows.empty:
+        raise ValueError(f"no run or commit begins with {name!r} in {FOLDER.name}/, and it is no .csv file")
+    return rows
+
+
+def compare(a: str, b: str) -> Iterator[str]:
+    """What changed beyond noise from a to b, the worst first, and how many subjects both have.
+
+    Beyond noise: the ranges from the 20th to the 80th percentile don't meet, and the medians differ by over 5 %.
+    """
+    ok = (latest(rows[rows["status"] == "ok"]) for rows in (select(a), select(b)))
+    both = DataFrame.merge(*ok, on=SUBJECT, suffixes=("_a", ""))
+    if both.empty:
+        raise ValueError("the two have no measurement in common")
+    both["times"] = both["median_us"] / both["median_us_a"]
+    apart = (both["p80_us_a"] < both["p20_us"]) | (both["p80_us"] < both["p20_us_a"])
+    changed = both[apart & ((both["times"] - 1).abs() > NOISE)].sort_values("times", ascending=False)
+    for _, row in changed.iterrows():
+        what = f"{row['contender']}: {row['cell']} {row['mode']} {where(row)} {row['dtype']}{threads_of(row, ' ')}"
+        verb = "slower" if row["times"] > 1 else "faster"
+        times = f"{max(row['times'], 1 / row['times']):.2f}x {verb}"
+        yield f"{what}: {row['median_us_a']:.4g} -> {row['median_us']:.4g} us, {times}"
+    yield f"{len(changed)} of {len(both)} changed beyond noise"
+
+
+def threads_of(row: Any, before: str = ", ") -> str:
+    return f"{before}threads {row['threads']}" if row["threads"] else ""
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def speedup(rows: DataFrame) -> str:
+    """Geometric mean, and in brackets the worst case, of the rows that have a ratio."""
+    ratios = rows["ratio"].dropna()
+    return "" if ratios.empty else f"{1 / math.exp(np.log(ratios).mean()):.2f} ({1 / ratios.max():.2f})"
+
+
+def by_mode(rows: DataFrame, name: Callable[[tuple], str], modes: Sequence[str]) -> Block:
+    """A line for every implementation, cell and dtype, a column for every mode."""
+    body, rows = [], rows[rows["mode"].isin(modes) & rows["ratio"].notna()]
+    for key, group in rows.groupby(["contender", "cell", "dtype"], sort=False):
+        columns = [speedup(group[group["mode"] == mode]) for mode in modes]
+        body.append([name(key), *columns, str(len(group))])
+    return Block(["", *(WAYS[mode] for mode in modes), "cases"], body)
+
+
+def overview(rows: DataFrame) -> Block:
+    """NumPy on one thread, CUDA on a GPU."""
+    ours = {NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
+    rows = rows[rows["contender"].isin(ours) & rows["threads"].isin((0, 1))]
+    rows = rows[(rows["device"] == "cuda") | rows.apply(problems.among_goals, axis=1).astype(bool)]
+    order = {"device": {"cuda": 0, "cpu": 1}, "cell": {cell: n for n, cell in enumerate(CELLS)}}
+    keys = ["device", "cell", "dtype"]
+    rows = rows.sort_values(keys, kind="stable", key=lambda column: column.map(order.get(column.name, lambda v: v)))
+    return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", list(WAYS))
+
+
+def sources(rows: DataFrame) -> Block:
+    """Where the numbers come from."""
+    lines = []
+    for place, group in rows.groupby("place", sort=False):
+        last = group.sort_values("run", kind="stable").iloc[-1]
+        versions = [f"{name} {last[name]}" for name in ("torch", "cudnn", "triton", "cupy", "numpy") if last[name]]
+        commits = ", ".join(group["commit"].unique())
+        when = f"{last['run'][:10]}, commit {commits}"
+        lines.append(f"- {place}: Python {last['python']}, {', '.join(versions)}; {when}.")
+    return Block(lines=lines)
+
+
+def cpu(rows: DataFrame) -> Block:
+    """NumPy against torch.nn, over the cases of its goals, or so many of them."""
+    rows = rows[(rows["device"] == "cpu") & (rows["contender"] == NUMPY)]
+    rows = rows[rows.apply(problems.among_goals, axis=1).astype(bool)]
+    columns = sorted(set(zip(rows["mode"], rows["threads"])), key=lambda at: (list(WAYS).index(at[0]), at[1]))
+
+    def cell_of(cell: str, mode: str, threads: int) -> str:
+        found = rows[(rows["cell"] == cell) & (rows["mode"] == mode) & (rows["threads"] == threads)]
+        goals, cases = math.prod(map(len, problems.GOALS[mode == "step" :])), found["ratio"].count()
+        return speedup(found) + (f", {cases} of {goals}" if 0 < cases < goals else "")
+
+    head = ["", *(f"{WAYS[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
+    cells = [cell for cell in CELLS if cell in set(rows["cell"])]
+    return Block(head, [[cell, *(cell_of(cell, *column) for column in columns)] for cell in cells])
+
+
+def matmuls(rows: DataFrame) -> Block:
+    """What NumPy can't be faster than: its matmuls alone, next to all of ours in the same runs."""
+    kinds, body = ["cell", "mode", "threads"], []
+    wide = rows.pivot_table("ratio", [*CASE, "threads", "run"], "contender").reindex(columns=[NUMPY, MATMULS]).dropna()
+    for (cell, mode, threads), group in wide.groupby(kinds):
+        columns = (speedup(group[[name]].rename(columns={name: "ratio"})) for name in (NUMPY, MATMULS))
+        body.append([f"{cell} {mode}, threads {threads}", *columns, str(len(group))])
+    return Block(["", "gpu_rnn", "NumPy's matmuls alone", "cases"], body)
+
+
+def peers(rows: DataFrame) -> Block:
+    """Every implementation against torch.nn at the sizes where all peers take part; and which don't, and why."""
+    case = [*SIZES, "cell", "dtype", "mode", "threads"]
+    rows = rows.groupby(case).filter(lambda group: group["contender"].isin(PEERS).any()).set_index("contender")
+    names = [name for name in (*plots.OURS, *PEERS) if name in rows.index]
+    timed = [name for name in names if rows.loc[[name], "ratio"].notna().any()]
+    body = []
+    for _, group in rows.groupby(case):
+        one, ratio = group.iloc[0], group["ratio"]
+        shown = (1 / ratio).map("{:.2f}".format).where(ratio.notna(), group["status"])
+        text = f"{one['cell']} {one['mode']} {where(one)} {one['dtype']}{threads_of(one)}"
+        body.append([text, *shown.reindex(timed).fillna("")])
+    absent = [f"- {name}: {', '.join(rows.loc[[name], 'note'].unique())}." for name in names if name not in timed]
+    return Block(["", *timed], sorted(body), absent)
+
+
+def calls(rows: DataFrame) -> Block:
+    """Call overhead: what a layer's call costs in addition to the kernel that it calls, for one time step."""
+    body = []
+    for _, group in rows[rows["status"] == "ok"].groupby([*CASE, "threads"], sort=False):
+        us, one = dict(zip(group["contender"], group["median_us"])), group.iloc[0]
+        if not us.keys() & set(KERNEL_OF.values()):
+            continue
+        for name in (name for name in (*KERNEL_OF, STREAM) if name in us):
+            kernel = us.get(KERNEL_OF.get(name, ""))
+            numbers = [f"{us[name]:.3g}", *([f"{kernel:.3g}", f"{us[name] - kernel:.3g}"] if kernel else ["", ""])]
+            body.append([f"{one['cell']} {where(one)}, threads {one['threads']}: {name}", *numbers])
+    return Block(["", "us per call", "kernel", "call overhead"], body)
+
+
+def gpu(rows: DataFrame) -> Block:
+    """Against torch.nn, over all sequences."""
+    parts = [NN, *problems.MODIFIERS, *problems.KERNELS]
+    return by_mode(rows[(rows["device"] == "cuda") & ~rows["contender"].isin(parts)], " ".join, ["forward", "training"])
+
+
+def modifiers(rows: DataFrame) -> Block:
+    """Modifiers against the plain function in the same run, and in training the memory; torch.nn next to them."""
+    head = ["", "forward", "forward + backward", "saved for backward, MiB", "peak without inputs, MiB"]
+    body = []
+    for _, group in rows[rows["status"] == "ok"].groupby(["device", "cell", "dtype", *SIZES, "threads"], sort=False):
+        one = group.iloc[0]
+        plain = group[group["contender"] == PLAIN].set_index(["mode", "run"])["median_us"]
+        for name in (NN, *problems.MODIFIERS):
+            times, last = [], None
+            for mode in ("forward", "training"):
+                own = group[(group["contender"] == name) & (group["mode"] == mode)]
+                last = None if own.empty else own.iloc[0]
+                us = None if last is None else plain.get((mode, last["run"]))
+                times.append("" if us is None or last is None else f"{us / last['median_us']:.2f}")
+            if any(times):
+                sizes = [math.nan if last is None else last[column] for column in ("saved_bytes", "peak_bytes")]
+                memory = ["" if math.isnan(size) else f"{size / 2**20:.2g}" for size in sizes]
+                body.append([f"{one['cell']} {where(one)} {one['dtype']}: {name}", *times, *memory])
+    return Block(head, body)
+
+
+def kernels(rows: DataFrame) -> Block:
+    """Where the time of a step goes: our kernels alone, next to the whole of their case."""
+    body = []
+    for _, group in rows.groupby(["run", *CASE], sort=False):
+        if group["contender"].isin(problems.KERNELS).any():
+            for _, row in group[group["status"] == "ok"].iterrows():
+                bound, share = row["floor_us"] / row["T"], row["of_floor"]
+                numbers = ["", "", ""] if math.isnan(share) else [f"{bound:.3g}", f"{share:.0%}", ""]
+                if numbers[1] and row["contender"].endswith(" step"):
+                    numbers[2] = f"{share * row['ceiling_bandwidth'] / 1e9:.0f}"
+                text = f"{row['cell']} {row['mode']} {where(row)} {row['dtype']}: {row['contender']}"
+                body.append([text, row["plan"], f"{row['us_per_step']:.3g}", *numbers])
+    return Block(["", "plan", "us per step", "roofline bound, us", "of the bound", "GB/s"], body)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[DataFrame], Block]]] = {  # titles are those of the page
+    "overview": ("", overview),
+    "sources": ("Measured on", sources),
+    "cpu": ("CPU: times as fast as torch.nn, geometric mean (worst case)", cpu),
+    "products": ("Upper bound for NumPy: times as fast as torch.nn, geometric mean (worst case)", matmuls),
+    "peers": ("Peers: times as fast as torch.nn", peers),
+    "calls": ("Call overhead", calls),
+    "gpu": ("GPU: times as fast as torch.nn, geometric mean (worst case)", gpu),
+    "modifiers": ("Modifiers: times as fast as the plain function", modifiers),
+    "kernels": ("Kernels alone", kernels),
+}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
 def write(folder: Path, out: Path, documents: Iterable[Path], publish: Path | None = None) -> Iterator[Path]:
     """Write everything, from the latest row of every subject; yield the paths written. publish: folder of copies."""
-    every = results.latest(results.everything(folder))
-    if not every:
+    every = latest(read(*sorted(folder.glob("*.csv"))))
+    if every.empty:
         raise ValueError(f"there are no results in {folder.name}/")
     rows = shown_rows(every)
     out.mkdir(parents=True, exist_ok=True)
     figures = plots.draw(rows, out)
-    plots.tidy(out, figures)
     yield from figures
-    blocks = {name: block(rows) for name, block in BLOCKS.items()}
-    page = out / "benchmarks.html"
-    page.write_text(PAGE + "\n".join(body(blocks, figures, every)) + "\n</html>\n")
-    yield page
+    blocks = {name: block(rows) for name, (_, block) in BLOCKS.items()}
     for document in filter(Path.is_file, documents):
         before = document.read_text()
-        after = filled(before, blocks, document.name)
+        after = filled(before, {name: block.markdown() for name, block in blocks.items()}, document.name)
         if after != before:
             document.write_text(after)
             yield document
+    page = [f"<h2>{title}</h2>\n{blocks[name].html()}" for name, (title, _) in BLOCKS.items() if title]
+    page += [text[text.index("<svg") :] for text in map(Path.read_text, figures)]  # without their XML declaration
+    used = every.loc[:, (every.notna() & (every != "")).any()]
+    table = used.to_html(index=False, na_rep="", float_format="{:.6g}".format)
+    page.append(f"<details><summary>All {len(every)} rows</summary><div class=rows>{table}</div></details>\n</html>\n")
+    (out / "benchmarks.html").write_text(PAGE + "\n".join(page))
+    yield out / "benchmarks.html"
     if publish is not None:
         for end, name in PUBLISHED.items():
             yield from (shutil.copyfile(figure, publish / name) for figure in figures if figure.stem.endswith(end))
 
 
-def shown_rows(rows: list[Row]) -> list[Row]:
-    """For each kind of device, those of the place that has the last run."""
-    last = {row["device"]: place(row) for row in sorted(rows, key=lambda row: row["run"])}
-    return [row for row in rows if place(row) == last[row["device"]]]
-
-
-def place(row: Row) -> str:
-    return row["gpu"] if row["device"] == "cuda" else row["machine"]
-
-
-def filled(text: str, blocks: dict[str, list[str]], document: str) -> str:
+def filled(text: str, blocks: dict[str, str], document: str) -> str:
     """The text with every block between its markers; ValueError for a name there is no block of."""
 
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
         if name not in blocks:
             raise ValueError(f"{document} asks for bench:{name}; there are {', '.join(blocks)}")
-        return begin + "\n".join(blocks[name]) + "\n" + end
+        return f"{begin}{blocks[name]}\n{end}"
 
     return BLOCK.sub(block, text)
-
-
-# ---- blocks: lines of Markdown --------------------------------------------------------------------------------------
-
-
-def sources(rows: list[Row]) -> list[str]:
-    """Where the numbers come from."""
-    lines = []
-    for here, group in by(rows, place).items():
-        last = max(group, key=lambda row: row["run"])
-        versions = [f"{name} {last[name]}" for name in ("torch", "cudnn", "triton", "cupy", "numpy") if last[name]]
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in group))
-        lines.append(f"- {here}: Python {last['python']}, {', '.join(versions)}; {last['run'][:10]}, commit {commits}.")
-    return lines
-
-
-def overview(rows: list[Row]) -> list[str]:
-    """A line for every cell and dtype: NumPy on one thread, CUDA on a GPU."""
-    modes = {"forward": "forward", "training": "forward + backward", "step": "one step"}
-    ours = {problems.NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
-    rows = [row for row in rows if row["contender"] in ours and row["threads"] in (1, None)]
-    rows = [row for row in rows if row["device"] == "cuda" or problems.among_goals(row)]
-    cells = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    rows.sort(key=lambda row: (row["device"] == "cpu", cells.index(row["cell"]), row["dtype"]))
-    body = []
-    for (contender, cell, dtype), group in by(rows, lambda row: (row["contender"], row["cell"], row["dtype"])).items():
-        found = [ratio(row for row in group if row["mode"] == mode) for mode in modes]
-        cases = sum(one.cases for one in found if one)
-        body.append([f"{ours[contender]}: {cell} {dtype}", *(str(one or "") for one in found), str(cases)])
-    return table(["", *modes.values(), "cases"], body)
-
-
-def cpu(rows: list[Row]) -> list[str]:
-    """NumPy against torch.nn, geometric mean and worst case, over the cases of its goals, or so many of them."""
-    rows = [row for row in rows if row["device"] == "cpu" and row["contender"] == problems.NUMPY]
-    rows = list(filter(problems.among_goals, rows))
-    names = {"forward": "forward", "training": "forward + backward", "step": "one step"}
-    columns = sorted({(row["mode"], row["threads"]) for row in rows}, key=lambda at: (list(names).index(at[0]), at[1]))
-    head = ["", *(f"{names[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
-    cells = [name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") if any(row["cell"] == name for row in rows)]
-
-    def shown(cell: str, mode: str, threads: int) -> str:
-        found = ratio(row for row in rows if (row["cell"], row["mode"], row["threads"]) == (cell, mode, threads))
-        goals = math.prod(map(len, problems.GRID[mode == "step" :]))
-        return f"{found or ''}" + (f", {found.cases} of {goals}" if found and found.cases < goals else "")
-
-    return table(head, [[cell, *(shown(cell, *column) for column in columns)] for cell in cells])
-
-
-def products(rows: list[Row]) -> list[str]:
-    """What NumPy can't be faster than: its matmuls alone against torch.nn, next to all of ours in the same runs."""
-    sized = by(rows, lambda row: tuple(row[name] for name in (*results.CASE, "threads", "run")))
-    groups = [{row["contender"]: row for row in group if row["ratio"]} for group in sized.values()]
-    both = [found for found in groups if found.keys() >= {problems.NUMPY, problems.PRODUCTS}]
-    found = by(both, lambda each: tuple(each[problems.NUMPY][name] for name in ("cell", "mode", "threads")))
-    body = []
-    for (cell, mode, threads), group in sorted(found.items()):
-        ours, least = (ratio(each[name] for each in group) for name in (problems.NUMPY, problems.PRODUCTS))
-        body.append([f"{cell} {mode}, threads {threads}", str(ours), str(least), str(len(group))])
-    return table(["", "gpu_rnn", "NumPy's matmuls alone", "cases"], body)
-
-
-def peers(rows: list[Row]) -> list[str]:
-    """Every implementation against torch.nn at the sizes where all peers take part; and which don't, and why."""
-    size = *"TBHIL", "cell", "dtype", "mode", "threads"
-    sized = by(rows, lambda row: tuple(row[name] for name in size))
-    asked = {key: {row["contender"]: row for row in group} for key, group in sized.items()}
-    asked = {key: found for key, found in asked.items() if found.keys() & set(problems.PEERS)}
-    names = [name for name in (*plots.OURS, *problems.PEERS) if any(name in found for found in asked.values())]
-    timed = [name for name in names if any(found.get(name, {}).get("ratio") for found in asked.values())]
-
-    def shown(row: Row | None) -> str:
-        return "" if row is None else f"{1 / row['ratio']:.2f}" if row["ratio"] else row["status"]
-
-    body = []
-    for found in asked.values():
-        one = found[problems.NN] if problems.NN in found else next(iter(found.values()))
-        threads = f", threads {one['threads']}" if one["threads"] else ""
-        case = f"{one['cell']} {one['mode']} {where(one)} {one['dtype']}{threads}"
-        body.append([case, *(shown(found.get(name)) for name in timed)])
-    reasons = {name: dict.fromkeys(found[name]["note"] for found in asked.values() if name in found) for name in names}
-    absent = [f"- {name}: {', '.join(reasons[name])}." for name in names if name not in timed]
-    return [*table(["", *timed], sorted(body)), *(["", *absent] if absent else [])]
-
-
-def calls(rows: list[Row]) -> list[str]:
-    """Call overhead: what a layer's call costs in addition to the kernel that it calls, for one time step."""
-    body = []
-    for group in by(rows, lambda row: tuple(row[name] for name in (*results.CASE, "threads"))).values():
-        times = {row["contender"]: row["median_us"] for row in group if row["status"] == "ok"}
-        if not set(problems.KERNEL_OF.values()) & times.keys():
-            continue
-        case = f"{group[0]['cell']} {where(group[0])}, threads {group[0]['threads']}"
-        for name in (*problems.KERNEL_OF, problems.STREAM):
-            if name in times:
-                alone = times.get(problems.KERNEL_OF.get(name, ""))
-                numbers = [
-                    f"{times[name]:.3g}",
-                    *([f"{alone:.3g}", f"{times[name] - alone:.3g}"] if alone else ["", ""]),
-                ]
-                body.append([f"{case}: {name}", *numbers])
-    return table(["", "us per call", "kernel", "call overhead"], body)
-
-
-def gpu(rows: list[Row]) -> list[str]:
-    """How much faster than torch.nn: geometric mean and worst case, over all sequences."""
-    parts = {problems.NN, *problems.FEATURES, *problems.KERNELS}
-    rows = [row for row in rows if row["device"] == "cuda" and row["contender"] not in parts]
-    body = []
-    for key, group in by(rows, lambda row: (row["contender"], row["cell"], row["dtype"])).items():
-        found = [ratio(row for row in group if row["mode"] == mode) for mode in ("forward", "training")]
-        if any(found):
-            cases = sum(one.cases for one in found if one)
-            body.append([" ".join(key), *(str(one or "") for one in found), str(cases)])
-    return table(["", "forward", "forward + backward", "cases"], body)
-
-
-def features(rows: list[Row]) -> list[str]:
-    """Options against the plain function in the same run, and in training the memory; torch.nn next to them."""
-    head = ["", "forward", "forward + backward", "saved for backward, MiB", "peak without inputs, MiB"]
-    body = []
-    sized = "device", "cell", "dtype", *"TBIHL", "threads"
-    for group in by(rows, lambda row: tuple(row[name] for name in sized)).values():
-        found = {(row["contender"], row["mode"], row["run"]): row for row in group if row["status"] == "ok"}
-        for name in (problems.NN, *problems.FEATURES):
-            times, last = list[str](), dict[str, Any]()
-            for mode in ("forward", "training"):
-                mine = [row for (who, how, _), row in found.items() if (who, how) == (name, mode)]
-                last = mine[0] if mine else {}
-                plain = found.get((problems.PLAIN, mode, last.get("run")))
-                times.append(f"{plain['median_us'] / last['median_us']:.2f}" if plain else "")
-            if any(times):
-                memory = [last.get(column) for column in ("saved_bytes", "peak_bytes")]
-                case = f"{group[0]['cell']} {where(group[0])} {group[0]['dtype']}"
-                body.append([f"{case}: {name}", *times, *map(mebibytes, memory)])
-    return table(head, body)
-
-
-def kernels(rows: list[Row]) -> list[str]:
-    """Where the time of a step goes: our kernels alone, next to the whole of their case."""
-    head = ["", "plan", "us per step", "roofline bound, us", "of the bound", "GB/s"]
-    body = []
-    for _, group in by(rows, lambda row: (row["run"], *(row[name] for name in results.CASE))).items():
-        if not any(row["contender"] in problems.KERNELS for row in group):
-            continue
-        for row in group:
-            if row["status"] == "ok":
-                case = f"{row['cell']} {row['mode']} {where(row)} {row['dtype']}"
-                numbers = [f"{row['us_per_step']:.3g}"]
-                of_memory = row["contender"].endswith(" step")
-                if row["of_floor"]:
-                    numbers += [f"{row['floor_us'] / row['T']:.3g}", f"{row['of_floor']:.0%}"]
-                    numbers += [f"{row['of_floor'] * row['ceiling_bandwidth'] / 1e9:.0f}" if of_memory else ""]
-                body.append([f"{case}: {row['contender']}", row["plan"], *numbers, *[""] * (4 - len(numbers))])
-    return table(head, body)
-
-
-BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
-    "overview": overview, "sources": sources, "cpu": cpu, "products": products, "peers": peers, "calls": calls,
-    "gpu": gpu, "features": features, "kernels": kernels,
-}  # fmt: skip
-
-
-def mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.2g}"
-
-
-def by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def table(head: list[str], body: list[list[str]]) -> list[str]:
-    if not body:
-        return [NOTHING]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-
-def body(blocks: dict[str, list[str]], figures: list[Path], rows: list[Row]) -> Iterator[str]:
-    titles = {
-        "sources": "Measured on",
-        "cpu": "CPU: times as fast as torch.nn, geometric mean (worst case)",
-        "products": "Upper bound for NumPy: times as fast as torch.nn, geometric mean (worst case)",
-        "peers": "Peers: times as fast as torch.nn",
-        "calls": "Call overhead",
-        "gpu": "GPU: times as fast as torch.nn, geometric mean (worst case)",
-        "features": "Cell options: times as fast as the plain function",
-        "kernels": "Kernels alone",
-    }
-    for name, title in titles.items():
-        yield f"<h2>{title}</h2>"
-        yield from marked_up(blocks[name])
-    for path in figures:
-        svg = path.read_text()
-        yield svg[svg.index("<svg") :]  # without the XML declaration, which HTML doesn't know
-    yield f"<details><summary>All {len(rows)} rows</summary><div class=rows>"
-    counts = Counter(name for row in rows for name, value in row.items() if value not in ("", None))
-    columns = [name for name in results.FIELDS if counts[name]]
-    yield from html_table(columns, [[results.shown(row[name]) for name in columns] for row in rows])
-    yield "</div></details>"
-
-
-def marked_up(lines: list[str]) -> Iterator[str]:
-    """The little Markdown that blocks are made of."""
-    cells = [[value.strip() for value in line[1:-1].split("|")] for line in lines if line.startswith("|")]
-    if cells:
-        head, _, *rows = cells
-        yield from html_table(head, rows)
-    others = [line.removeprefix("- ") for line in lines if line and not line.startswith("|")]
-    yield from (f"<p>{html.escape(line)}</p>" for line in others)
-
-
-def html_table(head: list[str], rows: Iterable[list[Any]]) -> Iterator[str]:
-    def line(tag: str, values: list[Any]) -> str:
-        cells = ("" if value is None else html.escape(str(value)) for value in values)
-        return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
-
-    yield "<table>"
-    yield line("th", head)
-    yield from (line("td", row) for row in rows)
-    yield "</table>"

@@ -1,187 +1,240 @@
-"""Results are data: rows of a CSV file that only ever grows, and what changed between two runs."""
+"""Results are data: rows of a CSV file that only ever grows, with the machine and the versions that they come from."""
 
 import csv
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-from . import floor, machine
-from .problems import Case
+from . import roofline
+from .problems import KERNELS, NN, Case
+from .worker import ROOT, Row, Worker
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = ROOT / "bench/results"
 CASE = ("cell", "mode", "T", "B", "I", "H", "L", "dtype", "device")
 FIELDS = (
     "run",  # when the run began, UTC; all its rows have it
     "contender", *CASE,
     "threads",  # of every library; empty on a GPU
-    "tf32",  # 1: float32 products are rounded to TF32, as torch.nn does by default on a GPU
+    "tf32",  # 1: float32 matmuls are rounded to TF32, as torch.nn does by default on a GPU
     "status",  # ok, or why there is no time: absent, wrong, failed, out of memory, crashed, timed out, left out
     "median_us", "p20_us", "p80_us", "rounds", "us_per_step",
     "ratio",  # to torch.nn in the same rounds; under 1 is faster
-    "floor_us", "of_floor",  # floor.py; floor over median
-    "peak_bytes",  # beside inputs and weights
-    "saved_bytes",  # that torch's autograd keeps for the gradient, beside inputs, weights and outputs
+    "floor_us", "of_floor",  # the roofline bound; bound over median
+    "peak_bytes",  # without inputs and weights
+    "saved_bytes",  # that torch's autograd saves for the gradient, without inputs, weights and outputs
     "error",  # the largest against float64, relative to the largest value of that array
     "cudnn_algorithm",  # that PyTorch's rules predict for torch.nn on a GPU
     "ceiling_flops", "ceiling_bandwidth",  # measured at the start, per second
     "machine", "gpu", "driver", "python", "numpy", "torch", "triton", "cupy", "onnxruntime", "cudnn",
     "commit", "source",
-    "plan",  # which of its plans a backend took: block, cluster, grid, sequence or stepwise; back, where it differs
+    "plan",  # the kind of its kernels: block, cluster, grid, sequence or stepwise; back, where backward differs
     "note",
 )  # fmt: skip
-NUMBERS = {
-    "T", "B", "I", "H", "L", "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio",
-    "floor_us", "of_floor", "peak_bytes", "saved_bytes", "error", "ceiling_flops", "ceiling_bandwidth",
-}  # fmt: skip
-SUBJECT = ("contender", *CASE, "threads", "tf32", "machine", "gpu")  # what two rows must agree in to be compared
-NOISE = 0.05  # a change under this is none, whatever the spread says
-Row = dict[str, Any]
+WRITER: dict[str, Any] = {"fieldnames": FIELDS, "restval": "", "lineterminator": "\n"}
+
+
+# ---- where and with what --------------------------------------------------------------------------------------------
+
+
+@cache
+def describe() -> dict[str, str]:
+    """The columns from machine to source."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = (re.findall(r"^model name\s*:\s*(.+)$", cpu, re.M) or [platform.machine()])[0]
+    gpu, _, driver = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(", ")
+    cudnn = ""
+    if driver:
+        import torch
+
+        cudnn = str(torch.backends.cudnn.version() or "")
+    return {
+        "machine": f"{name}{' AVX-512' * (' avx512f' in cpu)}, {os.cpu_count()} cores",
+        "gpu": gpu if driver else "", "driver": driver.splitlines()[0] if driver else "",
+        "python": platform.python_version(),
+        **{package: installed(package) for package in ("numpy", "torch", "triton", "cupy", "onnxruntime")},
+        "cudnn": cudnn, "commit": commit(), "source": source(),
+    }  # fmt: skip
+
+
+def output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def installed(package: str) -> str:
+    for distribution in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if package == "cupy" else (package,):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def commit() -> str:
+    """The commit, with a + when the tree differs from it; "unknown" outside a repository."""
+    changed = output("git", "status", "--porcelain", "--", "gpu_rnn", "kernels", "bench").splitlines()
+    head = output("git", "rev-parse", "--short", "HEAD")
+    return head + "+" * any(not row.endswith(".csv") for row in changed) if head else "unknown"
+
+
+def source() -> str:
+    """A hash of the package's files: what was measured, also where there is no repository."""
+    digest = hashlib.sha1()
+    for path in (path for folder in ("gpu_rnn", "kernels") for path in sorted((ROOT / folder).rglob("*"))):
+        if path.suffix in (".py", ".cu", ".cuh"):
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def file_of_machine() -> str:
+    name = describe()["gpu"] or describe()["machine"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv"
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def complete(row: Row, case: Case, run: str, threads: int | None, ceilings: floor.Ceilings | None) -> Row:
-    """A contender's row with everything that is known about where it comes from."""
-    known = {"run": run, **case.asdict(), "threads": threads, **machine.describe()}
-    known["tf32"] = int(machine.tf32(case))
+def complete(row: Row, case: Case, run: str, threads: int | None, ceilings: roofline.Ceilings | None) -> Row:
+    """A row with everything that is known about where it comes from."""
+    known: Row = {"run": run, **asdict(case), "threads": threads, **describe(), "tf32": 0}
     if case.device == "cuda":
         from gpu_rnn.backends import cudnn
 
-        known["cudnn_algorithm"] = cudnn.algorithm(case.problem(bool(known["tf32"])))
+        from .implementations import tf32
+
+        known |= {"tf32": int(tf32(case)), "cudnn_algorithm": cudnn.algorithm(case.problem(tf32(case)))}
     if ceilings is not None:
-        least = floor.least_us(row["contender"], case, ceilings)
-        known |= {"floor_us": least, "ceiling_bandwidth": ceilings.bandwidth}
-        known["ceiling_flops"] = ceilings.flops.get(case.dtype)
-        if least is not None and "median_us" in row:
-            known["of_floor"] = least / row["median_us"]
+        bound = roofline.bound_us(row["contender"], case, ceilings)
+        known |= {"floor_us": bound, "ceiling_bandwidth": ceilings.bandwidth}
+        known |= {"ceiling_flops": ceilings.flops.get(case.dtype)}
+        if bound is not None and "median_us" in row:
+            known["of_floor"] = bound / row["median_us"]
     return known | row
 
 
 def append(path: Path, row: Row) -> None:
     """Write one row, and be done with it before returning."""
-    strange = set(row) - set(FIELDS)
-    if strange:
-        raise ValueError(f"no such columns: {', '.join(sorted(strange))}")
+    if unknown := set(row) - set(FIELDS):
+        raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
     begin(path)
     with path.open("a", newline="") as file:
-        csv.DictWriter(file, FIELDS, lineterminator="\n").writerow({name: shown(value) for name, value in row.items()})
+        rounded = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        csv.DictWriter(file, **WRITER).writerow(rounded)
 
 
 def begin(path: Path) -> None:
-    """Make a file ready for rows; OSError or ValueError where that can't be."""
+    """Make a file ready for rows: a file that was begun when there were fewer columns is given the others, empty; not a
+    value changes. OSError or ValueError where that can't be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.stat().st_size == 0:
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, FIELDS, lineterminator="\n").writeheader()
-    elif header(path) != list(FIELDS):
-        widen(path)
-
-
-def widen(path: Path) -> None:
-    """Give a file the columns that there were none of when it was begun, empty; not a value changes."""
-    strange = set(header(path)) - set(FIELDS)
-    if strange:
-        raise ValueError(
-            f"{path} has columns {', '.join(sorted(strange))}; another name, please: it is never rewritten"
-        )
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows: list[Row] = []
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or ()
+            if tuple(columns) == FIELDS:
+                return
+            if unknown := set(columns) - set(FIELDS):
+                raise ValueError(f"{path} has columns {', '.join(sorted(unknown))}; it is never rewritten: use another")
+            rows = list(reader)
     whole = path.with_suffix(".new")
     with whole.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, **WRITER)
         writer.writeheader()
         writer.writerows(rows)
     whole.replace(path)
 
 
-def header(path: Path) -> list[str]:
-    with path.open(newline="") as file:
-        return next(csv.reader(file), [])
+@dataclass
+class Measurement:
+    """A case to be measured, by whom, and about how long it takes."""
+
+    case: Case
+    names: tuple[str, ...]
+    worker: Worker
+    ceilings: roofline.Ceilings | None
+    seconds: float = 1.0
+    folder: str | None = None  # see `timing.measure`
 
 
-def shown(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+def measure(
+    plan: Iterable[Measurement], path: Path, run: str, round_s: float, timeout: float, until: float,
+    on_case: Callable[[Measurement, list[Row]], None], rows: list[Row],
+) -> int:  # fmt: skip
+    """Append a row for each implementation of each case to the file and to `rows`, as soon as it is known.
 
-
-def read(*paths: Path) -> list[Row]:
-    """Rows in the order they were written; numbers as numbers, None where there is none, or was no such column yet."""
-    rows = []
-    for path in paths:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                given = dict.fromkeys(FIELDS, "") | {"L": "1"} | {name: value for name, value in row.items() if value}
-                rows.append({name: parsed(name, value) for name, value in given.items()})
-    return rows
-
-
-def parsed(name: str, value: str) -> Any:
-    if name not in NUMBERS:
-        return value
-    if not value:
-        return None
-    return int(value) if value.lstrip("-").isdigit() else float(value)
-
-
-def everything(folder: Path = FOLDER) -> list[Row]:
-    return [row for row in read(*sorted(folder.glob("*.csv"))) if row.get("contender")]
-
-
-def subject(row: Row) -> tuple:
-    return tuple(row[name] for name in SUBJECT)
-
-
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of every subject."""
-    return list({subject(row): row for row in sorted(rows, key=lambda row: row["run"])}.values())
-
-
-# ---- what changed ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    row: Row  # the newer one
-    before: float  # microseconds
-    after: float
-
-    def __str__(self) -> str:
-        row = self.row
-        what = f"{row['contender']}: {row['cell']} {row['mode']} T={row['T']} B={row['B']} H={row['H']} {row['dtype']}"
-        threads = f" {row['threads']} threads" if row["threads"] else ""
-        verb = "faster" if self.after < self.before else "slower"
-        times = max(self.after / self.before, self.before / self.after)
-        return f"{what}{threads}: {self.before:.4g} -> {self.after:.4g} us, {times:.2f}x {verb}"
-
-
-def select(name: str, folder: Path = FOLDER) -> list[Row]:
-    """The rows of a CSV file, or of the run or commit whose name begins like this."""
-    path = Path(name)
-    if path.suffix == ".csv":
-        if not path.is_file():
-            raise ValueError(f"there is no file {name}")
-        return read(path)
-    rows = [row for row in everything(folder) if row["run"].startswith(name) or row["commit"].startswith(name)]
-    if not rows:
-        raise ValueError(f"no run or commit begins with {name!r} in {folder.name}/, and it is no .csv file")
-    return rows
-
-
-def compare(a: Iterable[Row], b: Iterable[Row]) -> tuple[list[Change], int]:
-    """What changed beyond noise from a to b, the worst first, and how many subjects both have.
-
-    Beyond noise: the ranges from the 20th to the 80th percentile don't meet, and the medians differ by over 5 %.
+    None of a case that wouldn't be done by `until` at the pace so far; returns how many cases that are.
     """
-    before = {subject(row): row for row in latest(a) if row["status"] == "ok"}
-    after = {subject(row): row for row in latest(b) if row["status"] == "ok"}
-    changes = []
-    common = before.keys() & after.keys()
-    for key in common:
-        old, new = before[key], after[key]
-        apart = old["p80_us"] < new["p20_us"] or new["p80_us"] < old["p20_us"]
-        if apart and abs(new["median_us"] / old["median_us"] - 1) > NOISE:
-            changes.append(Change(new, old["median_us"], new["median_us"]))
-    return sorted(changes, key=lambda change: change.before / change.after), len(common)
+    began, done, left = time.monotonic(), 0.0, 0
+    for one in plan:
+        pace = (time.monotonic() - began) / done if done else 1.0
+        if time.monotonic() + min(one.seconds * pace, timeout) > until:
+            left += 1
+            continue
+        first = len(rows)
+        for row in one.worker.measure(one.case, one.names, round_s, timeout, until, one.folder):
+            row = complete(row, one.case, run, one.worker.threads, one.ceilings)
+            append(path, row)
+            rows.append(row)
+        done += one.seconds
+        left += len(rows) == first
+        on_case(one, rows[first:])
+    return left
+
+
+# ---- in words -------------------------------------------------------------------------------------------------------
+
+
+def where(row: Row) -> str:
+    return " ".join(f"{letter}={row[letter]}" for letter in "TBH")
+
+
+def short(row: Row) -> str:
+    """A row in a few words."""
+    name, status = row["contender"], row["status"]
+    if status != "ok":
+        return f"{name} {status}" + (f" ({row['note'][:80]})" if status != "absent" else "")
+    faster = f" {1 / row['ratio']:.2f}x" if row["ratio"] and name != NN else ""
+    if name in KERNELS and row.get("of_floor"):
+        faster = f", {row['of_floor']:.0%} of the " + ("copy bandwidth" if name.endswith("step") else "roofline bound")
+    return f"{name} {row['us_per_step']:.3g} us/step{faster}"
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """A line for every kind of case, one for every way to have no time, then kernels alone."""
+    kinds: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.get("ratio") and row["contender"] != NN:
+            kind = tuple(row[name] for name in ("contender", "cell", "dtype", "mode", "threads"))
+            kinds.setdefault(kind, []).append(row)
+    lines = []
+    for (*words, threads), group in kinds.items():
+        worst, mean = max(group, key=lambda row: row["ratio"]), geometric_mean(row["ratio"] for row in group)
+        against = f" against {worst['cudnn_algorithm']}" if worst.get("cudnn_algorithm") else ""
+        lines.append(
+            f"{' '.join(words)}{f', threads {threads}' if threads else ''}: {1 / mean:.2f} times as fast as "
+            f"torch.nn, {len(group)} cases, worst {1 / worst['ratio']:.2f} at {where(worst)}{against}"
+        )
+    without = Counter(f"{row['contender']}: {row['status']}" for row in rows if row["status"] not in ("ok", "absent"))
+    lines += [f"{what}, {count} cases" for what, count in without.items()]
+    if absent := sorted({row["contender"] for row in rows if row["status"] == "absent"}):
+        lines.append(f"absent in some or all cases: {', '.join(absent)}")
+    alone = [row for row in rows if row["contender"] in KERNELS and row["status"] == "ok"]
+    return lines + [f"{row['cell']} {row['mode']} {where(row)}: {short(row)}" for row in alone]

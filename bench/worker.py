@@ -1,172 +1,234 @@
-"""Cases run in a process of their own, so that a crash or a hung kernel costs one row.
+"""Run functions in a process of their own, which may crash or hang: a result is lost then, and not the run.
 
-The process reads a case per line and answers in lines: {"doing": name} before anything that could go wrong,
-{"row": ...}, and {"done": true}. Whoever dies or is late is left out, and the case starts again without it. The
-process lives on from case to case, because it takes seconds to start.
+The process lives on from call to call, because it takes seconds to start. It gets (name of a function, arguments)
+through a pipe and calls function(emit, *arguments); what that emits comes back, {"begin": name} before anything that
+could go wrong. A process that dies or is late is ended with all that it started, and a new one goes on without what it
+was at.
 """
 
+import atexit
 import contextlib
 import json
 import os
-import queue
+import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from . import supervise
 from .problems import NN, Case
 
-STRIKES = 3  # so many crashes or timeouts, and a contender is out for the rest of the run
-SPIN = "24"  # for 2^24 cycles OpenBLAS's threads spin after a product, some ms; for 2^28 else, while a case waits
+ROOT = Path(__file__).parents[1]
+MEASURE, CEILINGS = "bench.timing:measure", "bench.timing:ceilings"
+MOST_FAILURES = 3  # so many crashes or timeouts, and an implementation is left out of the rest of the run
+SPIN = "24"  # for 2^24 cycles OpenBLAS's threads spin after a matmul, some ms; for 2^28 else, while a case waits
+ALIVE: set[subprocess.Popen] = set()
+OUT_OF_TIME = "out of time"
+LAST_LINES = 3  # that are kept of what a process said before it ended
 Row = dict[str, Any]
 
 
+class WorkerDied(Exception):
+    """The process is gone; how it went."""
+
+
 class Worker:
-    def __init__(self, threads: int | None = None, command: list[str] | None = None) -> None:
-        self.threads = threads
-        self.command = command or [sys.executable, "-m", "bench.worker", str(threads or 0)]
+    def __init__(self, threads: int | None = None, **env: str) -> None:
+        self.threads, self.env = threads, dict(env)
+        if threads is not None:
+            names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+            self.env |= dict.fromkeys(names, str(threads)) | {"OPENBLAS_THREAD_TIMEOUT": SPIN}
         self.process: subprocess.Popen | None = None
-        self.strikes: dict[str, int] = {}
+        self.failures: Counter[str] = Counter()
 
     def measure(
-        self, case: Case, contenders: tuple[str, ...], seconds: float, timeout: float, until: float = float("inf"),
-        answers: str | None = None,
+        self, case: Case, names: tuple[str, ...], seconds: float, timeout: float, until: float = float("inf"),
+        folder: str | None = None,
     ) -> Iterator[Row]:  # fmt: skip
-        """One row for each contender, as soon as it is known; none for who isn't done by `until`.
+        """One row for each implementation, as soon as it is known; none for those that aren't done by `until`.
 
-        A process is given `timeout` seconds for a case, and none runs after `until`, a time of time.monotonic.
-        `answers`: see `timing.measure`.
+        The process has `timeout` seconds for a case, and until `until`, of time.monotonic. `folder`: see `timing`.
         """
-        left = [name for name in dict.fromkeys((NN, *contenders)) if self.strikes.get(name, 0) < STRIKES]
-        for name in contenders:
+        left = [name for name in dict.fromkeys((NN, *names)) if self.failures[name] < MOST_FAILURES]
+        for name in names:
             if name not in left:
-                yield {"contender": name, "status": "left out", "note": f"it crashed or hung {STRIKES} times"}
+                yield {"contender": name, "status": "left out", "note": f"it crashed or hung {MOST_FAILURES} times"}
         while left:
-            doing, end = "start", min(time.monotonic() + timeout, until)
+            at, end = "start", min(time.monotonic() + timeout, until)
             try:
-                question = {"case": case.asdict(), "contenders": left, "seconds": seconds, "answers": answers}
-                for message in self.ask(question, end):
-                    doing = message.get("doing", doing)
+                for message in self.run(MEASURE, case, left[:], seconds, folder, until=end):
+                    at = message.get("begin", at)
                     if "row" in message:
                         left.remove(message["row"]["contender"])
                         yield message["row"]
                 return
-            except (Died, TimeoutError) as error:
+            except (WorkerDied, TimeoutError) as error:
                 if time.monotonic() >= until:
                     return
                 status = "timed out" if isinstance(error, TimeoutError) else "crashed"
-                # Without data there is no measuring; and nobody is to blame who has its row already.
-                guilty = list(left) if doing in ("start", "oracle") else [doing] * (doing in left)
-                for name in guilty:
+                # Without exact outputs nothing can be measured; and no row is lost that is known already
+                failed = list(left) if at in ("start", "exact") else [at] * (at in left)
+                for name in failed:
                     left.remove(name)
-                    self.strikes[name] = self.strikes.get(name, 0) + (doing == name)
+                    self.failures[name] += at == name
                     yield {"contender": name, "status": status, "note": str(error)}
 
     def ceilings(self, device: str, timeout: float = 60) -> dict[str, Any]:
-        (answer,) = self.ask({"ceilings": device}, time.monotonic() + timeout)
-        return answer
+        (rates,) = self.run(CEILINGS, device, until=time.monotonic() + timeout)
+        return rates
 
-    def ask(self, question: dict[str, Any], end: float) -> Iterator[dict[str, Any]]:
-        """Yield all answers. End the process if one is late or isn't read: the next question would be given it."""
+    def run(
+        self, function: str, *args: Any, patience: float = float("inf"), until: float = float("inf")
+    ) -> Iterator[dict[str, Any]]:
+        """What "module:function"(emit, *args) emits. WorkerDied, or TimeoutError: nothing for `patience` seconds, or
+        not done by `until`. A process whose messages are not all read is ended: the next call would get them."""
+        done = False
         try:
-            yield from self.answers(question, end)
-        except BaseException:  # GeneratorExit, too: of a caller that went away
-            self.close()
-            raise
+            pipe = self.pipe if self.process else self.start()
+            with contextlib.suppress(BrokenPipeError):  # it died between two calls: what is read says so
+                pipe.send((function, args))
+            while True:
+                if not pipe.poll(max(0, min(patience, until - time.monotonic(), 1e6))):
+                    late = time.monotonic() >= until
+                    raise TimeoutError(self.last_words(OUT_OF_TIME if late else f"nothing happened for {patience:g} s"))
+                message = pipe.recv()
+                if message is None:
+                    done = True
+                    return
+                yield message
+        except (EOFError, ConnectionError):
+            assert self.process is not None
+            code = self.process.wait(5)
+            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            raise WorkerDied(self.last_words(how)) from None
+        finally:
+            if not done:
+                self.close()
 
-    def answers(self, question: dict[str, Any], end: float) -> Iterator[dict[str, Any]]:
-        if self.process is None:
-            self.start()
-        assert self.process is not None
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died between two cases: the answer will be that it did
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        while True:
-            try:
-                line = self.lines.get(timeout=max(end - time.monotonic(), 0))
-            except queue.Empty:
-                raise TimeoutError("no answer in the time given") from None
-            if line is None:
-                raise Died(self.last_words())
-            message = json.loads(line)
-            if "done" in message:
-                return
-            yield message
-
-    def start(self) -> None:
-        environment = dict(os.environ)
-        if self.threads is not None:
-            names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-            environment |= dict.fromkeys(names, str(self.threads))
-            environment["OPENBLAS_THREAD_TIMEOUT"] = SPIN
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
-        self.process = supervise.start(
-            self.command,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment,
+    def start(self) -> Connection:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        self.pipe, theirs = Pipe()
+        command = [sys.executable, "-m", "bench.worker", str(theirs.fileno()), str(self.threads or 0)]
+        self.process = start(
+            command, pass_fds=(theirs.fileno(),), cwd=ROOT, env=os.environ | self.env, stdin=subprocess.DEVNULL,
+            stdout=self.said, stderr=self.said,
         )  # fmt: skip
-        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=pump, args=(self.process.stdout, self.lines), daemon=True).start()
+        theirs.close()
+        return self.pipe
 
-    def last_words(self) -> str:
-        assert self.process is not None
-        return supervise.told(supervise.death(self.process), self.errors)
+    def last_words(self, how: str) -> str:
+        """How the process ended, and the last that it said: of a fatal signal where it was, else the last lines."""
+        self.said.seek(0)
+        lines = [line.strip()[:200] for line in self.said.read()[-20000:].splitlines() if line.strip()]
+        fatal = [n for n, line in enumerate(lines) if line.startswith("Fatal Python error")]
+        last = lines[fatal[-1] : fatal[-1] + LAST_LINES + 1] if fatal else lines[-LAST_LINES:]
+        return f"{how}: {' | '.join(last)}" if last else how
 
     def close(self) -> None:
         if self.process is not None:
-            supervise.end(self.process)
-            assert self.process.stdin is not None
-            with contextlib.suppress(OSError):  # a question that it didn't live to read
-                self.process.stdin.close()
-            self.errors.close()
+            end(self.process)
+            self.pipe.close()
+            self.said.close()
             self.process = None
 
 
-class Died(Exception):
-    """The process is gone; how it went."""
+def start(command: list[str], **options: Any) -> subprocess.Popen:
+    """A process in a session of its own: Ctrl-C is its parent's, and it can be ended with everything it started."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    ALIVE.add(process)
+    return process
 
 
-def pump(source: Any, lines: queue.SimpleQueue) -> None:
-    with source:
-        for line in source:
-            lines.put(line)
-    lines.put(None)
+def end(process: subprocess.Popen) -> None:
+    """At once. One that hangs in the driver is left behind after a few seconds."""
+    ALIVE.discard(process)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+@atexit.register
+def end_all() -> None:
+    for process in list(ALIVE):
+        end(process)
+
+
+# ---- long lists of checks -------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """Lines of JSON: {"begin": name}, then {"name", "outcome", "seconds", "note"}. Outcome: passed, failed, ..."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, **line: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        """The last outcome of each."""
+        return {line["name"]: line for line in self.lines() if "outcome" in line}
+
+
+def run_checks(
+    worker: Worker, function: str, *args: Any, journal: Journal, done: Journal | None = None, patience: float,
+    until: float,
+) -> str:  # fmt: skip
+    """Run the checks of function(emit, done, *args) until each has its outcome, and keep that in the journal.
+
+    `done` are the names of those that have one, here or in the other journal. A check in which the process dies or goes
+    quiet has that as its outcome, and a new process goes on. Returns why not all have one, empty where they do.
+    """
+    try:
+        while True:
+            begun, known = None, [*journal.outcomes(), *(done.outcomes() if done else ())]
+            try:
+                for message in worker.run(function, known, *args, patience=patience, until=until):
+                    journal.write(**message)
+                    begun = message.get("begin")
+                return ""
+            except (WorkerDied, TimeoutError) as error:
+                if time.monotonic() >= until:
+                    return OUT_OF_TIME
+                if begun is None:  # it can't even begin
+                    return str(error)
+                outcome = "hung" if isinstance(error, TimeoutError) else "crashed"
+                journal.write(name=begun, outcome=outcome, seconds=patience, note=str(error))  # next time, late
+    finally:
+        worker.close()
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------
 
 
-def main(threads: int) -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no answer
-
-    def emit(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
-
-    import torch
-
-    from . import timing
-
+def main(descriptor: int, threads: int) -> None:
+    pipe = Connection(descriptor)
     if threads:
-        available = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, available[-threads:])  # also for those who make threads by the number of cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])  # also for those who count cores
+        import torch
+
         torch.set_num_threads(threads)
-    for line in sys.stdin:
-        question = json.loads(line)
-        if "ceilings" in question:
-            emit(timing.ceilings(question["ceilings"]))
-        else:
-            case = Case(**question["case"])
-            timing.measure(case, question["contenders"], question["seconds"], emit, question["answers"])
-            if case.device == "cuda":
-                torch.cuda.synchronize()  # after an illegal access this raises, and a new process takes over
-                torch.cuda.empty_cache()
-        emit({"done": True})
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args = pipe.recv()
+            pkgutil.resolve_name(function)(pipe.send, *args)
+            pipe.send(None)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,6 +1,5 @@
 """The benchmarks: what can't be measured costs a row and not the run, and results are never lost or rewritten."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,23 +14,9 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import (
-    around,
-    contenders,
-    features,
-    floor,
-    gpu,
-    kernels,
-    machine,
-    nvrtc,
-    plots,
-    problems,
-    results,
-    supervise,
-    timing,
-)
-from bench.contenders import Products, Torch, plan_of
+from bench import device_checks, gpu, kernels, modifiers, nvrtc, problems, results, roofline, timing, worker
 from bench.data import Data
+from bench.implementations import IMPLEMENTATIONS, Implementation, plan_of
 from bench.problems import NN, NUMPY, Case
 from bench.worker import Worker
 from gpu_rnn import functional
@@ -46,14 +31,14 @@ CASE = Case("lstm", 3, 2, 4, 5)
 TRAINING = replace(CASE, mode="training")
 
 
-# ---- problems and the floor -----------------------------------------------------------------------------------------
+# ---- problems and the roofline --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plan", [problems.cpu, problems.quick, problems.gpu])
 def test_every_planned_case_is_there_once_in_its_group(plan):
     for group in plan():
         assert len(set(group.cases)) == len(group.cases) > 0
-        assert set(group.contenders) <= set(problems.EVERYBODY)
+        assert set(group.implementations) <= set(problems.ALL)
 
 
 def test_the_gpu_begins_with_what_matters_most():
@@ -77,7 +62,7 @@ def test_a_senseless_case_says_what_is_wrong_with_it(change, word):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "-T 0", "-B -1", "-H 99999999", "--cell lstn", "-T 1 --contender me", "--minutes 0", "--minutes -1",
+        "-T 0", "-B -1", "-H 99999999", "--cell lstn", "-T 1 --implementation me", "--minutes 0", "--minutes -1",
         "--minutes inf", "--minutes nan",
         "--threads 0", "--threads 999", "--filter nonsense", f"-T 1 --out {__file__}/x.csv",
         *([] if no_gpu() is None else ["--device cuda"]),
@@ -88,34 +73,37 @@ def test_the_command_line_refuses_in_one_line(arguments, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-GPU = floor.Ceilings({"bfloat16": 8e14, "float32": 4e14}, 4e12, floor.HOPPER)
+GPU = roofline.Ceilings({"bfloat16": 8e14, "float32": 4e14}, 4e12, roofline.HOPPER)
 
 
-def test_the_floor_grows_with_the_problem():
+def test_the_bound_grows_with_the_problem():
     small = Case("lstm", 64, 8, 128, 128, "bfloat16", device="cuda")
+
+    def bound(case, name=NN):
+        return roofline.bound_us(name, case, GPU)
+
     for larger in ({"T": 128}, {"B": 4096}, {"H": 1024}, {"mode": "training"}):
-        assert floor.floor_us(replace(small, **larger), GPU) > floor.floor_us(small, GPU) > 0
-    assert floor.floor_us(small, GPU) > 64 * 0.6, "no step is shorter than its exchange"
-    assert floor.floor_us(replace(small, L=2), GPU) > 1.9 * floor.floor_us(small, GPU)
-    assert floor.least_us(NN, small, GPU) == floor.floor_us(small, GPU)
-    assert floor.least_us(NN, replace(small, dtype="float16"), GPU) is None, "its ceiling wasn't measured"
-    assert floor.least_us("ours, coupled", small, GPU) is None, "it computes less"
+        assert bound(replace(small, **larger)) > bound(small) > 0
+    assert bound(small) > 64 * 0.6, "no step is shorter than its exchange"
+    assert bound(replace(small, L=2)) > 1.9 * bound(small)
+    assert bound(replace(small, dtype="float16")) is None, "its ceiling wasn't measured"
+    assert bound(small, "ours, coupled") is None, "it computes less"
 
 
-def test_the_floors_of_kernels_alone():
+def test_the_bounds_of_kernels_alone():
     case = Case("lstm", 8, 16, 256, 256, "float32", "training", "cuda")
-    least = {part: floor.least_us(f"cuda forward {part}", case, GPU) for part in problems.PARTS}
+    least = {part: roofline.bound_us(f"cuda forward {part}", case, GPU) for part in problems.PARTS}
     assert least["sequence"] == max(least["exchange"], least["product"]) == pytest.approx(8 * 0.8)
-    forward = 4 * (4 + 4 + 1 + 4 + 4)  # xg, hg, y, h and c before and after, four gates saved; a unit's bytes
-    assert floor.instant_bytes("forward", case) == forward * 16 * 256
+    forward = 4 * (4 + 4 + 1 + 4 + 4)  # Wx, Rh, y, h and c before and after, four gates saved; a unit's bytes
+    assert roofline.step_bytes("forward", case) == forward * 16 * 256
     back = 4 * (1 + 1 + 4 + 4 + 4 + 2)  # dy, back, da, dh and dc before and after, gates, c before and after
-    assert floor.instant_bytes("backward", case) == back * 16 * 256
+    assert roofline.step_bytes("backward", case) == back * 16 * 256
     assert least["step"] == pytest.approx(1e6 * 8 * forward * 16 * 256 / 4e12)
 
 
 @pytest.mark.parametrize(("H", "name"), [(128, "SM"), (512, "cluster"), (1024, "grid"), (2048, "streamed")])
 def test_weights_are_kept_at_the_smallest_scale_that_holds_them(H, name):
-    assert floor.scale(Case("lstm", 8, 8, H, H, "bfloat16", device="cuda"), GPU).name == name
+    assert roofline.scale(Case("lstm", 8, 8, H, H, "bfloat16", device="cuda"), GPU).name == name
 
 
 # ---- one case -------------------------------------------------------------------------------------------------------
@@ -125,36 +113,35 @@ def measured(case, *names, seconds=0.01):
     """The rows of these contenders, by name."""
     told, enabled = [], torch.is_grad_enabled()
     try:
-        timing.measure(case, [NN, *names], seconds, told.append)
+        timing.measure(told.append, case, [NN, *names], seconds)
     finally:
         torch.set_grad_enabled(enabled)
     return {message["row"]["contender"]: message["row"] for message in told if "row" in message}
 
 
-class Broken(Torch):
-    """Wrong, without memory, or raising, as told."""
+def broken(how):
+    """Wrong, without memory, or raising."""
 
-    def __init__(self, how):
-        self.how = how
+    def prepare(case, data):
+        run = IMPLEMENTATIONS[NN].prepare(case, data)
 
-    def prepare(self, case, data):
-        run = super().prepare(case, data)
-
-        def broken(k):
-            if self.how == "memory":
+        def run_broken(k):
+            if how == "memory":
                 raise MemoryError("no more")
-            if self.how == "error":
+            if how == "error":
                 raise RuntimeError("what a pity")
             y, *rest = run(k)
-            return (y + float("nan") if self.how == "nan" else y * 1.01, *rest)
+            return (y + float("nan") if how == "nan" else y * 1.01, *rest)
 
-        return broken
+        return run_broken
+
+    return Implementation(prepare)
 
 
 @pytest.mark.parametrize("case", [CASE, TRAINING], ids=str)
 def test_who_is_wrong_or_breaks_has_a_row_without_a_time(case, monkeypatch):
-    real = timing.contender
-    monkeypatch.setattr(timing, "contender", lambda name: real(name) if name in (NN, NUMPY) else Broken(name))
+    for how in ("off", "nan", "memory", "error"):
+        monkeypatch.setitem(IMPLEMENTATIONS, how, broken(how))
     rows = measured(case, NUMPY, "off", "nan", "memory", "error")
     assert {name: row["status"] for name, row in rows.items()} == {
         NN: "ok", NUMPY: "ok", "off": "wrong", "nan": "wrong", "memory": "out of memory", "error": "failed",
@@ -183,28 +170,26 @@ def test_a_stream_is_checked_and_has_a_row():
 def test_a_slow_call_that_was_checked_counts(monkeypatch):
     calls = []
 
-    class Slow(Torch):
-        def prepare(self, case, data):
-            run = super().prepare(case, data)
-            return lambda k: calls.append(time.sleep(0.02)) or run(k)
+    def slow(case, data):
+        run = IMPLEMENTATIONS[NN].prepare(case, data)
+        return lambda k: calls.append(time.sleep(0.02)) or run(k)
 
-    real = timing.contender
-    monkeypatch.setattr(timing, "contender", lambda name: Slow() if name == "slow" else real(name))
+    monkeypatch.setitem(IMPLEMENTATIONS, "slow", Implementation(slow))
     monkeypatch.setattr(timing, "SLOW_S", 0.01)
     assert measured(CASE, "slow")["slow"]["rounds"] == len(calls) == 3
     calls.clear()
-    monkeypatch.setattr(problems, "LONG_S", 0.01)
+    monkeypatch.setattr(timing, "LONG_S", 0.01)
     assert measured(CASE, "slow")["slow"]["rounds"] == len(calls) == 2
     calls.clear()
-    Slow.compiles = True
+    monkeypatch.setitem(IMPLEMENTATIONS, "slow", Implementation(slow, compiles=True))
     measured(CASE, "slow")
     assert len(calls) == 3, "its first call was no measure"
 
 
 def test_an_exact_answer_is_computed_once_for_all_numbers_of_threads(tmp_path, monkeypatch):
-    told, exact = [], timing.exact
+    told, run = [], timing.module_run
     monkeypatch.setattr(timing, "LARGE_FLOPS", 1)
-    monkeypatch.setattr(timing, "exact", lambda *given: told.append(1) or exact(*given))
+    monkeypatch.setattr(timing, "module_run", lambda *args: told.append(1) or run(*args))
     data = Data(TRAINING)
     first, second = (timing.exact_once(TRAINING, data, str(tmp_path)) for _ in range(2))
     assert len(told) == 1
@@ -226,18 +211,19 @@ def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
     """Either way for itself, of the very call that is timed."""
     asked = []
     monkeypatch.setattr(dispatch, "stacks", lambda backend, problem, *, backward: asked.append(backward))
-    for name in (problems.LAYER, problems.IN_TURN, problems.BACK_IN_TURN):
-        run = contenders.contender(name).prepare(replace(TRAINING, L=2), Data(replace(TRAINING, L=2)))
+    expected = {problems.LAYER: [False, True], problems.PER_LAYER: [], problems.PER_LAYER_BACKWARD: [False]}
+    for name in expected:
+        run = IMPLEMENTATIONS[name].prepare(replace(TRAINING, L=2), Data(replace(TRAINING, L=2)))
         asked.clear()
         with torch.enable_grad():
             run(0)
-        assert asked == {problems.LAYER: [False, True], problems.IN_TURN: [], problems.BACK_IN_TURN: [False]}[name]
+        assert asked == expected[name]
     monkeypatch.setattr(cuda, "device", lambda: persistent.DEVICES["h200"])
     monkeypatch.setattr(dispatch, "choose", lambda problem: cuda)
     (case, *_) = [
         case for group in problems.gpu() if group.name == "wavefront" for case in group.cases if case.training
     ]
-    both, in_turn, forward = (contenders.contender(name).plan(case) for name in problems.STACKED[1:])
+    both, in_turn, forward = (IMPLEMENTATIONS[name].plan(case) for name in problems.STACKED[1:])
     assert both == "wavefront"
     assert "wavefront" not in in_turn
     assert forward == f"wavefront, back {in_turn.split()[-1]}"
@@ -253,20 +239,20 @@ def test_memory_is_what_is_kept_for_the_gradient():
     assert rows[NN]["saved_bytes"] > 0
 
 
-# ---- what is around a cell ------------------------------------------------------------------------------------------
+# ---- modifiers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("mode", ["forward", "training"])
-def test_every_feature_is_right_and_has_a_row(cell, mode):
-    rows = measured(Case(cell, 9, 3, 4, 5, mode=mode), *problems.FEATURES)
-    lacking = {keyword for keywords in around.OF.values() for keyword in keywords} - set(around.OF.get(cell, ()))
-    wanted = {name: "absent" if lacking & keywords.keys() else "ok" for name, keywords in problems.FEATURES.items()}
+def test_every_modifier_is_right_and_has_a_row(cell, mode):
+    rows = measured(Case(cell, 9, 3, 4, 16, mode=mode), *problems.MODIFIERS)
+    lacking = {keyword for keywords in modifiers.OF.values() for keyword in keywords} - set(modifiers.OF.get(cell, ()))
+    wanted = {name: "absent" if lacking & keywords.keys() else "ok" for name, keywords in problems.MODIFIERS.items()}
     assert {name: row["status"] for name, row in rows.items() if name != NN} == wanted, rows
 
 
-@pytest.mark.parametrize("name", list(problems.FEATURES)[1:])
-def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
+@pytest.mark.parametrize("name", list(problems.MODIFIERS)[1:])
+def test_a_modifier_that_does_nothing_is_noticed(name, monkeypatch):
     cell = "gru" if name == "ours, reset before" else "lstm"
     ours = getattr(functional, cell)
 
@@ -277,11 +263,11 @@ def test_a_feature_that_does_nothing_is_found_out(name, monkeypatch):
         y, last = ours(*args, **{key: value for key, value in given.items() if key in left})
         return (y, last, (y, 0 * y)) if name == "ours, return_states" else (y, last)
 
-    monkeypatch.setattr(around, "function", lambda cell: (forgetful, {}))
+    monkeypatch.setattr(modifiers, "function", lambda cell: (forgetful, {}))
     row = measured(Case(cell, 33, 3, 4, 5, mode="forward"), name)[name]
     known = {"ours, coupled": "failed", "ours, projection": "failed"}  # of other shapes
     known |= {"ours, recompute": "ok", "ours, input projection": "ok", "ours, step_exact": "ok"}  # the same numbers
-    known |= {f"ours, {mask}": "ok" for mask in around.MASKED}  # a product before the call, here as there
+    known |= {f"ours, {mask}": "ok" for mask in modifiers.MASKED}  # a product before the call, here as there
     assert row["status"] == known.get(name, "wrong")
 
 
@@ -302,17 +288,17 @@ HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_
 
 def on_cpu(backend, way, part):
     """A kernel of ours, on the CPU, as an H200 would have it."""
-    place = kernels.Place(cuda_on_cpu.ready, persistent.DEVICES["h200"], None, lambda x: nullcontext())
-    return kernels.Alone(backend, way, part, lambda: place)
+    place = kernels.LaunchContext(cuda_on_cpu.ready, persistent.DEVICES["h200"], None, lambda x: nullcontext())
+    return kernels.KernelOnly(backend, way, part, lambda: place)
 
 
 @HOST
 @pytest.mark.parametrize("H", [13, 130])
 def test_every_kernel_alone_runs_and_has_a_row(H, monkeypatch):
     """The stepwise ones, and the resident ones in a block and in a cluster."""
-    real, alone = timing.contender, problems.KERNELS
-    cuda = [name for name in alone if name.startswith("cuda")]
-    monkeypatch.setattr(timing, "contender", lambda name: on_cpu(*alone[name]) if name in cuda else real(name))
+    cuda = [name for name in problems.KERNELS if name.startswith("cuda")]
+    for name in cuda:
+        monkeypatch.setitem(IMPLEMENTATIONS, name, on_cpu(*problems.KERNELS[name]).implementation())
     case = Case("lstm", 4, 3, 5, H, mode="training")
     rows = measured(case, *cuda)
     assert {row["status"] for row in rows.values()} == {"ok"}, [row.get("note") for row in rows.values()]
@@ -330,14 +316,14 @@ def test_every_kernel_alone_runs_and_has_a_row(H, monkeypatch):
 def test_a_resident_kernel_alone_computes_what_the_call_does(way):
     case = Case("gru", 4, 3, 5, 20, mode="training")
     alone, data = on_cpu("cuda", way, "sequence"), Data(case)
-    given = alone.given(case, data)
+    given = alone.args(case, data)
     written = given.y if way == "forward" else given.dxg
     written.fill_(float("nan"))
-    alone.whole(case, given)()
+    alone.launch(case, given)()
     ours = written.clone()
     written.fill_(float("nan"))
-    again = alone.given(case, data)
-    (alone.walk_back if way == "backward" else alone.walk)(case.problem().cell, again)
+    again = alone.args(case, data)
+    alone.loop(way == "backward")(case.problem().cell, again)
     assert torch.equal(ours, again.dxg if way == "backward" else again.y)
 
 
@@ -346,12 +332,12 @@ def test_a_resident_kernel_alone_computes_what_the_call_does(way):
 def test_an_instant_alone_is_launched_for_all_instants(way):
     case = Case("lstm", 5, 2, 3, 4, mode="training")
     alone, data, told = on_cpu("cuda", way, "step"), Data(case), []
-    run = alone.place().run
-    counted = kernels.Place(lambda launch: told.append(launch) or run(launch), *alone.place()[1:])
-    alone.place = lambda: counted
-    given = alone.given(case, data)
+    run = alone.context().run
+    counted = kernels.LaunchContext(lambda launch: told.append(launch) or run(launch), *alone.context()[1:])
+    alone.context = lambda: counted
+    given = alone.args(case, data)
     told.clear()
-    launch = alone.instants(case, given)
+    launch = alone.launch(case, given)
     assert [each.kernel for each in told] == [f"stepwise_{way}"]
     written = given.y if way == "forward" else given.dxg
     written.fill_(float("nan"))
@@ -361,11 +347,9 @@ def test_an_instant_alone_is_launched_for_all_instants(way):
 
 @HOST
 def test_a_kernel_of_a_wrong_call_has_no_time(monkeypatch):
-    real = timing.contender
-    monkeypatch.setattr(
-        timing, "contender", lambda name: real(name) if name == NN else on_cpu("cuda", "forward", "product")
-    )
-    monkeypatch.setattr(kernels.Alone, "walk", lambda self, cell, given: given.y.fill_(1.0))
+    monkeypatch.setattr(kernels.KernelOnly, "loop", lambda self, backward: lambda cell, args: args.y.fill_(1.0))
+    product = on_cpu("cuda", "forward", "product").implementation()
+    monkeypatch.setitem(IMPLEMENTATIONS, "cuda forward product", product)
     row = measured(Case("lstm", 4, 3, 5, 20), "cuda forward product")["cuda forward product"]
     assert row["status"] == "wrong"
     assert "median_us" not in row
@@ -373,7 +357,7 @@ def test_a_kernel_of_a_wrong_call_has_no_time(monkeypatch):
 
 @pytest.mark.parametrize("case", [Case("gru", 7, 3, 5, 4), Case("lstm", 3, 1000, 2, 4, mode="training")], ids=str)
 def test_products_alone_are_all_that_a_case_has(case, monkeypatch):
-    run = Products().prepare(case, Data(case))
+    run, _ = IMPLEMENTATIONS[problems.MATMULS].prepare(case, Data(case))
     work, dot = [], np.dot
 
     def counted(a, b, *out):
@@ -384,7 +368,7 @@ def test_products_alone_are_all_that_a_case_has(case, monkeypatch):
     run(0)
     assert sum(work) == case.flops
     monkeypatch.undo()
-    assert measured(case, problems.PRODUCTS)[problems.PRODUCTS]["ratio"] > 0
+    assert measured(case, problems.MATMULS)[problems.MATMULS]["ratio"] > 0
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="there is a GPU")
@@ -413,101 +397,72 @@ def test_the_plan_of_a_backend_in_a_word(text, plan):
     assert plan_of(Backend, None) == plan
 
 
-PROCESS = """
-import json, os, sys, time
-def emit(**message): print(json.dumps(message), flush=True)
-for line in sys.stdin:
-    question = json.loads(line)
-    if "ceilings" in question:
-        time.sleep(0.5)
-        emit(flops={}, bandwidth=1.0)
-        emit(done=True)
-        continue
-    emit(doing="oracle")
-    for name in question["contenders"]:
-        emit(doing=name)
-        if name == "crash": sys.exit("a last word")
-        if name == "hang": time.sleep(60)
-        emit(row={"contender": name, "status": "ok", "process": os.getpid()})
-    emit(done=True)
-"""
+@pytest.fixture
+def process(monkeypatch):
+    """A worker that measures nothing."""
+    monkeypatch.setattr(worker, "MEASURE", "tests.bench_worker:measure")
+    monkeypatch.setattr(worker, "CEILINGS", "tests.bench_worker:ceilings")
+    yield (one := Worker())
+    one.close()
+    assert not worker.ALIVE
 
 
-def test_a_crash_or_a_hang_costs_one_row():
-    worker = Worker(command=[sys.executable, "-c", PROCESS])
+def test_a_crash_or_a_hang_costs_one_row(process):
     for attempt in range(4):
-        rows = {row["contender"]: row for row in worker.measure(CASE, ("crash", "a", "hang", "b"), 0.1, timeout=1)}
+        rows = {row["contender"]: row for row in process.measure(CASE, ("crash", "a", "hang", "b"), 0.1, timeout=2)}
         statuses = [rows[name]["status"] for name in (NN, "crash", "a", "hang", "b")]
         if attempt < 3:
             assert statuses == ["ok", "crashed", "ok", "timed out", "ok"]
             assert rows["crash"]["note"] == "exit status 1: a last word"
         else:
             assert statuses == ["ok", "left out", "ok", "left out", "ok"], "three times are enough"
-    worker.close()
-    assert not supervise.ALIVE
 
 
-def test_answers_that_come_too_late_are_not_those_of_the_next_case():
-    worker = Worker(command=[sys.executable, "-c", PROCESS])
+def test_answers_that_come_too_late_are_not_those_of_the_next_case(process):
     with pytest.raises(TimeoutError):
-        worker.ceilings("cpu", timeout=0.2)
-    next(worker.ask({"contenders": ["never read", "hang"]}, time.monotonic() + 60))
+        process.ceilings("cpu", timeout=0.2)
+    next(process.run(worker.MEASURE, CASE, ["never read", "hang"], 0.1, None, until=time.monotonic() + 60))
     for name in "ab":
-        rows = list(worker.measure(CASE, (name,), 0.1, timeout=60))
+        rows = list(process.measure(CASE, (name,), 0.1, timeout=60))
         assert [row["contender"] for row in rows] == [NN, name]
-    worker.close()
-    assert not supervise.ALIVE
 
 
-def test_who_is_not_done_when_the_time_is_over_has_no_row():
-    worker = Worker(command=[sys.executable, "-c", PROCESS])
-    rows = list(worker.measure(CASE, ("a", "hang", "b"), 0.1, timeout=60, until=time.monotonic() + 1))
+def test_what_is_not_done_when_the_time_is_over_has_no_row(process):
+    rows = list(process.measure(CASE, ("a", "hang", "b"), 0.1, timeout=60, until=time.monotonic() + 4))
     assert [row["contender"] for row in rows] == [NN, "a"]
-    assert not worker.strikes
-    assert not supervise.ALIVE
+    assert not process.failures
 
 
-CHECKS = """
-import os, sys, time
-from pathlib import Path
-from bench.supervise import Journal
-journal = Journal(Path(sys.argv[1]))
-for name in "abcd":
-    if name in journal.outcomes(): continue
-    journal.write(begin=name)
-    if name == "b": time.sleep(60)
-    if name == "c":
-        print("free(): invalid pointer", "Aborted", sep="\\n", file=sys.stderr, flush=True)
-        os.abort()
-    journal.write(name=name, outcome="passed", seconds=0, note="")
-"""
+def checked(function, *args, journal, patience=60.0, seconds=60.0):
+    until = time.monotonic() + seconds
+    return worker.run_checks(
+        Worker(), f"tests.bench_worker:{function}", *args, journal=journal, patience=patience, until=until
+    )
 
 
 def test_checks_go_on_after_one_that_hangs_or_crashes(tmp_path):
-    journal = supervise.Journal(tmp_path / "journal.jsonl")
-    given = [sys.executable, "-c", CHECKS, str(journal.path)]
-    assert supervise.supervise(given, journal, patience=1.5, until=time.monotonic() + 60) is None
+    journal = worker.Journal(tmp_path / "journal.jsonl")
+    assert checked("checks", journal=journal, patience=4) == ""
     found = {name: (line["outcome"], line["note"]) for name, line in journal.outcomes().items()}
-    assert found.pop("b") == ("hung", "nothing happened for 2 s")
+    assert found.pop("b") == ("hung", "nothing happened for 4 s")
     assert found == {
         "a": ("passed", ""), "c": ("crashed", "SIGABRT: free(): invalid pointer | Aborted"), "d": ("passed", ""),
     }  # fmt: skip
-    hanging = [sys.executable, "-c", "import time; time.sleep(60)"]
-    assert supervise.supervise(hanging, journal, 60, until=time.monotonic() + 0.3) == "out of time"
+    assert checked("script", "time.sleep(60)", journal=journal, seconds=0.3) == "out of time"
+    assert not worker.ALIVE
 
 
 @pytest.mark.parametrize(
     ("script", "why"),
     [
         ("import a_library_that_is_not_here", "ModuleNotFoundError: No module named 'a_library_that_is_not_here'"),
-        ("import faulthandler, os; faulthandler.enable(); os.abort()", "SIGABRT: Fatal Python error: Aborted | "),
-        ("raise SystemExit", None),
+        ("import faulthandler; faulthandler.enable(); os.abort()", "SIGABRT: Fatal Python error: Aborted | "),
+        ("pass", ""),
     ],
 )  # fmt: skip
 def test_why_checks_could_not_begin_is_told(script, why, tmp_path):
-    journal, until = supervise.Journal(tmp_path / "journal.jsonl"), time.monotonic() + 60
-    told = supervise.supervise([sys.executable, "-c", script], journal, 60, until)
-    assert told is None if why is None else why in told
+    told = checked("script", script, journal=worker.Journal(tmp_path / "journal.jsonl"))
+    assert why in told if why else told == ""
 
 
 SEVERAL = """
@@ -525,12 +480,11 @@ def test_known(): pass
 def test_time_goes_to_every_function_and_a_file_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "test_a.py").write_text(SEVERAL)
     (tmp_path / "test_b.py").write_text("import a_library_that_is_not_here")
-    journal, earlier = (supervise.Journal(tmp_path / name) for name in ("journal", "earlier"))
-    earlier.write(name="test_a.py::test_known", outcome="passed", seconds=0.1, note="")
-    command = [sys.executable, "-m", "pytest", "-p", "bench.ordered", "-p", "no:cacheprovider", "-q"]
-    command += ["--continue-on-collection-errors", "--rootdir", str(tmp_path), str(tmp_path)]
-    paths = {"BENCH_JOURNAL": str(journal.path), "BENCH_EARLIER": str(earlier.path), "PYTHONPATH": str(machine.ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True)
+    journal = worker.Journal(tmp_path / "journal")
+    arguments = ["-p", "no:cacheprovider", "-q", "--continue-on-collection-errors", "--rootdir", str(tmp_path)]
+    known = {"test_a.py::test_known": 0.1}
+    how = {"journal": journal, "patience": 60, "until": time.monotonic() + 60}
+    worker.run_checks(Worker(), "bench.pytest_journal:run", [*arguments, str(tmp_path)], (0, 1), known, **how)
     found = journal.outcomes()
     order = ["test_many[0]", "test_one", "test_many[1]", "test_many[2]", "test_known"]
     assert list(found) == ["test_b.py", *(f"test_a.py::{name}" for name in order)]
@@ -547,15 +501,19 @@ def row(contender=NUMPY, case=CASE, us=100.0, ratio=0.5, **more):
         "us_per_step": us / case.T, "ratio": ratio, "rounds": 5, "peak_bytes": 1 << 20, **more,
     }  # fmt: skip
     return results.complete(
-        measured, case, "2026-01-01T00:00:00Z", 1, floor.Ceilings({"float32": 1e11}, 1e10, floor.CPU)
+        measured, case, "2026-01-01T00:00:00Z", 1, roofline.Ceilings({"float32": 1e11}, 1e10, roofline.CPU)
     )
+
+
+def rows_of(path):
+    return pytest.importorskip("bench.report").read(path).to_dict("records")
 
 
 def test_results_only_grow(tmp_path):
     path = tmp_path / "new" / "here.csv"
     for us in (100.0, 1 / 3):
         results.append(path, row(us=us))
-    first, second = results.read(path)
+    first, second = rows_of(path)
     assert (first["median_us"], second["median_us"]) == (100, 0.333333)
     assert (first["T"], first["dtype"], first["contender"], first["driver"]) == (3, "float32", NUMPY, "")
     assert first["of_floor"] == pytest.approx(first["floor_us"] / 100, rel=1e-4)
@@ -573,11 +531,12 @@ def test_an_older_file_is_given_the_new_columns(tmp_path):
     lines = [line.split(",") for line in path.read_text().splitlines()]
     kept = [n for n, name in enumerate(lines[0]) if name not in ("L", "plan", "saved_bytes")]
     path.write_text("".join(",".join(line[n] for n in kept) + "\n" for line in lines))
-    (old,) = results.read(path)
-    assert (old["L"], old["plan"], old["saved_bytes"]) == (1, "", None)
+    (old,) = rows_of(path)
+    assert (old["L"], old["plan"]) == (1, "")
+    assert np.isnan(old["saved_bytes"])
     results.append(path, row(case=replace(CASE, L=2)))
-    first, second = results.read(path)
-    assert first == old
+    first, second = rows_of(path)
+    np.testing.assert_equal(first, old)
     assert second["L"] == 2
     assert not list(tmp_path.glob("*.new"))
 
@@ -599,9 +558,9 @@ def test_compare_tells_what_changed_beyond_noise(tmp_path, capsys):
 def test_a_run_on_the_command_line(tmp_path, capsys):
     path = tmp_path / "run.csv"
     sizes = ["-T", "4", "-B", "2", "-H", "8", "--mode", "forward", "--cell", "lstm", "gru", "rnn_tanh"]
-    contenders = ["--contender", NUMPY, problems.ONNX, problems.EAGER, problems.LAYER]
-    assert command.main(["run", *sizes, *contenders, "--threads", "1", "--out", str(path)]) == 0
-    rows = results.read(path)
+    names = ["--implementation", NUMPY, problems.ONNX, problems.EAGER, problems.LAYER]
+    assert command.main(["run", *sizes, *names, "--threads", "1", "--out", str(path)]) == 0
+    rows = rows_of(path)
     assert {row["status"] for row in rows} <= {"ok", "absent"}, [row["note"] for row in rows]
     assert len(rows) == 3 * 5
     for one in rows:
@@ -612,7 +571,7 @@ def test_a_run_on_the_command_line(tmp_path, capsys):
 
 
 def test_what_was_measured_before_ctrl_c_is_kept(tmp_path, monkeypatch, capsys):
-    measure = Worker.measure
+    measure, process = Worker.measure, worker.ALIVE
 
     def interrupted(*args):
         yield next(measure(*args))
@@ -621,9 +580,9 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Worker, "measure", interrupted)
     path = tmp_path / "run.csv"
     assert command.main(["run", "-T", "1", "2", "-B", "1", "-H", "4", "--threads", "1", "--out", str(path)]) == 130
-    assert [row["contender"] for row in results.read(path)] == [NN]
+    assert [row["contender"] for row in rows_of(path)] == [NN]
     assert "what was measured is kept" in capsys.readouterr().out
-    assert not supervise.ALIVE
+    assert not process
 
 
 # ---- reports --------------------------------------------------------------------------------------------------------
@@ -634,7 +593,7 @@ def test_report(tmp_path, capsys):
     for H in (32, 128, 256, 512):
         usual = Case("lstm", 32, 8, H, H)
         for case in (usual, replace(usual, mode="training"), replace(usual, T=9)):
-            for name, ratio in ((NN, 1.0), (NUMPY, 0.5 if case.T == 32 and H in problems.GRID[2] else 0.9)):
+            for name, ratio in ((NN, 1.0), (NUMPY, 0.5 if case.T == 32 and H in problems.GOALS[2] else 0.9)):
                 plan = "cluster" if H < 256 else "grid"
                 results.append(tmp_path / "results" / "x.csv", row(name, case, us=H * 10.0, ratio=ratio, plan=plan))
     for name, us in ((problems.PLAIN, 100.0), ("ours, reset", 150.0), ("cuda forward step", 20.0)):
@@ -643,7 +602,7 @@ def test_report(tmp_path, capsys):
     other.write_text("<!-- bench:cpu -->\n<!-- /bench -->\n")
     readme.write_text(
         "a\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nb\n<!-- bench:overview -->\n<!-- /bench -->\nc\n"
-        "<!-- bench:features -->\n<!-- /bench -->\n<!-- bench:kernels -->\n<!-- /bench -->\n"
+        "<!-- bench:modifiers -->\n<!-- /bench -->\n<!-- bench:kernels -->\n<!-- /bench -->\n"
     )
     (tmp_path / "published").mkdir()
     given = ["report", "--results", tmp_path / "results", "--out", tmp_path / "out", "--document", readme, other]
@@ -659,7 +618,8 @@ def test_report(tmp_path, capsys):
     assert "| lstm training T=3 B=2 H=5 float32: cuda forward step |  | 6.67 |" in text
     (steps,) = (tmp_path / "out").glob("*-steps.svg")
     assert "cluster | grid" in steps.read_text()
-    assert (tmp_path / "published" / "steps_cpu.svg").read_text() == steps.read_text()
+    (speedup,) = (tmp_path / "out").glob("*-speedup-*.svg")
+    assert (tmp_path / "published" / "speedup_cpu.svg").read_text() == speedup.read_text()
     page = (tmp_path / "out" / "benchmarks.html").read_text()
     assert "<svg" in page
     assert "src=" not in page, "it needs nothing else"
@@ -687,7 +647,7 @@ def test_a_report_is_of_the_machine_measured_last(tmp_path):
     earlier = row(case=case, ratio=0.9) | {"machine": "another", "run": "2025-01-01T00:00:00Z"}
     (tmp_path / "out").mkdir()
     old, foreign = tmp_path / "out" / "old.svg", tmp_path / "out" / "foreign.svg"
-    old.write_text(f"<svg>{plots.CREATOR}</svg>")
+    old.write_text("<svg>python -m bench report</svg>")
     foreign.write_text("<svg/>")
     found = reported(tmp_path, row(case=case, ratio=0.5), earlier, row(case=replace(case, H=32, I=32), ratio=0.5))
     assert "| lstm | 2.00 (2.00), 2 of 27 |" in found["cpu"]
@@ -715,12 +675,20 @@ def test_what_a_call_costs_is_told(tmp_path):
 
 def test_products_alone_are_held_against_ours(tmp_path):
     whole = [row(case=replace(CASE, B=B), ratio=r) for B, r in ((1, 0.4), (8, 0.9))]
-    alone = [row(problems.PRODUCTS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
+    alone = [row(problems.MATMULS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
     found = reported(tmp_path, *whole, *alone)["products"]
     assert "threads 1 | 1.67 (1.11) | 2.50 (1.25) | 2 |" in found  # without the case that ours has no time for
 
 
-# ---- the visit to a GPU machine -------------------------------------------------------------------------------------
+# ---- the session on a GPU machine -----------------------------------------------------------------------------------
+
+
+def test_a_session_needs_nothing_that_only_reports_need():
+    """The GPU machine has torch, CuPy and pytest, and nothing can be installed there."""
+    modules = "__main__", "gpu", "timing", "calibration", "device_checks", "pytest_journal"
+    script = f"import sys, {', '.join(f'bench.{name}' for name in modules)}; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", script], cwd=worker.ROOT, capture_output=True, text=True, check=True)
+    assert not {"pandas", "rich", "click", "matplotlib"} & {*told.stdout.split()}
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="there is a GPU")
@@ -733,7 +701,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys):
 
 def test_the_dry_run_walks_the_whole_plan(tmp_path, capsys):
     options = SimpleNamespace(dry=True, stage="rest", filter=None, minutes=1)
-    planned = gpu.Visit(options, tmp_path, time.monotonic()).plan()
+    planned = gpu.GpuRun(options, tmp_path, time.monotonic()).plan()
     assert {(case.cell, case.mode) for case, _ in planned} >= {("lstm", "training"), ("gru", "step")}
     said = capsys.readouterr().out
     for group in problems.gpu():
@@ -769,9 +737,9 @@ def test_persistent_kernels(scope, name):
 
 @pytest.fixture
 def trying(tmp_path, monkeypatch):
-    """A visit whose GPU tests are those of a text."""
+    """A session whose GPU tests are those of a text."""
 
-    def visit(text):
+    def run(text):
         (tmp_path / "test_a.py").write_text(text)
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
         monkeypatch.setattr(gpu, "gpu_tests", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_a.py")])
@@ -780,45 +748,45 @@ def trying(tmp_path, monkeypatch):
         monkeypatch.setattr(cuda, "SCOPES", persistent.SCOPES)
         monkeypatch.setenv("GPU_RNN_CUDA_SCOPES", "")
         options = SimpleNamespace(dry=False, minutes=2, only=None, stage="first", filter=None)
-        return gpu.Visit(options, tmp_path / "out", time.monotonic())
+        return gpu.GpuRun(options, tmp_path / "out", time.monotonic())
 
-    return visit
+    return run
 
 
 def test_scopes_that_hang_or_crash_are_left_out_by_name(trying, capsys):
-    visit = trying(SCOPES)
-    visit.try_scopes()
+    run = trying(SCOPES)
+    run.try_scopes()
     assert cuda.SCOPES == ("block",)
     assert os.environ["GPU_RNN_CUDA_SCOPES"] == "block"
-    found = {name.partition("[")[2]: line["outcome"] for name, line in visit.tests.outcomes().items()}
+    found = {name.partition("[")[2]: line["outcome"] for name, line in run.tests.outcomes().items()}
     assert found == {
         "block-gru]": "passed", "block-lstm]": "failed", "cluster-gru]": "passed", "cluster-lstm]": "hung",
         "grid-gru]": "crashed", "grid-lstm]": "passed",
     }  # fmt: skip
-    (note,) = visit.found["notes"]["smoke"]
+    (note,) = run.facts["notes"]["smoke"]
     assert note == "cluster, grid: left out of the rest; block stay"
-    summary = "\n".join(visit.summary())
+    summary = "\n".join(run.summary())
     assert "SIGABRT: Fatal Python error: Aborted" in summary
     assert note in summary
-    visit.pytest("tests", gpu.SMOKE, visit.until, os.environ)
-    assert not visit.found["tests"], "each is tried once"
+    run.pytest("tests", gpu.SMOKE, run.until)
+    assert not run.facts["tests"], "each is tried once"
 
 
 def test_scopes_that_pass_or_are_only_wrong_stay(trying):
-    visit = trying(SCOPES.replace('("cluster", "lstm")', "None").replace('("grid", "gru")', "None"))
-    visit.try_scopes()
+    run = trying(SCOPES.replace('("cluster", "lstm")', "None").replace('("grid", "gru")', "None"))
+    run.try_scopes()
     assert cuda.SCOPES == persistent.SCOPES
-    assert "notes" not in visit.found
-    assert visit.found["smoke"] == {"passed": 5, "failed": 1}
+    assert "notes" not in run.facts
+    assert run.facts["smoke"] == {"passed": 5, "failed": 1}
 
 
 def test_why_tests_could_not_begin_is_in_the_summary(trying):
-    visit = trying(SCOPES)
-    visit.pytest("tests", "a word and and another", visit.until, os.environ)
-    (note,) = visit.found["notes"]["tests"]
+    run = trying(SCOPES)
+    run.pytest("tests", "a word and and another", run.until)
+    (note,) = run.facts["notes"]["tests"]
     assert note.startswith("exit status 4: ")
     assert note.endswith("(2 processes)")
-    assert any(note in line for line in visit.summary())
+    assert any(note in line for line in run.summary())
 
 
 def test_the_smoke_test_names_the_scope_first():
@@ -826,19 +794,19 @@ def test_the_smoke_test_names_the_scope_first():
     assert getattr(test_gpu, gpu.SMOKE).pytestmark[0].args == ("scope", persistent.SCOPES)
 
 
-def test_features_load_what_nvrtc_compiled(monkeypatch):
+def test_device_checks_load_what_nvrtc_compiled(monkeypatch):
     """CuPy takes it before it asks for a driver, or for what a GPU makes of it."""
     cupy = pytest.importorskip("cupy")
-    monkeypatch.setattr(features.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(device_checks.ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(cupy, "zeros", lambda n: None)
     with pytest.raises((cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)):
-        features.Launcher(nvrtc.Cubin(b"no module"))
+        device_checks.Launcher(nvrtc.Cubin(b"no module"))
 
 
-def test_a_lost_process_is_told_by_its_journal(tmp_path):
-    journal = supervise.Journal(tmp_path / "j")
+def test_a_line_that_was_cut_short_is_no_outcome(tmp_path):
+    journal = worker.Journal(tmp_path / "j")
     journal.write(begin="x")
     with journal.path.open("a") as file:
-        file.write('{"name": "x", "outc')  # cut short while it was written
-    assert journal.open() == "x"
-    assert json.loads(journal.path.read_text().splitlines()[0]) == {"begin": "x"}
+        file.write('{"name": "x", "outc')
+    assert journal.lines() == [{"begin": "x"}]
+    assert not journal.outcomes()

@@ -477,48 +477,6 @@ extern "C" __global__ void traps() { __trap(); }
     assert used["traps"].trap
 
 
-@pytest.mark.parametrize(
-    ("wheels", "toolkit"),
-    [
-        (("cu12", "cu13"), None),
-        (("cuda_nvrtc", "cuda_runtime"), None),
-        ((), "CUDA_PATH"),
-        ((), "CUDA_HOME"),
-        ((), "nvcc"),
-        ((), "nvcc of a system"),
-    ],
-)
-def test_nvrtc_is_found_in_wheels_and_in_toolkits(wheels, toolkit, tmp_path, monkeypatch):
-    """As torch's wheels, NVIDIA's installer and Linux distributions lay them out."""
-    for name in wheels:
-        place(tmp_path / "nvidia" / name / "lib" / f"libnvrtc.so.{name[-2:] if name[-1].isdigit() else 12}")
-        place(tmp_path / "nvidia" / name / "include" / "cuda_bf16.h")
-    root = tmp_path / "toolkit"
-    inner = root / "targets/x86_64-linux" if toolkit == "nvcc of a system" else root
-    if toolkit:
-        place(inner / ("lib" if inner != root else "lib64") / "libnvrtc.so.13.0.88")
-        place(inner / "include/cuda_bf16.h")
-        place(root / "bin/nvcc").chmod(0o755)
-    for name in ("CUDA_PATH", "CUDA_HOME"):
-        monkeypatch.setenv(name, str(root) if name == toolkit else "")
-    monkeypatch.setenv("PATH", str(root / "bin") if toolkit and "nvcc" in toolkit else "")
-    monkeypatch.setattr(nvrtc, "_package_directories", lambda name: [tmp_path / name])
-    library, include = nvrtc._library_path.__wrapped__(), nvrtc._include_directory.__wrapped__()
-    expected = root if toolkit else tmp_path / "nvidia" / wheels[-1]
-    if wheels[:1] == ("cuda_nvrtc",):
-        assert library == tmp_path / "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"
-    else:
-        assert library.is_relative_to(expected)
-        assert library.name.startswith("libnvrtc.so.13")
-    assert include.is_relative_to(expected)
-
-
-def place(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
-
-
 @needs_nvrtc
 def test_nvrtc_errors_have_the_log():
     with pytest.raises(nvrtc.CompileError, match=r"sm_90: wrong\.cu\(2\): error"):

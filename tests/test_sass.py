@@ -3,7 +3,7 @@
 import pytest
 
 from bench import nvrtc, sass
-from bench.machine_code import MachineCode
+from bench.sass import MachineCode
 from gpu_rnn.backends import cuda
 
 LISTING = """
@@ -57,7 +57,7 @@ def test_the_time_loop_is_found_and_a_warp_walks_through_it():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no way through"):
         code.path(lambda one: one.base == "BAR")
-    with pytest.raises(ValueError, match="no loop has a product"):
+    with pytest.raises(ValueError, match="no loop has a matmul"):
         MachineCode(LISTING.replace("HMMA", "IMAD")).time_loop  # noqa: B018
 
 
