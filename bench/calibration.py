@@ -4,7 +4,6 @@ A plan is timed by one launch over the sequence, on random arrays; whether its r
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +16,7 @@ from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import Unit
 
 from .kernels import launch_plan
+from .worker import Journal
 
 T, LAUNCHES, MOST = 512, 5, 4  # time steps; timed launches of a plan; plans of a scope, the best ones by prediction
 PROBLEMS = [  # cell, dtype, H, B
@@ -72,24 +72,23 @@ def measure(problem: Problem, plan: persistent.Residence) -> float:
     return sorted(times[1:])[LAUNCHES // 2]
 
 
-def measure_plans(emit: Callable[[dict[str, Any]], None], done: list[str], until: float) -> None:
-    """Emit a line for each plan that isn't done: the problem, the plan, the prediction and what a step took."""
+def run(emit: Callable[[dict[str, Any]], None], done: list[str]) -> None:
+    """Emit the problem, the plan, the prediction and what a step took of each that isn't done; see `run_checks`."""
     import torch
 
     with cuda.stream_of(torch.empty(1, device="cuda")):
         for problem, plan in plans():
-            line = {"problem": problem, "plan": asdict(plan), "predicted": plan.microseconds}
-            if time.monotonic() > until:
-                return
-            if key(line) in done:
+            line = {"problem": problem, "plan": asdict(plan), "predicted": plan.microseconds, "measured": None}
+            if (name := key(line)) in done:
                 continue
-            emit({**line, "measured": None})  # a plan without a time is where it hung
-            held = partial(cuda.held, cells.get(problem[0]), problem[1])
+            emit({"begin": name, **line})  # a plan without a time is where it hung
+            held, outcome = partial(cuda.held, cells.get(problem[0]), problem[1]), {"name": name, "outcome": "passed"}
             try:
                 count, why = persistent.holds(plan, cuda.device(), held)
-                emit({**line, "measured": None if why else measure(problem, plan), "note": why, "held": count})
+                took = None if why else measure(problem, plan)
+                emit({**line, **outcome, "measured": took, "note": why, "held": count})
             except Exception as error:  # of one plan; after a trap all later calls fail, and a new process goes on
-                emit({**line, "measured": None, "note": f"{type(error).__name__}: {error}"})
+                emit({**line, **outcome, "note": f"{type(error).__name__}: {error}"})
                 torch.cuda.synchronize()
 
 
@@ -99,8 +98,7 @@ def key(line: dict[str, Any]) -> str:
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The last line of each plan."""
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return {key(line): line for line in lines}
+    return {key(line): line for line in Journal(path).lines() if "problem" in line}
 
 
 def table(path: Path) -> list[str]:

@@ -169,24 +169,14 @@ class GpuRun:
             self.note("smoke", f"{', '.join(failed)}: left out of the rest; {' and '.join(cuda.SCOPES) or 'none'} stay")
 
     def measure_plans(self) -> None:
-        """In a process of its own; a new one goes on after the plan that ended it."""
         if self.dry or self.options.stage != "first":
             return
         from . import calibration
 
-        path, until, process = Path(f"{self.name}-plans.jsonl"), min(time.monotonic() + PLANS_S, self.until), Worker()
-        for _ in range(4):
-            try:
-                done = [*calibration.read(path)]
-                for line in process.run("bench.calibration:measure_plans", done, until, until=until + 5):
-                    with path.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                break
-            except (worker.WorkerDied, TimeoutError) as error:
-                self.note("plans", str(error))
-            if time.monotonic() > until - 5:
-                break
-        process.close()
+        path, until = Path(f"{self.name}-plans.jsonl"), min(time.monotonic() + PLANS_S, self.until)
+        how: dict[str, Any] = {"journal": Journal(path), "patience": CHECK_PATIENCE_S, "until": until}
+        if why := run_checks(Worker(), "bench.calibration:run", **how):
+            self.note("plans", why)
         for line in calibration.table(path):
             self.say(line)
 

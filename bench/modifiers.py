@@ -52,9 +52,9 @@ def check(keywords: dict[str, Any], case: Case, data: Data, default: AccuracyChe
 
 
 for name, keywords in MODIFIERS.items():
-    implementation(
-        name, skip_reason=partial(skip_reason, keywords), plan=chosen_plan, check=partial(check, keywords)
-    )(partial(ours, keywords))
+    implementation(name, skip_reason=partial(skip_reason, keywords), plan=chosen_plan, check=partial(check, keywords))(
+        partial(ours, keywords)
+    )
 
 
 def prepared(keywords: dict[str, Any], case: Case, data: Data, call: Callable[..., tuple]) -> Run:

@@ -57,9 +57,12 @@ def why_no_resources() -> str | None:
 
 @cache
 def headers() -> str | None:
+    """The folder of cuda_bf16.h: of wheels, or of the toolkit that CuPy finds."""
+    import cupy
     from cuda import pathfinder  # CuPy needs it itself
 
-    return pathfinder.find_nvidia_header_directory("cudart")
+    toolkit = cupy.cuda.get_cuda_path()
+    return pathfinder.find_nvidia_header_directory("cudart") or (f"{toolkit}/include" if toolkit else None)
 
 
 def version() -> str:
