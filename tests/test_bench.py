@@ -546,12 +546,14 @@ def test_compare_tells_what_changed_beyond_noise(tmp_path, capsys):
     for name, (slower, noisy, faster) in names.items():
         for H, us in ((5, slower), (6, noisy), (7, faster)):
             results.append(tmp_path / f"{name}.csv", row(case=replace(CASE, H=H), us=us))
+        wide = row(case=replace(CASE, H=8), us=slower, p20_us=90.0, p80_us=210.0)
+        results.append(tmp_path / f"{name}.csv", wide)
     assert command.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]) == 0
     slower, faster, count = capsys.readouterr().out.splitlines()
     assert "H=5" in slower
     assert "100 -> 200 us, 2.00x slower" in slower
     assert "2.00x faster" in faster
-    assert count == "2 of 3 changed beyond noise"
+    assert count == "2 of 4 changed beyond noise"
     assert command.main(["compare", str(tmp_path / "a.csv"), "no such run"]) == 2
 
 
