@@ -171,7 +171,7 @@ def explain(**options) -> None:
 
     For example: gpu-rnn explain lstm -T 256 -B 64 -I 512 -H 512 --dtype float16 --training
     """
-    from .tools.inspection import explain
+    from .tools.explain import explain
 
     try:
         click.echo(explain(options.pop("cell"), **options))
