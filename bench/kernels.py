@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
 
 def here() -> Place:
-    return Place(cuda.ready, cuda.device(), cuda.held, cuda.stream_of)
+    return Place(cuda.prepare_launch, cuda.device(), cuda.max_coresident, cuda.stream_of)
 
 
 def units(case: Case, contenders: tuple[str, ...]) -> set[Unit]:
@@ -46,7 +46,7 @@ def units(case: Case, contenders: tuple[str, ...]) -> set[Unit]:
     if {problems.CUDA, problems.LAYER, problems.KERNEL} & {*contenders}:
         found |= {unit for unit, _ in cuda.kernels_of(problem)}
     for backend, way, part in (problems.KERNELS[name] for name in contenders if name in problems.KERNELS):
-        plan, _ = cuda.residence_of(problem, cuda.device(), way == "backward")
+        plan, _ = cuda.persistent_config(problem, cuda.device(), way == "backward")
         if backend == "cuda" and part != "step" and plan is not None:
             only = None if part == "sequence" else part
             found.add(persistent.compiled(plan, problem.cell, problem.dtype, only))
@@ -106,23 +106,23 @@ class Alone(Contender):
 
     def resident(self, case: Case) -> tuple[persistent.Residence | None, Any]:
         at = self.place()
-        return cuda.residence_of(case.problem(machine.tf32(case)), at.device, self.back, at.held)
+        return cuda.persistent_config(case.problem(machine.tf32(case)), at.device, self.back, at.held)
 
     @property
     def bind(self) -> per_step.Bind:
         return triton.bind if self.backend == "triton" else partial(cuda.bind, self.place().run)
 
-    def walk(self, cell: Any, given: gpu_common.Forward) -> None:
+    def walk(self, cell: Any, given: gpu_common.ForwardBuffers) -> None:
         if self.part == "step":
-            per_step.walk(self.bind, cell, given)
+            per_step.run_forward(self.bind, cell, given)
         else:
-            cuda.walk(self.place().run, self.place().device, cell, given, held=self.place().held)
+            cuda.run_forward(self.place().run, self.place().device, cell, given, held=self.place().held)
 
-    def walk_back(self, cell: Any, given: gpu_common.Backward) -> None:
+    def walk_back(self, cell: Any, given: gpu_common.BackwardBuffers) -> None:
         if self.part == "step":
-            per_step.walk_back(self.bind, cell, given)
+            per_step.run_backward(self.bind, cell, given)
         else:
-            cuda.walk_back(self.place().run, self.place().device, cell, given, held=self.place().held)
+            cuda.run_backward(self.place().run, self.place().device, cell, given, held=self.place().held)
 
     def forward(self, case: Case, data: Data, walk: Callable) -> tuple:
         x, tf32 = data.x[0], machine.tf32(case)
@@ -160,11 +160,11 @@ class Alone(Contender):
             found.append(arrays)
             return lambda *instant: None
 
-        (per_step.walk_back if self.back else per_step.walk)(catch, case.problem().cell, given)
+        (per_step.run_backward if self.back else per_step.run_forward)(catch, case.problem().cell, given)
         (the,) = found
         for array in (the.back, the.dh) if self.back else (the.hg,):
             array.normal_()  # that walk made it of nothing
-        kernel, all_instants = self.bind(case.problem().cell, the), list(per_step.instants(case.T, reverse=False))
+        kernel, all_instants = self.bind(case.problem().cell, the), list(per_step.time_steps(case.T, reverse=False))
 
         def launch(held: Any = the) -> None:  # as in `whole`
             for instant in all_instants:
@@ -180,7 +180,7 @@ class Alone(Contender):
         run, cell, (plan, _) = self.place().run, case.problem().cell, self.resident(case)
         assert plan is not None  # `absent` asked
         exchange = arrays.zeros((plan.launches * plan.exchange_bytes(case.T),), like=given.w_hh, dtype="uint8")
-        whole = (cuda.backward_arrays if self.back else cuda.forward_arrays)(given)
+        whole = (cuda.backward_args if self.back else cuda.forward_args)(given)
         words = persistent.words([persistent.Member(arrays.pointers(whole, given.w_hh), reverse=False)])
         only = None if self.part == "sequence" else self.part
         sizes = case.T, case.B, case.H, 1

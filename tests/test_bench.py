@@ -302,7 +302,7 @@ HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_
 
 def on_cpu(backend, way, part):
     """A kernel of ours, on the CPU, as an H200 would have it."""
-    place = kernels.Place(cuda_on_cpu.ready, persistent.DEVICES["h200"], None, lambda x: nullcontext())
+    place = kernels.Place(cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"], None, lambda x: nullcontext())
     return kernels.Alone(backend, way, part, lambda: place)
 
 

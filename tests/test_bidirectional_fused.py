@@ -10,12 +10,12 @@ from hypothesis import given, settings
 import gpu_rnn
 from bench import nvrtc
 from gpu_rnn.backends import cuda, dispatch, gpu_common
-from gpu_rnn.core.problem import Direction, Problem
+from gpu_rnn.core.problem import Problem, Run
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
-from . import cuda_on_cpu, reference_modifiers, sequences
+from . import calls, cuda_on_cpu, reference_modifiers, sequences
 from .cuda_emulator import runtime
 from .test_persistent_config import ARCHITECTURES, COMPILATIONS, DEVICES, any_plan, launches, planned, problems, stored
 
@@ -33,15 +33,17 @@ class Walks:
 
     def __init__(self, device):
         self.launched = []
-        self.walk, self.walk_back = (partial(walk, self.ready, device) for walk in (cuda.walk, cuda.walk_back))
+        self.walk, self.walk_back = (
+            partial(walk, self.ready, device) for walk in (cuda.run_forward, cuda.run_backward)
+        )
 
     def ready(self, launch):
         self.launched.append((launch.kernel, dict(launch.unit.defines).get("DIRECTIONS")))
-        return cuda_on_cpu.ready(launch)
+        return cuda_on_cpu.prepare_launch(launch)
 
     def run(self, cases, tf32, *, together):
         """-> every result of each case by name, in training and in inference."""
-        directions = [Direction(case.x, case.weights, case.state, case.reverse) for case in cases]
+        directions = [Run(case.x, case.weights, case.state, case.reverse) for case in cases]
         cell, needs = cases[0].cell, [case.needs for case in cases]
         turns = [range(len(cases))] if together else [[k] for k in range(len(cases))]
         results = []
@@ -169,13 +171,13 @@ def test_the_driver_is_asked_about_both():
         asked.append(plan.directions)
         return 132 if plan.scope == "grid" and plan.directions == 1 else 16
 
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
     arguments = cells.get("gru"), "bfloat16", 1024, 8, 2, device, False, True
-    plan, why = cuda.plan_of(*arguments, held)
+    plan, why = cuda.config_of(*arguments, held)
     assert (plan.directions, asked) == (1, [1, 2])
     assert why == ("grid scope: needs 128 blocks co-resident, but the CUDA driver reports 16",)
-    cuda.plan_of.cache_clear()
-    assert cuda.plan_of(*arguments, lambda *_: 132)[0].directions == 2
+    cuda.config_of.cache_clear()
+    assert cuda.config_of(*arguments, lambda *_: 132)[0].directions == 2
 
 
 def test_explain_tells_both_from_one_after_the_other(monkeypatch):
@@ -214,12 +216,15 @@ def at_once(monkeypatch):
 
     def forwards(cell, directions, *, tf32, save, step_exact):
         noted.append(("forward", len(directions), save))
-        return [backend.forward(cell, *given, reverse=reverse, tf32=tf32, save=save) for *given, reverse in directions]
+        return [
+            calls.forward(backend.forward, cell, *given, reverse=reverse, tf32=tf32, save=save)
+            for *given, reverse in directions
+        ]
 
     def backwards(cell, directions, recorded, *, tf32, needs):
         noted.append(("backward", len(directions)))
         return [
-            backend.backward(cell, *given, *kept, reverse=reverse, tf32=tf32, needs=wanted)
+            calls.backward(backend.backward, cell, *given, *kept, reverse=reverse, tf32=tf32, needs=wanted)
             for (*given, reverse), kept, wanted in zip(directions, recorded, needs)
         ]
 

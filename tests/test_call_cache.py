@@ -32,7 +32,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(21)
-    monkeypatch.setattr(call_cache, "PLANS", {})
+    monkeypatch.setattr(call_cache, "CACHE", {})
 
 
 def made(kind, dtype=torch.float32, **options):
@@ -80,7 +80,7 @@ def assert_seen(call):
 
 
 def made_plans():
-    return [plan for plan in call_cache.PLANS.values() if plan is not None]
+    return [plan for plan in call_cache.CACHE.values() if plan is not None]
 
 
 @every
@@ -193,7 +193,7 @@ def test_another_size_of_the_projection(kind):
 def test_a_frozen_layer_thaws(kind):
     layer, x, hx = made(kind)
     layer.requires_grad_(False)
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     assert not any(y.requires_grad for y in flat(layer(x, hx)))
     parameter(layer)[1].requires_grad_()
     assert_seen(lambda: layer(x, hx))
@@ -295,7 +295,7 @@ def test_the_environment_is_asked_every_time(kind, monkeypatch):
 @every
 def test_gradients_are_switched_on(kind):
     layer, x, hx = made(kind)
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     with torch.no_grad():
         layer(x, hx)
     assert all(requires for _, _, requires, _ in assert_seen(lambda: layer(x, hx)))
@@ -394,7 +394,7 @@ def test_first_and_second_derivatives(kind, recompute):
 def test_states_lose_their_axis_for_a_backend_that_wants_none(kind, monkeypatch):
     layer, x, hx = made(kind)
     expected = flat(layer(x, hx))
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     monkeypatch.delattr(numpy, "LAYERED")
     monkeypatch.setattr(numpy, "by_row", numpy.to_numpy)
     for first in (hx, None):
@@ -433,11 +433,11 @@ def test_layers_weights_and_inputs_are_let_go(kind):
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch):
     layer, _, _ = made("GRU")
-    monkeypatch.setattr(call_cache, "MOST_PLANS", 5)
+    monkeypatch.setattr(call_cache, "MAX_CALLS", 5)
     for B in range(1, 20):
         x = torch.randn(1, B, 4)
         assert_seen(lambda x=x: layer(x))
-        assert len(call_cache.PLANS) <= 5
+        assert len(call_cache.CACHE) <= 5
 
 
 def test_a_refused_call_is_refused_again():
@@ -445,7 +445,7 @@ def test_a_refused_call_is_refused_again():
     for _ in range(2):
         with pytest.raises(ShapeError, match="input"):
             layer(x[..., :3])
-    assert all(plan is not None for plan in call_cache.PLANS.values())
+    assert all(plan is not None for plan in call_cache.CACHE.values())
 
 
 def test_threads_share_plans_and_nothing_else():
@@ -605,7 +605,7 @@ def test_a_function_under_autograd(kind, recompute):
     def call(*tensors):
         return tuple(each(run(**dict(zip(names, tensors)), recompute=recompute)))
 
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     with torch.no_grad():
         call(*tensors)
     assert all(requires for _, _, requires, _ in assert_seen(lambda: call(*tensors)))

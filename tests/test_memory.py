@@ -130,14 +130,14 @@ def test_cuda(name, dtype, training, rng, monkeypatch):
     problem = problem_of(name, dtype, device="cuda", training=training)
     x, weights, state = arrays(problem, rng)
     how = {"reverse": problem.reverse, "tf32": False}
-    step = partial(cuda.walk, no_kernel, H200)
+    step = partial(cuda.run_forward, no_kernel, H200)
     call = partial(gpu_common.forward, step, problem.cell, x, weights, state, save=training, **how)
     foretold = cuda.memory_on(problem, H200)
     (y, last, tape), measured = allocated(call)
     close(foretold.forward, measured)
     if training:
         assert foretold.saved == sum(array.nbytes for array in (y, *tape))
-        back = partial(cuda.walk_back, no_kernel, H200)
+        back = partial(cuda.run_backward, no_kernel, H200)
         dy = np.ones_like(y)
         call = partial(gpu_common.backward, back, problem.cell, x, weights, state, y, tape, dy, last, **how)
         close(foretold.backward, allocated(partial(call, needs=needs(weights)))[1])
@@ -145,7 +145,7 @@ def test_cuda(name, dtype, training, rng, monkeypatch):
 
 def test_cuda_in_a_grid_counts_what_blocks_exchange():
     problem = Problem(cells.get("lstm"), 8, 8, 16, 1024, None, "float16", "cuda", "torch", training=True)
-    plan, _ = cuda.residence_of(problem, H200, False)
+    plan, _ = cuda.persistent_config(problem, H200, False)
     assert plan.scope == "grid"
     alone = gpu_common.memory(problem, 0, 0)
     assert cuda.memory_on(problem, H200).forward == alone.forward + plan.launches * plan.exchange_bytes(8)
@@ -211,6 +211,6 @@ def test_said_in_words():
     layer = gpu_rnn.LSTM(16, 32, bidirectional=True)
     assert str(gpu_rnn.explain(layer, (100, 8, 16))).count("memory of the largest part: ") == 1
     assert "kept" not in str(gpu_rnn.explain("lstm", T=100, B=8, I=16, H=32, device="cpu"))
-    assert [dispatch.in_words(n) for n in (17, 3 << 20, 5 << 30)] == ["17 bytes", "3 MiB", "5 GiB"]
+    assert [dispatch.bytes_to_str(n) for n in (17, 3 << 20, 5 << 30)] == ["17 bytes", "3 MiB", "5 GiB"]
     nowhere = gpu_rnn.explain("lstm", T=1, B=1, I=1, H=1, device="cuda", library="torch", backend="numpy")
     assert nowhere.memory is None

@@ -37,7 +37,7 @@ def setting(monkeypatch):
     """A float32 tensor follows this word, as if it were on a GPU."""
     words = ["tf32"]
     monkeypatch.setattr(arrays, "precision", lambda array: words[-1])
-    monkeypatch.setattr(call_cache, "PLANS", {})  # of tensors on the CPU, which knew no such word
+    monkeypatch.setattr(call_cache, "CACHE", {})  # of tensors on the CPU, which knew no such word
     return words
 
 

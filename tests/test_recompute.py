@@ -85,10 +85,10 @@ def test_with_a_projection_in_every_dtype(dtype):
 
 BACKENDS = {"numpy": oracle}
 for way, forward, backward in (
-    ("cuda stepwise", partial(per_step.walk, partial(cuda.bind, cuda_on_cpu.ready)),
-     partial(per_step.walk_back, partial(cuda.bind, cuda_on_cpu.ready))),
-    ("cuda resident", partial(cuda.walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]),
-     partial(cuda.walk_back, cuda_on_cpu.ready, persistent.DEVICES["h200"])),
+    ("cuda stepwise", partial(per_step.run_forward, partial(cuda.bind, cuda_on_cpu.prepare_launch)),
+     partial(per_step.run_backward, partial(cuda.bind, cuda_on_cpu.prepare_launch))),
+    ("cuda resident", partial(cuda.run_forward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"]),
+     partial(cuda.run_backward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])),
 ):  # fmt: skip
     BACKENDS[way] = SimpleNamespace(
         forward=partial(gpu_common.forward, forward), backward=partial(gpu_common.backward, backward)

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_rnn
-from gpu_rnn.autograd.custom_ops import captured, captured_stack
+from gpu_rnn.autograd.custom_ops import call_op
 from gpu_rnn.backends import dispatch
-from gpu_rnn.core.problem import Direction, Options
+from gpu_rnn.core.problem import Options, Run
 
 T, B, I, H = 5, 3, 4, 6
 LAYERS = {"RNN": gpu_rnn.RNN, "LSTM": gpu_rnn.LSTM, "GRU": gpu_rnn.GRU}
@@ -118,10 +118,10 @@ def test_flops_of_what_torch_compile_and_export_capture():
     program = torch.export.export(layer, (x,)).module()
     assert flops(lambda: program(x)) == whole / 3
     weights = [(layer._weights(suffix), [None, None]) for suffix in layer._suffixes]
-    ((y, _),) = captured("lstm", [Direction(x, *weights[0], False)], Options())
+    ((y, _),) = captured("lstm", [Run(x, *weights[0], False)], Options())
     first = flops(y.sum().backward)
-    assert first == 2 * flops(lambda: captured("lstm", [Direction(x, *weights[0], False)], Options()))
-    second = flops(lambda: captured("lstm", [Direction(y, *weights[1], False)], Options()))
+    assert first == 2 * flops(lambda: captured("lstm", [Run(x, *weights[0], False)], Options()))
+    second = flops(lambda: captured("lstm", [Run(y, *weights[1], False)], Options()))
     assert flops(lambda: captured_stack("lstm", x, weights, Options())[-1][0].sum().backward()) == whole
     assert whole == 3 * (first / 2 + second)
 

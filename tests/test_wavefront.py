@@ -20,7 +20,7 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
-from . import cuda_on_cpu, sequences
+from . import calls, cuda_on_cpu, sequences
 from .cuda_emulator import runtime, sanitize
 from .persistent import EPSILON, SOURCE, decode, encode, poison, sources, zeros
 from .tolerance import assert_close
@@ -91,7 +91,9 @@ class Run:
         for k, (y, _, others, _) in enumerate(self.tape):
             W, b_ih = (self.W[k], self.b_ih[k]) if k else (np.eye(cell.G * H), None)
             weights = Weights(W, self.R[k], b_ih, self.b_hh[k])
-            below, last, _ = oracle.forward(cell, below, weights, self.state[k], reverse=False, save=True)
+            below, last, _ = calls.forward(
+                oracle.forward, cell, below, weights, self.state[k], reverse=False, save=True
+            )
             scale = self.epsilon * np.sqrt(T * (k + 1)) * 2**k
             found[f"y{k}"] = np.abs(decode(y, kept) - below).max() / (4 * scale)
             for letter, ours, theirs in zip(cell.states[1:], others[-1], last[1:]):
@@ -306,11 +308,11 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
 
     def ready(launch):
         launched.append((launch.kernel, dict(launch.unit.defines).get("LAYERS")))
-        return cuda_on_cpu.ready(launch)
+        return cuda_on_cpu.prepare_launch(launch)
 
     cases = drawn(name, dtype, L)
     stack = Problem(cell, 6, 3, 140, 140, dtype=dtype, device="cuda", layers=L)
-    walks = cuda.walk, cuda.walk_back, cuda.walk_stack, cuda.walk_stack_back
+    walks = cuda.run_forward, cuda.run_backward, cuda.run_forward, cuda.run_backward
     walk, walk_back, walk_stack, walk_stack_back = (partial(w, ready, device) for w in walks)
 
     def in_turn(forward, backward, cases):
@@ -358,7 +360,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
         assert_close(over_the_other[what], truth[what], peer[what], dtype, what)
 
     def at_most(instants, backward):
-        plan, _ = cuda.stack_of(stack, device, backward)
+        plan, _ = cuda.wavefront_config(stack, device, backward)
         monkeypatch.setattr(persistent, "MOST_PUBLISHED", plan.launches * plan.exchange_bytes(instants))
 
     launched.clear()
@@ -393,9 +395,9 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
     assert plan(512).count("4 layers as a wavefront in one launch") == 2, "forward and back"
     assert "the driver" not in plan(512)
     monkeypatch.setattr(persistent, "MOST_PUBLISHED", 1 << 20)
-    cuda.stack_of.cache_clear()
+    cuda.wavefront_config.cache_clear()
     assert "layer by layer: grid scope: the buffer between layers takes 0.1 MiB per time step, and may" in plan(512)
-    cuda.stack_of.cache_clear()
+    cuda.wavefront_config.cache_clear()
     assert "layer by layer: grid scope: the weights don't fit on-chip: [W | R] of 4 layers" in plan(1024)
     assert "layer by layer: the wavefront kernel does not support modifiers (lstm[lengths])" in plan(512, "lstm+hold")
     assert "wavefront" not in plan(512, layers=1)
@@ -403,12 +405,14 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
 
 def test_the_driver_is_asked():
     problem = Problem(cells.get("lstm"), 1000, 8, 64, 512, dtype="bfloat16", device="cuda", layers=4)
-    cuda.stack_of.cache_clear()
+    cuda.wavefront_config.cache_clear()
     for backward in (False, True):
-        plan, (reason,) = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid - 1)
+        plan, (reason,) = cuda.wavefront_config(
+            problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid - 1
+        )
         assert plan is None
         assert "needs 128 blocks co-resident, but the CUDA driver reports 127" in reason
-        plan, _ = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid)
+        plan, _ = cuda.wavefront_config(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid)
         assert (plan.layers, plan.backward) == (4, backward)
 
 
@@ -434,7 +438,7 @@ def pretending(monkeypatch, ways):
         noted.append((len(layers), save))
         found = []
         for weights, state in layers:
-            found.append(backend.forward(cell, x, weights, state, reverse=False, tf32=tf32, save=save))
+            found.append(calls.forward(backend.forward, cell, x, weights, state, reverse=False, tf32=tf32, save=save))
             x = found[-1][0]
         return found
 
@@ -445,7 +449,7 @@ def pretending(monkeypatch, ways):
             (y, tape, dy, dlast, _), below = recorded[k], recorded[k - 1][0] if k else x
             asked = asked + (0 if dy is None else dy)
             given = cell, below, *layers[k], y, tape, asked, dlast
-            found.append(backend.backward(*given, reverse=False, tf32=tf32, needs={*needs[k], "x"}))
+            found.append(calls.backward(backend.backward, *given, reverse=False, tf32=tf32, needs={*needs[k], "x"}))
             asked = found[-1]["x"]
             if k or "x" not in needs[0]:
                 found[-1].pop("x")
