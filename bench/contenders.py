@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import gpu_rnn
-from gpu_rnn.backends import dispatch
+from gpu_rnn.backends import cuda, dispatch
 from gpu_rnn.core.optional_imports import missing, no_gpu
 from gpu_rnn.core.problem import Problem, Weights
+from gpu_rnn.core.problem import Run as LayerRun
 
 from . import machine, problems
 from .data import Data, function
@@ -110,7 +111,7 @@ def as_hx(state: dict[str, torch.Tensor]) -> Any:
 def module_run(library: Any, case: Case, data: Data, in_turn: bool = False) -> Run:
     module, state = module_of(library, case, data), first_states(case, data)
     if in_turn:
-        module._stacked = lambda *given: None
+        module._run_wavefront = lambda *args: None
     parameters, h0 = dict(zip(data.weights, module.parameters(), strict=True)), as_hx(state)
     return differentiated(case, data, lambda x: module(x, h0), parameters, state)
 
@@ -169,12 +170,12 @@ class BackInTurn(Layer):
         run = module_run(gpu_rnn, case, data)
 
         def forward_alone(k: int) -> Any:
-            asked = dispatch.stacks
-            dispatch.stacks = lambda *of, backward: not backward and asked(*of, backward=False)
+            fuses = cuda.fuses_layers
+            cuda.fuses_layers = lambda problem, backward: not backward and fuses(problem, backward)
             try:
                 return run(k)
             finally:
-                dispatch.stacks = asked
+                cuda.fuses_layers = fuses
 
         return forward_alone
 
@@ -211,7 +212,8 @@ class Kernel(Contender):
         backend = dispatch.choose(problem)
 
         def call(k: int) -> tuple:
-            return dispatch.forward(backend, problem, data.x[k % len(data.x)], weights, state)[:2]
+            (result,) = backend.forward(problem, [LayerRun(data.x[k % len(data.x)], weights, state)])
+            return result.y, result.last
 
         return call
 

@@ -9,7 +9,7 @@ They run on the arrays of a real call, by the plans of the backend. What the las
 kernel has a time only if the whole call that it is part of is right.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from gpu_rnn.backends import cuda, gpu_common, per_step, triton
 from gpu_rnn.core import arrays
 from gpu_rnn.core.optional_imports import missing, no_gpu
-from gpu_rnn.core.problem import Weights
+from gpu_rnn.core.problem import Grads, Problem, Weights
+from gpu_rnn.core.problem import Run as LayerRun
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import Runner, Unit
 
@@ -32,7 +33,7 @@ class Place(NamedTuple):
 
     run: Runner
     device: persistent.Device
-    held: cuda.Held | None
+    held: cuda.Query | None
     stream: Callable[[Any], AbstractContextManager]
 
 
@@ -112,34 +113,33 @@ class Alone(Contender):
     def bind(self) -> per_step.Bind:
         return triton.bind if self.backend == "triton" else partial(cuda.bind, self.place().run)
 
-    def walk(self, cell: Any, given: gpu_common.ForwardBuffers) -> None:
+    def walk(self, problem: Problem, buffers: Sequence[gpu_common.ForwardBuffers]) -> None:
         if self.part == "step":
-            per_step.run_forward(self.bind, cell, given)
+            per_step.run_forward(self.bind, problem, buffers)
         else:
-            cuda.run_forward(self.place().run, self.place().device, cell, given, held=self.place().held)
+            cuda.run_forward(self.place().run, self.place().device, problem, buffers, self.place().held)
 
-    def walk_back(self, cell: Any, given: gpu_common.BackwardBuffers) -> None:
+    def walk_back(self, problem: Problem, buffers: Sequence[gpu_common.BackwardBuffers]) -> None:
         if self.part == "step":
-            per_step.run_backward(self.bind, cell, given)
+            per_step.run_backward(self.bind, problem, buffers)
         else:
-            cuda.run_backward(self.place().run, self.place().device, cell, given, held=self.place().held)
+            cuda.run_backward(self.place().run, self.place().device, problem, buffers, self.place().held)
 
     def forward(self, case: Case, data: Data, walk: Callable) -> tuple:
-        x, tf32 = data.x[0], machine.tf32(case)
-        weights, state = Weights(**data.weights), tuple(data.state.values())
-        with arrays.products(x, tf32):
-            return gpu_common.forward(
-                walk, case.problem().cell, x, weights, state, reverse=False, tf32=tf32, save=case.training
-            )
+        run, problem = self.run_of(data), case.problem(machine.tf32(case))
+        with arrays.matmul_precision(run.x, problem.tf32):
+            ((y, last, _, saved),) = gpu_common.forward(walk, problem, [run])
+        return y, last, saved
 
     def backward(self, case: Case, data: Data, y: Any, tape: tuple, walk_back: Callable) -> dict[str, Any]:
-        x, tf32 = data.x[0], machine.tf32(case)
-        weights, state = Weights(**data.weights), tuple(data.state.values())
-        with arrays.products(x, tf32):
-            return gpu_common.backward(
-                walk_back, case.problem().cell, x, weights, state, y, tape, data.dy, data.dlast, reverse=False,
-                tf32=tf32, needs={"x", *data.weights},
-            )  # fmt: skip
+        run, problem = self.run_of(data), case.problem(machine.tf32(case))
+        args = [(y, *tape)], [Grads(data.dy, data.dlast)], [{"x", *data.weights}]
+        with arrays.matmul_precision(run.x, problem.tf32):
+            (gradients,) = gpu_common.backward(walk_back, problem, [run], *args)
+        return gradients
+
+    def run_of(self, data: Data) -> LayerRun:
+        return LayerRun(data.x[0], Weights(**data.weights), tuple(data.state.values()))
 
     # ---- one kernel of it -----------------------------------------------------------------------------------------
 
@@ -147,10 +147,10 @@ class Alone(Contender):
         """The arrays that a walk is given, one way through time."""
         found: list[Any] = []
         if not self.back:
-            self.forward(case, data, lambda cell, given: found.append(given))
+            self.forward(case, data, lambda problem, buffers: found.extend(buffers))
         else:
             y, _, tape = self.forward(case, data, self.walk)
-            self.backward(case, data, y, tape, lambda cell, given: found.append(given))
+            self.backward(case, data, y, tape, lambda problem, buffers: found.extend(buffers))
         return found[0]
 
     def instants(self, case: Case, given: Any) -> Callable[[], None]:
@@ -160,10 +160,10 @@ class Alone(Contender):
             found.append(arrays)
             return lambda *instant: None
 
-        (per_step.run_backward if self.back else per_step.run_forward)(catch, case.problem().cell, given)
+        (per_step.backward_loop if self.back else per_step.forward_loop)(catch, case.problem(), given)
         (the,) = found
-        for array in (the.back, the.dh) if self.back else (the.hg,):
-            array.normal_()  # that walk made it of nothing
+        for array in (the.dh_recurrent, the.dh_direct) if self.back else (the.Rh,):
+            array.normal_()  # the time loop has not written it
         kernel, all_instants = self.bind(case.problem().cell, the), list(per_step.time_steps(case.T, reverse=False))
 
         def launch(held: Any = the) -> None:  # as in `whole`
@@ -171,8 +171,8 @@ class Alone(Contender):
                 if self.back:
                     kernel(*instant)
                 else:
-                    boundaries = (instant.before, instant.after) if case.training else (0, 0)
-                    kernel(instant.t, *boundaries, instant.following)
+                    states = (instant.state_in, instant.state_out) if case.training else (0, 0)
+                    kernel(instant.t, *states, instant.t_next)
 
         return launch
 

@@ -67,7 +67,7 @@ def measure(problem: Problem, plan: persistent.Residence) -> float:
     else:
         given = (gates, R, b_hh, h0, states, saved, y, None, None, None, None, None)
     words = persistent.words([persistent.Member(arrays.pointers(given, y), reverse=False)])
-    launches = [cuda.ready(part) for part in persistent.sequence(plan, cell, dtype, T, B, H, 1, save=True)]
+    launches = [cuda.prepare_launch(part) for part in persistent.sequence(plan, cell, dtype, T, B, H, 1, save=True)]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(LAUNCHES + 1):
@@ -101,7 +101,7 @@ def main(path: Path, seconds: float) -> None:
             write(**about, measured=None)  # whoever reads a plan without a time knows where it hung
             try:
                 count, why = persistent.holds(
-                    plan, cuda.device(), partial(cuda.held, cells.get(problem[0]), problem[1])
+                    plan, cuda.device(), partial(cuda.max_coresident, cells.get(problem[0]), problem[1])
                 )
                 write(**about, measured=None if why else measure(problem, plan), note=why, held=count)
             except Exception as error:  # of one plan; after a trap all later calls fail, and a new process goes on

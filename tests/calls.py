@@ -1,5 +1,6 @@
-"""Call a backend's two operations for one run, by its arrays alone; no torch needed."""
+"""Call a backend's two operations by arrays alone; no torch needed."""
 
+from gpu_rnn.backends import dispatch
 from gpu_rnn.core import arrays
 from gpu_rnn.core.problem import Grads, Problem, Run
 
@@ -25,4 +26,33 @@ def backward(operation, cell, x, weights, state, y, saved, dy, dlast, dhistory=(
     problem = problem_of(cell, x, weights, reverse=reverse, save=True, **options)
     run, grads = Run(x, weights, state, reverse), Grads(dy, dlast, dhistory)
     (gradients,) = operation(problem, [run], [(y, *saved)], [grads], [needs])
+    return gradients
+
+
+def forward_many(operation, cases, *, save=True, tf32=False, linked=False):
+    """Run the directions of a layer, or the layers of a stack -> the results of each."""
+    runs, problem = many(cases, save, tf32, linked)
+    return operation(problem, runs)
+
+
+def backward_many(operation, cases, results, *, tf32=False, linked=False, dys=None, needs=None):
+    """Their gradients, of each by name."""
+    runs, problem = many(cases, True, tf32, linked)
+    saved = [(result.y, *result.saved) for result in results]
+    dys = [case.dy for case in cases] if dys is None else dys
+    grads = [Grads(dy, case.dlast) for dy, case in zip(dys, cases)]
+    return operation(problem, runs, saved, grads, needs or [case.needs for case in cases])
+
+
+def many(cases, save, tf32, linked):
+    runs = [Run(None if linked and k else case.x, *case[4:6], case.reverse) for k, case in enumerate(cases)]
+    count = {"layers" if linked else "directions": len(cases)}
+    first = cases[0]
+    return runs, problem_of(first.cell, first.x, first.weights, reverse=first.reverse, save=save, tf32=tf32, **count)
+
+
+def backward_of(backend, problem, run, y, saved, dy, dlast, needs):
+    """`dispatch.backward` of one run; without `saved` it is recomputed."""
+    kept = (y, *saved) if saved else ()
+    (gradients,) = dispatch.backward(backend, problem, [run], [kept], [Grads(dy, dlast)], [needs])
     return gradients

@@ -20,9 +20,12 @@ from torch.nn.utils import parametrizations, prune
 import gpu_rnn
 from gpu_rnn import BackendError, ShapeError, functional
 from gpu_rnn.autograd import eager
-from gpu_rnn.backends import call_cache, numpy
+from gpu_rnn.backends import call_cache, dispatch
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.nn import base
 
+from . import cuda_on_cpu
+from .cuda_emulator import runtime
 from .test_layers import CELLS, LAYERS, flat
 
 KINDS = [*LAYERS, *CELLS]
@@ -48,8 +51,18 @@ def made(kind, dtype=torch.float32, **options):
 
 def the_long_way(call):
     with pytest.MonkeyPatch.context() as patch:
-        for module in (base, eager, functional):
-            patch.setattr(module, "planned", lambda *given: None)
+        patch.setattr(base, "lookup", lambda *args: None)
+        for module in (eager, functional):
+            patch.setattr(module, "lookup", lambda settings, library, arrays, make, *args: make(*args))
+        return call()
+
+
+def without_checks(call):
+    """A call that may neither check its arrays nor choose a backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (eager, functional):
+            patch.setattr(module, "validate", lambda *args, **options: pytest.fail("it was checked again"))
+        patch.setattr(dispatch, "choose", lambda *args: pytest.fail("a backend was chosen again"))
         return call()
 
 
@@ -86,12 +99,11 @@ def made_plans():
 @every
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_second_call_asks_nobody_again(kind, given, grad, monkeypatch):
+def test_a_second_call_asks_nobody_again(kind, given, grad):
     layer, x, hx = made(kind)
     with torch.set_grad_enabled(grad):
         expected = flat(layer(x, hx if given else None))
-        monkeypatch.setattr(call_cache, "prepared", lambda *_: pytest.fail("it was asked again"))
-        found = flat(layer(x, hx if given else None))
+        found = flat(without_checks(lambda: layer(x, hx if given else None)))
     assert all(map(torch.equal, found, expected))
     assert all(y.requires_grad == grad for y in found)
     assert len({y.data_ptr() for y in [*found, *expected]}) == len(found) + len(expected)
@@ -390,17 +402,16 @@ def test_first_and_second_derivatives(kind, recompute):
             assert torch.equal(b, c)
 
 
+@pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize("kind", LAYERS)
-def test_states_lose_their_axis_for_a_backend_that_wants_none(kind, monkeypatch):
+def test_states_keep_their_axis_of_layers_on_a_gpu_backend(kind, monkeypatch):
     layer, x, hx = made(kind)
     expected = flat(layer(x, hx))
-    call_cache.CACHE.clear()
-    monkeypatch.delattr(numpy, "LAYERED")
-    monkeypatch.setattr(numpy, "by_row", numpy.to_numpy)
+    cuda_on_cpu.in_place_of_numpy(monkeypatch, persistent.DEVICES["h200"])
     for first in (hx, None):
         assert_seen(lambda first=first: layer(x, first))
-    assert all(map(torch.equal, flat(layer(x, hx)), expected))
-    assert all(plan.squeezed for plan in made_plans())
+    for ours, numpys in zip(flat(layer(x, hx)), expected, strict=True):
+        torch.testing.assert_close(ours, numpys)
     sum(y.sum() for y in flat(layer(x, hx))).backward()
 
 
@@ -477,11 +488,10 @@ def test_swapped_modules_and_hooks(kind):
     torch.testing.assert_close(flat(ours(x))[0], the_long_way(lambda: flat(ours(x)))[0])
 
 
-def test_a_step_is_such_a_call(monkeypatch):
+def test_a_step_is_such_a_call():
     layer, x, hx = made("LSTM")
     expected = flat(layer(x, hx))
-    monkeypatch.setattr(call_cache, "prepared", lambda *_: pytest.fail("it was asked again"))
-    y, after = layer.step(x[0], hx)
+    y, after = without_checks(lambda: layer.step(x[0], hx))
     assert all(map(torch.equal, [y[None], *after], expected))
 
 
@@ -507,12 +517,11 @@ def given(kind, library, dtype="float32"):
 @library
 @function
 @pytest.mark.parametrize("without", [(), ("h0",), ("b_ih", "b_hh"), ("c0",)], ids=" ".join)
-def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without, monkeypatch):
+def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without):
     run, named = given(kind, library)
     named = {name: array for name, array in named.items() if name not in without}
     expected = each(run(**named))
-    monkeypatch.setattr(call_cache, "prepared", lambda *_: pytest.fail("it was asked again"))
-    found = each(run(**named))
+    found = each(without_checks(lambda: run(**named)))
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))
     outputs = [np.asarray(y) for y in [*found, *expected]]
     assert not any(np.shares_memory(a, b) for k, a in enumerate(outputs) for b in outputs[:k])

@@ -50,7 +50,7 @@ def test_cuda_stepwise(name):
 @on_host_runtime
 @EVERY
 def test_cuda_resident(name, monkeypatch):
-    monkeypatch.setattr(per_step, "walk", None)
+    monkeypatch.setattr(per_step, "run_forward", None)
     on = persistent.DEVICES["h200"]
     check(
         reference_modifiers.drawn(name, OPTIONS, "bfloat16", 5, 9, 4, 20),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.core import arrays, optional_imports
-from gpu_rnn.core.problem import Problem, Run
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda import stepwise as plans
@@ -92,11 +92,11 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
 
         walks = (partial(walk, ready, persistent.DEVICES[device]) for walk in (cuda.run_forward, cuda.run_backward))
         forward, backward = (
-            partial(whole, walk, tf32=tf32) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks)
+            partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks)
         )
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
-        sequences.check(case, given.run(forward, backward), tf32=tf32)
+        sequences.check(case, given.run(forward, backward, tf32), tf32=tf32)
         assert set(launches) == {"resident_forward", "resident_backward"}
 
 
@@ -287,14 +287,12 @@ def cupy(monkeypatch):
         allow_large_clusters=lambda function: stand_in.asked(None),
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(cuda, "clusters", lambda shared: persistent.DEVICES["h200"].clusters)
+    monkeypatch.setattr(cuda, "max_active_clusters", lambda shared: persistent.DEVICES["h200"].clusters)
     caches = (
         cuda.module,
         cuda.loaded,
         cuda.device_of,
         cuda.config_of,
-        cuda.wavefront_config,
-        cuda.launches,
         cuda.launcher_of,
     )
     for cached in caches:
@@ -339,23 +337,17 @@ def test_several_at_once_from_cupy_to_kernel(cupy, monkeypatch):
     for problem in (both, stack):
         cuda.warmup(problem)
     compiled = len(cupy.modules)
-    directions = [Run(case.x, case.weights, case.state, case.reverse) for case in cases[:2]]
-    found = cuda.forwards(cell, directions, tf32=False, save=True)
-    recorded = [(y, tape, case.dy, case.dlast, ()) for case, (y, _, tape) in zip(cases, found)]
-    needs = [case.needs for case in cases[:2]]
-    gradients = cuda.backwards(cell, directions, recorded, tf32=False, needs=needs)
-    for case, (y, last, _), each in zip(cases, found, gradients):
+    found = calls.forward_many(cuda.forward, cases[:2])
+    gradients = calls.backward_many(cuda.backward, cases[:2], found)
+    for case, (y, last, *_), of_case in zip(cases, found, gradients):
         states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
-        sequences.check(case, {"y": y} | states | sequences.named(case, each))
-    layers = [(case.weights, case.state) for case in cases]
-    ran = cuda.stack(cell, cases[0].x, layers, tf32=False, save=True)
-    assert torch.allclose(ran[0][0], found[0][0], atol=1e-6), "the first layer computes as it does alone"
-    dys = [None, None, None, cases[3].dy]
-    kept = [(y, tape, dy, case.dlast, ()) for dy, case, (y, _, tape) in zip(dys, cases, ran)]
-    *_, last = cuda.stack_back(cell, cases[0].x, layers, kept, tf32=False, needs=[case.needs for case in cases])
-    case, (y, tape, *_) = cases[3], kept[3]
-    needs, given = case.needs - {"x"}, (cell, ran[2][0], case.weights, case.state, y, tape, case.dy, case.dlast)
-    alone = calls.backward(cuda.backward, *given, reverse=False, needs=needs)
+        sequences.check(case, {"y": y} | states | sequences.named(case, of_case))
+    ran = calls.forward_many(cuda.forward, cases, linked=True)
+    assert torch.allclose(ran[0].y, found[0].y, atol=1e-6), "the first layer computes as it does alone"
+    *_, last = calls.backward_many(cuda.backward, cases, ran, linked=True, dys=[None, None, None, cases[3].dy])
+    case, needs = cases[3], cases[3].needs - {"x"}
+    args = cell, ran[2].y, case.weights, case.state, ran[3].y, ran[3].saved, case.dy, case.dlast
+    alone = calls.backward(cuda.backward, *args, needs=needs)
     assert all(torch.allclose(last[what], alone[what], atol=0.02) for what in needs), "and so does the last, back"
     assert len(cupy.modules) == compiled, "warmup has compiled what was needed"
     assert cupy.entered == []

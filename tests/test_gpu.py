@@ -11,7 +11,7 @@ import gpu_rnn
 from gpu_rnn.backends import cuda, triton
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.core import arrays
-from gpu_rnn.core.problem import Problem, Run, Weights
+from gpu_rnn.core.problem import Problem, Result, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 
@@ -125,13 +125,12 @@ def test_one_cause(scope, fill, directions, precision, name, monkeypatch):
 
 def side_by_side(cases, tf32):
     """Every result by name of cases that differ in their direction, in one launch where the plan has it so."""
-    cell, directions = cases[0].cell, [Run(case.x, case.weights, case.state, case.reverse) for case in cases]
-    found = cuda.forwards(cell, directions, tf32=tf32, save=True)
-    recorded = [(y, tape, case.dy, case.dlast, ()) for (y, _, tape), case in zip(found, cases)]
-    gradients = cuda.backwards(cell, directions, recorded, tf32=tf32, needs=[case.needs for case in cases])
+    cell = cases[0].cell
+    found = calls.forward_many(cuda.forward, cases, tf32=tf32)
+    gradients = calls.backward_many(cuda.backward, cases, found, tf32=tf32)
     return [
         {"y": y, **{f"{letter}T": a for letter, a in zip(cell.states, last)}, **sequences.named(case, gradient)}
-        for case, (y, last, _), gradient in zip(cases, found, gradients)
+        for case, (y, last, *_), gradient in zip(cases, found, gradients)
     ]
 
 
@@ -147,8 +146,7 @@ def test_a_batch_of_several_launches(name, dtype, size):
 def check_as_planned(problem, reverse):
     size = problem.T, problem.B, problem.I, problem.H
     case = sequences.draw(problem.cell.name, problem.dtype, *size, reverse=reverse)
-    ways = (partial(way, tf32=problem.tf32) for way in (cuda.forward, cuda.backward))
-    sequences.check(case, moved("torch", case).run(*ways), tf32=problem.tf32)
+    sequences.check(case, moved("torch", case).run(cuda.forward, cuda.backward, problem.tf32), tf32=problem.tf32)
 
 
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
@@ -226,10 +224,9 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
         pytest.skip(cuda.plan(problem))
     cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-    layers = [(case.weights, case.state) for case in cases]
-    found, x = cuda.stack(problem.cell, cases[0].x, layers, tf32=False, save=True), cases[0].x
+    found, x = calls.forward_many(cuda.forward, cases, linked=True), cases[0].x
     exact = sequences.wide(x)
-    for case, (y, last, tape) in zip(cases, found):
+    for case, (y, last, _, tape) in zip(cases, found):
         alone, last_alone, tape_alone = calls.forward(
             cuda.forward, problem.cell, x, case.weights, case.state, reverse=False, save=True
         )
@@ -270,7 +267,6 @@ def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
         pytest.skip(cuda.plan(problem))
     cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-    layers = [(case.weights, case.state) for case in cases]
     seen, exact_seen = [cases[0].x], [sequences.wide(cases[0].x)]
     tapes, exact_tapes = [], []
     for case in cases:
@@ -286,11 +282,8 @@ def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
         seen.append(y)
         exact_seen.append(exact[0])
     dys = [*[None] * (L - 1), cases[-1].dy]
-    recorded = [(*kept, dy, case.dlast, ()) for kept, dy, case in zip(tapes, dys, cases)]
-    needs = [case.needs for case in cases]
-    ours, again = (
-        cuda.stack_back(problem.cell, cases[0].x, layers, recorded, tf32=False, needs=needs) for _ in range(2)
-    )
+    results = [Result(y, (), (), saved) for y, saved in tapes]
+    ours, again = (calls.backward_many(cuda.backward, cases, results, linked=True, dys=dys) for _ in range(2))
     dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
     for k in reversed(range(L)):
         case, wide = cases[k], cases[k].mapped(sequences.wide)

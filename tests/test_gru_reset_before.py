@@ -67,7 +67,7 @@ def test_cuda_stepwise(option, reverse):
 @pytest.mark.parametrize("option", ["plain", "given", "all"])
 def test_cuda_resident(option, scope, monkeypatch):
     monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
-    monkeypatch.setattr(per_step, "walk", None)
+    monkeypatch.setattr(per_step, "run_forward", None)
     cuda.config_of.cache_clear()
     on = persistent.DEVICES["h200"]
     check(

@@ -52,7 +52,7 @@ RESIDENT += [(name, option) for name in ("lstm", "gru") for option in reference_
 @pytest.mark.parametrize(("name", "option"), RESIDENT)
 def test_cuda_resident(name, option, resident, monkeypatch):
     options = (reference_modifiers.OPTIONS | reference_modifiers.NORMED)[option]
-    monkeypatch.setattr(per_step, "walk", None)  # which would be no test
+    monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     made = reference_modifiers.drawn(name, options, "bfloat16", 5, 9, 4, 20, reverse=name == "gru")
     reference_modifiers.check(made, resident(made.case))
 

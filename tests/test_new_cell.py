@@ -149,7 +149,7 @@ def test_cuda_stepwise(name, dtype):
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_cuda_resident(name, scope, monkeypatch):
     monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
-    monkeypatch.setattr(per_step, "walk", None)  # which would be no test
+    monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     cuda.config_of.cache_clear()
     walks = (
         partial(walk, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])

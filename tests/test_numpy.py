@@ -273,11 +273,11 @@ def test_extreme_values_stay_finite(B):
 def test_products_by_blocks_of_rows(B, monkeypatch, rng):
     """As where there is AVX-512, of one instant and of several."""
     monkeypatch.setattr(backend, "has_avx512", lambda: True)
-    monkeypatch.setattr(backend, "blocks", backend.blocks.__wrapped__)
+    monkeypatch.setattr(backend, "num_blocks", backend.num_blocks.__wrapped__)
     M, z = rng.standard_normal((1536, 512)), rng.standard_normal((3, 512, B))
-    assert (backend.blocks(*M.shape, B) > 1) is (B > 1)
+    assert (backend.num_blocks(*M.shape, B) > 1) is (B > 1)
     one, several = np.empty((1536, B)), np.empty((3, 1536, B))
-    backend.product(M, B)(z[0], one)
-    backend.products(M, B)(z, several)
+    backend.matmul_fn(M, B)(z[0], one)
+    backend.batched_matmul_fn(M, B)(z, several)
     np.testing.assert_allclose(several, M @ z, rtol=0, atol=1e-11)
     np.testing.assert_allclose(one, several[0], rtol=0, atol=1e-11)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench import nvrtc
 from gpu_rnn.backends import cuda, gpu_common
-from gpu_rnn.backends.per_step import Extra
+from gpu_rnn.backends.per_step import AuxInputs
 from gpu_rnn.core import arrays, optional_imports
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
@@ -431,7 +431,7 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
     kind, ordered = (
         (gpu_common.BackwardBuffers, cuda.backward_args) if backward else (gpu_common.ForwardBuffers, cuda.forward_args)
     )
-    blank = kind(*[None] * len(kind._fields))._replace(extra=Extra(*[None] * len(Extra._fields)))
+    blank = kind(*[None] * len(kind._fields))._replace(extra=AuxInputs(*[None] * len(Extra._fields)))
     member = persistent.Member(tuple(map(arrays.pointer, ordered(blank))), reverse=False)
     (launch,) = persistent.sequence(plan, cell, "bfloat16", T, B, H, 1, save=True)
     given = *launch.arguments, persistent.words([member] * plan.members), 0

@@ -84,7 +84,7 @@ def test_cuda_stepwise(name):
 @pytest.mark.parametrize("name", ["lstm", "rnn_relu"])
 def test_cuda_resident(name, monkeypatch):
     """K = G, or not."""
-    monkeypatch.setattr(per_step, "walk", None)
+    monkeypatch.setattr(per_step, "run_forward", None)
     on = persistent.DEVICES["h200"]
     check(
         draw(name, "bfloat16", 5, 3, 4, 20),

@@ -43,12 +43,12 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
     block_b, block_h, num_warps, maxnreg = plans.instant(H, dtype, whole=cell.meets)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
-        kernel, page = stepwise.grad_kernel, backend.differentiating(cell)
+        kernel, page = stepwise.grad_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         given = (array, real, real, real, array, array, real, array, array, separate, history, real)
         given = (*given, *extra(cell, real), 5, 4, 5, 6, 6)
     else:
-        kernel, page = stepwise.step_kernel, backend.stepping(cell)
+        kernel, page = stepwise.step_kernel, backend.forward_constexprs(cell)
         operand = array if cell.operand else None
         given = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
     constants = (*page, language, block_b, block_h)
@@ -60,11 +60,11 @@ def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precisi
     cell, array, real = cells.get(name).run, STORED[dtype], STORED["float32"]
     chosen, _ = plans.sequence(cell, H, dtype, fake_gpu.SHARED_MEMORY[capability], backward=backward)
     if backward:
-        kernel, page = persistent.backward_kernel, backend.differentiating(cell)
+        kernel, page = persistent.backward_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         given = (array, array, real, real, array, array, real, array, array, separate, history, real)
     else:
-        kernel, page = persistent.forward_kernel, backend.stepping(cell)
+        kernel, page = persistent.forward_kernel, backend.forward_constexprs(cell)
         given = (array, array, array, array, real, array, array)
     constants = (*page, H, chosen.rows, chosen.tile, precision, chosen.stages)
     binary = fake_gpu.compiled(
@@ -289,7 +289,7 @@ def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
         (Broken, ["Triton's driver for the GPU doesn't start: RuntimeError: Failed to find C compiler"]),
     ):
         monkeypatch.setattr(triton.runtime.driver, "_active", driver(90))
-        assert backend.unfit.__wrapped__() == reasons
+        assert backend.unsupported_reasons.__wrapped__() == reasons
 
 
 @pytest.mark.parametrize("H", [12, 300], ids=["sequence", "instant"])

@@ -358,7 +358,14 @@ class Recurrent(nn.Module):
         if is_observed() or self._recorder or is_any_autocast_enabled() or not isinstance(input, Tensor):
             return None
         weights = self._get_weights(names)
-        state: Sequence[Any] = hx if type(hx) is tuple else () if hx is None else (hx,)
+        if hx is None:
+            state: Sequence[Any] = ()
+        elif isinstance(hx, Tensor):
+            state = (hx,)
+        elif type(hx) is tuple:
+            state = hx
+        else:
+            return None
         settings = (
             CACHE_KEY_ATTRS(self),
             layout,
