@@ -61,7 +61,7 @@ def measure(problem: Problem, plan: persistent.Residence) -> float:
     if plan.backward:
         dhg = gates.clone() if any(cell.separate) else None
         args = (y, draw(B, H), draw(max(cell.S - 1, 1), B, H), R, y, h0, states, saved, gates, dhg, *[None] * 6)
-    launch = launch_plan(cuda.ready, plan, cell, dtype, T, B, H, args, like=y, save=True)
+    launch = launch_plan(cuda.prepare_launch, plan, cell, dtype, T, B, H, args, like=y, save=True)
     times, (begin, end) = [], (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(LAUNCHES + 1):
         begin.record()
@@ -82,7 +82,10 @@ def run(emit: Callable[[dict[str, Any]], None], done: list[str]) -> None:
             if (name := key(line)) in done:
                 continue
             emit({"begin": name, **line})  # a plan without a time is where it hung
-            held, outcome = partial(cuda.held, cells.get(problem[0]), problem[1]), {"name": name, "outcome": "passed"}
+            held, outcome = (
+                partial(cuda.max_coresident, cells.get(problem[0]), problem[1]),
+                {"name": name, "outcome": "passed"},
+            )
             try:
                 count, why = persistent.holds(plan, cuda.device(), held)
                 took = None if why else measure(problem, plan)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import gpu_rnn
-from gpu_rnn.backends import dispatch
+from gpu_rnn.backends import cuda, dispatch
 from gpu_rnn.core.optional_imports import missing, no_gpu
 from gpu_rnn.core.problem import Problem, Weights
+from gpu_rnn.core.problem import Run as LayerRun
 
 from . import problems
 from .correctness import AccuracyCheck
@@ -127,13 +128,13 @@ implementation(problems.LAYER, plan=chosen_plan)(partial(module_run, gpu_rnn))
 @implementation(problems.PER_LAYER, plan=lambda case: chosen_plan(replace(case, L=1)))
 def per_layer(case: Case, data: Data, forward: bool = False) -> Run:
     """The layer without its wavefront, or with that forward alone."""
-    run, stacks = module_run(gpu_rnn, case, data), dispatch.stacks
+    run, fuses = module_run(gpu_rnn, case, data), cuda.fuses_layers
 
-    def without(*args: Any, backward: bool) -> bool:
-        return forward and not backward and stacks(*args, backward=backward)
+    def without(problem: Problem, backward: bool) -> bool:
+        return forward and not backward and fuses(problem, backward)
 
     def patched(k: int) -> Any:
-        with mock.patch.object(dispatch, "stacks", without):
+        with mock.patch.object(cuda, "fuses_layers", without):
             return run(k)
 
     return patched
@@ -187,7 +188,12 @@ def kernel(case: Case, data: Data) -> Run:
     """The backend that our layer calls, with its arguments made beforehand."""
     problem, weights, state = case.problem(), Weights(**data.weights), tuple(data.state.values())
     backend = dispatch.choose(problem)
-    return lambda k: dispatch.forward(backend, problem, data.x[k % len(data.x)], weights, state)[:2]
+
+    def call(k: int) -> tuple:
+        (result,) = backend.forward(problem, [LayerRun(data.x[k % len(data.x)], weights, state)])
+        return result.y, result.last
+
+    return call
 
 
 # ---- functions ------------------------------------------------------------------------------------------------------

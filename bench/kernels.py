@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from gpu_rnn.backends import cuda, gpu_common, per_step, triton
 from gpu_rnn.core import arrays
 from gpu_rnn.core.optional_imports import missing, no_gpu
-from gpu_rnn.core.problem import Weights
+from gpu_rnn.core.problem import Grads, Weights
+from gpu_rnn.core.problem import Run as LayerRun
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import Runner, Unit
 
@@ -32,12 +33,12 @@ class LaunchContext(NamedTuple):
 
     run: Runner
     device: persistent.Device
-    held: cuda.Held | None
+    held: cuda.Query | None
     stream: Callable[[Any], AbstractContextManager]
 
 
 def current_device() -> LaunchContext:
-    return LaunchContext(cuda.ready, cuda.device(), cuda.held, cuda.stream_of)
+    return LaunchContext(cuda.prepare_launch, cuda.device(), cuda.max_coresident, cuda.stream_of)
 
 
 class KernelOnly:
@@ -64,7 +65,7 @@ class KernelOnly:
 
     def persistent(self, case: Case) -> tuple[persistent.Residence | None, Any]:
         at = self.context()
-        return cuda.residence_of(case.problem(tf32(case)), at.device, self.backward, at.held)
+        return cuda.persistent_config(case.problem(tf32(case)), at.device, self.backward, at.held)
 
     def prepare(self, case: Case, data: Data) -> tuple[Run, Callable]:
         def stream() -> AbstractContextManager:
@@ -87,36 +88,38 @@ class KernelOnly:
     def loop(self, backward: bool) -> Callable[..., None]:
         """What goes through time in a call."""
         if self.part == "step":
-            return partial(per_step.walk_back if backward else per_step.walk, self.bind)
-        at = self.context()
-        return partial(cuda.walk_back if backward else cuda.walk, at.run, at.device, held=at.held)
+            return partial(per_step.run_backward if backward else per_step.run_forward, self.bind)
+        at, run = self.context(), cuda.run_backward if backward else cuda.run_forward
+        return lambda problem, buffers: run(at.run, at.device, problem, buffers, at.held)
 
     def bind(self, cell: Any, args: Any) -> Callable[..., None]:
         return triton.bind(cell, args) if self.triton else cuda.bind(self.context().run, cell, args)
 
     def call(self, case: Case, data: Data, forward: Callable, backward: Callable) -> tuple:
         """(y, last states[, gradients]) of a call whose time loops are these."""
-        x, how = data.x[0], {"reverse": False, "tf32": tf32(case)}
-        inputs: Any = case.problem().cell, x, Weights(**data.weights), tuple(data.state.values())
-        with arrays.products(x, tf32(case)):
-            y, last, saved = gpu_common.forward(forward, *inputs, **how, save=case.training)
+        run, problem = (
+            LayerRun(data.x[0], Weights(**data.weights), tuple(data.state.values())),
+            case.problem(tf32(case)),
+        )
+        with arrays.matmul_precision(run.x, problem.tf32):
+            ((y, last, _, saved),) = gpu_common.forward(forward, problem, [run])
             if not case.training:
                 return y, last
-            wanted: Any = {"needs": {"x", *data.weights}, **how}
-            grads = gpu_common.backward(backward, *inputs, y, saved, data.dy, data.dlast, **wanted)
+            incoming = [(y, *saved)], [Grads(data.dy, data.dlast)], [{"x", *data.weights}]
+            (grads,) = gpu_common.backward(backward, problem, [run], *incoming)
         return y, last, grads | dict(zip(data.state, grads.pop("state")))
 
     def args(self, case: Case, data: Data) -> Any:
         """The arrays of the time loop."""
         caught: list[Any] = []
-        catch: Any = lambda cell, args: caught.append(args)  # noqa: E731
+        catch: Any = lambda problem, buffers: caught.extend(buffers)  # noqa: E731
         self.call(case, data, self.loop(False) if self.backward else catch, catch)
         return caught[-1 if self.backward else 0]
 
     def launch(self, case: Case, args: Any) -> Callable[[], None]:
         cell, steps, kernels = case.problem().cell, list[tuple](), list[Any]()
         if self.part != "step":
-            plan, ordered = self.persistent(case)[0], cuda.backward_arrays if self.backward else cuda.forward_arrays
+            plan, ordered = self.persistent(case)[0], cuda.backward_args if self.backward else cuda.forward_args
             only, sizes = None if self.part == "sequence" else self.part, (case.T, case.B, case.H)
             how = {"like": args.w_hh, "save": case.training, "only": only}
             return launch_plan(self.context().run, plan, cell, case.dtype, *sizes, ordered(args), **how)
@@ -125,7 +128,7 @@ class KernelOnly:
             kernels[:] = self.bind(cell, args), args  # a kernel has addresses and keeps nothing alive
             return lambda *step: (steps.append(step), kernels[0](*step))
 
-        (per_step.walk_back if self.backward else per_step.walk)(record, cell, args)
+        (per_step.backward_loop if self.backward else per_step.forward_loop)(record, case.problem(), args)
 
         def replay() -> None:
             for step in steps:
@@ -158,7 +161,7 @@ def units(case: Case, names: Sequence[str]) -> set[Unit]:
     if {problems.CUDA, problems.LAYER, problems.KERNEL} & {*names}:
         compiled |= {unit for unit, _ in cuda.kernels_of(problem)}
     for backend, way, part in (problems.KERNELS[name] for name in names if name in problems.KERNELS):
-        plan, _ = cuda.residence_of(problem, cuda.device(), way == "backward")
+        plan, _ = cuda.persistent_config(problem, cuda.device(), way == "backward")
         if backend == "cuda" and part != "step" and plan is not None:
             compiled.add(persistent.compiled(plan, problem.cell, problem.dtype, None if part == "sequence" else part))
     return compiled

@@ -171,7 +171,7 @@ class Kernel(NamedTuple):
     @property
     def plan(self) -> persistent.Residence:
         problem = Problem(cells.get(self.cell), T, B, self.H, self.H, None, self.dtype, "cuda", "torch", tf32=True)
-        plan, why = cuda.residence_of(problem, DEVICE, self.backward)
+        plan, why = cuda.persistent_config(problem, DEVICE, self.backward)
         if plan is None:
             raise ValueError(f"{self} has no persistent kernel: {'; '.join(why)}")
         return plan

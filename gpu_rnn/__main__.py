@@ -75,7 +75,7 @@ class Commands(click.Group):
 def main() -> None:
     """Recurrent layers as fused CUDA and Triton kernels, with NumPy where there is no GPU."""
     try:
-        dispatch.forced()
+        dispatch.requested_backend()
     except ValueError as error:
         raise Refused(f"${dispatch.VARIABLE}: {error}") from error
 
@@ -90,7 +90,7 @@ def info() -> None:
         system.add_row(name, Text(missing(name) or sys.modules[name].__version__))
     for gpu in gpus():
         system.add_row("GPU", Text(gpu))
-    if forced := dispatch.forced():
+    if forced := dispatch.requested_backend():
         system.add_row(f"${dispatch.VARIABLE}", forced)
 
     sample = {place: Problem(cells.get("lstm"), 64, 32, 128, 128, device=place, library=library(place))

@@ -2,13 +2,13 @@
 
 Arrays of other libraries that speak DLPack and the array API, JAX's for one, go in and come out as they are.
 
-One layer, one direction, time-major. Here arguments are checked; what computes is chosen by `dispatch`.
+One layer, one direction, time-major. Here keywords are checked; `validation` checks arrays, `dispatch` chooses what
+computes.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from operator import attrgetter
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -16,15 +16,24 @@ import numpy as np
 from gpu_rnn.kernels import cells
 
 from .backends import dispatch
-from .backends.call_cache import Plan, planned
-from .backends.dispatch import prepared
+from .backends.call_cache import CachedCall, lookup
 from .core import arrays
+from .core.flat_runs import FlatRuns
 from .core.optional_imports import require
-from .core.problem import Around, Options, Weights
-from .core.validation import ShapeError, check_flags, check_words, first_states, shape, told
-from .modifiers.apply import PLAIN, apply
+from .core.problem import Grads, Modifiers, Options, Run, Weights
+from .core.validation import (
+    ShapeError,
+    check_flags,
+    check_words,
+    describe_value,
+    first_states,
+    shape,
+    validate,
+    with_zeros,
+    zero_states,
+)
+from .modifiers.apply import NO_MODIFIERS, apply
 
-LOOK = attrgetter("__class__", "shape", "dtype")
 FLAGS = ("training", "return_states", "coupled", "reset_after")
 NONLINEARITIES = ("tanh", "relu")
 PROJECTED = "gru+projected"
@@ -33,7 +42,7 @@ NORMALIZED_STEP_EXACT = (
 )
 
 
-class AroundKeywords(TypedDict, total=False):
+class ModifierKeywords(TypedDict, total=False):
     """Keywords of every function: modifiers of its cell. docs/modifiers.md has the equations, pictures and sources.
 
     reset: [T, B] bool. Where true, x[t] is the first of an episode of its sequence: nothing of x[:t] reaches y[t:], or
@@ -65,7 +74,7 @@ class AroundKeywords(TypedDict, total=False):
     return_states: bool
 
 
-class GRUKeywords(AroundKeywords, total=False):
+class GRUKeywords(ModifierKeywords, total=False):
     """Keywords of `gru`, in addition to those of every function.
 
     layer_norm: two gains [3*H], of the input and of the recurrent projection, which are normalized: over all units of r
@@ -81,7 +90,7 @@ class GRUKeywords(AroundKeywords, total=False):
     recurrent_dropout_on: str
 
 
-class LSTMKeywords(AroundKeywords, total=False):
+class LSTMKeywords(ModifierKeywords, total=False):
     """Keywords of `lstm`, in addition to those of every function.
 
     peephole: [3*H] weights of the cell state in the gates i, f, o (Gers & Schmidhuber 2000); coupled, [2*H].
@@ -101,7 +110,7 @@ class LSTMKeywords(AroundKeywords, total=False):
 
 def lstm(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, c0=None, reverse=False, backend=None, precision=None,
-    recompute=False, step_exact=False, **around: Unpack[LSTMKeywords],
+    recompute=False, step_exact=False, **modifiers: Unpack[LSTMKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute a long short-term memory over a whole sequence.
 
@@ -129,7 +138,7 @@ def lstm(
             gradients are the same bit for bit (Chen et al. 2016, with one checkpoint per layer).
         step_exact: True makes the results, bit for bit, equal to those of one call per time step with the states passed
             on; the input projection is then one matmul per time step. Not with `layer_norm`.
-        around: modifiers and variants: `LSTMKeywords`.
+        modifiers: modifiers and variants: `LSTMKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and (hT [B, P], cT [B, H]) after the last time step; with return_states also (y, c
@@ -144,12 +153,12 @@ def lstm(
         Weights(w_ih, w_hh, b_ih, b_hh, w_hr),
         Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
     )
-    return structured(sequence("lstm", x, weights, (h0, c0), *wanted(options, around, LSTMKeywords)), 2)
+    return unpack_states(run("lstm", x, weights, (h0, c0), *parse_keywords(options, modifiers, LSTMKeywords)), 2)
 
 
 def gru(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, h0=None, s0=None, reverse=False, backend=None, precision=None,
-    recompute=False, step_exact=False, **around: Unpack[GRUKeywords],
+    recompute=False, step_exact=False, **modifiers: Unpack[GRUKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute a gated recurrent unit over a whole sequence, by default with its reset gate after the recurrent matmul.
 
@@ -165,21 +174,21 @@ def gru(
         w_hh: [3*H, P], P = H without w_hr. b_ih, b_hh: [3*H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projection of the output, P < H, or None. With it the cell has a second state s, as the LSTM has c:
             s_t = (1 - z) n + z s_{t-1}, h_t = w_hr s_t. s0: [B, H] or None for zeros.
-        reverse, backend, precision, recompute, step_exact: as for `lstm`. around: `GRUKeywords`.
+        reverse, backend, precision, recompute, step_exact: as for `lstm`. modifiers: `GRUKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and hT [B, P] after the last time step, or with w_hr (hT, sT [B, H]); with return_states
         also those after every time step. Raises as `lstm`.
     """
     options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
-    weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), named(gru, {"w_hr": w_hr, "s0": s0})
+    weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), cell_name(gru, {"w_hr": w_hr, "s0": s0})
     state = (h0,) if w_hr is None else (h0, s0)
-    return structured(sequence(name, x, weights, state, *wanted(options, around, GRUKeywords)), len(state))
+    return unpack_states(run(name, x, weights, state, *parse_keywords(options, modifiers, GRUKeywords)), len(state))
 
 
 def rnn(
     x, w_ih, w_hh, b_ih=None, b_hh=None, *, w_hr=None, nonlinearity="tanh", h0=None, reverse=False, backend=None,
-    precision=None, recompute=False, step_exact=False, **around: Unpack[AroundKeywords],
+    precision=None, recompute=False, step_exact=False, **modifiers: Unpack[ModifierKeywords],
 ) -> tuple[Any, ...]:  # fmt: skip
     """Compute Elman's recurrent network over a whole sequence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) (Elman
     1990).
@@ -189,7 +198,7 @@ def rnn(
         P = H without w_hr. b_ih, b_hh: [H] or None. h0: [B, P] or None for zeros.
         w_hr: [P, H] projects h_t, as for `lstm`, or None.
         nonlinearity: f, "tanh" or "relu".
-        reverse, backend, precision, recompute, step_exact: as for `lstm`. around: `AroundKeywords`.
+        reverse, backend, precision, recompute, step_exact: as for `lstm`. modifiers: `ModifierKeywords`.
 
     Returns:
         y [T, B, P] every h_t, and hT [B, P] after the last time step; y again with return_states. Raises as `lstm`, and
@@ -197,50 +206,52 @@ def rnn(
     """
     options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
     weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
-    return structured(sequence(elman(nonlinearity), x, weights, (h0,), *wanted(options, around, AroundKeywords)), 1)
+    return unpack_states(
+        run(rnn_cell_name(nonlinearity), x, weights, (h0,), *parse_keywords(options, modifiers, ModifierKeywords)), 1
+    )
 
 
-KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: AroundKeywords}  # of what vjp takes
+KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: ModifierKeywords}  # of what vjp takes
 
 
-def wanted(options: Options, keywords: Any, known: type) -> tuple[Options, Around]:
-    """What a caller's keywords ask for."""
+def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Options, Modifiers]:
+    """Check a caller's keywords, and sort them into options and modifiers."""
     check_flags(reverse=options.reverse, recompute=options.recompute, step_exact=options.step_exact)
     check_words(backend=options.backend, precision=options.precision)
     if not keywords:
-        return options, PLAIN
-    given = dict(keywords)
-    if unknown := given.keys() - known.__annotations__.keys():
+        return options, NO_MODIFIERS
+    values = dict(keywords)
+    if unknown := values.keys() - known.__annotations__.keys():
         names = ", ".join(known.__annotations__)
         raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}; there are {names}")
-    check_flags(**{name: given[name] for name in FLAGS if name in given})
-    seed = given.get("seed")
+    check_flags(**{name: values[name] for name in FLAGS if name in values})
+    seed = values.get("seed")
     if isinstance(seed, bool) or not (seed is None or isinstance(seed, Integral) or hasattr(seed, "dtype")):
-        raise TypeError(f"seed must be an int, or an int64 array [1] where x is; got {told(seed)}")
-    if options.step_exact and given.get("layer_norm") is not None:
+        raise TypeError(f"seed must be an int, or an int64 array [1] where x is; got {describe_value(seed)}")
+    if options.step_exact and values.get("layer_norm") is not None:
         raise ValueError(NORMALIZED_STEP_EXACT)
-    return options._replace(history=given.pop("return_states", False)), Around(**given)
+    return options._replace(history=values.pop("return_states", False)), Modifiers(**values)
 
 
-def structured(results: tuple, S: int) -> tuple[Any, ...]:
-    """y, and everything that there is one of per state as one or as a tuple."""
+def unpack_states(results: tuple, S: int) -> tuple[Any, ...]:
+    """y, and groups with one array per state as that array or as a tuple."""
     y, *groups = results
     return y, *[tuple(group) if S > 1 else group[0] for group in groups]
 
 
-def named(function: Callable, given: Mapping[str, Any]) -> str:
-    """The name of the page that a function's arguments ask for."""
+def cell_name(function: Callable, args: Mapping[str, Any]) -> str:
+    """The name of the cell that a function's arguments select."""
     if function is rnn:
-        return elman(given["nonlinearity"])
-    if function is gru and given["w_hr"] is not None:
+        return rnn_cell_name(args["nonlinearity"])
+    if function is gru and args["w_hr"] is not None:
         return PROJECTED
-    if function is gru and given["s0"] is not None:
+    if function is gru and args["s0"] is not None:
         raise TypeError("s0 is given, but w_hr is None: a GRU has a state of its own only where h is projected")
     return function.__name__
 
 
-def elman(nonlinearity: str) -> str:
-    """The name of the cell's page."""
+def rnn_cell_name(nonlinearity: str) -> str:
+    """The name of the cell of `rnn`."""
     if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
         raise ValueError(f"unknown nonlinearity {nonlinearity!r}; there are 'tanh' and 'relu'")
     return f"rnn_{nonlinearity}"
@@ -261,92 +272,112 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
         raise TypeError(f"vjp differentiates gpu_rnn.lstm, gru, rnn and what gpu_rnn.cell makes, not {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    if foreign(given["x"]):
-        outputs, lent_pullback = vjp(function, *map(lent, bound.args), **{k: lent(a) for k, a in bound.kwargs.items()})
-        return returned(outputs, like=given["x"]), lambda d: returned(lent_pullback(lent(d)), like=given["x"])
-    if arrays.library(given["x"], "x") == "torch":
-        from .autograd.custom_ops import refuse_watched
+    values = bound.arguments
+    if is_dlpack_array(values["x"]):
+        keywords = {label: from_dlpack(value) for label, value in bound.kwargs.items()}
+        outputs, pullback_borrowed = vjp(function, *map(from_dlpack, bound.args), **keywords)
+        results = to_library_of(outputs, like=values["x"])
+        return results, lambda d: to_library_of(pullback_borrowed(from_dlpack(d)), like=values["x"])
+    if arrays.library(values["x"], "x") == "torch":
+        from .autograd.custom_ops import refuse_if_observed
 
-        refuse_watched("gpu_rnn.vjp", "use torch.func.vjp, or torch.autograd.grad, of the function itself")
-    name = named(function, given)
-    weights = Weights(*(given.get(field) for field in Weights._fields))
+        refuse_if_observed("gpu_rnn.vjp", "use torch.func.vjp, or torch.autograd.grad, of the function itself")
+    name = cell_name(function, values)
+    weights = Weights(*(values.get(field) for field in Weights._fields))
     cell = cells.get(name)
-    initial = {label: given[label] for label in first_states(cell)}
-    options = Options(**{field: given[field] for field in Options._fields if field in given})
-    options, around = wanted(options, given["around"], KEYWORDS[function])
-    applied = apply(name, given["x"], weights, around, options.reverse)
-    called = applied.x, applied.weights
-    backend, problem, state = prepared(applied.name, *called, (*initial.values(),), options, not options.recompute)
-    y, after, tape = dispatch.forward(backend, problem, *called, state)
-    results = applied.results(y, after, cell.S, options.history)
-    there = {"x": True} | applied.weights._asdict()  # normalized, a call has fewer than it was given
-    needs = {label for label, array in there.items() if array is not None and given.get(label) is not None}
-    needs |= {"units"} if applied.parts else set()
+    initial = {label: values[label] for label in first_states(cell)}
+    options = Options(**{field: values[field] for field in Options._fields if field in values})
+    options, modifiers = parse_keywords(options, values["modifiers"], KEYWORDS[function])
+    modified = apply(name, values["x"], weights, modifiers, options.reverse)
+    call_run = Run(modified.x, modified.weights, (*initial.values(),), options.reverse)
+    call = make_call(modified.name, call_run, options, training=not options.recompute)
+    runs = with_zeros([call_run], call.zeros, call_run.x) if call.zeros else [call_run]
+    (result,) = call.backend.forward(call.problem, runs)
+    outputs = modified.unpack(result.y, (*result.last, *result.history), cell.S, options.history)
+    present = {"x": True} | modified.weights._asdict()  # normalized, a call has fewer than its caller gave
+    needs = {label for label, array in present.items() if array is not None and values.get(label) is not None}
+    needs |= {"units"} if modified.sources else set()
 
     def pullback(doutputs: Any) -> dict[str, Any]:
         if not isinstance(doutputs, (tuple, list)):
             raise TypeError(f"expected a tuple, a gradient for each output; got {type(doutputs).__name__}")
-        if len(doutputs) != len(results):
-            raise ShapeError(f"there are {len(results)} outputs, but {len(doutputs)} gradients were given")
+        if len(doutputs) != len(outputs):
+            raise ShapeError(f"there are {len(outputs)} outputs, but {len(doutputs)} gradients were given")
         labels: tuple[Any, ...] = "y", [letter + "T" for letter in cell.states], [*cell.states]
-        dy, *rest = map(of_output, labels, results, doutputs)
+        dy, *rest = map(check_output_grad, labels, outputs, doutputs)
         dlast, dstates = (*rest, [0.0])[:2]
-        dy, *dhistory = map(applied.shown, [dy + dstates[0], *dstates[1:]])
-        gradients = dispatch.backward(backend, problem, *called, state, y, tape, dy, (*dlast, *dhistory), needs)
+        dy, *dhistory = map(modified.mask_outputs, [dy + dstates[0], *dstates[1:]])
+        saved = (result.y, *result.saved) if result.saved else ()
+        grads = Grads(dy, tuple(dlast), tuple(dhistory))
+        (gradients,) = dispatch.backward(call.backend, call.problem, runs, [saved], [grads], [needs])
         states = zip(initial, gradients.pop("state"), strict=True)
-        return applied.pulled(gradients) | {label: dstate for label, dstate in states if initial[label] is not None}
+        return modified.vjp(gradients) | {label: dstate for label, dstate in states if initial[label] is not None}
 
-    return structured(results, cell.S), pullback
+    return unpack_states(outputs, cell.S), pullback
 
 
-def of_output(label: str | list[str], output: Any, gradient: Any) -> Any:
+def check_output_grad(label: str | list[str], output: Any, gradient: Any) -> Any:
     """The gradient of an output, or those of several in a list, with zeros for None; or an error."""
     if isinstance(label, list):
-        given = gradient if isinstance(gradient, (tuple, list)) else [gradient]
+        gradients = gradient if isinstance(gradient, (tuple, list)) else [gradient]
         if gradient is None:
-            given = [None] * len(label)
-        if len(given) != len(label):
+            gradients = [None] * len(label)
+        if len(gradients) != len(label):
             states = ", ".join(label)
-            raise ShapeError(f"there are {len(label)} states ({states}), but {len(given)} gradients were given")
-        return [*map(of_output, label, output, given)]
+            raise ShapeError(f"there are {len(label)} states ({states}), but {len(gradients)} gradients were given")
+        return [*map(check_output_grad, label, output, gradients)]
     if gradient is None:
         return arrays.zeros(tuple(output.shape), like=output)
-    found, wanted = (" ".join((arrays.library(a), arrays.dtype(a), arrays.device(a))) for a in (gradient, output))
-    if found != wanted:
-        raise TypeError(f"the gradient of {label} is {found}, but {label} is {wanted}")
+    actual, expected = (" ".join((arrays.library(a), arrays.dtype(a), arrays.device(a))) for a in (gradient, output))
+    if actual != expected:
+        raise TypeError(f"the gradient of {label} is {actual}, but {label} is {expected}")
     if tuple(gradient.shape) != tuple(output.shape):
         raise ShapeError(f"the gradient of {label} {shape(output)} has shape {shape(gradient)}")
     return gradient
 
 
-# ---- the way down ---------------------------------------------------------------------------------------------------
+# ---- One call -------------------------------------------------------------------------------------------------------
 
 
-def sequence(
-    name: str, x: Any, weights: Weights, state: tuple, options: Options, around: Around = PLAIN
+def run(
+    name: str, x: Any, weights: Weights, state: tuple, options: Options, modifiers: Modifiers = NO_MODIFIERS
 ) -> tuple[Any, ...]:
     """Check, choose, run. `state` has an entry for each of the cell's, None for zeros.
 
-    -> y, the states after; with a history also the states after every instant
+    -> y, the states after; with a history also the states after every time step
     """
-    if around is PLAIN and type(x) is np.ndarray:
-        plan = planned((name, options), LOOK, (x, *weights, *state), Plan.of, name, x, weights, state, options)
-        if plan is not None:
-            return dispatch.forward(plan.backend, plan.problem, x, weights, plan.filled(x, state))[:2]
-    if foreign(x):
-        given = (lent(x), Weights(*map(lent, weights)), tuple(map(lent, state)))
-        return returned(sequence(name, *given, options, Around(*map(lent, around))), like=x)
-    tensors = arrays.library(x, "x") == "torch"
-    if tensors:
+    if modifiers is NO_MODIFIERS and type(x) is np.ndarray:
+        return run_arrays(name, Run(x, weights, state, options.reverse), options, "numpy")
+    if is_dlpack_array(x):
+        args = from_dlpack(x), Weights(*map(from_dlpack, weights)), tuple(map(from_dlpack, state))
+        return to_library_of(run(name, *args, options, Modifiers(*map(from_dlpack, modifiers))), like=x)
+    library = arrays.library(x, "x")
+    if library == "torch":
         from .autograd import eager  # first: torch.compile then knows what it needn't look into
-    applied = apply(name, x, weights, around, options.reverse)
-    if tensors:
-        y, after = eager.sequence(applied.name, applied.x, applied.weights, state, options)
+    modified = apply(name, x, weights, modifiers, options.reverse)
+    single = Run(modified.x, modified.weights, state, options.reverse)
+    if library == "torch":
+        ((y, after),) = eager.run(modified.name, [single], options)
     else:
-        backend, problem, filled = prepared(applied.name, applied.x, applied.weights, state, options, training=False)
-        y, after, _ = dispatch.forward(backend, problem, applied.x, applied.weights, filled)
-    return applied.results(y, after, len(state), options.history)
+        y, after = run_arrays(modified.name, single, options, library)
+    return modified.unpack(y, after, len(state), options.history)
+
+
+def run_arrays(name: str, run: Run, options: Options, library: str) -> tuple[Any, tuple]:
+    """Run NumPy or CuPy arrays -> y, the states after, then their history."""
+    tensors = run.x, *run.weights, *run.state
+    call = lookup((name, options), library, tensors, make_call, name, run, options)
+    assert call is not None
+    runs = with_zeros([run], call.zeros, run.x) if call.zeros else [run]
+    ((y, last, history, _),) = call.backend.forward(call.problem, runs)
+    return y, last + history
+
+
+def make_call(name: str, run: Run, options: Options, training: bool = False) -> CachedCall:
+    """Check that everything fits, and choose."""
+    problem = validate(name, [run], options, training)
+    backend = dispatch.choose(problem, options.backend)
+    return CachedCall(backend, problem, FlatRuns.of([run]), zero_states(problem, [run]))
 
 
 # ---- other libraries' arrays ----------------------------------------------------------------------------------------
@@ -356,25 +387,25 @@ CPU = 1  # DLPack's kDLCPU
 KNOWN = ("numpy", "torch", "cupy")
 
 
-def foreign(x: Any) -> bool:
+def is_dlpack_array(x: Any) -> bool:
     root = type(x).__module__.partition(".")[0]
     return root not in KNOWN and hasattr(x, "__dlpack_device__") and hasattr(x, "__array_namespace__")
 
 
-def lent(given: Any) -> Any:
-    """Foreign arrays, and those in tuples, as NumPy's or torch's; all else as it is."""
-    if isinstance(given, (tuple, list)):
-        return tuple(map(lent, given))
-    if not foreign(given):
-        return given
-    on_cpu = given.__dlpack_device__()[0] == CPU
-    return (np if on_cpu else require("torch", "an array on a GPU")).from_dlpack(given)
+def from_dlpack(value: Any) -> Any:
+    """Other libraries' arrays, and those in tuples, as NumPy's or torch's; all else as it is."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(from_dlpack, value))
+    if not is_dlpack_array(value):
+        return value
+    on_cpu = value.__dlpack_device__()[0] == CPU
+    return (np if on_cpu else require("torch", "an array on a GPU")).from_dlpack(value)
 
 
-def returned(results: Any, like: Any) -> Any:
+def to_library_of(results: Any, like: Any) -> Any:
     """Arrays, and those in tuples and dicts, as the library's of `like`."""
     if isinstance(results, tuple):
-        return tuple(returned(result, like) for result in results)
+        return tuple(to_library_of(result, like) for result in results)
     if isinstance(results, dict):
-        return {label: returned(result, like) for label, result in results.items()}
+        return {label: to_library_of(result, like) for label, result in results.items()}
     return like.__array_namespace__().from_dlpack(results)

@@ -8,10 +8,10 @@ from itertools import cycle
 import numpy as np
 
 from gpu_rnn.backends import call_cache, cuda, gpu_common, numpy, per_step
-from gpu_rnn.core.problem import Direction
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda.launch import Launch, Unit
 
+from . import calls
 from .conftest import sequence_arrays
 from .cuda_emulator import runtime
 
@@ -23,8 +23,8 @@ def compiled(unit: Unit, sanitizer=None) -> runtime.Library:
     return runtime.compile([runtime.Source(unit.kernels.name, unit.source)], dict(unit.defines), sanitizer)
 
 
-def ready(launch: Launch, sanitizer=None):
-    """The twin of the CUDA backend's `ready`."""
+def prepare_launch(launch: Launch, sanitizer=None):
+    """The CUDA backend's `prepare_launch`, on the CPU."""
     library = compiled(launch.unit, sanitizer)
 
     def repeat(*more):
@@ -55,32 +55,26 @@ def passed(kind: str, value):
 def in_place_of_numpy(monkeypatch, device) -> None:
     """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
 
-    def forward(cell, x, weights, state, *, reverse, tf32=False, save, step_exact=False):
-        walk, direction = partial(cuda.walk, ready, device), Direction(x, weights, state, reverse)
-        (found,) = gpu_common.forwards(walk, cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
-        return found
+    def forward(problem, runs):
+        return gpu_common.forward(partial(cuda.run_forward, prepare_launch, device), problem, runs)
 
-    def backward(cell, x, weights, state, y, tape, dy, dlast, dhistory=(), *, reverse, tf32=False, needs):
-        walk, direction = partial(cuda.walk_back, ready, device), Direction(x, weights, state, reverse)
-        recorded = y, tape, dy, dlast, dhistory
-        (found,) = gpu_common.backwards(walk, cell, [direction], [recorded], tf32=tf32, needs=[needs])
-        return found
+    def backward(problem, *args):
+        return gpu_common.backward(partial(cuda.run_backward, prepare_launch, device), problem, *args)
 
-    monkeypatch.delattr(numpy, "LAYERED")
-    monkeypatch.setattr(call_cache, "PLANS", {})  # which were made of what NumPy takes
-    for function in (forward, backward, gpu_common.history, gpu_common.factors):
+    monkeypatch.setattr(call_cache, "CACHE", {})  # of calls that NumPy serves
+    for function in (forward, backward, gpu_common.saved_shapes, gpu_common.gemm_operands):
         monkeypatch.setattr(numpy, function.__name__, function)
 
 
 def main() -> None:
     """The LSTM, ragged and aligned, under the sanitizer named; without torch, which is slow to load there."""
-    bind = partial(cuda.bind, partial(ready, sanitizer=sys.argv[1]))
+    bind = partial(cuda.bind, partial(prepare_launch, sanitizer=sys.argv[1]))
     cell = cells.get("lstm")
     for H in (3, 8):
         x, weights, state = sequence_arrays(np.random.default_rng(1), "lstm", 2, 3, 2, H, dtype=np.float32)
-        step, grad = partial(per_step.walk, bind), partial(per_step.walk_back, bind)
-        y, last, tape = gpu_common.forward(step, cell, x, weights, state, reverse=False, save=True)
-        gpu_common.backward(grad, cell, x, weights, state, y, tape, y, last, reverse=False, needs={"w_hh"})
+        step, grad = partial(per_step.run_forward, bind), partial(per_step.run_backward, bind)
+        y, last, saved = calls.forward(partial(gpu_common.forward, step), cell, x, weights, state, save=True)
+        calls.backward(partial(gpu_common.backward, grad), cell, x, weights, state, y, saved, y, last, needs={"w_hh"})
 
 
 if __name__ == "__main__":

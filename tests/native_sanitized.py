@@ -12,6 +12,7 @@ from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import weave
 
+from . import calls
 from .conftest import sequence_arrays
 
 SANITIZERS = {"address": ("-fsanitize=address,undefined",), "thread": ("-fsanitize=thread",)}
@@ -34,9 +35,9 @@ def run(name, options, T, B, I, H, P, reverse):
         rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8) if cell.flags else None,
         np.array([7]) if cell.uniforms else None,
     )
-    y, last, tape = native.forward(cell, x, weights, state, reverse=reverse, save=True)
-    native.forward(cell, x, weights, state, reverse=reverse, save=False)
-    native.backward(cell, x, weights, state, y, tape, y, last, reverse=reverse, needs={"b_ih"})
+    y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=True)
+    calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=False)
+    calls.backward(native.backward, cell, x, weights, state, y, tape, y, last, reverse=reverse, needs={"b_ih"})
 
 
 def main():

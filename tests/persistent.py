@@ -18,7 +18,7 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.codegen import cpp as pages
 from gpu_rnn.kernels.cuda import persistent
 
-from . import cuda_on_cpu
+from . import calls, cuda_on_cpu
 from .cuda_emulator import runtime
 
 CUDA = Path(persistent.__file__).parent
@@ -168,7 +168,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
 
     weights = Weights(np.eye(G * H), R, None, b_hh, units=None if units is None else units.astype(float))
     x, state = xg.reshape(T, B, G * H), (h0, *others0)
-    exact, last, tape = oracle.forward(cell, x, weights, state, reverse=case.reverse, save=True)
+    exact, last, tape = calls.forward(oracle.forward, cell, x, weights, state, reverse=case.reverse, save=True)
     scale = EPSILON[case.dtype] * math.sqrt(T)
     found = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
     final = others[(0 if case.reverse else T) if case.save else 0]
@@ -185,7 +185,8 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
 
-    gradients = oracle.backward(
+    gradients = calls.backward(
+        oracle.backward,
         cell,
         x,
         weights,

@@ -8,7 +8,7 @@ import torch
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 
-from . import judge
+from . import calls, judge
 from .conftest import sequence_arrays
 from .tolerance import assert_close
 
@@ -38,19 +38,22 @@ class Case(NamedTuple):
         state, dlast = tuple(map(function, self.state)), tuple(map(function, self.dlast))
         return self._replace(x=function(self.x), weights=weights, state=state, dy=function(self.dy), dlast=dlast)
 
-    def run(self, forward, backward):
-        """-> every result by name, from one forward and two backward runs over the same tape, which must agree."""
+    def run(self, forward, backward, tf32=False):
+        """-> every result by name, from one forward and two backward runs on the same saved arrays, which must agree.
+
+        forward, backward: a backend's operations.
+        """
         given = (self.cell, self.x, self.weights, self.state)
-        y, last, tape = forward(*given, reverse=self.reverse, save=True)
+        y, last, saved = calls.forward(forward, *given, reverse=self.reverse, save=True, tf32=tf32)
         results = {"y": y} | {f"{letter}T": array for letter, array in zip(self.cell.states, last, strict=True)}
+        how = {"reverse": self.reverse, "needs": self.needs, "tf32": tf32}
         gradients, again = (
-            named(self, backward(*given, y, tape, self.dy, self.dlast, reverse=self.reverse, needs=self.needs))
-            for _ in range(2)
+            named(self, calls.backward(backward, *given, y, saved, self.dy, self.dlast, **how)) for _ in range(2)
         )
         for name, gradient in gradients.items():
             assert np.array_equal(wide(gradient), wide(again[name])), f"{name}: backward is repeatable"
-        unsaved, unsaved_last, tape = forward(*given, reverse=self.reverse, save=False)
-        assert tape == ()
+        unsaved, unsaved_last, nothing = calls.forward(forward, *given, reverse=self.reverse, save=False, tf32=tf32)
+        assert nothing == ()
         for ours, theirs in zip((y, *last), (unsaved, *unsaved_last), strict=True):
             assert np.array_equal(wide(ours), wide(theirs)), "inference and training agree bit for bit"
         return results | gradients

@@ -20,7 +20,7 @@ from bench.implementations import IMPLEMENTATIONS, Implementation, plan_of
 from bench.problems import NN, NUMPY, Case
 from bench.worker import Worker
 from gpu_rnn import functional
-from gpu_rnn.backends import cuda, dispatch
+from gpu_rnn.backends import call_cache, cuda, dispatch, numpy
 from gpu_rnn.core.optional_imports import no_gpu
 from gpu_rnn.kernels.cuda import persistent
 
@@ -210,11 +210,14 @@ def test_several_layers():
 def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
     """Either way for itself, of the very call that is timed."""
     asked = []
-    monkeypatch.setattr(dispatch, "stacks", lambda backend, problem, *, backward: asked.append(backward))
+    monkeypatch.setattr(cuda, "fuses_layers", lambda problem, backward: asked.append(backward))
+    monkeypatch.setattr(numpy, "fuses_layers", lambda *args: cuda.fuses_layers(*args))  # serves here
+    monkeypatch.setattr(call_cache, "CACHE", {})
     expected = {problems.LAYER: [False, True], problems.PER_LAYER: [], problems.PER_LAYER_BACKWARD: [False]}
     for name in expected:
         run = IMPLEMENTATIONS[name].prepare(replace(TRAINING, L=2), Data(replace(TRAINING, L=2)))
         asked.clear()
+        call_cache.CACHE.clear()
         with torch.enable_grad():
             run(0)
         assert asked == expected[name]
@@ -288,7 +291,7 @@ HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_
 
 def on_cpu(backend, way, part):
     """A kernel of ours, on the CPU, as an H200 would have it."""
-    place = kernels.LaunchContext(cuda_on_cpu.ready, persistent.DEVICES["h200"], None, lambda x: nullcontext())
+    place = kernels.LaunchContext(cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"], None, lambda x: nullcontext())
     return kernels.KernelOnly(backend, way, part, lambda: place)
 
 

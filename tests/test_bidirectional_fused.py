@@ -9,13 +9,13 @@ from hypothesis import given, settings
 
 import gpu_rnn
 from bench import nvrtc
-from gpu_rnn.backends import cuda, dispatch, gpu_common
-from gpu_rnn.core.problem import Direction, Problem
+from gpu_rnn.backends import cuda, dispatch, gpu_common, protocol
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
-from . import cuda_on_cpu, reference_modifiers, sequences
+from . import calls, cuda_on_cpu, reference_modifiers, sequences
 from .cuda_emulator import runtime
 from .test_persistent_config import ARCHITECTURES, COMPILATIONS, DEVICES, any_plan, launches, planned, problems, stored
 
@@ -33,27 +33,29 @@ class Walks:
 
     def __init__(self, device):
         self.launched = []
-        self.walk, self.walk_back = (partial(walk, self.ready, device) for walk in (cuda.walk, cuda.walk_back))
+        self.walk, self.walk_back = (
+            partial(walk, self.ready, device) for walk in (cuda.run_forward, cuda.run_backward)
+        )
 
     def ready(self, launch):
         self.launched.append((launch.kernel, dict(launch.unit.defines).get("DIRECTIONS")))
-        return cuda_on_cpu.ready(launch)
+        return cuda_on_cpu.prepare_launch(launch)
 
     def run(self, cases, tf32, *, together):
         """-> every result of each case by name, in training and in inference."""
-        directions = [Direction(case.x, case.weights, case.state, case.reverse) for case in cases]
-        cell, needs = cases[0].cell, [case.needs for case in cases]
+        cell = cases[0].cell
         turns = [range(len(cases))] if together else [[k] for k in range(len(cases))]
         results = []
         for turn in turns:
-            these = [directions[k] for k in turn]
-            unsaved = gpu_common.forwards(self.walk, cell, these, tf32=tf32, save=False)
-            found = gpu_common.forwards(self.walk, cell, these, tf32=tf32, save=True)
-            recorded = [(y, tape, cases[k].dy, cases[k].dlast, ()) for k, (y, _, tape) in zip(turn, found)]
-            gradients = gpu_common.backwards(
-                self.walk_back, cell, these, recorded, tf32=tf32, needs=[needs[k] for k in turn]
+            these = [cases[k] for k in turn]
+            run_forward, run_backward = (
+                partial(whole, walk)
+                for whole, walk in ((gpu_common.forward, self.walk), (gpu_common.backward, self.walk_back))
             )
-            for k, (y, last, _), (inferred, *_), each in zip(turn, found, unsaved, gradients):
+            unsaved = calls.forward_many(run_forward, these, tf32=tf32, save=False)
+            found = calls.forward_many(run_forward, these, tf32=tf32)
+            gradients = calls.backward_many(run_backward, these, found, tf32=tf32)
+            for k, (y, last, *_), (inferred, *_), each in zip(turn, found, unsaved, gradients):
                 assert torch.equal(y, inferred), "inference and training agree bit for bit"
                 states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
                 results.append({"y": y} | states | sequences.named(cases[k], each))
@@ -169,13 +171,13 @@ def test_the_driver_is_asked_about_both():
         asked.append(plan.directions)
         return 132 if plan.scope == "grid" and plan.directions == 1 else 16
 
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
     arguments = cells.get("gru"), "bfloat16", 1024, 8, 2, device, False, True
-    plan, why = cuda.plan_of(*arguments, held)
+    plan, why = cuda.config_of(*arguments, held)
     assert (plan.directions, asked) == (1, [1, 2])
     assert why == ("grid scope: needs 128 blocks co-resident, but the CUDA driver reports 16",)
-    cuda.plan_of.cache_clear()
-    assert cuda.plan_of(*arguments, lambda *_: 132)[0].directions == 2
+    cuda.config_of.cache_clear()
+    assert cuda.config_of(*arguments, lambda *_: 132)[0].directions == 2
 
 
 def test_explain_tells_both_from_one_after_the_other(monkeypatch):
@@ -209,22 +211,22 @@ def test_compiles_without_spills(problem, arch, backward):
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """The NumPy backend, as if it could run several directions at once; notes how many."""
+    """The NumPy backend; notes how many runs it is called with at once, but not those that it runs in turn."""
     backend, noted = dispatch.backend("numpy"), []
+    forward, backward = backend.forward, backend.backward
 
-    def forwards(cell, directions, *, tf32, save, step_exact):
-        noted.append(("forward", len(directions), save))
-        return [backend.forward(cell, *given, reverse=reverse, tf32=tf32, save=save) for *given, reverse in directions]
+    def noting_forward(problem, runs):
+        noted.append(("forward", len(runs), problem.saves))
+        return forward(problem, runs)
 
-    def backwards(cell, directions, recorded, *, tf32, needs):
-        noted.append(("backward", len(directions)))
-        return [
-            backend.backward(cell, *given, *kept, reverse=reverse, tf32=tf32, needs=wanted)
-            for (*given, reverse), kept, wanted in zip(directions, recorded, needs)
-        ]
+    def noting_backward(problem, runs, *args):
+        noted.append(("backward", len(runs)))
+        return backward(problem, runs, *args)
 
-    monkeypatch.setattr(backend, "forwards", forwards, raising=False)
-    monkeypatch.setattr(backend, "backwards", backwards, raising=False)
+    monkeypatch.setattr(backend, "forward_in_turn", lambda _, *args: protocol.forward_in_turn(forward, *args))
+    monkeypatch.setattr(backend, "backward_in_turn", lambda _, *args: protocol.backward_in_turn(backward, *args))
+    monkeypatch.setattr(backend, "forward", noting_forward)
+    monkeypatch.setattr(backend, "backward", noting_backward)
     return noted
 
 
@@ -284,6 +286,6 @@ def test_transforms_go_one_after_the_other(at_once):
     layer = gpu_rnn.LSTM(2, 3, bidirectional=True, dtype=torch.float64)
     x = torch.randn(4, 2, 2, dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda x: layer(x)[0])(x)
-    assert not at_once
+    assert {noted[1] for noted in at_once} == {1}
     expected = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)
     torch.testing.assert_close(jacobian, expected, rtol=1e-12, atol=1e-14)

@@ -20,9 +20,12 @@ from torch.nn.utils import parametrizations, prune
 import gpu_rnn
 from gpu_rnn import BackendError, ShapeError, functional
 from gpu_rnn.autograd import eager
-from gpu_rnn.backends import call_cache, numpy
+from gpu_rnn.backends import call_cache, dispatch
+from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.nn import base
 
+from . import cuda_on_cpu
+from .cuda_emulator import runtime
 from .test_layers import CELLS, LAYERS, flat
 
 KINDS = [*LAYERS, *CELLS]
@@ -32,7 +35,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(21)
-    monkeypatch.setattr(call_cache, "PLANS", {})
+    monkeypatch.setattr(call_cache, "CACHE", {})
 
 
 def made(kind, dtype=torch.float32, **options):
@@ -48,8 +51,18 @@ def made(kind, dtype=torch.float32, **options):
 
 def the_long_way(call):
     with pytest.MonkeyPatch.context() as patch:
-        for module in (base, eager, functional):
-            patch.setattr(module, "planned", lambda *given: None)
+        patch.setattr(base, "lookup", lambda *args: None)
+        for module in (eager, functional):
+            patch.setattr(module, "lookup", lambda settings, library, arrays, make, *args: make(*args))
+        return call()
+
+
+def without_checks(call):
+    """A call that may neither check its arrays nor choose a backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (eager, functional):
+            patch.setattr(module, "validate", lambda *args, **options: pytest.fail("it was checked again"))
+        patch.setattr(dispatch, "choose", lambda *args: pytest.fail("a backend was chosen again"))
         return call()
 
 
@@ -80,18 +93,17 @@ def assert_seen(call):
 
 
 def made_plans():
-    return [plan for plan in call_cache.PLANS.values() if plan is not None]
+    return [plan for plan in call_cache.CACHE.values() if plan is not None]
 
 
 @every
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_second_call_asks_nobody_again(kind, given, grad, monkeypatch):
+def test_a_second_call_asks_nobody_again(kind, given, grad):
     layer, x, hx = made(kind)
     with torch.set_grad_enabled(grad):
         expected = flat(layer(x, hx if given else None))
-        monkeypatch.setattr(call_cache, "prepared", lambda *_: pytest.fail("it was asked again"))
-        found = flat(layer(x, hx if given else None))
+        found = flat(without_checks(lambda: layer(x, hx if given else None)))
     assert all(map(torch.equal, found, expected))
     assert all(y.requires_grad == grad for y in found)
     assert len({y.data_ptr() for y in [*found, *expected]}) == len(found) + len(expected)
@@ -193,7 +205,7 @@ def test_another_size_of_the_projection(kind):
 def test_a_frozen_layer_thaws(kind):
     layer, x, hx = made(kind)
     layer.requires_grad_(False)
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     assert not any(y.requires_grad for y in flat(layer(x, hx)))
     parameter(layer)[1].requires_grad_()
     assert_seen(lambda: layer(x, hx))
@@ -295,7 +307,7 @@ def test_the_environment_is_asked_every_time(kind, monkeypatch):
 @every
 def test_gradients_are_switched_on(kind):
     layer, x, hx = made(kind)
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     with torch.no_grad():
         layer(x, hx)
     assert all(requires for _, _, requires, _ in assert_seen(lambda: layer(x, hx)))
@@ -390,17 +402,16 @@ def test_first_and_second_derivatives(kind, recompute):
             assert torch.equal(b, c)
 
 
+@pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 @pytest.mark.parametrize("kind", LAYERS)
-def test_states_lose_their_axis_for_a_backend_that_wants_none(kind, monkeypatch):
+def test_states_keep_their_axis_of_layers_on_a_gpu_backend(kind, monkeypatch):
     layer, x, hx = made(kind)
     expected = flat(layer(x, hx))
-    call_cache.PLANS.clear()
-    monkeypatch.delattr(numpy, "LAYERED")
-    monkeypatch.setattr(numpy, "by_row", numpy.to_numpy)
+    cuda_on_cpu.in_place_of_numpy(monkeypatch, persistent.DEVICES["h200"])
     for first in (hx, None):
         assert_seen(lambda first=first: layer(x, first))
-    assert all(map(torch.equal, flat(layer(x, hx)), expected))
-    assert all(plan.squeezed for plan in made_plans())
+    for ours, numpys in zip(flat(layer(x, hx)), expected, strict=True):
+        torch.testing.assert_close(ours, numpys)
     sum(y.sum() for y in flat(layer(x, hx))).backward()
 
 
@@ -433,11 +444,11 @@ def test_layers_weights_and_inputs_are_let_go(kind):
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch):
     layer, _, _ = made("GRU")
-    monkeypatch.setattr(call_cache, "MOST_PLANS", 5)
+    monkeypatch.setattr(call_cache, "MAX_CALLS", 5)
     for B in range(1, 20):
         x = torch.randn(1, B, 4)
         assert_seen(lambda x=x: layer(x))
-        assert len(call_cache.PLANS) <= 5
+        assert len(call_cache.CACHE) <= 5
 
 
 def test_a_refused_call_is_refused_again():
@@ -445,7 +456,7 @@ def test_a_refused_call_is_refused_again():
     for _ in range(2):
         with pytest.raises(ShapeError, match="input"):
             layer(x[..., :3])
-    assert all(plan is not None for plan in call_cache.PLANS.values())
+    assert all(plan is not None for plan in call_cache.CACHE.values())
 
 
 def test_threads_share_plans_and_nothing_else():
@@ -477,11 +488,10 @@ def test_swapped_modules_and_hooks(kind):
     torch.testing.assert_close(flat(ours(x))[0], the_long_way(lambda: flat(ours(x)))[0])
 
 
-def test_a_step_is_such_a_call(monkeypatch):
+def test_a_step_is_such_a_call():
     layer, x, hx = made("LSTM")
     expected = flat(layer(x, hx))
-    monkeypatch.setattr(call_cache, "prepared", lambda *_: pytest.fail("it was asked again"))
-    y, after = layer.step(x[0], hx)
+    y, after = without_checks(lambda: layer.step(x[0], hx))
     assert all(map(torch.equal, [y[None], *after], expected))
 
 
@@ -507,12 +517,11 @@ def given(kind, library, dtype="float32"):
 @library
 @function
 @pytest.mark.parametrize("without", [(), ("h0",), ("b_ih", "b_hh"), ("c0",)], ids=" ".join)
-def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without, monkeypatch):
+def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without):
     run, named = given(kind, library)
     named = {name: array for name, array in named.items() if name not in without}
     expected = each(run(**named))
-    monkeypatch.setattr(call_cache, "prepared", lambda *_: pytest.fail("it was asked again"))
-    found = each(run(**named))
+    found = each(without_checks(lambda: run(**named)))
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))
     outputs = [np.asarray(y) for y in [*found, *expected]]
     assert not any(np.shares_memory(a, b) for k, a in enumerate(outputs) for b in outputs[:k])
@@ -605,7 +614,7 @@ def test_a_function_under_autograd(kind, recompute):
     def call(*tensors):
         return tuple(each(run(**dict(zip(names, tensors)), recompute=recompute)))
 
-    call_cache.PLANS.clear()
+    call_cache.CACHE.clear()
     with torch.no_grad():
         call(*tensors)
     assert all(requires for _, _, requires, _ in assert_seen(lambda: call(*tensors)))

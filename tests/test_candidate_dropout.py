@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import gpu_rnn
 from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
-from gpu_rnn.backends.two_pass import Phased
+from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import weave
 from gpu_rnn.kernels.cuda import persistent
@@ -25,8 +25,8 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def check(made, forward, backward):
-    backend = SimpleNamespace(forward=forward, backward=backward, factors=gpu_common.factors)
-    backend = Phased(backend) if made.case.cell.phases else backend
+    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
+    backend = TwoPass(backend) if made.case.cell.phases else backend
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
@@ -39,23 +39,23 @@ def test_numpy(name, options):
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         reference_modifiers.drawn(name, OPTIONS, "float32", 5, 3, 4, 6, reverse=name == "gru"),
-        partial(gpu_common.forward, partial(per_step.walk, bind)),
-        partial(gpu_common.backward, partial(per_step.walk_back, bind)),
+        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
+        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
     )
 
 
 @on_host_runtime
 @EVERY
 def test_cuda_resident(name, monkeypatch):
-    monkeypatch.setattr(per_step, "walk", None)
+    monkeypatch.setattr(per_step, "run_forward", None)
     on = persistent.DEVICES["h200"]
     check(
         reference_modifiers.drawn(name, OPTIONS, "bfloat16", 5, 9, 4, 20),
-        partial(gpu_common.forward, partial(cuda.walk, cuda_on_cpu.ready, on)),
-        partial(gpu_common.backward, partial(cuda.walk_back, cuda_on_cpu.ready, on)),
+        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
+        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
     )
 
 

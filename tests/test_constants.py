@@ -41,10 +41,10 @@ def test_every_operation_in_numpy(dtype, forgotten, monkeypatch):
 def test_every_operation_in_cuda(dtype, forgotten, monkeypatch):
     constants.define(monkeypatch)
     made = reference_modifiers.drawn("constants", {}, dtype, 5, 3, 4, 6)
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     forward, backward = (
         partial(whole, partial(walk, bind))
-        for whole, walk in ((gpu_common.forward, per_step.walk), (gpu_common.backward, per_step.walk_back))
+        for whole, walk in ((gpu_common.forward, per_step.run_forward), (gpu_common.backward, per_step.run_backward))
     )
     constants.check(made, made.case.mapped(torch.Tensor.numpy).run(forward, backward), dtype)
 
@@ -66,7 +66,7 @@ def test_every_operation_in_second_derivatives(forgotten, monkeypatch):
     def layer(x):
         given = gpu_rnn.functional.Weights(w_ih, w_hh, b_ih, b_hh)
         options = gpu_rnn.functional.Options()
-        return gpu_rnn.functional.sequence("constants", x, given, case.state, options)[1]
+        return gpu_rnn.functional.run("constants", x, given, case.state, options)[1]
 
     def second(run):
         outputs = run(x)
@@ -147,7 +147,10 @@ def test_a_persistent_kernel_hands_on_any_state(name, forgotten, monkeypatch):
         return [value + 0 * sum(map(sum, given)) for value in SAME[name](*given)]
 
     monkeypatch.setattr(reference_modifiers, "published", published)
-    walks = (partial(walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]) for walk in (cuda.walk, cuda.walk_back))
+    walks = (
+        partial(walk, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])
+        for walk in (cuda.run_forward, cuda.run_backward)
+    )
     forward, backward = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
     made = reference_modifiers.drawn("mine", {}, "float32", 4, 3, 5, 20)
     constants.check(made, made.case.run(forward, backward), "float32")

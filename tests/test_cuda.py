@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.core import arrays, optional_imports
-from gpu_rnn.core.problem import Direction, Problem
+from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda import stepwise as plans
 
-from . import cell_struct, cuda_on_cpu, sequences
+from . import calls, cell_struct, cuda_on_cpu, sequences
 from .cuda_emulator import runtime, sanitize
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
@@ -33,9 +33,9 @@ SIZES = [  # T, B, I, H: aligned, ragged and degenerate
     (1, 1, 1, 1), (3, 2, 5, 3), (3, 5, 4, 31), (2, 2, 3, 64), (1, 5, 2, 100), (3, 1, 7, 8),
 ]  # fmt: skip
 
-BIND = partial(cuda.bind, cuda_on_cpu.ready)
-forward = partial(gpu_common.forward, partial(per_step.walk, BIND))
-backward = partial(gpu_common.backward, partial(per_step.walk_back, BIND))
+BIND = partial(cuda.bind, cuda_on_cpu.prepare_launch)
+forward = partial(gpu_common.forward, partial(per_step.run_forward, BIND))
+backward = partial(gpu_common.backward, partial(per_step.run_backward, BIND))
 
 
 @pytest.fixture(autouse=True)
@@ -88,15 +88,15 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
 
         def ready(launch):
             launches.append(launch.kernel)  # noqa: B023
-            return cuda_on_cpu.ready(launch)
+            return cuda_on_cpu.prepare_launch(launch)
 
-        walks = (partial(walk, ready, persistent.DEVICES[device]) for walk in (cuda.walk, cuda.walk_back))
+        walks = (partial(walk, ready, persistent.DEVICES[device]) for walk in (cuda.run_forward, cuda.run_backward))
         forward, backward = (
-            partial(whole, walk, tf32=tf32) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks)
+            partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks)
         )
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
-        sequences.check(case, given.run(forward, backward), tf32=tf32)
+        sequences.check(case, given.run(forward, backward, tf32), tf32=tf32)
         assert set(launches) == {"resident_forward", "resident_backward"}
 
 
@@ -110,15 +110,15 @@ def test_an_empty_batch(dtype):
     """It trains, as in torch.nn: there are no rows, and the weights' gradients are zero."""
     case, on = sequences.draw("lstm", dtype, 5, 0, 3, 8), persistent.DEVICES["h200"]
     ran = case.run(
-        partial(gpu_common.forward, partial(cuda.walk, cuda_on_cpu.ready, on)),
-        partial(gpu_common.backward, partial(cuda.walk_back, cuda_on_cpu.ready, on)),
+        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
+        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
     )
     assert ran["y"].shape == (5, 0, 8)
     assert ran["dx"].shape == case.x.shape
     assert not ran["dw_hh"].any()
     for layers in (1, 3):
         problem = Problem(case.cell, 5, 0, 8, 8, dtype=dtype, device="cuda", library="torch", layers=layers)
-        plan, why = (cuda.residence_of if layers == 1 else cuda.stack_of)(problem, on, False)
+        plan, why = (cuda.persistent_config if layers == 1 else cuda.wavefront_config)(problem, on, False)
         assert plan is None
         assert "the batch is empty" in why
 
@@ -138,9 +138,9 @@ def test_arrays_that_are_not_aligned(monkeypatch):
 
     def ready(launch):
         launches.append(launch)
-        return cuda_on_cpu.ready(launch)
+        return cuda_on_cpu.prepare_launch(launch)
 
-    backward = partial(gpu_common.backward, partial(per_step.walk_back, partial(cuda.bind, ready)))
+    backward = partial(gpu_common.backward, partial(per_step.run_backward, partial(cuda.bind, ready)))
     sequences.check(case, case._replace(dy=odd).run(forward, backward))
     assert {dict(launch.unit.defines)["UNITS"] for launch in launches} == {"1"}
 
@@ -168,12 +168,12 @@ def test_no_access_outside_an_array_and_no_race(sanitizer):
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_twin_equals_page(name, dtype):
-    cell_struct.check_cell(cuda_on_cpu.ready, np.copy, np.asarray, name, dtype)
+    cell_struct.check_cell(cuda_on_cpu.prepare_launch, np.copy, np.asarray, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_functions(dtype):
-    cell_struct.check_functions(cuda_on_cpu.ready, np.copy, np.asarray, dtype)
+    cell_struct.check_functions(cuda_on_cpu.prepare_launch, np.copy, np.asarray, dtype)
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
@@ -287,8 +287,14 @@ def cupy(monkeypatch):
         allow_large_clusters=lambda function: stand_in.asked(None),
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(cuda, "clusters", lambda shared: persistent.DEVICES["h200"].clusters)
-    caches = (cuda.module, cuda.loaded, cuda.device_of, cuda.plan_of, cuda.stack_of, cuda.launches, cuda.runner_of)
+    monkeypatch.setattr(cuda, "max_active_clusters", lambda shared: persistent.DEVICES["h200"].clusters)
+    caches = (
+        cuda.module,
+        cuda.loaded,
+        cuda.device_of,
+        cuda.config_of,
+        cuda.launcher_of,
+    )
     for cached in caches:
         cached.cache_clear()
     yield stand_in
@@ -326,28 +332,22 @@ def test_several_at_once_from_cupy_to_kernel(cupy, monkeypatch):
     both, stack = (Problem(cell, T, B, H, H, **options, **n) for n in ({"directions": 2}, {"layers": 4}))
     assert "both directions in one launch" in cuda.plan(both)
     assert cuda.plan(stack).count("4 layers as a wavefront") == 2
-    assert cuda.stacks(stack, backward=False)
-    assert cuda.stacks(stack, backward=True)
+    assert cuda.fuses_layers(stack, backward=False)
+    assert cuda.fuses_layers(stack, backward=True)
     for problem in (both, stack):
         cuda.warmup(problem)
     compiled = len(cupy.modules)
-    directions = [Direction(case.x, case.weights, case.state, case.reverse) for case in cases[:2]]
-    found = cuda.forwards(cell, directions, tf32=False, save=True)
-    recorded = [(y, tape, case.dy, case.dlast, ()) for case, (y, _, tape) in zip(cases, found)]
-    needs = [case.needs for case in cases[:2]]
-    gradients = cuda.backwards(cell, directions, recorded, tf32=False, needs=needs)
-    for case, (y, last, _), each in zip(cases, found, gradients):
+    found = calls.forward_many(cuda.forward, cases[:2])
+    gradients = calls.backward_many(cuda.backward, cases[:2], found)
+    for case, (y, last, *_), of_case in zip(cases, found, gradients):
         states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
-        sequences.check(case, {"y": y} | states | sequences.named(case, each))
-    layers = [(case.weights, case.state) for case in cases]
-    ran = cuda.stack(cell, cases[0].x, layers, tf32=False, save=True)
-    assert torch.allclose(ran[0][0], found[0][0], atol=1e-6), "the first layer computes as it does alone"
-    dys = [None, None, None, cases[3].dy]
-    kept = [(y, tape, dy, case.dlast, ()) for dy, case, (y, _, tape) in zip(dys, cases, ran)]
-    *_, last = cuda.stack_back(cell, cases[0].x, layers, kept, tf32=False, needs=[case.needs for case in cases])
-    case, (y, tape, *_) = cases[3], kept[3]
-    needs, given = case.needs - {"x"}, (cell, ran[2][0], case.weights, case.state, y, tape, case.dy, case.dlast)
-    alone = cuda.backward(*given, reverse=False, needs=needs)
+        sequences.check(case, {"y": y} | states | sequences.named(case, of_case))
+    ran = calls.forward_many(cuda.forward, cases, linked=True)
+    assert torch.allclose(ran[0].y, found[0].y, atol=1e-6), "the first layer computes as it does alone"
+    *_, last = calls.backward_many(cuda.backward, cases, ran, linked=True, dys=[None, None, None, cases[3].dy])
+    case, needs = cases[3], cases[3].needs - {"x"}
+    args = cell, ran[2].y, case.weights, case.state, ran[3].y, ran[3].saved, case.dy, case.dlast
+    alone = calls.backward(cuda.backward, *args, needs=needs)
     assert all(torch.allclose(last[what], alone[what], atol=0.02) for what in needs), "and so does the last, back"
     assert len(cupy.modules) == compiled, "warmup has compiled what was needed"
     assert cupy.entered == []

@@ -117,7 +117,7 @@ def test_as_cupy_compiles_it(monkeypatch, tmp_path):
         *(persistent.compiled(persistent.plan(4, 16, "bfloat16", H, 8, on, backward=True)[0], cell, "bfloat16")
           for H in (64, 512, 1024)),
     ]  # fmt: skip
-    for raw in (*map(cuda.module.__wrapped__, units), cuda.of_clusters()):
+    for raw in (*map(cuda.module.__wrapped__, units), cuda.cluster_probe_module()):
         log = StringIO()
         options = core.assemble_cupy_compiler_options(raw.options)
         compiler._compile_module_with_cache(raw.code, options, log_stream=log)

@@ -1,7 +1,6 @@
 """The CUDA backend on a GPU: every result, and what only a GPU can show. test_cuda runs the same kernels on a CPU."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +10,11 @@ import gpu_rnn
 from gpu_rnn.backends import cuda, triton
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.core import arrays
-from gpu_rnn.core.problem import Direction, Problem, Weights
+from gpu_rnn.core.problem import Problem, Result, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 
-from . import cell_struct, reference_modifiers, sequences
+from . import calls, cell_struct, reference_modifiers, sequences
 from .tolerance import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +70,7 @@ def problem_of(name, dtype, size, **options):
 
 def plans(problem, on):
     """Forward and back: the resident ones, or None."""
-    return [cuda.residence_of(problem, on, backward)[0] for backward in (False, True)]
+    return [cuda.persistent_config(problem, on, backward)[0] for backward in (False, True)]
 
 
 @EVERY
@@ -110,7 +109,7 @@ def test_one_cause(scope, fill, directions, precision, name, monkeypatch):
     problem, on = isolated(name, precision, directions, scope, fill, cuda.device())
     monkeypatch.setattr(cuda, "device", lambda: on)
     if fill == "crowded":
-        monkeypatch.setattr(cuda, "held", lambda *plan: 10**6)
+        monkeypatch.setattr(cuda, "max_coresident", lambda *plan: 10**6)
     if None in plans(problem, on):
         pytest.skip(cuda.plan(problem))
     size = problem.T, problem.B, problem.I, problem.H
@@ -125,13 +124,12 @@ def test_one_cause(scope, fill, directions, precision, name, monkeypatch):
 
 def side_by_side(cases, tf32):
     """Every result by name of cases that differ in their direction, in one launch where the plan has it so."""
-    cell, directions = cases[0].cell, [Direction(case.x, case.weights, case.state, case.reverse) for case in cases]
-    found = cuda.forwards(cell, directions, tf32=tf32, save=True)
-    recorded = [(y, tape, case.dy, case.dlast, ()) for (y, _, tape), case in zip(found, cases)]
-    gradients = cuda.backwards(cell, directions, recorded, tf32=tf32, needs=[case.needs for case in cases])
+    cell = cases[0].cell
+    found = calls.forward_many(cuda.forward, cases, tf32=tf32)
+    gradients = calls.backward_many(cuda.backward, cases, found, tf32=tf32)
     return [
         {"y": y, **{f"{letter}T": a for letter, a in zip(cell.states, last)}, **sequences.named(case, gradient)}
-        for case, (y, last, _), gradient in zip(cases, found, gradients)
+        for case, (y, last, *_), gradient in zip(cases, found, gradients)
     ]
 
 
@@ -147,8 +145,7 @@ def test_a_batch_of_several_launches(name, dtype, size):
 def check_as_planned(problem, reverse):
     size = problem.T, problem.B, problem.I, problem.H
     case = sequences.draw(problem.cell.name, problem.dtype, *size, reverse=reverse)
-    ways = (partial(way, tf32=problem.tf32) for way in (cuda.forward, cuda.backward))
-    sequences.check(case, moved("torch", case).run(*ways), tf32=problem.tf32)
+    sequences.check(case, moved("torch", case).run(cuda.forward, cuda.backward, problem.tf32), tf32=problem.tf32)
 
 
 @pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
@@ -221,26 +218,36 @@ def test_a_bidirectional_layer_trains_as_one_graph():
 def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
     """As good as one after the other, forward and, over its tape, back."""
     problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
-    if not cuda.stacks(problem, backward=False):
+    if not cuda.fuses_layers(problem, backward=False):
         assert "layer after layer" in cuda.plan(problem)
         pytest.skip(cuda.plan(problem))
     cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-    layers = [(case.weights, case.state) for case in cases]
-    found, x = cuda.stack(problem.cell, cases[0].x, layers, tf32=False, save=True), cases[0].x
+    found, x = calls.forward_many(cuda.forward, cases, linked=True), cases[0].x
     exact = sequences.wide(x)
-    for case, (y, last, tape) in zip(cases, found):
-        alone, last_alone, tape_alone = cuda.forward(
-            problem.cell, x, case.weights, case.state, reverse=False, save=True
+    for case, (y, last, _, tape) in zip(cases, found):
+        alone, last_alone, tape_alone = calls.forward(
+            cuda.forward, problem.cell, x, case.weights, case.state, reverse=False, save=True
         )
         wide = case.mapped(sequences.wide)
-        exact, last_exact, _ = oracle.forward(problem.cell, exact, wide.weights, wide.state, reverse=False, save=False)
+        exact, last_exact, _ = calls.forward(
+            oracle.forward, problem.cell, exact, wide.weights, wide.state, reverse=False, save=False
+        )
         for ours, peer, truth in zip((y, *last), (alone, *last_alone), (exact, *last_exact)):
             assert_close(*map(sequences.wide, (ours, truth, peer)), dtype, f"{name} T={T} H={H} L={L}")
         tapes = [(y, tape), (alone, tape_alone)]
         dx, dx_alone = (
-            cuda.backward(
-                problem.cell, x, case.weights, case.state, *kept, case.dy, case.dlast, reverse=False, needs={"x"}
+            calls.backward(
+                cuda.backward,
+                problem.cell,
+                x,
+                case.weights,
+                case.state,
+                *kept,
+                case.dy,
+                case.dlast,
+                reverse=False,
+                needs={"x"},
             )["x"]
             for kept in tapes
         )
@@ -254,35 +261,35 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
 def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
     """As good as one after the other over the same tape, and repeatable; only the last layer's y is asked for."""
     problem = replace(Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch"), layers=L)
-    if not cuda.stacks(problem, backward=True):
+    if not cuda.fuses_layers(problem, backward=True):
         assert "layer after layer" in cuda.plan(replace(problem, training=True)).split("back:")[1]
         pytest.skip(cuda.plan(problem))
     cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-    layers = [(case.weights, case.state) for case in cases]
     seen, exact_seen = [cases[0].x], [sequences.wide(cases[0].x)]
     tapes, exact_tapes = [], []
     for case in cases:
-        y, _, tape = cuda.forward(problem.cell, seen[-1], case.weights, case.state, reverse=False, save=True)
+        y, _, tape = calls.forward(
+            cuda.forward, problem.cell, seen[-1], case.weights, case.state, reverse=False, save=True
+        )
         wide = case.mapped(sequences.wide)
-        exact = oracle.forward(problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True)
+        exact = calls.forward(
+            oracle.forward, problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True
+        )
         tapes.append((y, tape))
         exact_tapes.append((exact[0], exact[2]))
         seen.append(y)
         exact_seen.append(exact[0])
     dys = [*[None] * (L - 1), cases[-1].dy]
-    recorded = [(*kept, dy, case.dlast, ()) for kept, dy, case in zip(tapes, dys, cases)]
-    needs = [case.needs for case in cases]
-    ours, again = (
-        cuda.stack_back(problem.cell, cases[0].x, layers, recorded, tf32=False, needs=needs) for _ in range(2)
-    )
+    results = [Result(y, (), (), saved) for y, saved in tapes]
+    ours, again = (calls.backward_many(cuda.backward, cases, results, linked=True, dys=dys) for _ in range(2))
     dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
     for k in reversed(range(L)):
         case, wide = cases[k], cases[k].mapped(sequences.wide)
         given = problem.cell, seen[k], case.weights, case.state, *tapes[k], dy, case.dlast
-        alone = cuda.backward(*given, reverse=False, needs=case.needs)
+        alone = calls.backward(cuda.backward, *given, reverse=False, needs=case.needs)
         given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_tapes[k], exact_dy, wide.dlast
-        truth = oracle.backward(*given, reverse=False, needs=case.needs)
+        truth = calls.backward(oracle.backward, *given, reverse=False, needs=case.needs)
         for what in case.needs - ({"x"} if k else set()):
             assert torch.equal(ours[k][what], again[k][what]), what
             found = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
@@ -345,13 +352,13 @@ def test_projection(library, dtype, reverse):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_twin_equals_page(name, dtype):
     cupy = pytest.importorskip("cupy")
-    cell_struct.check_cell(cuda.ready, cupy.asarray, cupy.asnumpy, name, dtype)
+    cell_struct.check_cell(cuda.prepare_launch, cupy.asarray, cupy.asnumpy, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_functions(dtype):
     cupy = pytest.importorskip("cupy")
-    cell_struct.check_functions(cuda.ready, cupy.asarray, cupy.asnumpy, dtype)
+    cell_struct.check_functions(cuda.prepare_launch, cupy.asarray, cupy.asnumpy, dtype)
 
 
 @pytest.mark.parametrize("dtype", arrays.HALVES)
@@ -383,9 +390,19 @@ def test_runs_on_the_callers_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.copy_(case.x)
-        y, _, tape = cuda.forward(case.cell, x, case.weights, case.state, reverse=False, save=True)
-        gradients = cuda.backward(
-            case.cell, x, case.weights, case.state, y, tape, case.dy, case.dlast, reverse=False, needs={"x"}
+        y, _, tape = calls.forward(cuda.forward, case.cell, x, case.weights, case.state, reverse=False, save=True)
+        gradients = calls.backward(
+            cuda.backward,
+            case.cell,
+            x,
+            case.weights,
+            case.state,
+            y,
+            tape,
+            case.dy,
+            case.dlast,
+            reverse=False,
+            needs={"x"},
         )
     stream.synchronize()
     assert torch.equal(y, expected["y"])
@@ -399,14 +416,14 @@ def test_grids_on_two_streams_do_not_hold_each_other_up():
     name, dtype, size = MOST_OF_THE_GRID
     case = moved("torch", sequences.draw(name, dtype, *size))
     given = case.cell, case.x, case.weights, case.state
-    expected, _, _ = cuda.forward(*given, reverse=False, save=False)
+    expected, _, _ = calls.forward(cuda.forward, *given, reverse=False, save=False)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     found = []
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(cuda.forward(*given, reverse=False, save=False)[0])
+                found.append(calls.forward(cuda.forward, *given, reverse=False, save=False)[0])
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected) for y in found)
 
@@ -418,9 +435,19 @@ def test_waits_for_nothing_and_takes_no_foreign_memory():
     held = cupy.get_default_memory_pool().total_bytes()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y, _, tape = cuda.forward(case.cell, case.x, case.weights, case.state, reverse=False, save=True)
-        cuda.backward(
-            case.cell, case.x, case.weights, case.state, y, tape, case.dy, case.dlast, reverse=False, needs=case.needs
+        y, _, tape = calls.forward(cuda.forward, case.cell, case.x, case.weights, case.state, reverse=False, save=True)
+        calls.backward(
+            cuda.backward,
+            case.cell,
+            case.x,
+            case.weights,
+            case.state,
+            y,
+            tape,
+            case.dy,
+            case.dlast,
+            reverse=False,
+            needs=case.needs,
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -434,9 +461,19 @@ def test_captured_in_a_graph():
     x = case.x.clone()
 
     def both():
-        y, _, tape = cuda.forward(case.cell, x, case.weights, case.state, reverse=False, save=True)
-        return y, cuda.backward(
-            case.cell, x, case.weights, case.state, y, tape, case.dy, case.dlast, reverse=False, needs={"x", "w_hh"}
+        y, _, tape = calls.forward(cuda.forward, case.cell, x, case.weights, case.state, reverse=False, save=True)
+        return y, calls.backward(
+            cuda.backward,
+            case.cell,
+            x,
+            case.weights,
+            case.state,
+            y,
+            tape,
+            case.dy,
+            case.dlast,
+            reverse=False,
+            needs={"x", "w_hh"},
         )
 
     side = torch.cuda.Stream()
@@ -476,8 +513,10 @@ def test_offsets_beyond_32_bits():
     weights = Weights(*(torch.randn(4 * H, n, device="cuda") * n**-0.5 for n in (I, H)))
     state = tuple(torch.zeros(B, H, device="cuda") for _ in range(2))
     cell = cells.get("lstm")
-    y, _, tape = cuda.forward(cell, x, weights, state, reverse=False, save=True)
+    y, _, tape = calls.forward(cuda.forward, cell, x, weights, state, reverse=False, save=True)
     rows = torch.tensor([0, 4097, B - 1], device="cuda")
-    few, _, _ = cuda.forward(cell, x[:, rows], weights, tuple(s[rows] for s in state), reverse=False, save=False)
+    few, _, _ = calls.forward(
+        cuda.forward, cell, x[:, rows], weights, tuple(s[rows] for s in state), reverse=False, save=False
+    )
     np.testing.assert_allclose(y[:, rows].cpu().numpy(), few.cpu().numpy(), atol=1e-4)
     assert tape[0].numel() > 2**31

@@ -10,7 +10,7 @@ import torch
 import gpu_rnn
 from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
-from gpu_rnn.backends.two_pass import Phased
+from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.mathematics import recurrent, sigmoid, tanh
@@ -27,7 +27,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 def check(made, forward, backward):
     """A case by a backend, against the equations in a loop."""
-    backend = Phased(SimpleNamespace(forward=forward, backward=backward, factors=gpu_common.factors))
+    backend = TwoPass(SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands))
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
@@ -52,13 +52,13 @@ def test_numpy_in_other_sizes(dtype, T, B):
 @on_host_runtime
 @pytest.mark.parametrize(("option", "reverse"), list(zip(["plain", *reference_modifiers.OPTIONS], [False, True] * 4)))
 def test_cuda_stepwise(option, reverse):
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         reference_modifiers.drawn(
             NAME, reference_modifiers.OPTIONS.get(option, {}), "float32", 5, 3, 4, 6, reverse=reverse
         ),
-        partial(gpu_common.forward, partial(per_step.walk, bind)),
-        partial(gpu_common.backward, partial(per_step.walk_back, bind)),
+        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
+        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
     )
 
 
@@ -67,17 +67,17 @@ def test_cuda_stepwise(option, reverse):
 @pytest.mark.parametrize("option", ["plain", "given", "all"])
 def test_cuda_resident(option, scope, monkeypatch):
     monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
-    monkeypatch.setattr(per_step, "walk", None)
-    cuda.plan_of.cache_clear()
+    monkeypatch.setattr(per_step, "run_forward", None)
+    cuda.config_of.cache_clear()
     on = persistent.DEVICES["h200"]
     check(
         reference_modifiers.drawn(
             NAME, reference_modifiers.OPTIONS.get(option, {}), "bfloat16", 5, 9, 4, 20, reverse=option == "given"
         ),
-        partial(gpu_common.forward, partial(cuda.walk, cuda_on_cpu.ready, on)),
-        partial(gpu_common.backward, partial(cuda.walk_back, cuda_on_cpu.ready, on)),
+        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
+        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
     )
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------

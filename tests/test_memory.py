@@ -1,6 +1,7 @@
 """`explain` foretells memory: NumPy's allocations by tracemalloc, what torch keeps by its saved-tensor hooks."""
 
 import tracemalloc
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch.nn.utils.rnn import pack_sequence
 
 import gpu_rnn
 from gpu_rnn.backends import cuda, dispatch, gpu_common, numpy
-from gpu_rnn.core.problem import Problem, Weights
+from gpu_rnn.core.problem import Grads, Problem, Run, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
+
+from . import calls
 
 WITHIN = 0.05
 H200 = persistent.Device((9, 0), 132, 232448, ((2, 66), (4, 33), (8, 16), (16, 7)))
@@ -78,14 +81,15 @@ def test_numpy(name, dtype, rng):
     problem = problem_of(name, dtype, training=True)
     backend = dispatch.choose(problem)
     x, weights, state = arrays(problem, rng)
-    forward = partial(dispatch.forward, backend, problem, x, weights, state)
-    y, last, tape = forward()  # what is made once for a cell isn't a call's
+    run = Run(x, weights, state, problem.reverse)
+    forward = partial(backend.forward, problem, [run])
+    ((y, last, _, tape),) = forward()  # what is made once for a cell isn't a call's
     dy = np.ones_like(y)
-    backward = partial(dispatch.backward, backend, problem, x, weights, state, y, tape, dy, last, needs(weights))
+    backward = partial(calls.backward_of, backend, problem, run, y, tape, dy, last, needs(weights))
     backward()
 
     def measured(function):
-        for kept in (numpy.shelf_of, numpy.shelf_forward):
+        for kept in (numpy.pool_for, numpy.forward_pool):
             kept.cache_clear()
         return allocated(function)[1]
 
@@ -93,10 +97,10 @@ def test_numpy(name, dtype, rng):
     assert memory.saved == sum(array.nbytes for array in (y, *tape))
     close(memory.forward, measured(forward))
     close(memory.backward, measured(backward))
-    inference = Problem(**vars(problem) | {"training": False})
+    inference = replace(problem, training=False)
     foretold = dispatch.explain(inference).memory
     assert foretold.saved == foretold.backward == 0
-    close(foretold.forward, measured(partial(dispatch.forward, backend, inference, x, weights, state)))
+    close(foretold.forward, measured(partial(backend.forward, inference, [run])))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -107,13 +111,14 @@ def test_native(name, dtype, rng):
     if why := backend.reasons(problem):
         pytest.skip("; ".join(why))
     x, weights, state = arrays(problem, rng)
-    forward = partial(dispatch.forward, backend, problem, x, weights, state)
-    y, last, tape = forward()
+    run = Run(x, weights, state, problem.reverse)
+    forward = partial(backend.forward, problem, [run])
+    ((y, last, _, tape),) = forward()
     memory = backend.memory(problem)
     assert memory.saved == sum(array.nbytes for array in (y, *tape))
     close(memory.forward, allocated(forward)[1])
     dy = np.ones_like(y)
-    backward = partial(dispatch.backward, backend, problem, x, weights, state, y, tape, dy, last, needs(weights))
+    backward = partial(calls.backward_of, backend, problem, run, y, tape, dy, last, needs(weights))
     close(memory.backward, allocated(backward)[1])
 
 
@@ -129,23 +134,23 @@ def test_cuda(name, dtype, training, rng, monkeypatch):
     monkeypatch.setattr(gpu_common.arrays, "matmul", lambda *given, **named: None)
     problem = problem_of(name, dtype, device="cuda", training=training)
     x, weights, state = arrays(problem, rng)
-    how = {"reverse": problem.reverse, "tf32": False}
-    step = partial(cuda.walk, no_kernel, H200)
-    call = partial(gpu_common.forward, step, problem.cell, x, weights, state, save=training, **how)
+    run = Run(x, weights, state, problem.reverse)
+    step = partial(cuda.run_forward, no_kernel, H200)
+    call = partial(gpu_common.forward, step, problem, [run])
     foretold = cuda.memory_on(problem, H200)
-    (y, last, tape), measured = allocated(call)
+    ((y, last, _, tape),), measured = allocated(call)
     close(foretold.forward, measured)
     if training:
         assert foretold.saved == sum(array.nbytes for array in (y, *tape))
-        back = partial(cuda.walk_back, no_kernel, H200)
+        back = partial(cuda.run_backward, no_kernel, H200)
         dy = np.ones_like(y)
-        call = partial(gpu_common.backward, back, problem.cell, x, weights, state, y, tape, dy, last, **how)
-        close(foretold.backward, allocated(partial(call, needs=needs(weights)))[1])
+        args = [(y, *tape)], [Grads(dy, last)], [needs(weights)]
+        close(foretold.backward, allocated(partial(gpu_common.backward, back, problem, [run], *args))[1])
 
 
 def test_cuda_in_a_grid_counts_what_blocks_exchange():
     problem = Problem(cells.get("lstm"), 8, 8, 16, 1024, None, "float16", "cuda", "torch", training=True)
-    plan, _ = cuda.residence_of(problem, H200, False)
+    plan, _ = cuda.persistent_config(problem, H200, False)
     assert plan.scope == "grid"
     alone = gpu_common.memory(problem, 0, 0)
     assert cuda.memory_on(problem, H200).forward == alone.forward + plan.launches * plan.exchange_bytes(8)
@@ -211,6 +216,6 @@ def test_said_in_words():
     layer = gpu_rnn.LSTM(16, 32, bidirectional=True)
     assert str(gpu_rnn.explain(layer, (100, 8, 16))).count("memory of the largest part: ") == 1
     assert "kept" not in str(gpu_rnn.explain("lstm", T=100, B=8, I=16, H=32, device="cpu"))
-    assert [dispatch.in_words(n) for n in (17, 3 << 20, 5 << 30)] == ["17 bytes", "3 MiB", "5 GiB"]
+    assert [dispatch.bytes_to_str(n) for n in (17, 3 << 20, 5 << 30)] == ["17 bytes", "3 MiB", "5 GiB"]
     nowhere = gpu_rnn.explain("lstm", T=1, B=1, I=1, H=1, device="cuda", library="torch", backend="numpy")
     assert nowhere.memory is None

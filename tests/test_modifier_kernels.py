@@ -20,10 +20,10 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def by_steps(case):
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     return case.run(
-        partial(gpu_common.forward, partial(per_step.walk, bind)),
-        partial(gpu_common.backward, partial(per_step.walk_back, bind)),
+        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
+        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
     )
 
 
@@ -32,12 +32,12 @@ def resident(request, monkeypatch):
     """A case's `run` by the resident kernels of a scope."""
     monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=request.param))
     on = persistent.DEVICES["h200"]
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
     yield lambda case: case.run(
-        partial(gpu_common.forward, partial(cuda.walk, cuda_on_cpu.ready, on)),
-        partial(gpu_common.backward, partial(cuda.walk_back, cuda_on_cpu.ready, on)),
+        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
+        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
     )
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
 
 
 RESIDENT = [("lstm", option) for option in reference_modifiers.OPTIONS] + [
@@ -52,7 +52,7 @@ RESIDENT += [(name, option) for name in ("lstm", "gru") for option in reference_
 @pytest.mark.parametrize(("name", "option"), RESIDENT)
 def test_cuda_resident(name, option, resident, monkeypatch):
     options = (reference_modifiers.OPTIONS | reference_modifiers.NORMED)[option]
-    monkeypatch.setattr(per_step, "walk", None)  # which would be no test
+    monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     made = reference_modifiers.drawn(name, options, "bfloat16", 5, 9, 4, 20, reverse=name == "gru")
     reference_modifiers.check(made, resident(made.case))
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_rnn
 from gpu_rnn import ShapeError
-from gpu_rnn.core.arrays import integer
+from gpu_rnn.core.arrays import int64_scalar
 
 from .conftest import sequence_arrays
 
@@ -308,8 +308,8 @@ def test_a_seed_does_not_come_from_the_host():
     like = torch.zeros(2)
     for value in (5, -(2**63), 2**63 - 1):
         with Recorder() as recorder:
-            seed = integer(value, like=like)
+            seed = int64_scalar(value, like=like)
         assert recorder.names == ["aten.full.default"]
         assert (seed.tolist(), seed.dtype) == ([value], torch.int64)
-        of_numpy = integer(value, like=np.zeros(2))
+        of_numpy = int64_scalar(value, like=np.zeros(2))
         assert (of_numpy.tolist(), of_numpy.dtype) == ([value], np.int64)

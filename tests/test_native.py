@@ -13,12 +13,12 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends import compiler, native
-from gpu_rnn.backends.two_pass import Phased
+from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import weave
 from gpu_rnn.kernels.native import isa
 
-from . import custom_cells, reference_modifiers, sequences
+from . import calls, custom_cells, reference_modifiers, sequences
 from .cuda_emulator import sanitize
 from .test_numpy import FUNCTIONS, NEEDS, torch_run
 
@@ -73,9 +73,9 @@ def test_equals_torch_in_float64(name, reverse, bias, T, B, I, H, P, threads, rn
         weights = weights._replace(b_ih=None, b_hh=None)
     dy, dlast = rng.standard_normal((T, B, P or H)), tuple(rng.standard_normal(s.shape) for s in state)
     exact_y, exact_last, exact = torch_run(name, x, weights, state, dy, dlast, reverse)
-    y, last, tape = native.forward(cell, x, weights, state, reverse=reverse, save=True)
+    y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=True)
     needs = NEEDS - {field for field, w in weights._asdict().items() if w is None}
-    ours = native.backward(cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
+    ours = calls.backward(native.backward, cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
     pairs = [(y, exact_y), *zip(last, exact_last), *zip(ours.pop("state"), exact.pop("state"))]
     for found, expected in pairs + [(ours[key], exact[key]) for key in exact]:
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
@@ -108,7 +108,7 @@ def test_dropout_of_the_candidate(name, threads):
     "options", [{}, *reference_modifiers.OPTIONS.values()], ids=["plain", *reference_modifiers.OPTIONS]
 )
 def test_a_second_recurrent_product(options):
-    backend = Phased(native)
+    backend = TwoPass(native)
     for B, H, rows, reverse in ((3, 6, None, False), (2, 9, 1, True)):
         made = reference_modifiers.drawn("gru+before", options, "float32", 5, B, 4, H, rows=rows, reverse=reverse)
         reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
@@ -142,7 +142,7 @@ def test_any_number_of_gates(G, threads):
     x, w, r, b = (rng.standard_normal(s) * 0.3 for s in ((4, 3, 5), (G * 11, 5), (G * 11, 11), G * 11))
     h = np.zeros((3, 11))
     weights = native.Weights(w, r, b, None)
-    y, _, _ = native.forward(cell, x, weights, (h,), reverse=False, save=False)
+    y, _, _ = calls.forward(native.forward, cell, x, weights, (h,), reverse=False, save=False)
     for now, found in zip(x, y):
         (h,) = step(np.split(now @ w.T + b, G, 1), np.split(h @ r.T, G, 1), (h,))
         np.testing.assert_allclose(found, h, rtol=1e-12, atol=1e-14)
@@ -162,19 +162,20 @@ def test_bits_depend_on_nothing_but_the_row(name, dtype, monkeypatch, rng):
         found = []
         for count in (1, 2, 5):
             monkeypatch.setattr(native, "threads", lambda: count)  # noqa: B023
-            y, last, tape = native.forward(cell, x, weights, state, reverse=False, save=True)
+            y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=False, save=True)
             needs = {"x", "w_ih", "w_hh", "b_ih", "b_hh"}
-            gradients = native.backward(
-                cell, x, weights, state, y, tape, y, last, reverse=False, needs=needs
+            gradients = calls.backward(native.backward, cell, x, weights, state, y, tape, y, last, reverse=False, needs=needs
             )  # fmt: skip
             found.append([y, *last, *gradients.pop("state"), *gradients.values()])
         for others in found[1:]:
             assert all(map(np.array_equal, found[0], others))
         y, hx = found[0][0], state
         for t in range(6):
-            now, hx, _ = native.forward(cell, x[t : t + 1], weights, hx, reverse=False, save=False)
+            now, hx, _ = calls.forward(native.forward, cell, x[t : t + 1], weights, hx, reverse=False, save=False)
             assert np.array_equal(now[0], y[t])
-        row, _, _ = native.forward(cell, x[:, -1:], weights, tuple(s[-1:] for s in state), reverse=False, save=False)
+        row, _, _ = calls.forward(
+            native.forward, cell, x[:, -1:], weights, tuple(s[-1:] for s in state), reverse=False, save=False
+        )
         assert np.array_equal(row[:, 0], y[:, -1])
 
 
@@ -271,7 +272,7 @@ def test_several_python_threads_at_once(monkeypatch, rng):
 
     def compute(k):
         x, weights, state = given[k % 12]
-        return native.forward(cells.get("lstm"), x, weights, state, reverse=False, save=False)[0]
+        return calls.forward(native.forward, cells.get("lstm"), x, weights, state, reverse=False, save=False)[0]
 
     expected = [compute(k) for k in range(12)]
     with ThreadPoolExecutor(4) as pool:
@@ -288,7 +289,7 @@ from tests.conftest import sequence_arrays
 native.threads, native.WORTH_A_THREAD = lambda: 3, 0
 x, w, s = sequence_arrays(np.random.default_rng(0), "gru", 9, 2, 3, 40)
 def run():
-    return native.forward(cells.get("gru"), x, w, s, reverse=False, save=False)[0]
+    return calls.forward(native.forward, cells.get("gru"), x, w, s, reverse=False, save=False)[0]
 y = run()
 if (child := os.fork()) == 0:
     os._exit(0 if np.array_equal(run(), y) else 7)

@@ -137,9 +137,9 @@ def test_numpy(name, option):
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_cuda_stepwise(name, dtype):
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
-    forward = partial(gpu_common.forward, partial(per_step.walk, bind))
-    backward = partial(gpu_common.backward, partial(per_step.walk_back, bind))
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
+    forward = partial(gpu_common.forward, partial(per_step.run_forward, bind))
+    backward = partial(gpu_common.backward, partial(per_step.run_backward, bind))
     made = custom_cells.case(name, {}, dtype, 4, 5, 3, 7)
     reference_modifiers.check(made, made.case.run(forward, backward))
 
@@ -149,24 +149,27 @@ def test_cuda_stepwise(name, dtype):
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_cuda_resident(name, scope, monkeypatch):
     monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
-    monkeypatch.setattr(per_step, "walk", None)  # which would be no test
-    cuda.plan_of.cache_clear()
-    walks = (partial(walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]) for walk in (cuda.walk, cuda.walk_back))
+    monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
+    cuda.config_of.cache_clear()
+    walks = (
+        partial(walk, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])
+        for walk in (cuda.run_forward, cuda.run_backward)
+    )
     made = custom_cells.case(name, {}, "bfloat16", 4, 9, 3, 20)
     run = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
     reference_modifiers.check(made, made.case.run(*run))
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
 
 
 def test_a_page_where_pages_stand_runs_with_gradients(mgu, rng):
     x, weights, (h0,) = sequence_arrays(rng, "mgu", 4, 3, 2, 5)
-    y, _ = functional.sequence("mgu", x, weights, (h0,), Options())
+    y, _ = functional.run("mgu", x, weights, (h0,), Options())
     expected, _ = custom_cells.document.MGU.function(x, *weights[:4], h0=h0)
     np.testing.assert_allclose(y, expected, rtol=1e-12)
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x, *weights[:4], h0)]
 
     def run(x, *rest):
-        y, (hT,) = functional.sequence("mgu", x, Weights(*rest[:4]), (rest[4],), Options(reverse=True))
+        y, (hT,) = functional.run("mgu", x, Weights(*rest[:4]), (rest[4],), Options(reverse=True))
         return y, hT
 
     assert torch.autograd.gradcheck(run, tensors)

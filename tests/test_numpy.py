@@ -11,6 +11,7 @@ from gpu_rnn.backends import numpy as backend
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 
+from . import calls
 from .conftest import sequence_arrays
 
 TORCH = {
@@ -85,13 +86,15 @@ def compare_with_torch(name, reverse, bias, T, B, I, H, P, rng):
         weights = weights._replace(b_ih=None, b_hh=None)
     dy, dlast = rng.standard_normal((T, B, P or H)), tuple(rng.standard_normal(s.shape) for s in state)
     exact_y, exact_last, exact = torch_run(name, x, weights, state, dy, dlast, reverse)
-    y, last, tape = backend.forward(cell, x, weights, state, reverse=reverse, save=True)
+    y, last, tape = calls.forward(backend.forward, cell, x, weights, state, reverse=reverse, save=True)
     close(y, exact_y, "y")
     for letter, ours, theirs in zip(cell.states, last, exact_last, strict=True):
         close(ours, theirs, f"{letter}T")
     needs = NEEDS - {field for field, w in zip(Weights._fields, weights) if w is None}
     for attempt in ("once", "twice over the same tape"):
-        ours = backend.backward(cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
+        ours = calls.backward(
+            backend.backward, cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs
+        )
         for key, gradient in exact.items():
             if key == "state":
                 for letter, a, b in zip(cell.states, ours["state"], gradient, strict=True):
@@ -99,7 +102,7 @@ def compare_with_torch(name, reverse, bias, T, B, I, H, P, rng):
             else:
                 close(ours[key], gradient, f"d{key} {attempt}")
                 assert min(ours[key].strides) >= 0, "torch takes no negative strides"
-    unsaved, unsaved_last, _ = backend.forward(cell, x, weights, state, reverse=reverse, save=False)
+    unsaved, unsaved_last, _ = calls.forward(backend.forward, cell, x, weights, state, reverse=reverse, save=False)
     assert np.array_equal(unsaved, y), "inference and training agree bit for bit"
     assert all(map(np.array_equal, unsaved_last, last))
 
@@ -109,11 +112,10 @@ def compare_with_torch(name, reverse, bias, T, B, I, H, P, rng):
 def test_float32_is_as_good_as_torch(name, B, rng):
     x, weights, state = sequence_arrays(rng, name, 40, B, 8, 16, dtype=np.float32)
     cell = cells.get(name)
-    y, last, _ = backend.forward(cell, x, weights, state, reverse=False, save=False)
+    y, last, _ = calls.forward(backend.forward, cell, x, weights, state, reverse=False, save=False)
     assert y.dtype == np.float32
     wide = [a.astype(np.float64) for a in (x, *state)]
-    exact, _, _ = backend.forward(
-        cell, wide[0], Weights(*(None if w is None else w.astype(np.float64) for w in weights)), tuple(wide[1:]),
+    exact, _, _ = calls.forward(backend.forward, cell, wide[0], Weights(*(None if w is None else w.astype(np.float64) for w in weights)), tuple(wide[1:]),
         reverse=False, save=False,
     )  # fmt: skip
     module = torch_module(name, weights).float()
@@ -219,7 +221,7 @@ def test_results_are_the_callers_own(name, rng):
 
     def run(k):
         x, weights, state = given[k]
-        y, last, tape = backend.forward(cell, x, weights, state, reverse=False, save=True)
+        y, last, tape = calls.forward(backend.forward, cell, x, weights, state, reverse=False, save=True)
         return y, *last, *tape
 
     first = [run(k) for k in range(8)]
@@ -271,11 +273,11 @@ def test_extreme_values_stay_finite(B):
 def test_products_by_blocks_of_rows(B, monkeypatch, rng):
     """As where there is AVX-512, of one instant and of several."""
     monkeypatch.setattr(backend, "has_avx512", lambda: True)
-    monkeypatch.setattr(backend, "blocks", backend.blocks.__wrapped__)
+    monkeypatch.setattr(backend, "num_blocks", backend.num_blocks.__wrapped__)
     M, z = rng.standard_normal((1536, 512)), rng.standard_normal((3, 512, B))
-    assert (backend.blocks(*M.shape, B) > 1) is (B > 1)
+    assert (backend.num_blocks(*M.shape, B) > 1) is (B > 1)
     one, several = np.empty((1536, B)), np.empty((3, 1536, B))
-    backend.product(M, B)(z[0], one)
-    backend.products(M, B)(z, several)
+    backend.matmul_fn(M, B)(z[0], one)
+    backend.batched_matmul_fn(M, B)(z, several)
     np.testing.assert_allclose(several, M @ z, rtol=0, atol=1e-11)
     np.testing.assert_allclose(one, several[0], rtol=0, atol=1e-11)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bench import nvrtc
 from gpu_rnn.backends import cuda, gpu_common
-from gpu_rnn.backends.per_step import Extra
+from gpu_rnn.backends.per_step import AuxInputs
 from gpu_rnn.core import arrays, optional_imports
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
@@ -102,17 +102,17 @@ def test_cupy_takes_the_arguments(monkeypatch):
     plan = persistent.plan(4, 16, "bfloat16", 64, 8, DEVICES["h200"], backward=False)[0]
     member = persistent.Member((1 << 40, *range(16)), True)
     kernel = partial(function.__new__(function), stream=SimpleNamespace(ptr=0))
-    monkeypatch.setattr(cuda, "prepared", lambda *launch: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(cuda, "prepare_kernel", lambda *launch: SimpleNamespace(kernel=kernel))
     kernel.ptr, most = 0, iter((0, 132, 132))
     monkeypatch.setattr(cuda, "coresident", lambda *kernel: next(most))
     (launch,) = persistent.sequence(plan, cells.get("lstm"), "bfloat16", 1, 8, 64, 1, save=True)
     with pytest.raises(RuntimeError, match=r"cooperative launch of \d+ blocks of \d+ threads, .* holds 0 at once"):
-        cuda.ready(launch._replace(cooperative=True))
+        cuda.prepare_launch(launch._replace(cooperative=True))
     for members in ([member], [member, member]):
         words = persistent.words(members)
         for how in (launch, launch._replace(cooperative=True)):
             with pytest.raises(RuntimeError, match=r"cuda|CUDA"):  # as there is none
-                cuda.ready(how)(words, 1 << 40)
+                cuda.prepare_launch(how)(words, 1 << 40)
         assert words.tobytes() == np.array([(*m.addresses, 1) for m in members], np.uint64).tobytes()
 
 
@@ -278,13 +278,13 @@ def test_a_grid_never_has_more_blocks_than_the_driver_holds(count):
 
 
 def test_another_plan_than_announced_is_no_secret():
-    cuda.plan_of.cache_clear()
+    cuda.config_of.cache_clear()
     arguments = (cells.get("lstm"), "bfloat16", 512, 8, 1, DEVICES["h200"], False, False)
     with pytest.warns(RuntimeWarning, match=r"the CUDA driver reports 0; using persistent kernel \(grid"):
-        plan, _ = cuda.plan_of(*arguments, lambda cell, dtype, plan: 0 if plan.scope == "cluster" else 132)
+        plan, _ = cuda.config_of(*arguments, lambda cell, dtype, plan: 0 if plan.scope == "cluster" else 132)
     assert plan.scope == "grid"
     with pytest.warns(RuntimeWarning, match="the CUDA driver reports 0; .*; using per-step kernels instead"):
-        assert cuda.plan_of(*arguments, lambda cell, dtype, plan: 0)[0] is None
+        assert cuda.config_of(*arguments, lambda cell, dtype, plan: 0)[0] is None
 
 
 class Library:
@@ -447,9 +447,9 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
     elif members == "layers":
         plan, _ = persistent.stack(cell.G, element, "bfloat16", H, T, B, 3, on, backward=backward)
     kind, ordered = (
-        (gpu_common.Backward, cuda.backward_arrays) if backward else (gpu_common.Forward, cuda.forward_arrays)
+        (gpu_common.BackwardBuffers, cuda.backward_args) if backward else (gpu_common.ForwardBuffers, cuda.forward_args)
     )
-    blank = kind(*[None] * len(kind._fields))._replace(extra=Extra(*[None] * len(Extra._fields)))
+    blank = kind(*[None] * len(kind._fields))._replace(extra=AuxInputs(*[None] * len(Extra._fields)))
     member = persistent.Member(tuple(map(arrays.pointer, ordered(blank))), reverse=False)
     (launch,) = persistent.sequence(plan, cell, "bfloat16", T, B, H, 1, save=True)
     given = *launch.arguments, persistent.words([member] * plan.members), 0

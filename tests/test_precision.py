@@ -24,9 +24,9 @@ def told(monkeypatch):
     for name in ("forward", "backward"):
         run = getattr(backend, name)
 
-        def noting(*given, run=run, name=name, **options):
-            words.append((name, options["tf32"]))
-            return run(*given, **options)
+        def noting(problem, *args, run=run, name=name):
+            words.append((name, problem.tf32))
+            return run(problem, *args)
 
         monkeypatch.setattr(backend, name, noting)
     return words
@@ -36,8 +36,8 @@ def told(monkeypatch):
 def setting(monkeypatch):
     """A float32 tensor follows this word, as if it were on a GPU."""
     words = ["tf32"]
-    monkeypatch.setattr(arrays, "precision", lambda array: words[-1])
-    monkeypatch.setattr(call_cache, "PLANS", {})  # of tensors on the CPU, which knew no such word
+    monkeypatch.setattr(arrays, "default_precision", lambda array: words[-1])
+    monkeypatch.setattr(call_cache, "CACHE", {})  # of tensors on the CPU, which knew no such word
     return words
 
 
@@ -136,10 +136,10 @@ def on_gpu(dtype=torch.float32):
 
 def test_torch_tensors_on_a_gpu_follow_torchs_recurrent_layers(backends):
     backends.cudnn.rnn.fp32_precision = "tf32"
-    assert arrays.precision(on_gpu()) == "tf32"
-    assert arrays.precision(on_gpu(torch.float64)) == arrays.precision(torch.empty(2)) == "ieee"
+    assert arrays.default_precision(on_gpu()) == "tf32"
+    assert arrays.default_precision(on_gpu(torch.float64)) == arrays.default_precision(torch.empty(2)) == "ieee"
     backends.cudnn.rnn.fp32_precision = "ieee"
-    assert arrays.precision(on_gpu()) == "ieee"
+    assert arrays.default_precision(on_gpu()) == "ieee"
 
 
 def test_products_of_a_layer_have_its_precision(backends):
@@ -147,19 +147,22 @@ def test_products_of_a_layer_have_its_precision(backends):
     for before in ("none", "ieee", "tf32"):
         for tf32 in (False, True):
             matmul.fp32_precision = before
-            with arrays.products(on_gpu(), tf32):
+            with arrays.matmul_precision(on_gpu(), tf32):
                 assert matmul.fp32_precision == ("tf32" if tf32 else "ieee")
             assert matmul.fp32_precision == before
-    with pytest.raises(MemoryError), arrays.products(on_gpu(), tf32=False):
+    with pytest.raises(MemoryError), arrays.matmul_precision(on_gpu(), tf32=False):
         raise MemoryError
     assert matmul.fp32_precision == "tf32"
-    with arrays.products(on_gpu(torch.bfloat16), tf32=False), arrays.products(torch.empty(2), tf32=False):
+    with (
+        arrays.matmul_precision(on_gpu(torch.bfloat16), tf32=False),
+        arrays.matmul_precision(torch.empty(2), tf32=False),
+    ):
         assert matmul.fp32_precision == "tf32", "nothing to set"
 
 
 def test_products_go_on_to_follow_what_they_followed(backends):
     backends.fp32_precision = "tf32"
-    with arrays.products(on_gpu(), tf32=False):
+    with arrays.matmul_precision(on_gpu(), tf32=False):
         assert backends.cuda.matmul.fp32_precision == "ieee"
     backends.fp32_precision = "ieee"
     assert backends.cuda.matmul.fp32_precision == "ieee"
@@ -170,8 +173,8 @@ def test_older_torch(monkeypatch, allowed):
     cudnn, matmul = SimpleNamespace(allow_tf32=allowed, rnn=object()), SimpleNamespace(allow_tf32=not allowed)
     backends = SimpleNamespace(cudnn=cudnn, cuda=SimpleNamespace(matmul=matmul))
     monkeypatch.setattr(arrays, "module", lambda kind: SimpleNamespace(backends=backends))
-    assert arrays.precision(on_gpu()) == ("tf32" if allowed else "ieee")
-    with arrays.products(on_gpu(), allowed):
+    assert arrays.default_precision(on_gpu()) == ("tf32" if allowed else "ieee")
+    with arrays.matmul_precision(on_gpu(), allowed):
         assert matmul.allow_tf32 is allowed
     assert matmul.allow_tf32 is not allowed
 

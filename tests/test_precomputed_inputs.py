@@ -31,7 +31,7 @@ def without_product(case, *, bias):
     """The same case with its input part for x, which still lacks b_ih if `bias`."""
     weights = case.weights if not bias else case.weights._replace(b_ih=None)
     rest = case.weights._replace(w_ih=None, b_ih=case.weights.b_ih if bias else None)
-    return case._replace(x=gpu_common.input_part(case.x, weights, step_exact=False), weights=rest)
+    return case._replace(x=gpu_common.input_projection(case.x, weights, step_exact=False), weights=rest)
 
 
 def check(case, forward, backward, *, exact=True):
@@ -72,11 +72,11 @@ def test_numpy_with_everything():
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         draw(name, "float32", 5, 3, 4, 6, reverse=name == "gru"),
-        partial(gpu_common.forward, partial(per_step.walk, bind)),
-        partial(gpu_common.backward, partial(per_step.walk_back, bind)),
+        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
+        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
     )
 
 
@@ -84,12 +84,12 @@ def test_cuda_stepwise(name):
 @pytest.mark.parametrize("name", ["lstm", "rnn_relu"])
 def test_cuda_resident(name, monkeypatch):
     """K = G, or not."""
-    monkeypatch.setattr(per_step, "walk", None)
+    monkeypatch.setattr(per_step, "run_forward", None)
     on = persistent.DEVICES["h200"]
     check(
         draw(name, "bfloat16", 5, 3, 4, 20),
-        partial(gpu_common.forward, partial(cuda.walk, cuda_on_cpu.ready, on)),
-        partial(gpu_common.backward, partial(cuda.walk_back, cuda_on_cpu.ready, on)),
+        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
+        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
     )
 
 

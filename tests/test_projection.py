@@ -35,12 +35,12 @@ def test_numpy(name, options):
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, cuda_on_cpu.ready)
+    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     options = {"reset": True, "given": True, "hold": True, "dropout": True}
     made = reference_modifiers.drawn(name, options, "float32", 6, 4, 3, 5, P=2, reverse=name == "rnn_relu")
-    forward = partial(gpu_common.forward, partial(per_step.walk, bind))
+    forward = partial(gpu_common.forward, partial(per_step.run_forward, bind))
     reference_modifiers.check(
-        made, made.case.run(forward, partial(gpu_common.backward, partial(per_step.walk_back, bind)))
+        made, made.case.run(forward, partial(gpu_common.backward, partial(per_step.run_backward, bind)))
     )
 
 

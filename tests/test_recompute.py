@@ -10,13 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import gpu_rnn
 from gpu_rnn.autograd import eager
-from gpu_rnn.backends import cuda, dispatch, gpu_common, per_step
+from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
-from gpu_rnn.core.problem import Options, Problem, Weights
+from gpu_rnn.core.problem import Options, Problem, Run, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 
-from . import cuda_on_cpu, reference_modifiers
+from . import calls, cuda_on_cpu, reference_modifiers
 from .cuda_emulator import runtime
 from .sequences import draw
 
@@ -61,7 +61,7 @@ def by_autograd(case, recompute, history=False):
 
     x, weights, state = leaf(case.x), Weights(*map(leaf, case.weights)), tuple(map(leaf, case.state))
     options = Options(case.reverse, "numpy", None, history, recompute)
-    y, after = eager.sequence(case.cell.name, x, weights, state, options)
+    ((y, after),) = eager.run(case.cell.name, [Run(x, weights, state, case.reverse)], options)
     dlast = [*case.dlast, *(torch.ones_like(array) for array in after[len(state) :])]
     torch.autograd.backward((y, *after), (case.dy, *dlast))
     return [y, *after, *(leaf.grad for leaf in (x, *weights, *state) if leaf is not None and leaf.requires_grad)]
@@ -85,10 +85,10 @@ def test_with_a_projection_in_every_dtype(dtype):
 
 BACKENDS = {"numpy": oracle}
 for way, forward, backward in (
-    ("cuda stepwise", partial(per_step.walk, partial(cuda.bind, cuda_on_cpu.ready)),
-     partial(per_step.walk_back, partial(cuda.bind, cuda_on_cpu.ready))),
-    ("cuda resident", partial(cuda.walk, cuda_on_cpu.ready, persistent.DEVICES["h200"]),
-     partial(cuda.walk_back, cuda_on_cpu.ready, persistent.DEVICES["h200"])),
+    ("cuda stepwise", partial(per_step.run_forward, partial(cuda.bind, cuda_on_cpu.prepare_launch)),
+     partial(per_step.run_backward, partial(cuda.bind, cuda_on_cpu.prepare_launch))),
+    ("cuda resident", partial(cuda.run_forward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"]),
+     partial(cuda.run_backward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])),
 ):  # fmt: skip
     BACKENDS[way] = SimpleNamespace(
         forward=partial(gpu_common.forward, forward), backward=partial(gpu_common.backward, backward)
@@ -106,11 +106,11 @@ def test_every_backend_records_when_it_is_asked_for_a_gradient(way, option):
 def again(backend, options, dtype="bfloat16"):
     """A backend's gradients from the tape, and without one."""
     case = reference_modifiers.drawn("lstm", options, dtype, 5, 3, 4, 20).case
-    given = case.x, case.weights, case.state
+    run = Run(case.x, case.weights, case.state)
     problem = Problem(case.cell, 5, 3, 4, 20, None, dtype, library="torch", training=True)
-    y, _, tape = dispatch.forward(backend, problem, *given)
+    ((y, _, _, saved),) = backend.forward(problem, [run])
     kept, recorded = (
-        dispatch.backward(backend, problem, *given, y, found, case.dy, case.dlast, case.needs) for found in (tape, ())
+        calls.backward_of(backend, problem, run, y, arrays, case.dy, case.dlast, case.needs) for arrays in (saved, ())
     )
     for label in case.needs:
         assert torch.equal(kept[label], recorded[label]), label
@@ -173,7 +173,7 @@ def test_second_derivatives(name):
     tensors = [tensor.requires_grad_() for tensor in (case.x, *case.weights[:4], *case.state)]
 
     def run(x, *rest):
-        y, after = eager.sequence(name, x, Weights(*rest[:4]), rest[4:], Options(recompute=True))
+        ((y, after),) = eager.run(name, [Run(x, Weights(*rest[:4]), rest[4:])], Options(recompute=True))
         return y, *after
 
     assert torch.autograd.gradcheck(run, tensors)

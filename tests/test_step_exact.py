@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.backends import dispatch
+from gpu_rnn.autograd import functions
 
 I, H = 7, 21
 LAYERS = [
@@ -54,14 +54,14 @@ def test_a_rollout_with_resets_is_its_training(kind):
 
 
 def test_a_captured_sequence_too(monkeypatch):
-    asked, forwards = [], dispatch.forwards
+    asked, forward = [], functions.forward
 
-    def noting(backend, problem, directions):
+    def noting(backend, problem, runs):
         asked.append(problem.step_exact)
-        return forwards(backend, problem, directions)
+        return forward(backend, problem, runs)
 
     layer, x = gpu_rnn.LSTM(I, H, step_exact=True), torch.randn(12, 3, I)
-    monkeypatch.setattr(dispatch, "forwards", noting)
+    monkeypatch.setattr(functions, "forward", noting)
     y, _ = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert asked == [True]
     assert torch.equal(y, by_steps(layer, x)[0])

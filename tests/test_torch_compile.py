@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
 import gpu_rnn.autograd.custom_ops  # registers the operators
-from gpu_rnn.autograd import functions
+from gpu_rnn.core.flat_runs import chunks
 from gpu_rnn.kernels import cells
-from gpu_rnn.modifiers.apply import page
+from gpu_rnn.modifiers.apply import cell_info
 
 LAYERS = [
     ("LSTM", {}), ("LSTM", {"proj_size": 2, "bias": False}), ("RNN", {"nonlinearity": "relu"}),
@@ -180,7 +180,7 @@ OPERANDS = [  # cell, T, B, P, dtype, reverse of each direction: every way the t
     ("lstm", 1, 2, 2, torch.float64, [True]), ("gru", 3, 2, None, torch.bfloat16, [False, True]),
     ("rnn_relu", 2, 2, None, torch.float16, [False]), ("rnn_tanh", 2, 1, None, torch.float64, [False]),
     ("lstm", 5, 2, None, torch.float32, [False, True]),
-    (page("gru", reset=True, given=True, zoneout=(0.3,)).name, 3, 2, None, torch.float32, [True]),
+    (cell_info("gru", reset=True, given=True, zoneout=(0.3,)).name, 3, 2, None, torch.float32, [True]),
 ]  # fmt: skip
 
 
@@ -211,12 +211,12 @@ def check(*case, **where):
     S = len(cells.get(cell).states)
     forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
     for save, history in product((True, False), {False, S > 1}):
-        options = reverse, backend, None, False, history
+        options = reverse, False, backend, None, False, history
         arguments = (cell, given, names, *options, save)
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
         with torch.no_grad():
-            found = functions.parts(forward(*arguments), len(reverse))
+            found = chunks(forward(*arguments), len(reverse))
         outputs = 1 + S + (S - 1) * history
         recorded = [tensor for y, *rest in found for tensor in (y, *rest[outputs - 1 :])]
         douts = [torch.randn_like(tensor) for each in found for tensor in each[:outputs]]

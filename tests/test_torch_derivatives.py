@@ -30,7 +30,7 @@ def as_function(rng, name, P=None, reverse=False, T=3, B=2, I=2, H=3):
     count = len(given) - len(state)
 
     def run(*tensors):
-        y, last = functional.sequence(name, tensors[0], Weights(*tensors[1:count]), tensors[count:], Options(reverse))
+        y, last = functional.run(name, tensors[0], Weights(*tensors[1:count]), tensors[count:], Options(reverse))
         return y, *last
 
     return run, given

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_rnn
-from gpu_rnn.autograd.custom_ops import captured, captured_stack
-from gpu_rnn.backends import dispatch
-from gpu_rnn.core.problem import Direction, Options
+from gpu_rnn.autograd import functions
+from gpu_rnn.autograd.custom_ops import call_op
+from gpu_rnn.core.problem import Options, Run
 
 T, B, I, H = 5, 3, 4, 6
 LAYERS = {"RNN": gpu_rnn.RNN, "LSTM": gpu_rnn.LSTM, "GRU": gpu_rnn.GRU}
@@ -117,12 +117,13 @@ def test_flops_of_what_torch_compile_and_export_capture():
     whole = flops(lambda: layer(x)[0].sum().backward())
     program = torch.export.export(layer, (x,)).module()
     assert flops(lambda: program(x)) == whole / 3
-    weights = [(layer._weights(suffix), [None, None]) for suffix in layer._suffixes]
-    ((y, _),) = captured("lstm", [Direction(x, *weights[0], False)], Options())
+    weights = [Run(None, layer._weights(suffix), [None, None]) for suffix in layer._suffixes]
+    runs = [weights[0]._replace(x=x), weights[1]]
+    ((y, _),) = call_op("lstm", runs[:1], Options())
     first = flops(y.sum().backward)
-    assert first == 2 * flops(lambda: captured("lstm", [Direction(x, *weights[0], False)], Options()))
-    second = flops(lambda: captured("lstm", [Direction(y, *weights[1], False)], Options()))
-    assert flops(lambda: captured_stack("lstm", x, weights, Options())[-1][0].sum().backward()) == whole
+    assert first == 2 * flops(lambda: call_op("lstm", runs[:1], Options()))
+    second = flops(lambda: call_op("lstm", [weights[1]._replace(x=y)], Options()))
+    assert flops(lambda: call_op("lstm", runs, Options(), linked=True)[-1][0].sum().backward()) == whole
     assert whole == 3 * (first / 2 + second)
 
 
@@ -170,8 +171,8 @@ def test_second_derivatives_under_a_counter():
 def test_selective_checkpointing_saves_the_layer(monkeypatch):
     """Its forward is an operator that the policy is asked about, and isn't run twice where it says so."""
     layer, x = gpu_rnn.LSTM(I, H), torch.randn(T, B, I, requires_grad=True)
-    runs, forward = [], dispatch.forward
-    monkeypatch.setattr(dispatch, "forward", lambda *given: runs.append(1) or forward(*given))
+    runs, forward = [], functions.forward
+    monkeypatch.setattr(functions, "forward", lambda *args: runs.append(1) or forward(*args))
 
     def policy(context, operator, *given, **named):
         saved = operator == torch.ops.gpu_rnn.forward.default

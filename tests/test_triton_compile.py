@@ -22,7 +22,7 @@ from gpu_rnn.backends.per_step import Step
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels.triton import persistent, stepwise
 
-from . import constants, fake_gpu
+from . import calls, constants, fake_gpu
 
 STORED = {name: MockTensor(getattr(torch, name)) for name in ("float64", "float32", "float16", "bfloat16")}
 LARGE = 1 << 33  # elements: more than int32 counts
@@ -43,12 +43,12 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
     block_b, block_h, num_warps, maxnreg = plans.instant(H, dtype, whole=cell.meets)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
-        kernel, page = stepwise.grad_kernel, backend.differentiating(cell)
+        kernel, page = stepwise.grad_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         given = (array, real, real, real, array, array, real, array, array, separate, history, real)
         given = (*given, *extra(cell, real), 5, 4, 5, 6, 6)
     else:
-        kernel, page = stepwise.step_kernel, backend.stepping(cell)
+        kernel, page = stepwise.step_kernel, backend.forward_constexprs(cell)
         operand = array if cell.operand else None
         given = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
     constants = (*page, language, block_b, block_h)
@@ -60,11 +60,11 @@ def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precisi
     cell, array, real = cells.get(name).run, STORED[dtype], STORED["float32"]
     chosen, _ = plans.sequence(cell, H, dtype, fake_gpu.SHARED_MEMORY[capability], backward=backward)
     if backward:
-        kernel, page = persistent.backward_kernel, backend.differentiating(cell)
+        kernel, page = persistent.backward_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         given = (array, array, real, real, array, array, real, array, array, separate, history, real)
     else:
-        kernel, page = persistent.forward_kernel, backend.stepping(cell)
+        kernel, page = persistent.forward_kernel, backend.forward_constexprs(cell)
         given = (array, array, array, array, real, array, array)
     constants = (*page, H, chosen.rows, chosen.tile, precision, chosen.stages)
     binary = fake_gpu.compiled(
@@ -289,7 +289,7 @@ def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
         (Broken, ["Triton's driver for the GPU doesn't start: RuntimeError: Failed to find C compiler"]),
     ):
         monkeypatch.setattr(triton.runtime.driver, "_active", driver(90))
-        assert backend.unfit.__wrapped__() == reasons
+        assert backend.unsupported_reasons.__wrapped__() == reasons
 
 
 @pytest.mark.parametrize("H", [12, 300], ids=["sequence", "instant"])
@@ -306,8 +306,8 @@ def test_no_length_and_no_batch_compiles_anything(monkeypatch, H):
         x, h0 = whole[at:].view(T, B, H), whole[at : at + B * H].view(B, H)
         seed = torch.zeros(2, dtype=torch.int64)[at : at + 1]
         weights = Weights(None, w_hh, None, b_hh, flags=flags[at:].view(T, B), seed=seed)
-        y, last, tape = backend.forward(cell, x, weights, (h0,), reverse=False, save=True)
-        backend.backward(cell, x, weights, (h0,), y, tape, x, last, reverse=False, needs={"w_hh"})
+        y, last, tape = calls.forward(backend.forward, cell, x, weights, (h0,), reverse=False, save=True)
+        calls.backward(backend.backward, cell, x, weights, (h0,), y, tape, x, last, reverse=False, needs={"w_hh"})
     compiled = [len(kernel.device_caches[0][0]) for kernel in kernels if kernel.device_caches[0][0]]
     assert compiled == [1, 1]
 

@@ -93,10 +93,10 @@ def test_explanations(name, monkeypatch):
     for T, B, H, dtype, training in sizes:
         P = 8 if "projected" in name else None
         given = Problem(cell, T, B, 32, H, P, dtype, "cuda", "torch", training)
-        texts += [dispatch.serving(backend, given).plan(given) for backend in ("cuda", "triton")]
+        texts += [dispatch.backend_for(backend, given).plan(given) for backend in ("cuda", "triton")]
         texts += [str(dispatch.explain(given)), str(given)]
     stack = Problem(cell, 100, 8, 32, 512, dtype="bfloat16", device="cuda", library="torch", training=True, layers=4)
-    texts += [dispatch.serving("cuda", stack).plan(stack)]
+    texts += [dispatch.backend_for("cuda", stack).plan(stack)]
     texts += [str(dispatch.explain(Problem(cell, 5, 2, 3, 4, dtype=dtype))) for dtype in arrays.DTYPES]
     assert not retired("\n".join(texts))
 

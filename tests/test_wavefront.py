@@ -12,15 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import gpu_rnn
 from bench import nvrtc
-from gpu_rnn.backends import cuda, dispatch, gpu_common
+from gpu_rnn.backends import call_cache, cuda, dispatch, gpu_common
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.core import arrays
-from gpu_rnn.core.problem import Problem, Weights
+from gpu_rnn.core.problem import Problem, Result, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import OPTIONS
 
-from . import cuda_on_cpu, sequences
+from . import calls, cuda_on_cpu, sequences
 from .cuda_emulator import runtime, sanitize
 from .persistent import EPSILON, SOURCE, decode, encode, poison, sources, zeros
 from .tolerance import assert_close
@@ -91,7 +91,9 @@ class Run:
         for k, (y, _, others, _) in enumerate(self.tape):
             W, b_ih = (self.W[k], self.b_ih[k]) if k else (np.eye(cell.G * H), None)
             weights = Weights(W, self.R[k], b_ih, self.b_hh[k])
-            below, last, _ = oracle.forward(cell, below, weights, self.state[k], reverse=False, save=True)
+            below, last, _ = calls.forward(
+                oracle.forward, cell, below, weights, self.state[k], reverse=False, save=True
+            )
             scale = self.epsilon * np.sqrt(T * (k + 1)) * 2**k
             found[f"y{k}"] = np.abs(decode(y, kept) - below).max() / (4 * scale)
             for letter, ours, theirs in zip(cell.states[1:], others[-1], last[1:]):
@@ -306,23 +308,25 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
 
     def ready(launch):
         launched.append((launch.kernel, dict(launch.unit.defines).get("LAYERS")))
-        return cuda_on_cpu.ready(launch)
+        return cuda_on_cpu.prepare_launch(launch)
 
     cases = drawn(name, dtype, L)
     stack = Problem(cell, 6, 3, 140, 140, dtype=dtype, device="cuda", layers=L)
-    walks = cuda.walk, cuda.walk_back, cuda.walk_stack, cuda.walk_stack_back
-    walk, walk_back, walk_stack, walk_stack_back = (partial(w, ready, device) for w in walks)
+    run_forward, run_backward = (
+        partial(whole, partial(loop, ready, device))
+        for whole, loop in ((gpu_common.forward, cuda.run_forward), (gpu_common.backward, cuda.run_backward))
+    )
 
     def in_turn(forward, backward, cases):
         """Only the last layer's y is asked for."""
         x, found, results, dy = cases[0].x, [], {}, cases[-1].dy
         for case in cases:
-            found.append(forward(cell, x, case.weights, case.state, reverse=False, save=True))
+            found.append(calls.forward(forward, cell, x, case.weights, case.state, save=True))
             x = found[-1][0]
         for k in reversed(range(L)):
             case, (y, _, tape), x = cases[k], found[k], found[k - 1][0] if k else cases[0].x
             given = cell, x, case.weights, case.state, y, tape, dy, case.dlast
-            results |= gradients_of(k, backward(*given, reverse=False, needs=case.needs))
+            results |= gradients_of(k, calls.backward(backward, *given, needs=case.needs))
             dy = results[f"dx{k}"]
         return named(results, found), found
 
@@ -335,19 +339,22 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
             results |= {f"y{k}": y} | {f"{letter}T{k}": state for letter, state in zip(cell.states, last)}
         return {what: sequences.wide(array) for what, array in results.items()}
 
+    def stacked(save):
+        results = calls.forward_many(run_forward, cases, save=save, linked=True)
+        return [(y, last, saved) for y, last, _, saved in results]
+
     def back(found):
-        dys, needs, results = [*[None] * (L - 1), cases[-1].dy], [case.needs for case in cases], {}
-        recorded = [(y, tape, dy, case.dlast, ()) for dy, case, (y, _, tape) in zip(dys, cases, found)]
-        gradients = gpu_common.stack_back(walk_stack_back, cell, cases[0].x, layers, recorded, tf32=False, needs=needs)
+        dys, results = [*[None] * (L - 1), cases[-1].dy], {}
+        found = [Result(y, last, (), saved) for y, last, saved in found]
+        gradients = calls.backward_many(run_backward, cases, found, linked=True, dys=dys)
         for k, (case, each) in enumerate(zip(cases, gradients)):
             assert each.keys() == (case.needs if k == 0 else case.needs - {"x"}) | {"state"}
             results |= gradients_of(k, each)
         return named(results, found)
 
-    peer, recorded = in_turn(partial(gpu_common.forward, walk), partial(gpu_common.backward, walk_back), cases)
+    peer, recorded = in_turn(run_forward, run_backward, cases)
     launched.clear()
-    layers = [(case.weights, case.state) for case in cases]
-    found = gpu_common.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=True)
+    found = stacked(save=True)
     ours = back(found)
     resident = launched
     assert resident == [("resident_forward", "3"), ("resident_backward", "3")]
@@ -358,7 +365,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
         assert_close(over_the_other[what], truth[what], peer[what], dtype, what)
 
     def at_most(instants, backward):
-        plan, _ = cuda.stack_of(stack, device, backward)
+        plan, _ = cuda.wavefront_config(stack, device, backward)
         monkeypatch.setattr(persistent, "MOST_PUBLISHED", plan.launches * plan.exchange_bytes(instants))
         cuda.launches.cache_clear()
 
@@ -368,11 +375,11 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
     assert launched.count(("resident_backward", "3")) == 2, "cut over time"
     assert all(np.array_equal(in_parts[what], ours[what]) for what in ours), "back it makes no difference"
     at_most(2, backward=False)
-    again = gpu_common.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=True)
+    again = stacked(save=True)
     assert launched.count(("resident_forward", "3")) == 3
     for what, array in named({}, again).items():
         assert_close(array, truth[what], peer[what], dtype, what)
-    unsaved = gpu_common.stack(walk_stack, cell, cases[0].x, layers, tf32=False, save=False)
+    unsaved = stacked(save=False)
     ours |= named({}, again)
     for k, (y, _, tape) in enumerate(unsaved):
         assert tape == ()
@@ -394,9 +401,7 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
     assert plan(512).count("4 layers as a wavefront in one launch") == 2, "forward and back"
     assert "the driver" not in plan(512)
     monkeypatch.setattr(persistent, "MOST_PUBLISHED", 1 << 20)
-    cuda.stack_of.cache_clear()
     assert "layer by layer: grid scope: the buffer between layers takes 0.1 MiB per time step, and may" in plan(512)
-    cuda.stack_of.cache_clear()
     assert "layer by layer: grid scope: the weights don't fit on-chip: [W | R] of 4 layers" in plan(1024)
     assert "layer by layer: the wavefront kernel does not support modifiers (lstm[lengths])" in plan(512, "lstm+hold")
     assert "wavefront" not in plan(512, layers=1)
@@ -404,12 +409,13 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
 
 def test_the_driver_is_asked():
     problem = Problem(cells.get("lstm"), 1000, 8, 64, 512, dtype="bfloat16", device="cuda", layers=4)
-    cuda.stack_of.cache_clear()
     for backward in (False, True):
-        plan, (reason,) = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid - 1)
+        plan, (reason,) = cuda.wavefront_config(
+            problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid - 1
+        )
         assert plan is None
         assert "needs 128 blocks co-resident, but the CUDA driver reports 127" in reason
-        plan, _ = cuda.stack_of(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid)
+        plan, _ = cuda.wavefront_config(problem, DEVICES["h200"], backward, lambda cell, dtype, plan: plan.grid)
         assert (plan.layers, plan.backward) == (4, backward)
 
 
@@ -430,33 +436,22 @@ def both_ways(monkeypatch):
 
 def pretending(monkeypatch, ways):
     backend, noted = dispatch.backend("numpy"), []
+    forward, backward = backend.forward, backend.backward
 
-    def stack(cell, x, layers, *, tf32, save):
-        noted.append((len(layers), save))
-        found = []
-        for weights, state in layers:
-            found.append(backend.forward(cell, x, weights, state, reverse=False, tf32=tf32, save=save))
-            x = found[-1][0]
-        return found
+    def noting_forward(problem, runs):
+        if problem.layers > 1 and False in ways:
+            noted.append((len(runs), problem.training))
+        return forward(problem, runs)
 
-    def stack_back(cell, x, layers, recorded, *, tf32, needs):
-        noted.append((len(layers), "back", [*map(sorted, needs)]))
-        found, asked = [], torch.zeros_like(recorded[-1][0])
-        for k in reversed(range(len(layers))):
-            (y, tape, dy, dlast, _), below = recorded[k], recorded[k - 1][0] if k else x
-            asked = asked + (0 if dy is None else dy)
-            given = cell, below, *layers[k], y, tape, asked, dlast
-            found.append(backend.backward(*given, reverse=False, tf32=tf32, needs={*needs[k], "x"}))
-            asked = found[-1]["x"]
-            if k or "x" not in needs[0]:
-                found[-1].pop("x")
-        return found[::-1]
+    def noting_backward(problem, runs, saved, grads, needs):
+        if problem.layers > 1 and True in ways:
+            noted.append((len(runs), "back", [*map(sorted, needs)]))
+        return backward(problem, runs, saved, grads, needs)
 
-    monkeypatch.setattr(
-        backend, "stacks", lambda problem, backward: problem.layers > 1 and backward in ways, raising=False
-    )
-    monkeypatch.setattr(backend, "stack", stack, raising=False)
-    monkeypatch.setattr(backend, "stack_back", stack_back, raising=False)
+    monkeypatch.setattr(call_cache, "CACHE", {})
+    monkeypatch.setattr(backend, "fuses_layers", lambda problem, backward: problem.layers > 1 and backward in ways)
+    monkeypatch.setattr(backend, "forward", noting_forward)
+    monkeypatch.setattr(backend, "backward", noting_backward)
     return noted
 
 
@@ -586,17 +581,18 @@ def test_operators_are_what_their_fakes_say(name):
     given = [x]
     for weights in layer.all_weights:
         given += [*weights, *(torch.randn(2, 4, requires_grad=k == 0) for k in range(S))]
-    arguments = name, given, names, 2, "auto", None, True
-    torch.library.opcheck(torch.ops.gpu_rnn.stack.default, arguments)
-    found = torch.ops.gpu_rnn.stack(*arguments)
+    options = [0, 0], True, "auto", None, False, False
+    arguments = name, given, names, *options, True
+    torch.library.opcheck(torch.ops.gpu_rnn.forward.default, arguments)
+    found = torch.ops.gpu_rnn.forward(*arguments)
     layers = found[: len(found) // 2], found[len(found) // 2 :]
     doutputs = [torch.randn_like(tensor) for of_layer in layers for tensor in of_layer[: 1 + S]]
     doutputs[0] = None
     kept = [tensor for y, *others in layers for tensor in (y, *others[S:])]
     needs = [tensor.requires_grad for tensor in given]
     given, kept = ([tensor.detach() for tensor in tensors] for tensors in (given, kept))
-    arguments = name, given, names, doutputs, kept, 2, "auto", None, needs
-    torch.library.opcheck(torch.ops.gpu_rnn.stack_backward.default, arguments)
+    arguments = name, given, names, doutputs, kept, *options, needs
+    torch.library.opcheck(torch.ops.gpu_rnn.backward.default, arguments)
 
 
 def test_bad_states_are_refused_before_anything_runs(at_once):

@@ -2,82 +2,83 @@
 
 Right for every cell and in every order, forward mode included, but slow. First derivatives are the backends'.
 
-Here and in `nodes` and `operators`, `given` is (x, *weights, *state), in the order of `Weights`, with None for the
-weights there aren't.
+Here and in `functions` and `custom_ops`, `tensors` are those of a call's runs (`FlatRuns`), and `grads` the gradients
+of its outputs: of each run y, the states after the last time step, and those of a history.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gpu_rnn.kernels.cells import step_graph
 
 from ..core import arrays
 from ..core import reference as plain
+from ..core.flat_runs import FlatRuns
 from ..core.problem import Problem, Weights
-
-FIRST_STATE = 1 + len(Weights._fields)  # its place in `given`
-
-
-def reference(problem: Problem, *given: Tensor | None) -> tuple[Tensor, ...]:
-    """y and the states after, as a backend computes them, in torch's operations."""
-    x, weights, state = named(given)
-    real = getattr(torch, arrays.real_dtype(x))
-    weights = Weights._make([*(None if weight is None else weight.to(real) for weight in weights[:5]), *weights[5:]])
-    initial = [value.to(real) for value in state]
-    steps = plain.run(problem.cell, step_graph(problem.cell), x.to(real), weights, initial, problem.reverse)
-    last, _ = steps[0 if problem.reverse else -1]
-    y, *history = (torch.stack(values) for values in zip(*(states for states, _ in steps)))
-    return tuple(output.to(x.dtype) for output in (y, *last, *(history if problem.history else ())))
+from .torch_private import in_transform
 
 
-def reference_gradient(problem: Problem, needs: tuple, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """What `Gradient` computes, differentiable: given, gradients of y and the states after -> gradients."""
-    n = FIRST_STATE + problem.cell.S
-    return vjp(partial(reference, problem), inputs[:n], needs)[1](inputs[n:])
+def reference(problem: Problem, layout: FlatRuns, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of all runs, as a backend computes them, in torch's operations."""
+    outputs: list[Tensor] = []
+    y: Tensor | None = None
+    for run in layout.unflatten(tensors):
+        x = y if layout.linked and y is not None else run.x
+        real = getattr(torch, arrays.real_dtype(x))
+        weights = [*(None if w is None else w.to(real) for w in run.weights[:5]), *run.weights[5:]]
+        state = [initial.to(real).flatten(0, -2) for initial in run.state]
+        steps = plain.run(problem.cell, step_graph(problem.cell), x.to(real), Weights(*weights), state, run.reverse)
+        last, _ = steps[0 if run.reverse else -1]
+        y, *history = (torch.stack(values).to(x.dtype) for values in zip(*(states for states, _ in steps)))
+        last = [after.to(x.dtype).reshape(initial.shape) for after, initial in zip(last, run.state)]
+        outputs += [y, *last, *(history if problem.history else ())]
+    return tuple(outputs)
 
 
-def vjp(function: Callable, inputs: List[Tensor | None], wanted: List[bool]) -> tuple[tuple, Callable]:
-    """torch.func.vjp with respect to the inputs that are wanted."""
+def reference_gradient(
+    problem: Problem, layout: FlatRuns, needs: Sequence, *inputs: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The needed gradients of the tensors, differentiable. inputs: the tensors, then grads, None for zero."""
+    n = len(needs)
+    outputs, pullback = vjp(partial(reference, problem, layout), inputs[:n], needs)
+    return pullback(tuple([torch.zeros_like(a) if d is None else d for a, d in zip(outputs, inputs[n:])]))
 
-    def of_wanted(*tensors: Tensor) -> tuple:
-        return function(*(a if b is None else b for a, b in zip(inputs, spread(tensors, wanted))))
 
-    return torch.func.vjp(of_wanted, *(tensor for tensor, want in zip(inputs, wanted) if want))
+def vjp(function: Callable, inputs: Sequence[Tensor | None], needs: Sequence) -> tuple[tuple, Callable]:
+    """torch.func.vjp with respect to the inputs that need a gradient."""
+
+    def of_needed(*tensors: Tensor) -> tuple:
+        return function(*(a if b is None else b for a, b in zip(inputs, scatter(tensors, needs))))
+
+    return torch.func.vjp(of_needed, *(tensor for tensor, need in zip(inputs, needs) if need))
 
 
-def pushed(function: Callable, inputs: List[Tensor | None], tangents: List[Tensor | None]) -> tuple[Tensor, ...]:
+def jvp(function: Callable, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The tangents of the outputs. The pullback is linear and the pushforward its transpose, so pull it back."""
     moving = [tangent is not None for tangent in tangents]
-    with uncast(inputs[0]):
+    with no_autocast(inputs[0]):
         outputs, pullback = vjp(function, inputs, moving)
         _, pushforward = torch.func.vjp(pullback, tuple(map(torch.zeros_like, outputs)))
         (found,) = pushforward(tuple(tangent for tangent in tangents if tangent is not None))
     return found
 
 
-def uncast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
     """Without autocast: dtypes are decided."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def named(given: List) -> tuple[Tensor, Weights, tuple]:
-    """As backends take it."""
-    return given[0], Weights(*given[1:FIRST_STATE]), tuple(given[FIRST_STATE:])
-
-
-def spread(gradients: Iterable[Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
+def scatter(gradients: Iterable[Tensor], needs: Iterable) -> Iterator[Tensor | None]:
     """Each gradient at the place that needs it, None between them."""
     following = iter(gradients)
-    return (next(following) if needed else None for needed in needs)
+    return (next(following) if need else None for need in needs)
 
 
-def required(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for."""
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd may ask for a gradient."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if getattr(tensor, "requires_grad", False):  # what is no tensor is refused later, by its name
@@ -85,19 +86,6 @@ def required(*tensors: Tensor | None) -> bool:
     return False
 
 
-def tracked(*tensors: Tensor | None) -> bool:
-    """Whether a derivative may be asked for."""
-    return transformed() or required(*tensors)
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward mode looks on."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def observed() -> bool:
-    """Whether a transform looks on, or a TorchDispatchMode: FlopCounterMode, selective checkpointing, a memory tracker.
-
-    A mode sees operators alone.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0 or transformed()
+def may_need_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd or a transform may ask for a derivative."""
+    return in_transform() or any_requires_grad(*tensors)

@@ -1,115 +1,73 @@
-"""The functions as torch's autograd, its transforms (torch.func) and its compiler see them, whichever looks on.
+"""Calls on torch tensors, as torch's autograd, its transforms (torch.func) and its compiler see them.
 
-Eager     `nodes`: autograd.Functions around the chosen backend
-Captured  `operators`: operators for torch.compile, torch.export, torch.jit.trace, make_fx and any other mode. A program
-          that was saved needs `import gpu_rnn` before it is loaded.
+Eager     `functions`: autograd.Functions around the chosen backend
+Captured  `custom_ops`: operators for torch.compile, torch.export, torch.jit.trace, make_fx and any other mode. A
+          program that was saved needs `import gpu_rnn` before it is loaded.
 
 First derivatives are the backend's; second and higher ones, and forward mode, those of `derivatives`.
 """
 
-from collections.abc import Sequence as List
-from operator import attrgetter
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import dispatch
-from ..backends.call_cache import Plan, planned
-from ..backends.dispatch import prepared
-from ..core import arrays
-from ..core.problem import Direction, Options, Weights
-from . import flops  # noqa: F401  (flops registers what operators cost)
-from .custom_ops import captured, captured_stack, capturing, exporting
-from .derivatives import required, transformed
-from .functions import Sequence, Stack, above, parts, recorded
-
-LOOK = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
-
-
-def sequence(
-    name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options
-) -> tuple[Tensor, tuple]:
-    """As `functional.sequence`, for tensors."""
-    if not (capturing() or transformed()):
-        plan = planned(
-            (name, options, *switches(x)), LOOK, (x, *weights, *state), made, name, x, weights, state, options
-        )
-        if plan is not None:
-            return followed(plan, x, weights, plan.filled(x, state))
-    (result,) = sequences(name, [Direction(x, weights, state, options.reverse)], options)
-    return result
+from ..backends.call_cache import CachedCall, lookup
+from ..core.flat_runs import FlatRuns
+from ..core.problem import Options, Run
+from ..core.validation import validate, with_zeros, zero_states
+from . import flops  # noqa: F401  (registers what operators cost)
+from .custom_ops import call_op, is_exporting
+from .derivatives import any_requires_grad
+from .functions import Outputs, RNNFunction, run_cached, torch_state
+from .torch_private import fast_apply, in_transform, is_capturing, is_meta_or_fake
 
 
-def sequences(name: str, directions: List[Direction], options: Options) -> list[tuple[Tensor, tuple]]:
-    """`sequence` for each direction of a layer: at once where the backend can and no transform looks on."""
-    if capturing() or unreal(directions[0].x):
-        return captured(name, directions, options)
-    if transformed():
-        return [watched(name, *direction, options) for direction in directions]
-    if len(directions) > 1:
-        options = options._replace(directions=len(directions))
-    wanted = any(required(d.x, *d.weights, *d.state) for d in directions)
-    filled = []
-    for x, weights, state, reverse in directions:
-        if reverse != options.reverse:
-            options = options._replace(reverse=reverse)
-        backend, problem, state = prepared(name, x, weights, state, options, wanted and not options.recompute)
-        filled.append(Direction(x, weights, state, reverse))
-    found = dispatch.forwards(backend, problem, filled)
-    return recorded(backend, problem, filled, found) if wanted else [(y, last) for y, last, _ in found]
+def run(name: str, runs: Sequence[Run], options: Options) -> Outputs:
+    """Run the directions of one layer, whose states may be None."""
+    if is_capturing() or is_meta_or_fake(runs[0].x):
+        return call_op(name, runs, options)
+    if in_transform():
+        return [run_under_transform(name, single, options) for single in runs]
+    call = find_call(name, runs, options)
+    assert call is not None
+    return run_cached(call, runs)
 
 
-def watched(
-    name: str, x: Tensor, weights: Weights, state: List[Tensor | None], reverse: bool, options: Options
-) -> tuple[Tensor, tuple]:
-    """One direction, where a transform looks on."""
-    options = options._replace(reverse=reverse)
-    backend, problem, filled = prepared(name, x, weights, state, options, not options.recompute)
-    y, *last = Sequence.apply(backend, problem, x, *weights, *filled)[: problem.outputs]
+def run_stack(name: str, runs: Sequence[Run], options: Options) -> Outputs | None:
+    """Run the layers of a stack at once, the first of which has x; None where nothing would go at once."""
+    if options.recompute or in_transform():  # recomputed, it would not get the same bits; transforms know single layers
+        return None
+    if is_capturing() or is_meta_or_fake(runs[0].x):
+        return None if is_exporting() else call_op(name, runs, options, linked=True)
+    call = find_call(name, runs, options, linked=True)
+    return None if call is None else run_cached(call, runs)
+
+
+def run_under_transform(name: str, run: Run, options: Options) -> tuple[Tensor, tuple]:
+    """One direction, where a transform is active."""
+    call = make_call(name, [run], options, training=not options.recompute)
+    assert call is not None
+    (filled,) = with_zeros([run], call.zeros, run.x) if call.zeros else [run]
+    y, *last = fast_apply(RNNFunction, call, None, *call.layout.flatten([filled]))[: call.problem.outputs]
     return y, tuple(last)
 
 
-def stacked(
-    name: str, x: Tensor, layers: List[tuple[Weights, List[Tensor | None]]], options: Options
-) -> list[tuple[Tensor, tuple]] | None:
-    """`sequence` for each layer of a stack, as one node; None where nothing would go at once."""
-    if options.recompute or transformed():  # recomputed, it would not get the same bits; transforms know single layers
+def find_call(name: str, runs: Sequence[Run], options: Options, linked: bool = False) -> CachedCall | None:
+    """The cached call of some runs."""
+    settings = name, options, tuple([run.reverse for run in runs]), linked, *torch_state(runs[0].x)
+    tensors = [tensor for x, weights, state, _ in runs for tensor in (x, *weights, *state)]
+    return lookup(settings, "torch", tensors, make_call, name, runs, options, linked)
+
+
+def make_call(
+    name: str, runs: Sequence[Run], options: Options, linked: bool = False, training: bool | None = None
+) -> CachedCall | None:
+    """Check that everything fits, and choose; None for a stack whose layers the backend runs one after the other."""
+    needed = any(any_requires_grad(x, *weights, *state) for x, weights, state, _ in runs)
+    save = needed and not options.recompute if training is None else training
+    problem = validate(name, runs, options, save, linked=linked)
+    backend = dispatch.choose(problem, options.backend)
+    if linked and not any(backend.fuses_layers(problem, backward) for backward in (False, True)[: 1 + save]):
         return None
-    if capturing() or unreal(x):
-        return None if exporting() else captured_stack(name, x, layers, options)
-    wanted = required(x, *(tensor for weights, state in layers for tensor in (*weights, *state)))
-    backend, problem, state = prepared(name, x, *layers[0], options, wanted)
-    if not any(dispatch.stacks(backend, problem, backward=way) for way in (False, True)[: 1 + wanted]):
-        return None
-    filled = [(layers[0][0], state)]
-    for weights, initial in layers[1:]:
-        filled.append((weights, prepared(name, above(x, weights), weights, initial, options, wanted)[2]))
-    if not wanted:
-        return [(y, last) for y, last, _ in dispatch.stack(backend, problem, x, filled)]
-    outputs = Stack.apply(backend, problem, len(filled), x, *(tensor for w, state in filled for tensor in (*w, *state)))
-    return [(y, tuple(last)) for y, *last in parts(outputs, len(filled))]
-
-
-def made(name: str, x: Tensor, weights: Weights, state: List[Tensor | None], options: Options) -> Plan | None:
-    """The plan of a call of a function."""
-    return None if unreal(x) else Plan.of(name, x, weights, state, options, required(x, *weights, *state))
-
-
-def switches(x: Tensor) -> tuple[bool, str | None]:
-    """What torch's own say that decides on a plan."""
-    return torch.is_grad_enabled(), arrays.precision(x) if x.is_cuda else None
-
-
-def followed(plan: Plan, x: Tensor, weights: Weights, state: List[Tensor]) -> tuple[Tensor, tuple]:
-    """What a plan gives."""
-    backend, problem, _, wanted, _ = plan
-    found = y, last, _ = dispatch.forward(backend, problem, x, weights, state)
-    if wanted:
-        ((y, last),) = recorded(backend, problem, [Direction(x, weights, state, problem.reverse)], [found])
-    return y, last
-
-
-def unreal(x: Tensor) -> bool:
-    """Whether a tensor has a shape alone: on the meta device, or of somebody who looks how much a model will take."""
-    return x.is_meta or isinstance(x, FakeTensor)
+    return CachedCall(backend, problem, FlatRuns.of(runs, linked), zero_states(problem, runs), needed)

@@ -1,59 +1,59 @@
-"""A call goes by the plan of those that look like it, and skips the checks and choices that can't come out differently.
+"""The one cache of decisions: what a call looks like -> the backend and the problem, which holds all that follows.
 
-All that decides on a plan is in its key, and no array or layer is kept, so that none can be out of date.
+Kernel configurations and launches are decisions of the problem (`Problem.decide`), and so live in the same entry. All
+that decides is in the key: the caller's settings, the environment, kind, shape, dtype and device of every array. No
+array and no layer is kept, so that no write to either can be missed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
-from ..core import arrays
-from ..core.problem import Options, Problem, Weights
-from .dispatch import Backend, prepared, variable
+from ..core.flat_runs import FlatRuns
+from ..core.problem import Problem
+from .dispatch import VARIABLE
+from .protocol import Backend
 
 
-class Plan(NamedTuple):
-    """How a call of one layer in one direction goes, and with it all that look like it."""
+@dataclass(frozen=True, eq=False)
+class CachedCall:
+    """How a call runs, and every call that looks like it."""
 
     backend: Backend
     problem: Problem
-    zeros: Sequence[tuple[int, ...] | None]  # shapes of the states that aren't given; empty where all are
-    wanted: bool = False  # whether a gradient may be asked for
-    squeezed: bool = False  # whether states lose the axis of layers on their way
-
-    @classmethod
-    def of(
-        cls, name: str, x: Any, weights: Weights, state: Sequence[Any], options: Options, wanted: bool = False
-    ) -> "Plan":
-        """Everything fits, or an error."""
-        backend, problem, filled = prepared(name, x, weights, state, options, wanted and not options.recompute)
-        zeros = [tuple(zero.shape) if given is None else None for given, zero in zip(state, filled)]
-        return cls(backend, problem, zeros if any(zeros) else [], wanted)
-
-    def filled(self, x: Any, state: Sequence[Any]) -> Sequence[Any]:
-        """The states with zeros for None."""
-        if not self.zeros:
-            return state
-        return [given if zero is None else arrays.zeros(zero, like=x) for given, zero in zip(state, self.zeros)]
+    layout: FlatRuns
+    zeros: tuple = ()  # `validation.zero_states`
+    requires_grad: bool = False  # whether autograd may ask for a gradient
 
 
-PLANS: dict[tuple, Plan | None] = {}  # None: such calls go the long way
-MOST_PLANS, UNSEEN = 1024, Plan(*[None] * 3)  # type: ignore[arg-type]
+CACHE: dict[tuple, CachedCall | None] = {}  # None: such calls are run otherwise
+MAX_CALLS, MISSING = 1024, object()
+SIGNATURE = {"numpy": attrgetter("__class__", "shape", "dtype")}
+SIGNATURE["cupy"] = lambda array: (array.__class__, array.shape, array.dtype, int(array.device))
+SIGNATURE["torch"] = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
+
+# os.environ raises and catches two errors to say that a name isn't there, which takes as long as a small matmul.
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_KEY: Any = VARIABLE if _ENVIRONMENT is os.environ else os.environ.encodekey(VARIABLE)
 
 
-def planned(
-    settings: tuple, look: Callable[[Any], tuple], given: Iterable[Any], make: Callable[..., Plan | None], *call: Any
-) -> Plan | None:
-    """The plan of a call, which `make` makes of it for the first of those alike; None: it goes the long way.
+def lookup(
+    settings: tuple, library: str, arrays: Iterable[Any], make: Callable[..., CachedCall | None], *args: Any
+) -> CachedCall | None:
+    """The cached call for arrays of a library and all other settings that decide; `make(*args)` makes a missing one.
 
-    settings: all that decides beside the environment and how the arrays given `look`.
+    Where an array is none, or nothing that can be looked up, the call is made anew: that has the words for it.
     """
+    signature = SIGNATURE[library]
     try:
-        key = settings, variable(), *[None if array is None else look(array) for array in given]
-        plan = PLANS.get(key, UNSEEN)
-    except (AttributeError, TypeError):  # no array, or nothing to look up: the long way has the words for it
-        return None
-    if plan is UNSEEN:
-        if len(PLANS) >= MOST_PLANS:
-            PLANS.clear()
-        plan = PLANS[key] = make(*call)
-    return plan
+        key = settings, _ENVIRONMENT.get(_KEY), *[None if array is None else signature(array) for array in arrays]
+        call = CACHE.get(key, MISSING)
+    except (AttributeError, TypeError):
+        return make(*args)
+    if call is MISSING:
+        if len(CACHE) >= MAX_CALLS:
+            CACHE.clear()
+        call = CACHE[key] = make(*args)
+    return call  # type: ignore[return-value]

@@ -1,30 +1,32 @@
 """CUDA: the kernels of kernels/cuda, compiled by CuPy at first use, on the arrays and the stream of the caller.
 
-Where the recurrent weights fit the chip, a whole sequence is one launch that holds them there (persistent.cu); else
-`stepwise` walks through time with one product and one launch per instant. Both leave the same tape. Memory comes from
-the caller's library alone, and nothing waits for the GPU: after `warmup`, or one run, a CUDA graph can capture it.
+Where the recurrent weights fit on-chip, a whole pass is one launch of a persistent kernel (persistent.cu); else the
+`per_step` loop runs one matmul and one launch per time step. Both save the same activations. Memory comes from the
+caller's library alone, and nothing waits for the GPU: after `warmup`, or one call, a CUDA graph can capture it.
 """
 
 import ctypes
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.cuda import persistent
-from gpu_rnn.kernels.cuda import stepwise as plans
+from gpu_rnn.kernels.cuda import persistent, stepwise
 from gpu_rnn.kernels.cuda.launch import OPTIONS, Launch, Runner, Unit
 
 from ..core import arrays, optional_imports
-from ..core.problem import Direction, Memory, Problem, Weights
+from ..core.problem import Grads, Memory, Problem, Result, Run
 from . import gpu_common, per_step
-from .gpu_common import factors as factors
-from .gpu_common import history as history
+from .gpu_common import BackwardBuffers, ForwardBuffers
+from .gpu_common import gemm_operands as gemm_operands
+from .gpu_common import saved_shapes as saved_shapes
+from .protocol import Needs, backward_in_turn, forward_in_turn
 
 NAME = "cuda"
+MIN_STEPS = 4  # fewer don't repay loading the weights
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -39,24 +41,23 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def plan(problem: Problem) -> str:
-    ways = [gpu_common.projection(problem)]
-    for backward in ways_of(problem):
-        resident, why = residence_of(problem, device(), backward)
-        each = f"{gpu_common.per_step(problem)}; no persistent kernel: {'; '.join(why)}"
-        if resident and why:
-            each = f"{resident}; one direction after the other: {'; '.join(why)}"
-        each = each if why else str(resident)
+    lines = [gpu_common.describe_projection(problem)]
+    for backward in passes(problem):
+        config, why = persistent_config(problem, device(), backward)
+        text = f"{gpu_common.describe_per_step(problem)}; no persistent kernel: {'; '.join(why)}"
+        if config and why:
+            text = f"{config}; one direction after the other: {'; '.join(why)}"
+        text = text if why else str(config)
         if problem.layers > 1:
-            wavefront, against = stack_of(problem, device(), backward)
-            each = str(wavefront) if wavefront else f"{each}; layer by layer: {'; '.join(against)}"
-        ways.append(f"{'backward' if backward else 'forward'}: {each}")
-    return "\n".join(ways)
+            wavefront, against = wavefront_config(problem, device(), backward)
+            text = str(wavefront) if wavefront else f"{text}; layer by layer: {'; '.join(against)}"
+        lines.append(f"{'backward' if backward else 'forward'}: {text}")
+    return "\n".join(lines)
 
 
-def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
-    """How one way through time is run, in a word, for the name of a profiler's range."""
-    found, _ = (stack_of if stacked else residence_of)(problem, device(), backward)
-    return "per-step" if found is None else f"persistent/{found.scope}"
+def method(problem: Problem, backward: bool) -> str:
+    config, _ = (wavefront_config if problem.layers > 1 else persistent_config)(problem, device(), backward)
+    return "per-step" if config is None else f"persistent/{config.scope}"
 
 
 def memory(problem: Problem) -> Memory:
@@ -64,308 +65,240 @@ def memory(problem: Problem) -> Memory:
 
 
 def memory_on(problem: Problem, on: persistent.Device) -> Memory:
-    """Of one layer by itself: in a wavefront the upper ones have no input part."""
+    """Of one layer by itself: in a wavefront the upper ones have no input projection."""
     workspace, own = per_step.memory(problem), []
     for backward in (False, True):
-        plan, _ = residence_of(problem, on, backward)
-        own.append(plan.launches * plan.exchange_bytes(problem.T) // plan.directions if plan else workspace[backward])
+        config, _ = persistent_config(problem, on, backward)
+        exchange = config and config.launches * config.exchange_bytes(problem.T) // config.directions
+        own.append(workspace[backward] if exchange is None else exchange)
     return gpu_common.memory(problem, *own)
 
 
-def ways_of(problem: Problem) -> tuple[bool, ...]:
-    """Through time: whether backward."""
+def passes(problem: Problem) -> tuple[bool, ...]:
+    """Whether each pass that a problem has is the backward one."""
     return (False, True) if problem.training else (False,)
 
 
-def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    step_exact: bool = False,
-) -> tuple[Any, tuple, tuple]:  # fmt: skip
-    with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk, runner(), device(), held=held)
-        return gpu_common.forward(
-            step, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
-        )
+def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
+    if problem.layers > 1 and not fuses_layers(problem, backward=False):
+        return forward_in_turn(forward, problem, runs)
+    with stream_of(runs[0].x), arrays.matmul_precision(runs[0].x, problem.tf32):
+        return gpu_common.forward(partial(run_forward, launcher(), device(), query=max_coresident), problem, runs)
 
 
 def backward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
-    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
-) -> dict[str, Any]:  # fmt: skip
-    with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk_back, runner(), device(), held=held)
-        return gpu_common.backward(
-            step, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
-        )
+    problem: Problem, runs: Sequence[Run], saved: Sequence[tuple], grads: Sequence[Grads], needs: Sequence[Needs]
+) -> list[dict[str, Any]]:
+    if problem.layers > 1 and not fuses_layers(problem, backward=True):
+        return backward_in_turn(backward, problem, runs, saved, grads, needs)
+    with stream_of(runs[0].x), arrays.matmul_precision(runs[0].x, problem.tf32):
+        loop = partial(run_backward, launcher(), device(), query=max_coresident)
+        return gpu_common.backward(loop, problem, runs, saved, grads, needs)
 
 
-def forwards(
-    cell: Cell, directions: Sequence[Direction], *, tf32: bool, save: bool, step_exact: bool = False
-) -> list[tuple[Any, tuple, tuple]]:
-    with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
-        step = partial(walk, runner(), device(), held=held)
-        return gpu_common.forwards(step, cell, directions, tf32=tf32, save=save, step_exact=step_exact)
-
-
-def backwards(
-    cell: Cell, directions: Sequence[Direction], recorded: Sequence[gpu_common.Recorded], *, tf32: bool,
-    needs: Sequence[Collection[str]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    with stream_of(directions[0].x), arrays.products(directions[0].x, tf32):
-        step = partial(walk_back, runner(), device(), held=held)
-        return gpu_common.backwards(step, cell, directions, recorded, tf32=tf32, needs=needs)
-
-
-def stacks(problem: Problem, backward: bool) -> bool:
-    return stack_of(problem, device(), backward, held)[0] is not None
-
-
-def stack(
-    cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], *, tf32: bool, save: bool
-) -> list[tuple[Any, tuple, tuple]]:
-    with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk_stack, runner(), device(), held=held)
-        return gpu_common.stack(step, cell, x, layers, tf32=tf32, save=save)
-
-
-def stack_back(
-    cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]], recorded: Sequence[gpu_common.Recorded],
-    *, tf32: bool, needs: Sequence[Collection[str]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    with stream_of(x), arrays.products(x, tf32):
-        step = partial(walk_stack_back, runner(), device(), held=held)
-        return gpu_common.stack_back(step, cell, x, layers, recorded, tf32=tf32, needs=needs)
+def fuses_layers(problem: Problem, backward: bool) -> bool:
+    key = "wavefront", device(), backward, max_coresident
+    return problem.decide(key, wavefront_config, problem, device(), backward, max_coresident)[0] is not None
 
 
 def warmup(problem: Problem) -> tuple[str, ...]:
     """Compile what a problem needs, for the current device, and run nothing. -> the kernels."""
-    kernels = list(kernels_of(problem, held))
+    kernels = list(kernels_of(problem, max_coresident))
     for unit, kernel in kernels:
         loaded(unit, kernel)
     return tuple(kernel for _, kernel in kernels)
 
 
-def kernels_of(problem: Problem, held: "Held | None" = None) -> Iterator[tuple[Unit, str]]:
-    """What a problem needs on the current device. Without `held` the driver isn't asked, and nothing is compiled."""
-    found = [residence_of(problem, device(), backward, held)[0] for backward in ways_of(problem)]
+def kernels_of(problem: Problem, query: "Query | None" = None) -> Iterator[tuple[Unit, str]]:
+    """What a problem needs on the current device. Without `query` the driver isn't asked, and nothing is compiled."""
+    configs = [persistent_config(problem, device(), backward, query)[0] for backward in passes(problem)]
     if problem.layers > 1:
-        found = [stack_of(problem, device(), way, held)[0] or plan for way, plan in zip(ways_of(problem), found)]
-    for resident in filter(None, found):
-        unit = persistent.compiled(resident, problem.cell, problem.dtype)
-        yield unit, persistent.name(resident)
-    if all(found):
+        fused = [wavefront_config(problem, device(), backward, query)[0] for backward in passes(problem)]
+        configs = [wavefront or config for wavefront, config in zip(fused, configs)]
+    for config in filter(None, configs):
+        yield persistent.compiled(config, problem.cell, problem.dtype), persistent.name(config)
+    if all(configs):
         return
     product = arrays.product_dtype(problem.library, problem.dtype)
     for kernel in KERNELS.values():
-        launch = plans.launch(
+        launch = stepwise.launch(
             kernel, problem.cell, B=problem.B, H=problem.H, R=1, storage=problem.dtype, product=product, addresses=()
         )
         yield launch.unit, launch.kernel
 
 
-# ---- the walk: resident where a plan fits, else an instant at a time ------------------------------------------------
-
-LEAST_INSTANTS = 4  # fewer don't repay loading the weights
+# ---- The configuration of a pass ------------------------------------------------------------------------------------
 
 
-# How many clusters of a plan, or blocks of its grid, are resident at once: of its kernel for a cell and a dtype.
-Held = Callable[[Cell, str, persistent.Residence], int]
+# How many clusters of a configuration, or blocks of its grid, are co-resident: of its kernel for a cell and a dtype.
+Query = Callable[[Cell, str, persistent.Residence], int]
+Choice = tuple[persistent.Residence | None, Sequence[str]]
 
 
-def residence_of(
-    problem: Problem, on: persistent.Device, backward: bool, held: Held | None = None
-) -> tuple[persistent.Residence | None, Sequence[str]]:
-    """The resident plan of a problem, one way through time, or why there is none.
+def persistent_config(problem: Problem, on: persistent.Device, backward: bool, query: Query | None = None) -> Choice:
+    """The configuration of the persistent kernel for one pass, or why there is none.
 
-    A plan for one direction with a reason is for a problem of two: why they don't go together. Without `held` nothing
-    is compiled, and the driver isn't asked.
+    A configuration for one direction with a reason is for a problem of two: why they don't go together. Without `query`
+    nothing is compiled, and the driver isn't asked.
     """
     why: list[str] = []
     if problem.B == 0:
         why.append("the batch is empty")
     if problem.P is not None:
         why.append("a projection (w_hr) takes a second matmul per time step")
-    if problem.T < LEAST_INSTANTS and not problem.step_exact:
-        why.append(f"T = {problem.T}: fewer than {LEAST_INSTANTS} time steps don't repay loading the weights")
+    if problem.T < MIN_STEPS and not problem.step_exact:
+        why.append(f"T = {problem.T}: fewer than {MIN_STEPS} time steps don't repay loading the weights")
     if why:
         return None, why
     sizes = problem.H, problem.B, problem.directions
-    return plan_of(problem.cell, problem.dtype, *sizes, on, backward, not problem.tf32, held)
+    return config_of(problem.cell, problem.dtype, *sizes, on, backward, not problem.tf32, query)
 
 
-@lru_cache(maxsize=1024)  # asked at every call
-def stack_of(
-    problem: Problem, on: persistent.Device, backward: bool, held: Held | None = None
-) -> tuple[persistent.Residence | None, Sequence[str]]:
-    """The plan by which the layers of a stack go one way through time at once, or why they don't."""
-    cell, dtype, tf32 = problem.cell, problem.dtype, problem.tf32
-    if problem.B == 0 or problem.P is not None or problem.T < LEAST_INSTANTS:
-        return None, residence_of(problem, on, backward)[1]
+def wavefront_config(problem: Problem, on: persistent.Device, backward: bool, query: Query | None = None) -> Choice:
+    """The configuration by which the layers of a stack run one pass at once, or why they don't."""
+    cell, dtype, ieee = problem.cell, problem.dtype, not problem.tf32
+    if problem.B == 0 or problem.P is not None or problem.T < MIN_STEPS:
+        return None, persistent_config(problem, on, backward)[1]
     if cell.meets:
         return None, ("it reduces over hidden units, which the wavefront kernel does not support",)
     if cell.E:
         return None, (f"the wavefront kernel does not support modifiers ({cell.label})",)
     sizes = problem.H, problem.T, problem.B, problem.layers
     element, apart = persistent.element(cell, backward=backward), sum(cell.separate)
-    plan, why = persistent.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=not tf32)
-    if plan is not None and held is not None:
-        _, fewer = persistent.holds(plan, on, partial(held, cell, dtype))
+    config, why = persistent.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=ieee)
+    if config is not None and query is not None:
+        _, fewer = persistent.holds(config, on, partial(query, cell, dtype))
         if fewer is not None:
             return None, (fewer,)
-    return plan, why
+    return config, why
 
 
-@lru_cache(maxsize=1024)  # asked at every call
-def plan_of(
+@lru_cache(maxsize=1024)  # the search takes milliseconds, and its result is the same for every T
+def config_of(
     cell: Cell, dtype: str, H: int, B: int, directions: int, on: persistent.Device, backward: bool, ieee: bool,
-    held: Held | None,
-) -> tuple[persistent.Residence | None, Sequence[str]]:  # fmt: skip
+    query: Query | None,
+) -> Choice:  # fmt: skip
     if directions > 1:
-        alone, why = plan_of(cell, dtype, H, B, 1, on, backward, ieee, held)
-        if alone is None:
+        single, why = config_of(cell, dtype, H, B, 1, on, backward, ieee, query)
+        if single is None:
             return None, why
-        both, why = persistent.together(alone, B, on, held and partial(held, cell, dtype))
-        return both or alone, why
-    element = persistent.element(cell, backward=backward)
-    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "meetings": persistent.meetings(cell, backward=backward)}
-    announced = persistent.plan(cell.G, element, dtype, H, B, on, **how)
-    if held is None:
-        return announced
-    ours = partial(held, cell, dtype)
-    plan, why = persistent.settled(cell.G, element, dtype, H, B, on, held=ours, **how)
-    if plan != announced[0]:
-        what = f"{cell.label}, H={H} B={B} {dtype}: {'; '.join(why)}; using {plan or 'per-step kernels'} instead"
+        fused, why = persistent.together(single, B, on, query and partial(query, cell, dtype))
+        return fused or single, why
+    element, meetings = (of(cell, backward=backward) for of in (persistent.element, persistent.meetings))
+    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "meetings": meetings}
+    predicted = persistent.plan(cell.G, element, dtype, H, B, on, **how)
+    if query is None:
+        return predicted
+    config, why = persistent.settled(cell.G, element, dtype, H, B, on, held=partial(query, cell, dtype), **how)
+    if config != predicted[0]:
+        what = f"{cell.label}, H={H} B={B} {dtype}: {'; '.join(why)}; using {config or 'per-step kernels'} instead"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
-    return plan, why
+    return config, why
 
 
-def planned(
-    on: persistent.Device, cell: Cell, gates: Any, w_hr: Any, directions: int, backward: bool, tf32: bool,
-    held: Held | None, step_exact: bool = False,
-) -> persistent.Residence | None:  # fmt: skip
-    """The resident plan for arrays; gates [T, B, G, H]."""
-    T, B, _, H = gates.shape
-    P = None if w_hr is None else w_hr.shape[0]
-    problem = Problem(
-        cell, T, B, 0, H, P, arrays.dtype(gates), "cuda", arrays.library(gates), tf32=tf32, directions=directions,
-        step_exact=step_exact,
-    )  # fmt: skip
-    return residence_of(problem, on, backward, held)[0]
+# ---- The time loop: a persistent kernel where there is a configuration, else per step -------------------------------
 
 
-def walk(run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Forward, held: Held | None = None) -> None:
-    one = given[0]
-    plan = planned(on, cell, one.xg, one.w_hr, len(given), False, one.tf32, held, one.step_exact)
-    for together in launched(plan, given):
-        if plan is None:
-            per_step.walk(partial(bind, run), cell, *together)
+def run_forward(
+    run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[ForwardBuffers], query: Query | None = None
+) -> None:
+    """The forward pass of all runs."""
+    config = config_for(problem, on, False, query)
+    for batch in launch_batches(config, problem, buffers):
+        if config is None:
+            per_step.run_forward(partial(bind, run), problem, batch)
         else:
-            resident(run, plan, cell, together, forward_arrays, one.xg.shape, one.saved is not None)
+            launch_persistent(run, config, problem, batch, forward_args)
 
 
-def walk_stack(
-    run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Forward, held: Held | None = None
+def run_backward(
+    run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[BackwardBuffers], query: Query | None = None
 ) -> None:
-    """The layers forward at once, for a problem that `stack_of` has a plan for."""
-    plan = stack_plan(on, cell, given[0].xg, given, False, held)
-    resident(run, plan, cell, given, forward_arrays, given[0].xg.shape, given[0].saved is not None)
-
-
-def walk_stack_back(
-    run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Backward, held: Held | None = None
-) -> None:
-    """And back."""
-    plan = stack_plan(on, cell, given[0].dxg, given, True, held)
-    resident(run, plan, cell, given, backward_arrays, given[0].dxg.shape, True)
-
-
-def stack_plan(
-    on: persistent.Device, cell: Cell, gates: Any, layers: Sequence[gpu_common.Forward | gpu_common.Backward],
-    backward: bool, held: Held | None,
-) -> persistent.Residence:  # fmt: skip
-    """As `planned`, of a stack."""
-    T, B, _, H = gates.shape
-    dtype, library = arrays.dtype(gates), arrays.library(gates)
-    problem = Problem(cell, T, B, 0, H, None, dtype, "cuda", library, tf32=layers[0].tf32, layers=len(layers))
-    plan, why = stack_of(problem, on, backward, held)
-    assert plan is not None, why
-    return plan
-
-
-def walk_back(
-    run: Runner, on: persistent.Device, cell: Cell, *given: gpu_common.Backward, held: Held | None = None
-) -> None:
-    one = given[0]
-    plan = planned(on, cell, one.dxg, one.w_hr, len(given), True, one.tf32, held)
-    for together in launched(plan, given):
-        if plan is None:
-            per_step.walk_back(partial(bind, run), cell, *together)
+    """The backward pass of all runs."""
+    config = config_for(problem, on, True, query)
+    for batch in launch_batches(config, problem, buffers):
+        if config is None:
+            per_step.run_backward(partial(bind, run), problem, batch)
         else:
-            resident(run, plan, cell, together, backward_arrays, one.dxg.shape, True)
+            launch_persistent(run, config, problem, batch, backward_args)
 
 
-def launched(plan: persistent.Residence | None, given: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """The directions, those in turn that a launch is for."""
-    n = 1 if plan is None else plan.directions
-    return (given[k : k + n] for k in range(0, len(given), n))
+def config_for(
+    problem: Problem, on: persistent.Device, backward: bool, query: Query | None
+) -> persistent.Residence | None:
+    """The configuration of a pass, decided once for a problem."""
+    kind, choose = ("wavefront", wavefront_config) if problem.layers > 1 else ("persistent", persistent_config)
+    config, why = problem.decide((kind, on, backward, query), choose, problem, on, backward, query)
+    assert config is not None or problem.layers == 1, why
+    return config
 
 
-def forward_arrays(given: gpu_common.Forward) -> tuple:
-    """Those of `resident_forward`, in its order."""
-    below = given.w_ih, None if given.w_ih is None else given.b_ih
-    return given.xg, given.w_hh, given.b_hh, given.h0, given.others, given.saved, given.y, *given.extra, *below
+def launch_batches(
+    config: persistent.Residence | None, problem: Problem, buffers: Sequence[Any]
+) -> list[Sequence[Any]]:
+    """The buffers of the runs, split by launch: a stack is one, and so are two directions that are fused."""
+    n = len(buffers) if problem.layers > 1 else 1 if config is None else config.directions
+    return [buffers[k : k + n] for k in range(0, len(buffers), n)]
 
 
-def backward_arrays(given: gpu_common.Backward) -> tuple:
-    """Those of `resident_backward`, in its order."""
-    tape = given.y, given.h0, given.others, given.saved
-    written = given.dxg, given.dhg, given.dhistory, given.dunits
-    return given.dy, given.dh, given.dothers, given.w_hh, *tape, *written, *given.extra, given.w_ih
+def forward_args(buffers: ForwardBuffers) -> tuple:
+    """The arrays of `resident_forward`, in its order."""
+    b = buffers
+    from_below = b.w_ih, None if b.w_ih is None else b.b_ih
+    return b.Wx, b.w_hh, b.b_hh, b.h0, b.cell_states, b.saved, b.y, *b.aux, *from_below
 
 
-def resident(
-    run: Runner, plan: persistent.Residence, cell: Cell, given: Sequence[Any], ordered: Callable[[Any], tuple],
-    shape: tuple, save: bool,
-) -> None:  # fmt: skip
-    """Run the sequence of every direction or layer. `ordered`: see `forward_arrays`."""
-    (T, B, _, H), like = shape, given[0].w_hh
-    parts, bytes_ = launches(run, plan, cell, arrays.dtype(like), T, B, H, given[0].extra.rows, save)
-    exchange = arrays.zeros((plan.launches * bytes_,), like=like, dtype="uint8") if bytes_ else None
-    at = arrays.pointer(exchange)
-    for n, (begin, end, repeats) in enumerate(parts):
+def backward_args(buffers: BackwardBuffers) -> tuple:
+    """The arrays of `resident_backward`, in its order."""
+    b = buffers
+    read, written = (b.y, b.h0, b.cell_states, b.saved), (b.dWx, b.dRh, b.dhistory, b.dunits)
+    return b.dy, b.dh, b.dcell_states, b.w_hh, *read, *written, *b.aux, b.w_ih
+
+
+def launch_persistent(
+    run: Runner, config: persistent.Residence, problem: Problem, buffers: Sequence[Any], args_of: Callable[[Any], tuple]
+) -> None:
+    """Run the persistent kernel for some of a problem's runs. args_of: see `forward_args`."""
+    like, rows = buffers[0].w_hh, buffers[0].aux.rows
+    parts, bytes_ = problem.decide(("launches", config, run, rows), launches, run, config, problem, rows)
+    exchange = arrays.zeros((config.launches * bytes_,), like=like, dtype="uint8") if bytes_ else None
+    address = arrays.pointer(exchange)
+    for n, (begin, end, launched) in enumerate(parts):
         if n > 0 and exchange is not None:
-            exchange[...] = 0  # or the stamps of the part before would let everybody pass
-        these = given if len(parts) == 1 else [one.between(begin, end) for one in given]
-        members = [persistent.Member(arrays.pointers(ordered(one), like), one.reverse) for one in these]
+            exchange[...] = 0  # or the sequence numbers of the part before would let every wait pass
+        these = buffers if len(parts) == 1 else [one.time_slice(begin, end) for one in buffers]
+        members = [persistent.Member(arrays.pointers(args_of(one), like), one.reverse) for one in these]
         words = persistent.words(members)
-        for k, repeat in enumerate(repeats):
-            repeat(words, at + k * bytes_)
+        for k, launch in enumerate(launched):
+            launch(words, address + k * bytes_)
 
 
-@lru_cache(maxsize=1024)  # asked at every call
 def launches(
-    run: Runner, plan: persistent.Residence, cell: Cell, dtype: str, T: int, B: int, H: int, rows: int, save: bool
+    run: Runner, config: persistent.Residence, problem: Problem, rows: int
 ) -> tuple[list[tuple[int, int, tuple]], int]:
-    """From which to which time step, and what launches them; and the bytes that each launch exchanges through."""
-    parts = [
-        (begin, end, tuple(map(run, persistent.sequence(plan, cell, dtype, end - begin, B, H, rows, save=save))))
-        for begin, end in persistent.cuts(plan, T)
-    ]
-    return parts, plan.exchange_bytes(max(end - begin for begin, end, _ in parts))
+    """The launches of each part of the sequence, with its first and last time step; and the bytes of their exchange."""
+    sizes = problem.B, problem.H, rows
+    save = problem.saves or config.backward
+    parts = []
+    for begin, end in persistent.cuts(config, problem.T):
+        sequence = persistent.sequence(config, problem.cell, problem.dtype, end - begin, *sizes, save=save)
+        parts.append((begin, end, tuple(map(run, sequence))))
+    return parts, config.exchange_bytes(max(end - begin for begin, end, _ in parts))
 
 
 KERNELS = {per_step.Step: "stepwise_forward", per_step.Grad: "stepwise_backward"}
 
 
-def bind(run: Runner, cell: Cell, given: per_step.Step | per_step.Grad) -> Callable[..., None]:
-    """Either kernel on its arrays, for whoever runs it."""
-    gates, product = (given.xg, given.hg) if isinstance(given, per_step.Step) else (given.dxg, given.back)
+def bind(run: Runner, cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., None]:
+    """Bind a per-step kernel to its arrays."""
+    forward = isinstance(buffers, per_step.Step)
+    gates, product = (buffers.Wx, buffers.Rh) if forward else (buffers.dWx, buffers.dh_recurrent)
     _, B, _, H = gates.shape
-    R = 1 if given.units is None else given.units.shape[1]
+    R = 1 if buffers.units is None else buffers.units.shape[1]
     return run(
-        plans.launch(
-            KERNELS[type(given)], cell, B=B, H=H, R=R, storage=arrays.dtype(gates), product=arrays.dtype(product),
-            addresses=tuple(map(arrays.pointer, given)),
+        stepwise.launch(
+            KERNELS[type(buffers)], cell, B=B, H=H, R=R, storage=arrays.dtype(gates), product=arrays.dtype(product),
+            addresses=tuple(map(arrays.pointer, buffers)),
         )
     )  # fmt: skip
 
@@ -393,65 +326,64 @@ def loaded(unit: Unit, kernel: str) -> Any:
     return module(unit).get_function(kernel)
 
 
-def prepared(unit: Unit, kernel: str, shared: int, cluster: int) -> Any:
-    """The kernel, allowed so many bytes of shared memory and blocks in a cluster."""
+def prepare_kernel(unit: Unit, kernel: str, shared: int, cluster: int) -> Any:
+    """Load a kernel, and allow it so many bytes of shared memory and blocks in a cluster."""
     raw = loaded(unit, kernel)
-    if shared > PLAIN_SHARED_BYTES:
+    if shared > DEFAULT_SMEM_BYTES:
         raw.max_dynamic_shared_size_bytes = shared
     if cluster > PORTABLE_CLUSTER:
         driver().allow_large_clusters(raw.kernel.ptr)
     return raw
 
 
-def ready(launch: Launch) -> Callable[..., None]:
-    """A `Runner` on the current device and stream. It loads the kernel, and compiles it if nobody has."""
-    function = prepared(launch.unit, launch.kernel, launch.shared, launch.cluster[0]).kernel
+def prepare_launch(launch: Launch) -> Callable[..., None]:
+    """A `Runner` on the current device and stream. It loads the kernel, which compiles it if need be."""
+    function = prepare_kernel(launch.unit, launch.kernel, launch.shared, launch.cluster[0]).kernel
     if launch.cooperative:
         most = coresident(function.ptr, launch.block[0], launch.shared)
-        if launch.grid[0] > most:  # CuPy would launch fewer blocks, and the others would be awaited for ever
+        if launch.grid[0] > most:  # CuPy would launch fewer blocks, which would wait for the others for ever
             raise RuntimeError(
                 f"{launch.kernel}: a cooperative launch of {launch.grid[0]} blocks of {launch.block[0]} threads, and "
                 f"the device holds {most} at once"
             )
 
-    def repeat(*more: int) -> None:
+    def launch_again(*more: int) -> None:
         function(
             launch.grid, launch.block, (*launch.arguments, *more), shared_mem=launch.shared,
             enable_cooperative_groups=launch.cooperative,
         )  # fmt: skip
 
-    return repeat
+    return launch_again
 
 
-def runner() -> Runner:
-    """`ready`, as an object of the current device: what is kept by runner is kept by device."""
-    return runner_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id)
+def launcher() -> Runner:
+    """`prepare_launch`, as an object of the current device: what is kept by launcher is kept by device."""
+    return launcher_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id)
 
 
 @cache
-def runner_of(index: int) -> Runner:
-    return partial(ready)
+def launcher_of(index: int) -> Runner:
+    return partial(prepare_launch)
 
 
-PLAIN_SHARED_BYTES = 48 << 10  # more must be asked for, kernel by kernel
+DEFAULT_SMEM_BYTES = 48 << 10  # more must be asked for, kernel by kernel
 CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter must be asked for, too
 
 
 # ---- What fits the device at once, as the driver knows it -----------------------------------------------------------
 
 
-def held(cell: Cell, dtype: str, plan: persistent.Residence) -> int:
-    """`Held`, of the current device."""
+def max_coresident(cell: Cell, dtype: str, config: persistent.Residence) -> int:
+    """`Query` of the current device."""
     optional_imports.require(
         "cupy", "the cuda backend"
     ).cuda.Device().use()  # gives a thread that is new to it its context
-    in_cluster = plan.blocks if plan.scope == "cluster" else 1
-    kernel = prepared(
-        persistent.compiled(plan, cell, dtype), persistent.name(plan), plan.shared_bytes, in_cluster
-    ).kernel
-    if plan.scope == "cluster":
-        return driver().clusters(kernel.ptr, plan.blocks, plan.threads, plan.shared_bytes)
-    return coresident(kernel.ptr, plan.threads, plan.shared_bytes)
+    in_cluster = config.blocks if config.scope == "cluster" else 1
+    unit, shared = persistent.compiled(config, cell, dtype), config.shared_bytes
+    kernel = prepare_kernel(unit, persistent.name(config), shared, in_cluster).kernel
+    if config.scope == "cluster":
+        return driver().clusters(kernel.ptr, config.blocks, config.threads, shared)
+    return coresident(kernel.ptr, config.threads, shared)
 
 
 @cache
@@ -460,13 +392,13 @@ def coresident(function: int, threads: int, shared: int) -> int:
     return device().multiprocessors * driver().blocks(function, threads, shared)
 
 
-# What plans may use: a scope that failed on a machine can be left out there.
+# What configurations may use: a scope that failed on a machine can be left out there.
 SCOPES = tuple(filter(None, os.environ.get("GPU_RNN_CUDA_SCOPES", ",".join(persistent.SCOPES)).split(",")))
 PROVEN_ONLY = not os.environ.get("GPU_RNN_CUDA_UNPROVEN")
 
 
 def device() -> persistent.Device:
-    """The current device, as plans see it."""
+    """The current device, by what configurations depend on."""
     return device_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id, SCOPES, PROVEN_ONLY)
 
 
@@ -476,31 +408,31 @@ def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> persist
     properties = optional_imports.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
     capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
     return persistent.Device(
-        capability, properties["multiProcessorCount"], shared, clusters(shared) if capability >= (9, 0) else (),
+        capability, properties["multiProcessorCount"], shared, max_active_clusters(shared) if capability >= (9, 0) else (),
         cooperative=bool(properties["cooperativeLaunch"]), scopes=scopes, proven_only=proven_only,
     )  # fmt: skip
 
 
-def clusters(shared: int) -> tuple[tuple[int, int], ...]:
+def max_active_clusters(shared: int) -> tuple[tuple[int, int], ...]:
     """By size, how many clusters are resident at once whose blocks have a multiprocessor each."""
-    found, module = [], of_clusters()
+    counts, module = [], cluster_probe_module()
     for n in CLUSTERS:
         raw = module.get_function(f"cluster_of_{n}")
         raw.max_dynamic_shared_size_bytes = shared
         if n > PORTABLE_CLUSTER:
             driver().allow_large_clusters(raw.kernel.ptr)
-        found.append((n, driver().clusters(raw.kernel.ptr, n, 32, shared)))
-    return tuple((n, count) for n, count in found if count)
+        counts.append((n, driver().clusters(raw.kernel.ptr, n, 32, shared)))
+    return tuple((n, count) for n, count in counts if count)
 
 
-def of_clusters() -> Any:
-    """A cupy.RawModule of a kernel for each size, to ask about."""
+def cluster_probe_module() -> Any:
+    """A cupy.RawModule of a kernel for each cluster size, to query."""
     code = "".join(f'extern "C" __global__ void __cluster_dims__({n}) cluster_of_{n}() {{}}\n' for n in CLUSTERS)
     return optional_imports.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
 
 
 class Driver:
-    """What CuPy has no word for, through the driver that it has loaded. Functions are CUfunctions."""
+    """What CuPy has no function for, through the driver that it has loaded. Functions are CUfunctions."""
 
     NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # of CUfunction_attribute
     INVALID_CLUSTER_SIZE = 912  # of CUresult
@@ -524,8 +456,8 @@ class Driver:
     def blocks(self, function: int, threads: int, shared: int) -> int:
         """How many blocks a multiprocessor has at once."""
         count, name = ctypes.c_int(), "cuOccupancyMaxActiveBlocksPerMultiprocessor"
-        ask = getattr(self.library, name)
-        self.check(name, ask(ctypes.byref(count), ctypes.c_void_p(function), threads, ctypes.c_size_t(shared)))
+        query = getattr(self.library, name)
+        self.check(name, query(ctypes.byref(count), ctypes.c_void_p(function), threads, ctypes.c_size_t(shared)))
         return count.value
 
     def clusters(self, function: int, blocks: int, threads: int, shared: int) -> int:

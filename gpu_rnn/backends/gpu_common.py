@@ -1,356 +1,319 @@
-"""A sequence on a GPU: its arrays, the product for all inputs before the walk through time, the gradients after it.
+"""What both GPU backends do around the time loop: buffers, the input projection before it, weight gradients after it.
 
-How the walk is made is the backend's: an instant at a time (`stepwise`), or the whole sequence in one launch. Whichever
-it is, it fills the same arrays, so that one may go forward and another back:
+The time loop of a pass is the backend's: per step (`per_step`), or in one launch by a persistent kernel. Either fills
+the same buffers, so that forward may be one and backward the other:
 
-    walk(cell, Forward(...))        walk_back(cell, Backward(...))
+    run_forward(problem, [ForwardBuffers(...), ...])        run_backward(problem, [BackwardBuffers(...), ...])
 
-What is given several times is to be walked at once: several directions by `forwards` and `backwards`, layers by
-`stack` and `stack_back`.
+with buffers for each run of the problem: directions, or the layers of a stack that run as a wavefront.
 
-Every array is contiguous and on one device. Three dtypes meet: `storage`, the caller's; `real`, what is computed in,
-float64 for float64, else float32; and, within a walk, that of its products. Boundary t lies between the instants t-1
-and t: going forward an instant leads from boundary t to t+1, in reverse from t+1 to t.
+Every array is contiguous and on one device. There are three dtypes: `storage`, the caller's; `real`, the dtype of
+computing, float64 for float64, else float32; and, within a time loop, that of its recurrent matmuls. State index t,
+from 0 to T, lies between the time steps t-1 and t: forward a time step leads from state index t to t+1, in reverse
+from t+1 to t.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell, operand_graph
 
 from ..core import arrays
-from ..core.cell_inputs import Extra
-from ..core.problem import Direction, Memory, Problem, Weights
+from ..core.cell_inputs import NO_AUX, AuxInputs
+from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
+from .protocol import Needs
 
 
-class Forward(NamedTuple):
-    """What a walk reads and writes. P = H without projection."""
+class ForwardBuffers(NamedTuple):
+    """What a time loop reads and writes, forward. P = H without projection."""
 
-    xg: Any  # [T, B, G, H] storage; input part, b_ih included; it may be the caller's x
+    Wx: Any  # [T, B, G, H] storage; input projection, b_ih included; it may be the caller's x
     w_hh: Any  # [G*H, P] storage
     b_hh: Any  # [G*H] storage, or None
     w_hr: Any  # [P, H] storage, or None
     h0: Any  # [B, P] storage
-    others: Any  # [T+1, S-1, B, H] real; the first boundary given, the rest written; [1, S-1, B, H] if nothing is saved
-    saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; xg itself where K = G
-    shown: Any  # [T, B, H] storage, written; h before its projection, y itself without one
+    cell_states: Any  # [T+1, S-1, B, H] real; the first is input, the rest written; [1, S-1, B, H] if nothing is saved
+    saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; Wx itself where K = G
+    h_unprojected: Any  # [T, B, H] storage, written; y itself without projection
     y: Any  # [T, B, P] storage, written
-    extra: Extra
+    aux: AuxInputs
     reverse: bool
-    tf32: bool  # float32 products may be rounded to TF32
-    step_exact: bool  # the walk may not depend on T
     w_ih: Any = None  # [G*H, H] storage, and
-    b_ih: Any = None  # [G*H] storage, or None: of a layer that takes its input from the one below; then xg is None
+    b_ih: Any = None  # [G*H] storage, or None: of a layer that takes its input from the one below; then Wx is None
 
-    def between(self, begin: int, end: int) -> "Forward":
-        """The instants `begin` to `end` of a layer of a stack, after those before have been walked."""
-        xg, saved, y = (None if array is None else array[begin:end] for array in (self.xg, self.saved, self.y))
-        others = self.others if saved is None else self.others[begin : end + 1]
+    def time_slice(self, begin: int, end: int) -> "ForwardBuffers":
+        """The time steps `begin` to `end` of a layer of a stack, after those before have run."""
+        Wx, saved, y = (None if array is None else array[begin:end] for array in (self.Wx, self.saved, self.y))
+        states = self.cell_states if saved is None else self.cell_states[begin : end + 1]
         h0 = self.h0 if begin == 0 else self.y[begin - 1]
-        return self._replace(xg=xg, saved=saved, y=y, shown=y, others=others, h0=h0)
+        return self._replace(Wx=Wx, saved=saved, y=y, h_unprojected=y, cell_states=states, h0=h0)
 
 
-class Backward(NamedTuple):
-    """What a walk back reads and writes."""
+class BackwardBuffers(NamedTuple):
+    """What a time loop reads and writes, backward."""
 
-    dy: Any  # [T, B, P] storage; with a projection overwritten with all that is asked of y, by later instants, too; of
-    # a layer under another what is asked beside that, or None
+    dy: Any  # [T, B, P] storage; with a projection overwritten with the whole gradient of y; in a stack below the last
+    # layer the caller's part of it, or None
     dh: Any  # [B, P] real; gradient of the last h, overwritten with that of the first
-    dothers: Any  # [S-1, B, H] real; the same for the other states
+    dcell_states: Any  # [S-1, B, H] real; the same for the cell states
     w_hh: Any  # [G*H, P] storage
     w_hr: Any  # [P, H] storage, or None
     h0: Any  # [B, P] storage
-    others: Any  # [T+1, S-1, B, H] real
+    cell_states: Any  # [T+1, S-1, B, H] real
     saved: Any  # [T, B, K, H] storage
-    shown: Any  # [T, B, H] storage
+    h_unprojected: Any  # [T, B, H] storage
     y: Any  # [T, B, P] storage
-    dxg: Any  # [T, B, G, H] storage, written
-    dhg: Any  # [T, B, G, H] storage, written; None where it equals dxg (no gate is `separate`)
-    dhistory: Any  # [T, S-1, B, H] storage; gradients of the other states after every instant, or None for zero
-    dunits: Any  # [learned, B, H] real; zeros, to be added to
-    extra: Extra
+    dWx: Any  # [T, B, G, H] storage, written
+    dRh: Any  # [T, B, G, H] storage, written; None where it equals dWx (no gate is `separate`)
+    dhistory: Any  # [T, S-1, B, H] storage; gradients of the cell states after every time step, or None for zero
+    dunits: Any  # [learned, B, H] real; zeros, accumulated
+    aux: AuxInputs
     reverse: bool
-    tf32: bool  # as in Forward
     w_ih: Any = None  # [G*H, H] storage, of a layer that takes its input from the one below
 
-    def between(self, begin: int, end: int) -> "Backward":
-        """The instants `begin` to `end` of a layer of a stack, after those behind have been walked."""
-        dy, saved, y, dxg, dhg = (
-            None if array is None else array[begin:end] for array in (self.dy, self.saved, self.y, self.dxg, self.dhg)
+    def time_slice(self, begin: int, end: int) -> "BackwardBuffers":
+        """The time steps `begin` to `end` of a layer of a stack, after those behind have run."""
+        dy, saved, y, dWx, dRh = (
+            None if array is None else array[begin:end] for array in (self.dy, self.saved, self.y, self.dWx, self.dRh)
         )
-        others, h0 = self.others[begin : end + 1], self.h0 if begin == 0 else self.y[begin - 1]
-        return self._replace(dy=dy, saved=saved, y=y, shown=y, dxg=dxg, dhg=dhg, others=others, h0=h0)
+        states, h0 = self.cell_states[begin : end + 1], self.h0 if begin == 0 else self.y[begin - 1]
+        return self._replace(dy=dy, saved=saved, y=y, h_unprojected=y, dWx=dWx, dRh=dRh, cell_states=states, h0=h0)
 
 
-Recorded = tuple[Any, tuple, Any, tuple, tuple]  # y, the tape, the gradients of y, the last states and the history
-
-
-def forward(
-    walk: Callable[..., None], cell: Cell, x: Any, weights: Weights, state: tuple,
-    *, reverse: bool, tf32: bool = False, save: bool, step_exact: bool = False,
-) -> tuple[Any, tuple, tuple]:  # fmt: skip
-    """As a backend's `forward`, with the walk to make. The tape is (saved, others), and with a projection `shown`."""
-    direction = Direction(x, weights, state, reverse)
-    (result,) = forwards(walk, cell, [direction], tf32=tf32, save=save, step_exact=step_exact)
-    return result
-
-
-def forwards(
-    walk: Callable[..., None],
-    cell: Cell,
-    directions: Sequence[Direction],
-    *,
-    tf32: bool,
-    save: bool,
-    step_exact: bool = False,
-) -> list[tuple[Any, tuple, tuple]]:
-    given = [begun(cell, *plain(direction), tf32, save, step_exact) for direction in directions]
-    walk(cell, *given)
-    return [*map(done, given)]
-
-
-def stack(
-    walk: Callable[..., None], cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]],
-    *, tf32: bool, save: bool,
-) -> list[tuple[Any, tuple, tuple]]:  # fmt: skip
-    """`forward` of each layer, from the weights and states of each; only the first one's inputs are a product here."""
-    given: list[Forward] = []
-    for weights, state in layers:
-        layer = plain(Direction(given[-1].y if given else x, weights, state, reverse=False))
-        given.append(begun(cell, *layer, tf32, save, above=bool(given)))
-    walk(cell, *given)
-    return [*map(done, given)]
-
-
-def stack_back(
-    walk_back: Callable[..., None], cell: Cell, x: Any, layers: Sequence[tuple[Weights, Sequence[Any]]],
-    recorded: Sequence[Recorded], *, tf32: bool, needs: Sequence[Collection[str]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """`backward` of each layer, as of `stack`; dy is None where nothing but the layer above asks for y."""
-    directions: list[Direction] = []
-    given: list[Backward] = []
-    for (weights, state), each in zip(layers, recorded, strict=True):
-        below = recorded[len(given) - 1][0] if given else x
-        directions.append(plain(Direction(below, weights, state, reverse=False)))
-        back = begun_back(cell, *directions[-1], *each, tf32)
-        given.append(back._replace(w_ih=directions[-1].weights.w_ih) if len(given) else back)
-    walk_back(cell, *given)
-    own = [needs[0], *({*names} - {"x"} for names in needs[1:])]  # what is asked of x stays on the way down
-    return [gradients(cell, back, d.x, d.weights, n) for back, d, n in zip(given, directions, own, strict=True)]
-
-
-def plain(direction: Direction) -> Direction:
-    x, weights, state, reverse = direction
-    return Direction(arrays.plain(x), Weights(*map(arrays.plain, weights)), tuple(map(arrays.plain, state)), reverse)
-
-
-def begun(
-    cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, tf32: bool, save: bool,
-    step_exact: bool = False, above: bool = False,
-) -> Forward:  # fmt: skip
-    """The product for all inputs, unless the walk makes it of the layer below."""
-    (T, B, _), (GH, P), G = x.shape, weights.w_hh.shape, cell.G
-    H = GH // G
-    part = x if above else input_part(x, weights, step_exact)
-    xg = None if above else part.reshape(T, B, G, H)
-    first = T if save and reverse else 0
-    others = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
-    for row, initial in zip(others[first], state[1:]):
-        row[...] = initial
-    saved = None
-    if save:
-        saved = xg if cell.K == G and part is not x else arrays.empty((T, B, cell.K, H), like=x)
-    y = arrays.empty((T, B, P), like=x)
-    shown = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
-    return Forward(
-        xg, weights.w_hh, weights.b_hh, weights.w_hr, state[0], others, saved, shown, y, Extra.of(weights), reverse,
-        tf32, step_exact, *((weights.w_ih, weights.b_ih) if above else ()),
-    )  # fmt: skip
-
-
-def done(given: Forward) -> tuple[Any, tuple, tuple]:
-    y, others, save = given.y, given.others, given.saved is not None
-    final = (y[0 if given.reverse else -1], *others[-1 if save and not given.reverse else 0])
-    tape = (given.saved, others, *([] if given.shown is y else [given.shown])) if save else ()
-    return y, tuple(stored(array, like=y) for array in final), tape
+def forward(run_forward: Callable[..., None], problem: Problem, runs: Sequence[Run]) -> list[Result]:
+    """`Backend.forward` by a time loop. Saved are (activations, cell states), and with a projection `h_unprojected`."""
+    buffers: list[ForwardBuffers] = []
+    for run in runs:
+        below = buffers[-1].y if buffers and problem.layers > 1 else None
+        buffers.append(allocate_forward(problem, as_contiguous(run, below), linked=below is not None))
+    run_forward(problem, buffers)
+    return [finalize(problem, filled, run) for filled, run in zip(buffers, runs)]
 
 
 def backward(
-    walk_back: Callable[..., None], cell: Cell, x: Any, weights: Weights, state: tuple, y: Any,
-    tape: tuple, dy: Any, dlast: tuple, dhistory: tuple = (),
-    *, reverse: bool, tf32: bool = False, needs: Collection[str],
-) -> dict[str, Any]:  # fmt: skip
-    """As a backend's `backward`, with the walk to make."""
-    direction, recorded = Direction(x, weights, state, reverse), (y, tape, dy, dlast, dhistory)
-    (gradients,) = backwards(walk_back, cell, [direction], [recorded], tf32=tf32, needs=[needs])
-    return gradients
-
-
-def backwards(
-    walk_back: Callable[..., None], cell: Cell, directions: Sequence[Direction], recorded: Sequence[Recorded],
-    *, tf32: bool, needs: Sequence[Collection[str]],
+    run_backward: Callable[..., None], problem: Problem, runs: Sequence[Run], saved: Sequence[tuple],
+    grads: Sequence[Grads], needs: Sequence[Needs],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    directions = [*map(plain, directions)]
-    given = [begun_back(cell, *d, *each, tf32) for d, each in zip(directions, recorded, strict=True)]
-    walk_back(cell, *given)
-    return [gradients(cell, back, d.x, d.weights, n) for back, d, n in zip(given, directions, needs, strict=True)]
-
-
-def begun_back(
-    cell: Cell, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, y: Any, tape: tuple, dy: Any,
-    dlast: tuple, dhistory: tuple, tf32: bool,
-) -> Backward:  # fmt: skip
-    y, dy, (saved, others, *hidden) = arrays.plain(y), arrays.plain(dy), map(arrays.plain, tape)
-    (T, B, _), (GH, P), G = y.shape, weights.w_hh.shape, cell.G
-    H, real = GH // G, arrays.real_dtype(x)
-    dxg = arrays.empty((T, B, G, H), like=x)
-    dhg = arrays.empty((T, B, G, H), like=x) if any(cell.separate) else None
-    dh = arrays.empty((B, P), like=x, dtype=real)
-    dothers = arrays.empty((cell.S - 1, B, H), like=x, dtype=real)
-    for row, gradient in zip((dh, *dothers), dlast):
-        row[...] = gradient
-    (shown,) = hidden or (y,)
-    if weights.w_hr is not None:
-        dy = stored(dy, like=x)  # the walk writes to it
-    extra, dunits = Extra.of(weights), arrays.zeros((cell.learned, B, H), like=x, dtype=real)
-    histories = arrays.stack(dhistory, 1) if dhistory else None
-    return Backward(
-        dy, dh, dothers, weights.w_hh, weights.w_hr, state[0], others, saved, shown, y, dxg, dhg, histories, dunits,
-        extra, reverse, tf32,
-    )  # fmt: skip
-
-
-def gradients(cell: Cell, given: Backward, x: Any, weights: Weights, needs: Collection[str]) -> dict[str, Any]:
-    """The products after the walk."""
-    (T, B, _), (GH, P) = given.y.shape, weights.w_hh.shape
-    H = GH // cell.G
-    dpart, recurrent = ((given.dxg if d is None else d).reshape(T, B, GH) for d in (given.dxg, given.dhg))
-    found: dict[str, Any] = {"state": tuple(stored(array, like=x) for array in (given.dh, *given.dothers))}
-    found |= of_input(dpart, x, weights, needs)
-    if "w_hh" in needs:
-        seen = seen_by_weights(cell, given.y, given.h0, given.extra, given.reverse)
-        found["w_hh"] = recurrent_gradient(recurrent, seen, given.reverse)
-    if "b_hh" in needs:
-        found["b_hh"] = recurrent.reshape(T * B, GH).sum(0)
-    if "w_hr" in needs and weights.w_hr is not None:
-        found["w_hr"] = product(given.dy.reshape(T * B, P).T, given.shown.reshape(T * B, H), like=x)
-    if "units" in needs:
-        units = arrays.zeros(tuple(weights.units.shape), like=x)
-        units[: cell.learned] = given.dunits if units.shape[1] == B else given.dunits.sum(1, keepdims=True)
-        found["units"] = units
+    """`Backend.backward` by a time loop."""
+    contiguous, buffers = [], []
+    for k, (run, arrays_saved, grad) in enumerate(zip(runs, saved, grads, strict=True)):
+        linked = k > 0 and problem.layers > 1
+        contiguous.append(as_contiguous(run, saved[k - 1][0] if linked else None))
+        buffers.append(allocate_backward(problem, contiguous[-1], arrays_saved, grad, linked=linked))
+    run_backward(problem, buffers)
+    found = []
+    for k, (run, filled, names) in enumerate(zip(contiguous, buffers, needs, strict=True)):
+        names = {*names} - {"x"} if k > 0 and problem.layers > 1 else names  # x is the layer's below
+        gradients = weight_gradients(problem, filled, run, names)
+        states = zip(gradients["state"], runs[k].state)
+        gradients["state"] = tuple(d.reshape(initial.shape) for d, initial in states)
+        found.append(gradients)
     return found
 
 
-def input_part(x: Any, weights: Weights, step_exact: bool) -> Any:
-    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if that is all. step_exact: by a product per instant."""
+def as_contiguous(run: Run, below: Any = None) -> Run:
+    """A run of contiguous arrays, on no autograd graph, with states [B, .]. below: x, where the run has none."""
+    x, weights, state, reverse = run
+    flat = [array.reshape(array.shape[-2:]) for array in map(arrays.as_contiguous, state)]
+    return Run(
+        arrays.as_contiguous(x if below is None else below), Weights(*map(arrays.as_contiguous, weights)), flat, reverse
+    )
+
+
+def aux_inputs(weights: Weights) -> AuxInputs:
+    plain = weights.units is weights.flags is weights.seed is None
+    return NO_AUX if plain else AuxInputs.of(weights)
+
+
+def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> ForwardBuffers:
+    """Buffers of a run, with its input projection, unless the time loop projects the y of the layer below (linked)."""
+    x, weights, state, reverse = run
+    cell, T, B, H, save = problem.cell, problem.T, problem.B, problem.H, problem.saves
+    projection = x if linked else input_projection(x, weights, problem.step_exact)
+    Wx = None if linked else projection.reshape(T, B, cell.G, H)
+    cell_states = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
+    for row, initial in zip(cell_states[T if save and reverse else 0], state[1:]):
+        row[...] = initial
+    saved = None
+    if save:
+        saved = Wx if cell.K == cell.G and projection is not x else arrays.empty((T, B, cell.K, H), like=x)
+    y = arrays.empty((T, B, problem.P or H), like=x)
+    h_unprojected = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
+    return ForwardBuffers(
+        Wx, weights.w_hh, weights.b_hh, weights.w_hr, state[0], cell_states, saved, h_unprojected, y,
+        aux_inputs(weights), reverse, *((weights.w_ih, weights.b_ih) if linked else ()),
+    )  # fmt: skip
+
+
+def finalize(problem: Problem, buffers: ForwardBuffers, run: Run) -> Result:
+    y, states = buffers.y, buffers.cell_states
+    final = (y[0 if buffers.reverse else -1], *states[-1 if problem.saves and not buffers.reverse else 0])
+    last = tuple([to_storage(array, like=y).reshape(initial.shape) for array, initial in zip(final, run.state)])
+    history: tuple = ()
+    if problem.history:
+        after = states[:-1] if buffers.reverse else states[1:]
+        history = tuple([to_storage(after[:, s], like=y) for s in range(problem.cell.S - 1)])
+    saved = (buffers.saved, states, *([] if problem.P is None else [buffers.h_unprojected])) if problem.training else ()
+    return Result(y, last, history, saved)
+
+
+def allocate_backward(
+    problem: Problem, run: Run, saved: tuple, grads: Grads, *, linked: bool = False
+) -> BackwardBuffers:  # fmt: skip
+    x, weights, state, reverse = run
+    y, activations, cell_states, *unprojected = map(arrays.as_contiguous, saved)
+    cell, T, B, H, dy = problem.cell, problem.T, problem.B, problem.H, arrays.as_contiguous(grads.y)
+    real = arrays.real_dtype(x)
+    dWx = arrays.empty((T, B, cell.G, H), like=x)
+    dRh = arrays.empty((T, B, cell.G, H), like=x) if any(cell.separate) else None
+    dh = arrays.empty((B, problem.P or H), like=x, dtype=real)
+    dcell_states = arrays.empty((cell.S - 1, B, H), like=x, dtype=real)
+    for row, gradient in zip((dh, *dcell_states), grads.last):
+        row[...] = gradient
+    (h_unprojected,) = unprojected or (y,)
+    if problem.P is not None:
+        dy = to_storage(dy, like=x)  # the time loop writes to it
+    dunits = arrays.zeros((cell.learned, B, H), like=x, dtype=real)
+    dhistory = arrays.stack(grads.history, 1) if grads.history else None
+    return BackwardBuffers(
+        dy, dh, dcell_states, weights.w_hh, weights.w_hr, state[0], cell_states, activations, h_unprojected, y, dWx,
+        dRh, dhistory, dunits, aux_inputs(weights), reverse, weights.w_ih if linked else None,
+    )  # fmt: skip
+
+
+def weight_gradients(problem: Problem, buffers: BackwardBuffers, run: Run, needs: Needs) -> dict[str, Any]:
+    """The matmuls after the time loop."""
+    x, weights, *_ = run
+    cell, T, B, H, P = problem.cell, problem.T, problem.B, problem.H, problem.P or problem.H
+    GH = cell.G * H
+    dWx, dRh = ((buffers.dWx if d is None else d).reshape(T, B, GH) for d in (buffers.dWx, buffers.dRh))
+    found: dict[str, Any] = {
+        "state": tuple([to_storage(array, like=x) for array in (buffers.dh, *buffers.dcell_states)])
+    }
+    found |= input_projection_grad(dWx, x, weights, needs)
+    if "w_hh" in needs:
+        h_in = recurrent_inputs(cell, buffers.y, buffers.h0, buffers.aux, buffers.reverse)
+        found["w_hh"] = recurrent_weight_grad(dRh, h_in, buffers.reverse)
+    if "b_hh" in needs:
+        found["b_hh"] = dRh.reshape(T * B, GH).sum(0)
+    if "w_hr" in needs and weights.w_hr is not None:
+        found["w_hr"] = matmul(buffers.dy.reshape(T * B, P).T, buffers.h_unprojected.reshape(T * B, H), like=x)
+    if "units" in needs:
+        found["units"] = arrays.zeros(tuple(weights.units.shape), like=x)
+        dunits = buffers.dunits
+        found["units"][: cell.learned] = dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
+    return found
+
+
+def input_projection(x: Any, weights: Weights, step_exact: bool) -> Any:
+    """x [T, B, I] -> [T, B, G*H], b_ih included; x itself if it is that. step_exact: by a matmul per time step."""
     if weights.w_ih is None:
         return x if weights.b_ih is None else x + weights.b_ih
     (T, B, I), (GH, _) = x.shape, weights.w_ih.shape
-    part = arrays.empty((T, B, GH), like=x)
+    Wx = arrays.empty((T, B, GH), like=x)
     W, b = weights.w_ih.T, weights.b_ih
     if not step_exact:
-        arrays.matmul(x.reshape(T * B, I), W, out=part.reshape(T * B, GH), add=b)
-        return part
-    at, product = arrays.empty((B, I), like=x), arrays.empty((B, GH), like=x)
-    for now, out in zip(x, part):  # by the same two arrays: a library may add in another order where others lie
-        at[...] = now
-        arrays.matmul(at, W, out=product, add=b)
-        out[...] = product
-    return part
+        arrays.matmul(x.reshape(T * B, I), W, out=Wx.reshape(T * B, GH), add=b)
+        return Wx
+    x_t, Wx_t = arrays.empty((B, I), like=x), arrays.empty((B, GH), like=x)
+    for source, target in zip(x, Wx):  # by the same two arrays: a library may add in another order for other addresses
+        x_t[...] = source
+        arrays.matmul(x_t, W, out=Wx_t, add=b)
+        target[...] = Wx_t
+    return Wx
 
 
-def of_input(dpart: Any, x: Any, weights: Weights, needs: Collection[str]) -> dict[str, Any]:
-    """The gradient of `input_part`: [T, B, G*H] -> those of x, w_ih and b_ih that are needed."""
-    T, B, GH = dpart.shape
-    rows, found = dpart.reshape(T * B, GH), {}
+def input_projection_grad(dWx: Any, x: Any, weights: Weights, needs: Needs) -> dict[str, Any]:
+    """The gradient of `input_projection`: [T, B, G*H] -> those of x, w_ih and b_ih that are needed."""
+    T, B, GH = dWx.shape
+    rows, found = dWx.reshape(T * B, GH), {}
     if "x" in needs:
-        found["x"] = dpart if weights.w_ih is None else product(rows, weights.w_ih, like=dpart).reshape(*x.shape)
+        found["x"] = dWx if weights.w_ih is None else matmul(rows, weights.w_ih, like=dWx).reshape(*x.shape)
     if "w_ih" in needs:
-        found["w_ih"] = product(rows.T, x.reshape(T * B, x.shape[2]), like=dpart)
+        found["w_ih"] = matmul(rows.T, x.reshape(T * B, x.shape[2]), like=dWx)
     if "b_ih" in needs:
         found["b_ih"] = rows.sum(0)
     return found
 
 
-def projection(problem: Problem) -> str:
-    """The line of a plan on what comes before the time loop."""
+def describe_projection(problem: Problem) -> str:
+    """What a plan says of what comes before the time loop."""
     gemms = "one GEMM per time step" if problem.step_exact else "one GEMM for all time steps"
     return problem.projection or f"input projection: {gemms}"
 
 
-def per_step(problem: Problem) -> str:
+def describe_per_step(problem: Problem) -> str:
     """What a plan says of the per-step kernels."""
     product = arrays.product_dtype(problem.library, problem.dtype)
     return f"per-step kernels: one GEMM (accumulated in {product}) and one fused elementwise kernel per time step"
 
 
+def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
+    cell, T, B, H = problem.cell, problem.T, problem.B, problem.H
+    real = "float64" if problem.dtype == "float64" else "float32"
+    shapes: list[tuple[tuple, str]] = [((T, B, cell.K, H), problem.dtype), ((T + 1, cell.S - 1, B, H), real)]
+    return shapes if problem.P is None else [*shapes, ((T, B, H), problem.dtype)]
+
+
 def memory(problem: Problem, forward: int, backward: int) -> Memory:
-    """What a walk on these arrays takes. forward, backward: bytes that the walk takes for itself."""
+    """What a run takes with these buffers. forward, backward: bytes that the time loop takes for itself."""
     cell, T, B, H, s, r = problem.cell, problem.T, problem.B, problem.H, problem.itemsize, problem.real_itemsize
-    gates, row, save = T * B * cell.G * H * s, B * H, problem.training or problem.history
-    part = 0 if problem.I is None else gates
-    in_place = cell.K == cell.G and part > 0  # of the input part
+    gates, row, save = T * B * cell.G * H * s, B * H, problem.saves
+    projection = 0 if problem.I is None else gates
+    in_place = cell.K == cell.G and projection > 0  # of the input projection
     saved = T * row * cell.K * s if save else 0
-    others = (T + 1 if save else 1) * (cell.S - 1) * row * r
-    shown = T * row * s if problem.P else 0
+    cell_states = (T + 1 if save else 1) * (cell.S - 1) * row * r
+    unprojected = T * row * s if problem.P else 0
     y = problem.output_elements * s
     states = problem.state_elements * s
     history = T * (cell.S - 1) * row * s if problem.history else 0
-    whole = y + part + (0 if in_place else saved) + others + shown + states + history + forward
+    whole = y + projection + (0 if in_place else saved) + cell_states + unprojected + states + history + forward
     if not problem.training:
         return Memory(0, whole, 0)
     back = gates * (1 + any(cell.separate)) + (y if problem.P else 0) + history
     back += (problem.state_elements + cell.learned * row) * r + states + backward
-    gradients = (problem.weight_elements + (problem.input_elements if part else 0)) * s
-    return Memory(y + saved + others + shown, whole, back + gradients)
+    gradients = (problem.weight_elements + (problem.input_elements if projection else 0)) * s
+    return Memory(y + saved + cell_states + unprojected, whole, back + gradients)
 
 
-def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
-    """The other states after every instant, each [T, B, H], in the dtype of `like`."""
-    _, others, *_ = tape
-    after = others[:-1] if reverse else others[1:]
-    return tuple(stored(after[:, s], like) for s in range(after.shape[1]))
-
-
-def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:
-    """As the library has them by which a backend multiplies: here the caller's."""
+def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
+    """`Backend.gemm_operands`: the caller's library multiplies."""
     return x, weights
 
 
-def seen_by_weights(cell: Cell, y: Any, h0: Any, extra: Extra, reverse: bool) -> tuple[Any, Any]:
-    """What the recurrent weights saw: at the first instant [B, P], at the later ones [T-1, B, P], in order of t."""
+def recurrent_inputs(cell: Cell, y: Any, h0: Any, aux: AuxInputs, reverse: bool) -> tuple[Any, Any]:
+    """The inputs of the recurrent matmuls: at the first time step [B, P], at the later ones [T-1, B, P], by t."""
     first, later, before = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
     if cell.operand is None:
         return h0, y[before]
-    return operand(cell, h0, extra, first), operand(cell, y[before], extra, later)
+    return recurrent_input(cell, h0, aux, first), recurrent_input(cell, y[before], aux, later)
 
 
-def recurrent_gradient(da: Any, seen: tuple[Any, Any], reverse: bool) -> Any:
-    """da [T, B, G*H] and what the recurrent weights saw -> [G*H, P]."""
-    (T, B, GH), (first, rest), P = da.shape, seen, seen[0].shape[1]
-    total = product(da[-1 if reverse else 0].T, first, like=first)
+def recurrent_weight_grad(dRh: Any, h_in: tuple[Any, Any], reverse: bool) -> Any:
+    """dRh [T, B, G*H] and the inputs of the recurrent matmuls -> [G*H, P]."""
+    (T, B, GH), (first, rest), P = dRh.shape, h_in, h_in[0].shape[1]
+    total = matmul(dRh[-1 if reverse else 0].T, first, like=first)
     if T > 1:
-        later = da[:-1] if reverse else da[1:]
+        later = dRh[:-1] if reverse else dRh[1:]
         arrays.matmul(later.reshape((T - 1) * B, GH).T, rest.reshape((T - 1) * B, P), out=total, add=total)
     return total
 
 
-def operand(cell: Cell, h: Any, extra: Extra, t: Any) -> Any:
-    """What the recurrent weights see in the place of h [.., B, P], at the instant or instants t."""
-    given = extra.at(cell, t, h.shape[-1])
-    ((seen,),) = operand_graph(cell).run(arrays.operations(h), h=[h], extra=given)
-    return arrays.converted(seen, arrays.dtype(h))
+def recurrent_input(cell: Cell, h: Any, aux: AuxInputs, t: Any) -> Any:
+    """What is multiplied by the recurrent weights instead of h [.., B, P], at the time step or time steps t."""
+    ((h_in,),) = operand_graph(cell).run(arrays.operations(h), h=[h], extra=aux.at(cell, t, h.shape[-1]))
+    return arrays.astype(h_in, arrays.dtype(h))
 
 
-def product(a: Any, b: Any, like: Any) -> Any:
+def matmul(a: Any, b: Any, like: Any) -> Any:
     """a @ b in a new array."""
     out = arrays.empty((a.shape[0], b.shape[1]), like=like)
     arrays.matmul(a, b, out=out)
     return out
 
 
-def stored(array: Any, like: Any) -> Any:
-    """A copy, in the storage dtype."""
+def to_storage(array: Any, like: Any) -> Any:
+    """A copy, in the dtype of `like`."""
     copy = arrays.empty(tuple(array.shape), like)
     copy[...] = array
     return copy

@@ -1,8 +1,8 @@
 """Native code for the CPU: a whole sequence in one call of C++ (kernels/native), compiled by the system's compiler.
 
-Products and time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32; halves
-are computed in float32. What the kernels read lies as the caller has it, contiguous; the products after the loop that
-give the gradients of weights and inputs are the library's whose arrays they are.
+Matmuls and time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32; half
+precision is computed in float32. Kernels read the caller's arrays where they are, contiguous; the matmuls after the
+loop, which give the gradients of weights and inputs, are those of the arrays' library.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.native import isa as instruction_sets
 
 from ..core import arrays
-from ..core.cell_inputs import Extra
-from ..core.problem import Direction, Memory, Problem, Weights
+from ..core.cell_inputs import AuxInputs
+from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
 from . import compiler, gpu_common
+from .protocol import Needs, backward_in_turn, forward_in_turn
+from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "native"
 MAX_STATES = 16  # as in gpu_common.h
@@ -67,27 +69,26 @@ def plan(problem: Problem) -> str:
     return f"{projection}\n{ways}: native code, one call for the whole sequence: {how}"
 
 
-def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
+def method(problem: Problem, backward: bool) -> str:
     return NAME
 
 
 def memory(problem: Problem) -> Memory:
-    """Without what its code has for itself while it runs: the input projection of a chunk, packed weights."""
+    """Without what its code allocates for itself while it runs: the input projection of a chunk, packed weights."""
     cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
     halves, states = problem.itemsize == 2, problem.state_elements
     y, x, rows = problem.output_elements, problem.input_elements, T * B * cell.G * H
-    given = x + problem.weight_elements + states if halves else 0  # in float32
-    shapes = tape_shapes(cell, T, B, H, problem.P is not None, real_of(problem))
-    record = sum(map(math.prod, shapes)) if problem.training or problem.history else 0
+    copies = x + problem.weight_elements + states if halves else 0  # in float32
+    record = sum(math.prod(shape) for shape, _ in saved_shapes(problem)) if problem.saves else 0
     history = T * (cell.S - 1) * B * H if problem.history else 0
-    forward = y + states + record + history + given + ((y + states) // 2 if halves else 0)
+    forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
     if not problem.training:
         return Memory(0, forward * r, 0)
     back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.learned * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
-    converted = given + 2 * y + gradients // 2 if halves else 0
+    converted = copies + 2 * y + gradients // 2 if halves else 0
     if problem.library == "numpy" and T > 1:
-        back += cell.G * H * (problem.P or H)  # NumPy adds no product in place
+        back += cell.G * H * (problem.P or H)  # NumPy adds no matmul in place
     saved = (y // 2 if halves else y) + record
     return Memory(saved * r, forward * r, (back + gradients + converted) * r)
 
@@ -97,79 +98,89 @@ def warmup(problem: Problem) -> tuple[str, ...]:
     return (f"{problem.cell.label}, compiled for {instruction_set().name}",)
 
 
-def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    step_exact: bool = False,
-) -> tuple[Any, tuple, tuple]:  # fmt: skip
-    """step_exact: every sum has one order and nothing depends on T, so it always is."""
-    given, w, first = plain(x), [plain(w) for w in weights], [plain(s) for s in state]
-    (T, B, I), (GH, P), G = given.shape, w[1].shape, cell.G
-    H, real, empty = GH // G, real_of(given), new(given)
+def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
+    """step_exact needs nothing: every sum has one order, and nothing depends on T."""
+    if len(runs) > 1:
+        return forward_in_turn(forward, problem, runs)
+    ((caller_x, weights, state, reverse),), cell, save = runs, problem.cell, problem.saves
+    x, w, first = as_plain(caller_x), [as_plain(w) for w in weights], [as_plain(s) for s in state]
+    (T, B, I), (GH, P) = x.shape, w[1].shape
+    real, empty = real_of(x), allocator(x)
     y, last = empty((T, B, P)), [empty(s.shape) for s in first]
-    tape = [empty(shape) for shape in tape_shapes(cell, T, B, H, w[4] is not None, real)] if save else []
+    saved = [empty(shape) for shape, _ in saved_shapes(problem)] if save else []
     values = FORWARD.pack(
-        code(cell, real), T, B, I, H, P, reverse, helpful(T, B, B * GH * (I + P)), save,
-        *[pointer(array) for array in (given, *w[:5])], *auxiliary(w),
-        *[pointer(array) for array in (y, *(*tape, None, None, None)[:3])], *pointers(first), *pointers(last),
+        code(cell, real), T, B, I, problem.H, P, reverse, useful_threads(T, B, B * GH * (I + P)), save,
+        *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
+        *[pointer(array) for array in (y, *(*saved, None, None, None)[:3])], *pointers(first), *pointers(last),
     )  # fmt: skip
     call(library(real).forward, values)
-    return like(y, x), tuple([like(array, x) for array in last]), tuple(tape)
+    history: tuple = ()
+    if problem.history:
+        after = arrays.flip(saved[1][1:]) if reverse else saved[1][1:]
+        history = tuple([gpu_common.to_storage(after[:, k], caller_x) for k in range(cell.S - 1)])
+    last = [to_caller(array, caller_x) for array in last]
+    return [Result(to_caller(y, caller_x), tuple(last), history, tuple(saved) if problem.training else ())]
 
 
 def backward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
-    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
-) -> dict[str, Any]:  # fmt: skip
-    leaf = gpu_common.plain(Direction(x, weights, state, reverse))  # products follow, on no graph
-    given, w, first = plain(leaf.x), Weights(*map(plain, leaf.weights)), [*map(plain, leaf.state)]
-    (T, B, P), GH, G, projected = y.shape, w.w_hh.shape[0], cell.G, w.w_hr is not None
-    H, real, empty = GH // G, real_of(given), new(given)
-    y, dy, asked, histories = plain(y), plain(dy), [*map(plain, dlast)], [*map(plain, dhistory)]
-    saved, cell_states, *hidden = map(plain, tape)
+    problem: Problem, runs: Sequence[Run], saved: Sequence[tuple], grads: Sequence[Grads], needs: Sequence[Needs]
+) -> list[dict[str, Any]]:
+    if len(runs) > 1:
+        return backward_in_turn(backward, problem, runs, saved, grads, needs)
+    (run,), (names,), cell = runs, needs, problem.cell
+    state_shapes = [array.shape for array in run.state]
+    leaf = gpu_common.as_contiguous(run)  # matmuls follow, on no graph
+    x, w, first = as_plain(leaf.x), Weights(*map(as_plain, leaf.weights)), [*map(as_plain, leaf.state)]
+    y, activations, cell_states, *unprojected = map(as_plain, saved[0])
+    (T, B, P), H, projected = y.shape, problem.H, w.w_hr is not None
+    GH, real, empty = cell.G * H, real_of(x), allocator(x)
+    dy, dlast, dhistory = as_plain(grads[0].y), [*map(as_plain, grads[0].last)], [*map(as_plain, grads[0].history)]
     dWx = empty((T, B, GH))
     dRh = empty((T, B, GH)) if any(cell.separate) else dWx
     total: Any = empty((T, B, P)) if projected else None
-    dunits = arrays.zeros((cell.learned, B, H), like=given)
+    dunits = arrays.zeros((cell.learned, B, H), like=x)
     dfirst = [empty(array.shape) for array in first]
     values = BACKWARD.pack(
-        code(cell, real), T, B, 0, H, P, reverse, helpful(T, B, B * GH * P), pointer(w.w_hh), pointer(w.w_hr),
-        *auxiliary(w),
-        *map(pointer, (y, saved, cell_states, *(hidden or [None]), first[0], dy, dWx, dRh, total, dunits)),
-        *pointers(asked), *pointers(dfirst), *pointers([None, *histories]),
+        code(cell, real), T, B, 0, H, P, run.reverse, useful_threads(T, B, B * GH * P), pointer(w.w_hh),
+        pointer(w.w_hr), *auxiliary(w),
+        *map(pointer, (y, activations, cell_states, *(unprojected or [None]), first[0], dy, dWx, dRh, total, dunits)),
+        *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
     )  # fmt: skip
     call(library(real).backward, values)
 
-    found = gpu_common.of_input(dWx, given, w, set(needs) - {"b_ih"})
-    if "w_hh" in needs:
-        seen = gpu_common.seen_by_weights(cell, y, first[0], Extra.of(w), reverse)
-        found["w_hh"] = gpu_common.recurrent_gradient(dRh, seen, reverse)
+    found = gpu_common.input_projection_grad(dWx, x, w, {*names} - {"b_ih"})
+    if "w_hh" in names:
+        h_in = gpu_common.recurrent_inputs(cell, y, first[0], AuxInputs.of(w), run.reverse)
+        found["w_hh"] = gpu_common.recurrent_weight_grad(dRh, h_in, run.reverse)
     for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
-        if name in needs:
+        if name in names:
             found[name] = empty((GH,))
             library(real).sum_rows(pointer(gradient), T * B, GH, pointer(found[name]))
-    if projected and "w_hr" in needs:
-        found["w_hr"] = gpu_common.product(total.reshape(T * B, P).T, hidden[0].reshape(T * B, H), like=given)
-    if "units" in needs:
-        found["units"] = arrays.zeros(tuple(w.units.shape), like=given)
+    if projected and "w_hr" in names:
+        found["w_hr"] = gpu_common.matmul(total.reshape(T * B, P).T, unprojected[0].reshape(T * B, H), like=x)
+    if "units" in names:
+        found["units"] = arrays.zeros(tuple(w.units.shape), like=x)
         found["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
-    return {name: like(array, x) for name, array in found.items()} | {"state": tuple(like(d, x) for d in dfirst)}
+    dstate = tuple([to_caller(d, run.x).reshape(shape) for d, shape in zip(dfirst, state_shapes)])
+    return [{name: to_caller(array, run.x) for name, array in found.items()} | {"state": dstate}]
 
 
-def history(cell: Cell, tape: tuple, *, reverse: bool, like: Any) -> tuple:
-    """The other states after every time step, each [T, B, H], in the dtype of `like`."""
-    after = arrays.flipped(tape[1][1:]) if reverse else tape[1][1:]
-    return tuple(gpu_common.stored(after[:, k], like) for k in range(cell.S - 1))
+def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
+    return as_plain(x), Weights(*map(as_plain, weights))
 
 
-def factors(x: Any, weights: Weights) -> tuple[Any, Weights]:
-    return plain(x), Weights(*map(plain, weights))
+def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
+    cell, T, B, H, real = problem.cell, problem.T, problem.B, problem.H, real_of(problem)
+    lanes = instruction_set().lanes(real)
+    shapes: list[tuple] = [(T, B, -(-H // lanes), cell.K, lanes), (T + 1, cell.S - 1, B, H)]
+    return [(shape, real) for shape in (shapes if problem.P is None else [*shapes, (T, B, H)])]
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
-def plain(array: Any) -> Any:
-    """As the kernels read it: contiguous, in the dtype of computing, no part of an autograd graph. None stays None."""
+def as_plain(array: Any) -> Any:
+    """As the kernels read it: contiguous, in the dtype of computing, on no autograd graph. None stays None."""
     if array is None:
         return None
     if isinstance(array, np.ndarray):
@@ -181,13 +192,13 @@ def plain(array: Any) -> Any:
     return array
 
 
-def new(given: Any) -> Callable[[tuple], Any]:
-    """What makes arrays of anything, of the library and dtype of a plain one."""
-    return partial(np.empty, dtype=given.dtype) if isinstance(given, np.ndarray) else given.new_empty
+def allocator(like: Any) -> Callable[[tuple], Any]:
+    """A function shape -> uninitialized array, of the library and dtype of a plain one."""
+    return partial(np.empty, dtype=like.dtype) if isinstance(like, np.ndarray) else like.new_empty
 
 
-def like(array: Any, x: Any) -> Any:
-    """In the caller's dtype."""
+def to_caller(array: Any, x: Any) -> Any:
+    """In the dtype of the caller's x."""
     return array if array.dtype == x.dtype else array.to(x.dtype)
 
 
@@ -208,12 +219,6 @@ def pointers(many: Sequence[Any]) -> list[int]:
     return [pointer(array) for array in many] + [0] * (MAX_STATES - len(many))
 
 
-def tape_shapes(cell: Cell, T: Any, B: Any, H: int, projected: bool, real: str) -> list[tuple]:
-    lanes = instruction_set().lanes(real)
-    shapes = [(T, B, -(-H // lanes), cell.K, lanes), (T + 1, cell.S - 1, B, H)]
-    return [*shapes, (T, B, H)] if projected else shapes
-
-
 def threads() -> int:
     """As many as torch is set to, or OMP_NUM_THREADS, or the cores of this process."""
     if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_num_threads"):
@@ -221,8 +226,8 @@ def threads() -> int:
     return cores()
 
 
-def helpful(T: int, B: int, step: int) -> int:
-    """How many threads a call takes, of whose time steps each has so many multiply-adds.
+def useful_threads(T: int, B: int, step: int) -> int:
+    """How many threads a call uses, whose time steps have `step` multiply-adds each.
 
     With rows of its own a thread waits once, at the end, but has to wake up before.
     """
@@ -233,9 +238,9 @@ def helpful(T: int, B: int, step: int) -> int:
 
 @cache
 def cores() -> int:
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
+    setting = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if setting.isdecimal() and int(setting) > 0:
+        return int(setting)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -270,24 +275,24 @@ def text(*names: str) -> str:
 
 @lru_cache(16)
 def library(real: str) -> Any:
-    """Products and time loop."""
-    found = compiler.load(f"sequence-{real}", text("simd.h", "sequence.h", "sequence.cpp"), flags(real))
-    for function in (found.forward, found.backward):
+    """Matmuls and time loop."""
+    loaded = compiler.load(f"sequence-{real}", text("simd.h", "sequence.h", "sequence.cpp"), flags(real))
+    for function in (loaded.forward, loaded.backward):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    found.sum_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    found.sum_rows.restype = None
-    return found
+    loaded.sum_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    loaded.sum_rows.restype = None
+    return loaded
 
 
 @cache
 def code(cell: Cell, real: str) -> int:
     """The address of a cell's `Code`."""
     library(real)
-    found = compiler.load(f"{cell.name}-{real}", source(cell), flags(real))
-    return ctypes.addressof(ctypes.c_char.in_dll(found, "code"))
+    loaded = compiler.load(f"{cell.name}-{real}", source(cell), flags(real))
+    return ctypes.addressof(ctypes.c_char.in_dll(loaded, "code"))
 
 
 def source(cell: Cell) -> str:
-    held = cell.flags.index(HOLD) if HOLD in cell.flags else -1
-    definition = f'#line 1 "{cell.name}"\n{page(cell)}#define HOLD_FLAG {held}\n'
+    hold = cell.flags.index(HOLD) if HOLD in cell.flags else -1
+    definition = f'#line 1 "{cell.name}"\n{page(cell)}#define HOLD_FLAG {hold}\n'
     return text("simd.h", "sequence.h") + definition + text("cell.cpp")

@@ -1,74 +1,94 @@
-"""A walk through time, an instant at a time: one recurrent product and one kernel at each, any cell, size and dtype.
+"""The time loop of one pass: one recurrent matmul and one fused elementwise kernel per time step, for any cell, size.
 
-The products are the caller's library's; the kernel is the backend's and does everything else of an instant at once:
-gates, states, what is saved, and the mirror of it in the gradient. Nothing is allocated inside the loop. A backend
-hands over its kernels as binders, called once per sequence with all arrays whole:
+The matmuls are the caller's library's; the backend's kernel does everything else of a time step at once: gates, states,
+saved activations, and the mirror of it in the gradient. Nothing is allocated inside the loop. A backend hands over its
+kernels as binders, which are called once per run with all arrays whole:
 
-    bind(cell, Step(...)) -> step(t, before, after, following)
-    bind(cell, Grad(...)) -> grad(t, previous, before, after, following)
+    bind(cell, Step(...)) -> step(t, state_in, state_out, t_next)
+    bind(cell, Grad(...)) -> grad(t, t_prev, state_in, state_out, t_next)
 
-and what they return is called once per instant with whole numbers, on the caller's stream:
+and what they return is called once per time step with whole numbers, on the caller's stream:
 
-    t         the instant, an index into [T, ...]
-    previous  the instant computed before it, whose h it saw; -1 at the first one, which saw h0
-    before    boundary where the other states stand before the instant, and
-    after     after it (sequence.py)
-    following the instant computed after it, whose product sees its h; -1 at the last one
+    t          the time step, an index into [T, ...]
+    t_prev     the time step computed before it, whose h it takes; -1 at the first one, which takes h0
+    state_in   the state index (gpu_common.py) of the cell states before the time step, and
+    state_out  after it
+    t_next     the time step computed after it, whose matmul takes its h; -1 at the last one
 
-Beside storage and real there is `product`, the dtype of the recurrent products: float32 for halves where the library
-can.
+Besides storage and real there is `product`, the dtype of the recurrent matmuls: float32 for half precision where the
+library can.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell, operand_grad_graph
 from gpu_rnn.kernels.modifiers import HOLD
 
 from ..core import arrays
-from ..core.cell_inputs import Extra
+from ..core.cell_inputs import AuxInputs
 from ..core.problem import Problem
-from .gpu_common import Backward, Forward, operand
+from .gpu_common import BackwardBuffers, ForwardBuffers, recurrent_input
 
 
 class Step(NamedTuple):
     """What the forward kernel reads and writes."""
 
-    xg: Any  # [T, B, G, H] storage; input part, b_ih included
-    hg: Any  # [B, G, H] product; recurrent part of this instant, without b_hh
+    Wx: Any  # [T, B, G, H] storage; input projection, b_ih included
+    Rh: Any  # [B, G, H] product; recurrent projection of this time step, without b_hh
     b_hh: Any  # [G, H] storage, or None
-    h: Any  # [B, H] real; the h that the cell itself sees, updated in place
-    others: Any  # [T+1 or 1, S-1, B, H] real; reads boundary `before`, writes `after`: the same one if nothing is saved
-    saved: Any  # [T, B, K, H] storage, or None; it is xg itself where K = G: an element is read, then written
-    y: Any  # [T, B, H] storage; h after, before its projection
-    operand: Any  # [B, H] storage, written: what the following product sees; None where that is y
-    units: Any  # as in Extra
+    h: Any  # [B, H] real; the h that the cell itself takes, updated in place
+    cell_states: (
+        Any  # [T+1 or 1, S-1, B, H] real; reads `state_in`, writes `state_out`: the same one if nothing is saved
+    )
+    saved: Any  # [T, B, K, H] storage, or None; it is Wx itself where K = G: an element is read, then written
+    y: Any  # [T, B, H] storage, written; h before its projection
+    recurrent_input: Any  # [B, H] storage, written: the input of the next recurrent matmul; None where that is y
+    units: Any  # as in AuxInputs
     flags: Any
     seed: Any
 
 
 class Grad(NamedTuple):
-    """What the backward kernel reads and writes. The gradient that meets h is dy[t] + back + dh."""
+    """What the backward kernel reads and writes. The gradient that arrives at h is dy[t] + dh_recurrent + dh_direct."""
 
     dy: Any  # [T, B, H] storage, or None for zero
-    back: Any  # [B, H] product; what came back through the recurrent weights
-    dh: Any  # [B, H] real; what came back past them, updated in place
-    dothers: Any  # [S-1, B, H] real; gradient of the other states, updated in place
+    dh_recurrent: Any  # [B, H] product; through the recurrent weights, from the next time step
+    dh_direct: Any  # [B, H] real; past the weights, updated in place
+    dcell_states: Any  # [S-1, B, H] real; gradient of the cell states, updated in place
     y: Any  # [T, B, H] storage; every h, as the step wrote it
     h0: Any  # [B, H] storage
-    others: Any  # [T+1, S-1, B, H] real
+    cell_states: Any  # [T+1, S-1, B, H] real
     saved: Any  # [T, B, K, H] storage
-    dxg: Any  # [T, B, G, H] storage, written
-    dhg: Any  # [T, B, G, H] storage, written; None where it equals dxg (no gate is `separate`)
-    dhistory: Any  # [T, S-1, B, H] storage; gradients of the other states after every instant, or None for zero
-    dunits: Any  # [learned, B, H] real, added to
-    units: Any  # as in Extra
+    dWx: Any  # [T, B, G, H] storage, written
+    dRh: Any  # [T, B, G, H] storage, written; None where it equals dWx (no gate is `separate`)
+    dhistory: Any  # [T, S-1, B, H] storage; gradients of the cell states after every time step, or None for zero
+    dunits: Any  # [learned, B, H] real, accumulated
+    units: Any  # as in AuxInputs
     flags: Any
     seed: Any
 
 
+Bind = Callable[[Cell, Any], Callable[..., Any]]
+
+
+class StepIndex(NamedTuple):
+    t: int
+    t_prev: int
+    state_in: int
+    state_out: int
+    t_next: int
+
+
+def time_steps(T: int, reverse: bool) -> Iterator[StepIndex]:
+    """Return the time steps in the order of computation."""
+    if reverse:
+        return (StepIndex(t, t + 1 if t + 1 < T else -1, t + 1, t, t - 1) for t in range(T - 1, -1, -1))
+    return (StepIndex(t, t - 1, t, t + 1, t + 1 if t + 1 < T else -1) for t in range(T))
+
+
 def memory(problem: Problem) -> tuple[int, int]:
-    """Bytes that `walk` and `walk_back` take for themselves."""
+    """Return the bytes that `run_forward` and `run_backward` take for themselves."""
     cell, B, H, P = problem.cell, problem.B, problem.H, problem.P or problem.H
     product = 4 if arrays.product_dtype(problem.library, problem.dtype) == "float32" else problem.itemsize
     forward = B * H * (cell.G * product + problem.real_itemsize) + (B * P * problem.itemsize if cell.operand else 0)
@@ -76,112 +96,115 @@ def memory(problem: Problem) -> tuple[int, int]:
     return forward, B * P * product + projected
 
 
-Bind = Callable[[Cell, Any], Callable[..., Any]]
+def run_forward(bind: Bind, problem: Problem, buffers: Sequence[ForwardBuffers]) -> None:
+    """Run the forward pass of each run, one after the other."""
+    for of_run in buffers:
+        forward_loop(bind, problem, of_run)
 
 
-class Instant(NamedTuple):
-    t: int
-    previous: int
-    before: int
-    after: int
-    following: int
-
-
-def instants(T: int, reverse: bool) -> Iterator[Instant]:
-    """In the order of computation."""
-    if reverse:
-        return (Instant(t, t + 1 if t + 1 < T else -1, t + 1, t, t - 1) for t in range(T - 1, -1, -1))
-    return (Instant(t, t - 1, t, t + 1, t + 1 if t + 1 < T else -1) for t in range(T))
-
-
-def walk(bind: Bind, cell: Cell, given: Forward) -> None:
-    (T, B, G, H), P, projected = given.xg.shape, given.h0.shape[1], given.w_hr is not None
-    hg = arrays.empty((B, G, H), like=given.xg, dtype=product_dtype(given.xg))
-    h = arrays.empty((B, H), like=given.xg, dtype=arrays.real_dtype(given.xg))
-    h[...] = 0 if projected else given.h0  # a cell with a projection can't look at its own h
-    buffer = None if cell.operand is None else arrays.empty((B, P), like=given.xg)
+def forward_loop(bind: Bind, problem: Problem, buffers: ForwardBuffers) -> None:
+    cell, Wx, T, B, H = problem.cell, buffers.Wx, problem.T, problem.B, problem.H
+    P, projected = problem.P or H, problem.P is not None
+    Rh = arrays.empty((B, cell.G, H), like=Wx, dtype=product_dtype(Wx))
+    h = arrays.empty((B, H), like=Wx, dtype=arrays.real_dtype(Wx))
+    h[...] = 0 if projected else buffers.h0  # a cell with a projection can't take its own h
+    dropped = None if cell.operand is None else arrays.empty((B, P), like=Wx)
     step = bind(
         cell,
-        Step(given.xg, hg, given.b_hh, h, given.others, given.saved, given.shown, None if projected else buffer,
-             *given.extra),
+        Step(
+            Wx, Rh, buffers.b_hh, h, buffers.cell_states, buffers.saved, buffers.h_unprojected,
+            None if projected else dropped, *buffers.aux,
+        ),
     )  # fmt: skip
-    R, recurrent = given.w_hh.T, hg.reshape(B, G * H)
-    outputs, unprojected = list(given.y), list(given.shown)
-    before_it, seen = given.h0, given.h0
-    if buffer is not None:
-        seen = operand(cell, given.h0, given.extra, T - 1 if given.reverse else 0)
-    for t, _, before, after, following in instants(T, given.reverse):
-        arrays.matmul(seen, R, out=recurrent)
-        step(t, *((before, after) if given.saved is not None else (0, 0)), following)
+    R, recurrent = buffers.w_hh.T, Rh.reshape(B, cell.G * H)
+    outputs, unprojected = list(buffers.y), list(buffers.h_unprojected)
+    h_prev, h_in = buffers.h0, buffers.h0
+    if dropped is not None:
+        h_in = recurrent_input(cell, buffers.h0, buffers.aux, T - 1 if buffers.reverse else 0)
+    for t, _, state_in, state_out, t_next in time_steps(T, buffers.reverse):
+        arrays.matmul(h_in, R, out=recurrent)
+        step(t, *((state_in, state_out) if buffers.saved is not None else (0, 0)), t_next)
         if projected:
-            arrays.matmul(unprojected[t], given.w_hr.T, out=outputs[t])
-            keep(cell, given.extra, t, outputs[t], before_it)
-            if buffer is not None and following >= 0:
-                buffer[...] = operand(cell, outputs[t], given.extra, following)
-        before_it = outputs[t]
-        seen = outputs[t] if buffer is None else buffer
+            arrays.matmul(unprojected[t], buffers.w_hr.T, out=outputs[t])
+            apply_mask(cell, buffers.aux, t, outputs[t], h_prev)
+            if dropped is not None and t_next >= 0:
+                dropped[...] = recurrent_input(cell, outputs[t], buffers.aux, t_next)
+        h_prev = outputs[t]
+        h_in = outputs[t] if dropped is None else dropped
 
 
-def keep(cell: Cell, extra: Extra, t: int, h: Any, before: Any) -> None:
-    """Where the page holds its states, the projected h [B, P] stays what it was before."""
+def apply_mask(cell: Cell, aux: AuxInputs, t: int, h: Any, h_prev: Any) -> None:
+    """Keep the projected h [B, P] of the time step before where the mask holds the states."""
     if HOLD in cell.flags:
-        h[...] = arrays.operations(h)["where"](extra.at(cell, t, 0)[-1], before, h)
+        h[...] = arrays.operations(h)["where"](aux.at(cell, t, 0)[-1], h_prev, h)
 
 
-def walk_back(bind: Bind, cell: Cell, given: Backward) -> None:
-    (T, B, G, H), P, projected = given.dxg.shape, given.h0.shape[1], given.w_hr is not None
-    back = arrays.empty((B, P), like=given.dxg, dtype=product_dtype(given.dxg))
+def run_backward(bind: Bind, problem: Problem, buffers: Sequence[BackwardBuffers]) -> None:
+    """Run the backward pass of each run, one after the other."""
+    for of_run in buffers:
+        backward_loop(bind, problem, of_run)
+
+
+def backward_loop(bind: Bind, problem: Problem, buffers: BackwardBuffers) -> None:
+    cell, dWx, T, B, H = problem.cell, buffers.dWx, problem.T, problem.B, problem.H
+    projected = problem.P is not None
+    dh_recurrent = arrays.empty((B, problem.P or H), like=dWx, dtype=product_dtype(dWx))
     if projected:
-        back[...] = given.dh
-        past = arrays.zeros((B, H), like=given.others)
-        dy, asked = None, arrays.empty((B, H), like=given.dxg, dtype=product_dtype(given.dxg))
-        h0 = arrays.zeros((B, H), like=given.dxg)  # unseen by a cell with a projection
+        dh_recurrent[...] = buffers.dh
+        dh_direct = arrays.zeros((B, H), like=buffers.cell_states)
+        dy, dh_unprojected = None, arrays.empty((B, H), like=dWx, dtype=product_dtype(dWx))
+        h0 = arrays.zeros((B, H), like=dWx)  # unused by a cell with a projection
     else:
-        back[...] = 0  # the gradient of the last h is in dh
-        past, dy, asked, h0 = given.dh, given.dy, back, given.h0  # past: what comes back to h past the weights
+        dh_recurrent[...] = 0  # the gradient of the last h is in dh
+        dh_direct, dy, dh_unprojected, h0 = buffers.dh, buffers.dy, dh_recurrent, buffers.h0
     grad = bind(
         cell,
-        Grad(dy, asked, past, given.dothers, given.shown, h0, given.others, given.saved, given.dxg, given.dhg,
-             given.dhistory, given.dunits, *given.extra),
+        Grad(
+            dy, dh_unprojected, dh_direct, buffers.dcell_states, buffers.h_unprojected, h0, buffers.cell_states,
+            buffers.saved, dWx, buffers.dRh, buffers.dhistory, buffers.dunits, *buffers.aux,
+        ),
     )  # fmt: skip
-    whole = list(given.dy)
-    gates = list((given.dxg if given.dhg is None else given.dhg).reshape(T, B, G * H))
-    for instant in reversed(list(instants(T, given.reverse))):
+    dys = list(buffers.dy)
+    gates = list((dWx if buffers.dRh is None else buffers.dRh).reshape(T, B, cell.G * H))
+    for index in reversed(list(time_steps(T, buffers.reverse))):
+        t = index.t
         if projected:
-            whole[instant.t] += back
-            held = keep_back(cell, given.extra, instant.t, whole[instant.t])
-            arrays.matmul(whole[instant.t], given.w_hr, out=asked)
-            grad(*instant[:-1], -1)
-            arrays.matmul(gates[instant.t], given.w_hh, out=back)
-            back[...] = operand_back(cell, back, given.extra, instant.t, given.dunits) + held
+            dys[t] += dh_recurrent
+            passthrough = split_masked_grad(cell, buffers.aux, t, dys[t])
+            arrays.matmul(dys[t], buffers.w_hr, out=dh_unprojected)
+            grad(*index[:-1], -1)
+            arrays.matmul(gates[t], buffers.w_hh, out=dh_recurrent)
+            dh = recurrent_input_grad(cell, dh_recurrent, buffers.aux, t, buffers.dunits)
+            dh_recurrent[...] = dh + passthrough
         else:
-            grad(*instant)
-            arrays.matmul(gates[instant.t], given.w_hh, out=back)
+            grad(*index)
+            arrays.matmul(gates[t], buffers.w_hh, out=dh_recurrent)
     if projected:
-        given.dh[...] = back
+        buffers.dh[...] = dh_recurrent
     else:
-        given.dh[...] += operand_back(cell, back, given.extra, T - 1 if given.reverse else 0, given.dunits)
+        first = T - 1 if buffers.reverse else 0
+        buffers.dh[...] += recurrent_input_grad(cell, dh_recurrent, buffers.aux, first, buffers.dunits)
 
 
-def keep_back(cell: Cell, extra: Extra, t: int, dh: Any) -> Any:
-    """The gradient of `keep`: what goes to the h before. It is taken from dh [B, P]."""
+def split_masked_grad(cell: Cell, aux: AuxInputs, t: int, dh: Any) -> Any:
+    """Take the gradient that `apply_mask` passes to the h before out of dh [B, P], and return it."""
     if HOLD not in cell.flags:
         return 0
-    select, hold = arrays.operations(dh)["where"], extra.at(cell, t, 0)[-1]
-    held = select(hold, dh, 0.0)
-    dh[...] = select(hold, 0.0, dh)
-    return held
+    select, mask = arrays.operations(dh)["where"], aux.at(cell, t, 0)[-1]
+    passthrough = select(mask, dh, 0.0)
+    dh[...] = select(mask, 0.0, dh)
+    return passthrough
 
 
-def operand_back(cell: Cell, back: Any, extra: Extra, t: int, dunits: Any) -> Any:
-    """The gradient of `operand` at instant t: that of h is returned, those of values per unit are added to dunits."""
+def recurrent_input_grad(cell: Cell, dh: Any, aux: AuxInputs, t: int, dunits: Any) -> Any:
+    """The gradient of `recurrent_input` at time step t: that of h is returned, per-unit ones are added to dunits."""
     if cell.operand is None:
-        return back
-    P = back.shape[1]
-    (dh,), parts = operand_grad_graph(cell).run(arrays.operations(back), dnew=[back], extra=extra.at(cell, t, P))
+        return dh
+    P = dh.shape[1]
+    (dh_in,), parts = operand_grad_graph(cell).run(arrays.operations(dh), dnew=[dh], extra=aux.at(cell, t, P))
     for total, part in zip(dunits, parts):
         total[:, :P] += part
-    return dh
+    return dh_in
 
 
 def product_dtype(array: Any) -> str:

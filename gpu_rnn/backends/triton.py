@@ -1,25 +1,27 @@
 """Triton: the kernels of kernels/triton, on torch tensors and torch's current stream.
 
-Where one program can hold the recurrent weights a whole sequence is one launch; else `stepwise` walks through time with
-one product and one launch per instant. Both leave the same tape.
+Where one program can hold the recurrent weights a whole pass is one launch of a persistent kernel; else the `per_step`
+loop runs one matmul and one launch per time step. Both save the same activations.
 
 With TRITON_INTERPRET=1 in the environment Triton runs its kernels in NumPy, and this backend takes CPU tensors.
 """
 
 import os
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.triton import config as plans
+from gpu_rnn.kernels.triton import config
 
 from ..core import arrays, optional_imports
-from ..core.problem import Memory, Problem, Weights
+from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
 from . import gpu_common, per_step
-from .gpu_common import factors as factors
-from .gpu_common import history as history
+from .gpu_common import BackwardBuffers, ForwardBuffers
+from .gpu_common import gemm_operands as gemm_operands
+from .gpu_common import saved_shapes as saved_shapes
+from .protocol import Needs, backward_in_turn, forward_in_turn
+from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "triton"
 LARGEST_SHARED_MEMORY = 232448  # bytes; that of sm_90 and sm_100, which the interpreter stands for
@@ -38,12 +40,12 @@ def reasons(problem: Problem) -> list[str]:
     if not interpreted():
         if problem.device != "cuda":
             why.append(problem.elsewhere)
-        why += unfit()
+        why += unsupported_reasons()
     return why
 
 
 @cache
-def unfit() -> list[str]:
+def unsupported_reasons() -> list[str]:
     """Why the current GPU can't run the kernels, or that there is none."""
     reason = optional_imports.no_gpu()
     if reason is not None:
@@ -55,8 +57,8 @@ def unfit() -> list[str]:
     if not torch.cuda.is_available():
         return ["torch sees no GPU"]
     capability = torch.cuda.get_device_capability()
-    if capability < plans.OLDEST:
-        return [f"the GPU has compute capability {capability}; the kernels need at least {plans.OLDEST}"]
+    if capability < config.OLDEST:
+        return [f"the GPU has compute capability {capability}; the kernels need at least {config.OLDEST}"]
     try:
         from triton.runtime import driver
 
@@ -67,62 +69,58 @@ def unfit() -> list[str]:
 
 
 def plan(problem: Problem) -> str:
-    chosen, why = sequence_plan(problem)
+    chosen, why = persistent_config(problem, problem.training)
     ways = "forward and backward" if problem.training else "forward"
+    projection = gpu_common.describe_projection(problem)
     if chosen is None:
-        return f"{gpu_common.projection(problem)}\n{ways}: {gpu_common.per_step(problem)}; no persistent kernel: {why}"
+        return f"{projection}\n{ways}: {gpu_common.describe_per_step(problem)}; no persistent kernel: {why}"
     programs = -(-problem.B // chosen.rows)
     return (
-        f"{gpu_common.projection(problem)}\n{ways}: persistent kernel: {programs} x {32 * chosen.num_warps} threads, "
+        f"{projection}\n{ways}: persistent kernel: {programs} x {32 * chosen.num_warps} threads, "
         f"{chosen.rows} sequences per block, tiles of {chosen.tile} hidden units; recurrent weights on-chip; inputs in "
         f"{chosen.stages} stages"
     )
 
 
-def method(problem: Problem, backward: bool, stacked: bool = False) -> str:
-    per_step = sequence_plan(replace(problem, training=backward))[0] is None
-    return f"triton {'per-step' if per_step else 'persistent'}"
+def method(problem: Problem, backward: bool) -> str:
+    return f"triton {'per-step' if persistent_config(problem, backward)[0] is None else 'persistent'}"
 
 
 def memory(problem: Problem) -> Memory:
     workspace, own = per_step.memory(problem), []
     for backward in (False, True):
-        persistent = sequence_plan(replace(problem, training=backward))[0]
-        own.append(0 if persistent else workspace[backward])
+        own.append(0 if persistent_config(problem, backward)[0] else workspace[backward])
     return gpu_common.memory(problem, *own)
 
 
-def forward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, *, reverse: bool, tf32: bool = False, save: bool,
-    step_exact: bool = False,
-) -> tuple[Any, tuple, tuple]:  # fmt: skip
-    x, weights, state = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state))
-    with device_of(x), arrays.products(x, tf32):
-        return gpu_common.forward(
-            walk, cell, x, weights, state, reverse=reverse, tf32=tf32, save=save, step_exact=step_exact
-        )
+def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
+    if len(runs) > 1:
+        return forward_in_turn(forward, problem, runs)
+    run = aligned_run(*runs)
+    with device_of(run.x), arrays.matmul_precision(run.x, problem.tf32):
+        return gpu_common.forward(run_forward, problem, [run])
 
 
 def backward(
-    cell: Cell, x: Any, weights: Weights, state: tuple, y: Any, tape: tuple, dy: Any, dlast: tuple,
-    dhistory: tuple = (), *, reverse: bool, tf32: bool = False, needs: Collection[str],
-) -> dict[str, Any]:  # fmt: skip
-    x, weights, state, dy = aligned(x), Weights(*map(aligned, weights)), tuple(map(aligned, state)), aligned(dy)
-    with device_of(x), arrays.products(x, tf32):
-        return gpu_common.backward(
-            walk_back, cell, x, weights, state, y, tape, dy, dlast, dhistory, reverse=reverse, tf32=tf32, needs=needs
-        )
+    problem: Problem, runs: Sequence[Run], saved: Sequence[tuple], grads: Sequence[Grads], needs: Sequence[Needs]
+) -> list[dict[str, Any]]:
+    if len(runs) > 1:
+        return backward_in_turn(backward, problem, runs, saved, grads, needs)
+    run, grad = aligned_run(*runs), grads[0]._replace(y=ensure_aligned(grads[0].y))
+    with device_of(run.x), arrays.matmul_precision(run.x, problem.tf32):
+        return gpu_common.backward(run_backward, problem, [run], saved, [grad], needs)
 
 
 def warmup(problem: Problem) -> tuple[str, ...]:
     """Compile what a problem needs, for the current device, by running it on zeros. -> the kernels.
 
-    Triton specializes on sizes that are 1 or divisible by 16, so that a few instants stand for all, and on whether
+    Triton specializes on sizes that are 1 or divisible by 16, so that a few time steps stand for all, and on whether
     there is a bias.
     """
     torch = optional_imports.require("torch", "the triton backend")
     cell, B, H, I = problem.cell, problem.B, problem.H, problem.I
     T, P = 1 if problem.T == 1 else 2 if problem.T % 16 else 16, problem.P or H
+    problem = problem.variant(T=T).single(0, problem.reverse)
 
     def zeros(*shape: int, dtype: str = problem.dtype) -> Any:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=problem.device)
@@ -135,16 +133,22 @@ def warmup(problem: Problem) -> tuple[str, ...]:
         seed=zeros(1, dtype="int64") if cell.uniforms else None,
     )  # fmt: skip
     x, state = zeros(T, B, cell.G * H if I is None else I), (zeros(B, P), *(zeros(B, H) for _ in cell.states[1:]))
-    how: dict[str, Any] = {"reverse": problem.reverse, "tf32": problem.tf32}
-    for given in (weights, weights._replace(b_ih=None, b_hh=None)):
-        y, last, tape = forward(cell, x, given, state, **how, save=problem.training)
+    for present in (weights, weights._replace(b_ih=None, b_hh=None)):
+        run = Run(x, present, state, problem.reverse)
+        (result,) = forward(problem, [run])
         if problem.training:
-            backward(cell, x, given, state, y, tape, y, last, **how, needs={"x", "w_hh"})
-    name = "stepwise" if sequence_plan(problem)[0] is None else "sequence"
+            grads = Grads(result.y, result.last, result.history)
+            backward(problem, [run], [(result.y, *result.saved)], [grads], [{"x", "w_hh"}])
+    name = "stepwise" if persistent_config(problem, problem.training)[0] is None else "sequence"
     return tuple(f"{name}_{way}" for way in ("forward", "backward")[: 1 + problem.training])
 
 
-def aligned(array: Any) -> Any:
+def aligned_run(run: Run) -> Run:
+    x, weights, state, reverse = run
+    return Run(ensure_aligned(x), Weights(*map(ensure_aligned, weights)), [*map(ensure_aligned, state)], reverse)
+
+
+def ensure_aligned(array: Any) -> Any:
     """The array, or a copy where it doesn't begin at a multiple of 16 bytes; None stays None.
 
     For others Triton compiles anew, and where the state of a layer begins among those of all depends on B.
@@ -159,79 +163,80 @@ def device_of(x: Any) -> Any:
     return optional_imports.require("torch", "the triton backend").cuda.device_of(x)
 
 
-# ---- the walk: in one launch where a program can hold the weights, else an instant at a time ------------------------
+# ---- The time loop: in one launch where a program can hold the weights, else per step -------------------------------
 
 
-def walk(cell: Cell, given: gpu_common.Forward) -> None:
-    chosen = planned(cell, given.xg, given.w_hr, backward=False)
+def run_forward(problem: Problem, buffers: Sequence[ForwardBuffers]) -> None:
+    (b,), cell = buffers, problem.cell
+    chosen = config_for(problem, backward=False)
     if chosen is None:
-        per_step.walk(bind, cell, given)
+        per_step.run_forward(bind, problem, buffers)
         return
     from gpu_rnn.kernels.triton.persistent import forward_kernel
 
-    whole = (given.xg, given.w_hh, given.b_hh, given.h0, given.others, given.saved, given.y)
-    launch(forward_kernel, stepping(cell), chosen, whole, given, given.xg.shape)
+    args = b.Wx, b.w_hh, b.b_hh, b.h0, b.cell_states, b.saved, b.y
+    launch(forward_kernel, forward_constexprs(cell), chosen, args, b, problem)
 
 
-def walk_back(cell: Cell, given: gpu_common.Backward) -> None:
-    chosen = planned(cell, given.dxg, given.w_hr, backward=True)
+def run_backward(problem: Problem, buffers: Sequence[BackwardBuffers]) -> None:
+    (b,), cell = buffers, problem.cell
+    chosen = config_for(problem, backward=True)
     if chosen is None:
-        per_step.walk_back(bind, cell, given)
+        per_step.run_backward(bind, problem, buffers)
         return
     from gpu_rnn.kernels.triton.persistent import backward_kernel
 
-    whole = (
-        given.w_hh, given.dy, given.dh, given.dothers, given.y, given.h0, given.others, given.saved, given.dxg,
-        given.dhg, given.dhistory, given.dunits,
+    args = (
+        b.w_hh, b.dy, b.dh, b.dcell_states, b.y, b.h0, b.cell_states, b.saved, b.dWx, b.dRh, b.dhistory, b.dunits
     )  # fmt: skip
-    launch(backward_kernel, differentiating(cell), chosen, whole, given, given.dxg.shape)
+    launch(backward_kernel, backward_constexprs(cell), chosen, args, b, problem)
 
 
 def launch(
-    kernel: Any, page: tuple, chosen: plans.Sequence, whole: tuple, given: gpu_common.Forward | gpu_common.Backward,
-    shape: tuple,
+    kernel: Any, constexprs: tuple, chosen: config.Sequence, args: tuple, buffers: ForwardBuffers | BackwardBuffers,
+    problem: Problem,
 ) -> None:  # fmt: skip
-    T, B, _, H = shape
-    precision = "tf32" if given.tf32 else "ieee"  # of float32 products; others have one only
+    T, B, H = problem.T, problem.B, problem.H
+    precision = "tf32" if problem.tf32 else "ieee"  # of float32 matmuls; others have one only
     kernel[(-(-B // chosen.rows),)](
-        *whole, *given.extra, T, B, given.extra.rows, int(given.reverse), *page, H, chosen.rows, chosen.tile, precision,
-        chosen.stages, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
+        *args, *buffers.aux, T, B, buffers.aux.rows, int(buffers.reverse), *constexprs, H, chosen.rows, chosen.tile,
+        precision, chosen.stages, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def stepping(cell: Cell) -> tuple:
-    """What a kernel that goes forward is specialized on: functions and sizes of the page."""
+@cache
+def forward_constexprs(cell: Cell) -> tuple:
+    """What a forward kernel is specialized on: functions and sizes of the cell."""
     from gpu_rnn.kernels.triton.cell_functions import page
 
-    of = page(cell)
-    return of.step, of.step_level, of.step_means, of.operand, *sizes(cell)
+    functions = page(cell)
+    return functions.step, functions.step_level, functions.step_means, functions.operand, *sizes(cell)
 
 
-def differentiating(cell: Cell) -> tuple:
-    """The same of one that goes back."""
+@cache
+def backward_constexprs(cell: Cell) -> tuple:
+    """What a backward kernel is specialized on: functions and sizes of the cell."""
     from gpu_rnn.kernels.triton.cell_functions import page
 
-    of = page(cell)
-    operand_grad = None if cell.operand is None else of.operand_grad
-    return of.grad, of.grad_level, of.grad_means, operand_grad, *sizes(cell), cell.learned
+    functions = page(cell)
+    operand_grad = None if cell.operand is None else functions.operand_grad
+    return functions.grad, functions.grad_level, functions.grad_means, operand_grad, *sizes(cell), cell.learned
 
 
 def sizes(cell: Cell) -> tuple[int, ...]:
     return cell.G, cell.S, cell.K, len(cell.units), len(cell.flags), cell.uniforms
 
 
-def planned(cell: Cell, gates: Any, w_hr: Any, *, backward: bool) -> plans.Sequence | None:
-    """The plan for arrays; gates [T, B, G, H]."""
-    T, B, _, H = gates.shape
-    P = None if w_hr is None else w_hr.shape[0]
-    return sequence_plan(Problem(cell, T, B, 0, H, P, arrays.dtype(gates), training=backward))[0]
-
-
-def sequence_plan(problem: Problem) -> tuple[plans.Sequence | None, str]:
-    """The plan for a whole sequence in one launch on the current GPU, or why there is none."""
+def persistent_config(problem: Problem, backward: bool) -> tuple[config.Sequence | None, str]:
+    """The configuration of a pass in one launch on the current GPU, or why there is none."""
     if problem.P is not None:
         return None, "a projection (w_hr) takes a second matmul per time step"
-    return plans.sequence(problem.cell, problem.H, problem.dtype, shared_memory(), backward=problem.training)
+    return config.sequence(problem.cell, problem.H, problem.dtype, shared_memory(), backward=backward)
+
+
+def config_for(problem: Problem, *, backward: bool) -> config.Sequence | None:
+    """The configuration of a pass, decided once for a problem and a GPU."""
+    return problem.decide(("triton", backward, shared_memory()), persistent_config, problem, backward)[0]
 
 
 def shared_memory() -> int:
@@ -250,32 +255,32 @@ def shared_memory_of(device: int) -> int:
     return driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
-# ---- an instant in one launch ---------------------------------------------------------------------------------------
+# ---- A time step in one launch --------------------------------------------------------------------------------------
 
 
-def bind(cell: Cell, given: per_step.Step | per_step.Grad) -> Callable[..., None]:
-    """Either kernel on its arrays. The first call finds or makes the binary for them, the others launch just that."""
+def bind(cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., None]:
+    """Bind a per-step kernel to its arrays. Its first call compiles it or finds the binary; the others only launch."""
     from triton import language as tl
 
     from gpu_rnn.kernels.triton.stepwise import grad_kernel, step_kernel
 
-    if isinstance(given, per_step.Step):
-        kernel, page, gates, real = step_kernel, stepping(cell), given.xg, given.h
+    if isinstance(buffers, per_step.Step):
+        kernel, constexprs, gates, real = step_kernel, forward_constexprs(cell), buffers.Wx, buffers.h
     else:
-        kernel, page, gates, real = grad_kernel, differentiating(cell), given.dxg, given.dh
+        kernel, constexprs, gates, real = grad_kernel, backward_constexprs(cell), buffers.dWx, buffers.dh_direct
     _, B, _, H = gates.shape
-    R = 1 if given.units is None else given.units.shape[1]
-    block_b, block_h, num_warps, maxnreg = plans.instant(H, arrays.dtype(real), whole=cell.meets)
+    R = 1 if buffers.units is None else buffers.units.shape[1]
+    block_b, block_h, num_warps, maxnreg = config.instant(H, arrays.dtype(real), whole=cell.meets)
     grid = (-(-B // block_b), 1 if cell.meets else -(-H // block_h), 1)
-    constants = (*page, getattr(tl, arrays.dtype(real)), block_b, block_h)
+    constants = (*constexprs, getattr(tl, arrays.dtype(real)), block_b, block_h)
     binary = None
 
-    def repeat(*instant: int) -> None:
+    def launch_again(*index: int) -> None:
         nonlocal binary
-        arguments = (*given, *instant, B, H, R, *constants)
+        args = (*buffers, *index, B, H, R, *constants)
         if binary is None:
-            binary = kernel[grid](*arguments, num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=True)
+            binary = kernel[grid](*args, num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=True)
         else:
-            binary[grid](*arguments)
+            binary[grid](*args)
 
-    return repeat
+    return launch_again

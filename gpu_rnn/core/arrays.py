@@ -84,10 +84,10 @@ def device(array: Any) -> str:
     return f"cuda:{array.device.id}" if kind == "cupy" else str(array.device)
 
 
-Described = tuple[type, tuple[int, ...], Any, Any]
+Signature = tuple[type, tuple[int, ...], Any, Any]
 
 
-def described(array: Any) -> Described | None:
+def array_signature(array: Any) -> Signature | None:
     """Type, shape, dtype and device: all that has to fit, at the cost of a look, and hashable. None stays None."""
     if array is None:
         return None
@@ -97,34 +97,34 @@ def described(array: Any) -> Described | None:
     return kind, array.shape, array.dtype, where
 
 
-def words(kind: type, _shape: Any, dtype: Any, device: Any) -> tuple[str, str, str]:
-    """What was described -> library, dtype and device by name."""
+def kind_to_str(kind: type, _shape: Any, dtype: Any, device: Any) -> tuple[str, str, str]:
+    """What was array_signature -> library, dtype and device by name."""
     return library_of(kind), str(dtype).removeprefix("torch."), str(device)
 
 
-def readable(array: Any) -> bool:
-    """Whether Python may read the values of an array on a CPU: they are there, and nothing of torch's looks on."""
-    if library(array) != "torch":
-        return True
-    torch = module("torch")
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if isinstance(array, torch._subclasses.FakeTensor):
-        return False
-    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+TORCH_PRIVATE = __name__.removesuffix("core.arrays") + "autograd.torch_private"  # it imports torch alone
 
 
-def exporting(array: Any) -> bool:
+def torch_private() -> Any:
+    """What is private in torch. Whoever computes on tensors has it loaded."""
+    return sys.modules[TORCH_PRIVATE]
+
+
+def is_readable(array: Any) -> bool:
+    """Whether Python may read the values of an array on a CPU: they are there, and nothing of torch's watches."""
+    return library(array) != "torch" or torch_private().is_readable(array)
+
+
+def is_exporting(array: Any) -> bool:
     """Whether torch.export captures what happens to an array."""
     return library(array) == "torch" and module("torch").compiler.is_exporting()
 
 
-def ensured(condition: Any, message: str) -> None:
-    """A RuntimeError where a tensor on a CPU is false, once the program runs that this is traced for. torch.func has no
-    such check."""
-    torch = module("torch")
-    if not torch._C._are_functorch_transforms_active():
-        torch._assert_async(condition, message)
+def assert_async(condition: Any, message: str) -> None:
+    """Raise a RuntimeError where a tensor on a CPU is false, once the program runs that this is traced for. torch.func
+    has no such check."""
+    if not torch_private().are_transforms_active():
+        torch_private().assert_async(condition, message)
 
 
 def unrecorded(check: Callable) -> Callable:
@@ -135,12 +135,8 @@ def unrecorded(check: Callable) -> Callable:
         torch = sys.modules.get("torch")
         if torch is None or not torch.jit.is_tracing():
             return check(*args, **keywords)
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
-        try:
+        with torch_private().without_jit_tracing():
             return check(*args, **keywords)
-        finally:
-            torch._C._set_tracing_state(state)
 
     return run
 
@@ -167,7 +163,7 @@ def empty(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     return module(kind).empty(shape, dtype or like.dtype)
 
 
-def converted(array: Any, dtype: str) -> Any:
+def astype(array: Any, dtype: str) -> Any:
     """The array itself if it has that dtype, else a copy that does."""
     if str(array.dtype).removeprefix("torch.") == dtype:
         return array
@@ -186,19 +182,19 @@ def concatenate(many: Any, axis: int) -> Any:
     return module(library(many[0])).concatenate(tuple(many), axis)
 
 
-def repeated(array: Any, rows: int) -> Any:
+def broadcast_rows(array: Any, rows: int) -> Any:
     """[1, N] -> [rows, N]."""
     return module(library(array)).broadcast_to(array, (rows, array.shape[1]))
 
 
-def counted(n: int, like: Any) -> Any:
+def arange(n: int, like: Any) -> Any:
     """0 to n - 1 in int64, where `like` is."""
     if library(like) == "torch":
         return module("torch").arange(n, device=like.device)
     return module(library(like)).arange(n)
 
 
-def integer(value: int, like: Any) -> Any:
+def int64_scalar(value: int, like: Any) -> Any:
     """[1] int64, written where `like` is: a copy from the host waits for the GPU, and no CUDA graph captures it."""
     if library(like) == "torch":
         return module("torch").full((1,), value, dtype=module("torch").int64, device=like.device)
@@ -209,7 +205,7 @@ def constant(value: float, like: Any) -> float:
     """The number itself, which torch.compile(dynamic=True) would take for a variable, though it decides on the cell."""
     if library(like) != "torch" or not module("torch").compiler.is_compiling():
         return value
-    return module("torch").fx.experimental.symbolic_shapes.guard_scalar(value)
+    return torch_private().guard_scalar(value)
 
 
 def operations(array: Any) -> Mapping[str, Callable]:
@@ -240,7 +236,7 @@ def torch_where(condition: Any, a: Any, b: Any) -> Any:
     return torch.where(condition > 0, torch.full_like(condition, a) if all(numbers[1:]) else a, b)
 
 
-def plain(array: Any) -> Any:
+def as_contiguous(array: Any) -> Any:
     """The same values as kernels want them: contiguous, and no part of an autograd graph. None stays None."""
     if array is None:
         return None
@@ -255,7 +251,7 @@ def real_dtype(array: Any) -> str:
     return "float64" if dtype(array) == "float64" else "float32"
 
 
-def flipped(array: Any) -> Any:
+def flip(array: Any) -> Any:
     """The first axis the other way round."""
     return array.flip(0) if library(array) == "torch" else array[::-1]
 
@@ -266,7 +262,7 @@ def product_dtype(kind: str, dtype: str) -> str:
     return "float32" if wide else dtype
 
 
-def precision(array: Any) -> str:
+def default_precision(array: Any) -> str:
     """Of the products of a recurrent layer, where nobody insists on one: "tf32" or "ieee"."""
     if library(array) != "torch" or not array.is_cuda or dtype(array) != "float32":
         return "ieee"
@@ -308,7 +304,7 @@ SETTING = RLock()
 
 
 @contextmanager
-def products(like: Any, tf32: bool) -> Iterator[None]:
+def matmul_precision(like: Any, tf32: bool) -> Iterator[None]:
     """torch's float32 products on a GPU, with or without TF32, whatever its setting for products in general says.
 
     A product takes its precision from that setting, which is the whole process's, when it is enqueued. So it is changed
@@ -341,24 +337,15 @@ def pointer(array: Any) -> int:
     return array.ctypes.data if kind == "numpy" else array.data.ptr
 
 
-def pointers(given: Sequence[Any], like: Any) -> tuple[int, ...]:
+def pointers(many: Sequence[Any], like: Any) -> tuple[int, ...]:
     """`pointer` of each, of the library of `like`."""
     if library(like) == "torch":
-        return tuple([0 if array is None else array.data_ptr() for array in given])
-    return tuple(map(pointer, given))
+        return tuple([0 if array is None else array.data_ptr() for array in many])
+    return tuple(map(pointer, many))
 
 
-def to_numpy(array: Any) -> np.ndarray:
-    """A CPU array as NumPy's, without a copy where its dtype allows; torch's halves become float32."""
-    if isinstance(array, np.ndarray):
-        return array
-    array = array.detach()
-    return (array.float() if array.dtype.itemsize == 2 else array).numpy()
-
-
-def from_numpy(array: np.ndarray, like: Any, keep_dtype: bool = False) -> Any:
-    """A NumPy array as one of the library of `like`, and of its dtype unless `keep_dtype`."""
+def from_numpy(array: np.ndarray, like: Any) -> Any:
+    """A NumPy array as one of the library of `like`, and of its dtype."""
     if isinstance(like, np.ndarray):
         return array
-    tensor = module("torch").from_numpy(array)
-    return tensor if keep_dtype or tensor.dtype == like.dtype else tensor.to(like.dtype)
+    return module("torch").from_numpy(array).to(like.dtype)

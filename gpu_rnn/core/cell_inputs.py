@@ -1,4 +1,4 @@
-"""What a cell's page takes beside x, h and states (`gpu_rnn.kernels.cells`), as arrays of any library."""
+"""The auxiliary inputs of a cell (`gpu_rnn.kernels.cells`), besides x, h and states, as arrays of any library."""
 
 from typing import Any, NamedTuple
 
@@ -9,18 +9,18 @@ from . import arrays
 from .problem import Weights
 
 
-class Extra(NamedTuple):
-    """None where the page takes none."""
+class AuxInputs(NamedTuple):
+    """None where the cell has none."""
 
-    units: Any  # [N, R, H] in the dtype of computing; R = B, or 1 where all rows have the same
-    flags: Any  # [T, B] uint8, bit k is flag k
-    seed: Any  # [1] int64
+    units: Any = None  # [N, R, H] per-unit parameters in the dtype of computing; R = B, or 1 for the whole batch
+    flags: Any = None  # [T, B] uint8, bit k is flag k
+    seed: Any = None  # [1] int64
 
     @classmethod
-    def of(cls, weights: Weights) -> "Extra":
+    def of(cls, weights: Weights) -> "AuxInputs":
         units = weights.units
         if units is not None:
-            units = arrays.converted(units, arrays.real_dtype(units))
+            units = arrays.astype(units, arrays.real_dtype(units))
         return cls(units, weights.flags, weights.seed)
 
     @property
@@ -28,13 +28,16 @@ class Extra(NamedTuple):
         return 1 if self.units is None else self.units.shape[1]
 
     def at(self, cell: Cell, t: Any, P: int) -> list[Any]:
-        """All but random numbers, for P units: at an instant [.., P] or [B, 1], or at several, `t` being a slice."""
-        found = [] if self.units is None else [self.units[n, :, :P] for n in range(len(self.units))]
-        return found + [(self.flags[t] >> k & 1)[..., None] for k in range(len(cell.flags))]
+        """All but random numbers, for P units: at a time step [.., P] or [B, 1], or at several, `t` being a slice."""
+        values = [] if self.units is None else [self.units[n, :, :P] for n in range(len(self.units))]
+        return values + [(self.flags[t] >> k & 1)[..., None] for k in range(len(cell.flags))]
 
-    def drawn(self, cell: Cell, t: int, B: int, H: int) -> list[Any]:
-        """The random numbers of an instant, [B, H] each."""
+    def uniforms_at(self, cell: Cell, t: int, B: int, H: int) -> list[Any]:
+        """The random numbers of a time step, [B, H] each."""
         if not cell.uniforms:
             return []
-        row, unit = (arrays.counted(n, like=self.seed) for n in (B, H))
+        row, unit = (arrays.arange(n, like=self.seed) for n in (B, H))
         return uniforms(self.seed, 0 * self.seed + t, row[:, None], unit[None], cell.uniforms)
+
+
+NO_AUX = AuxInputs()

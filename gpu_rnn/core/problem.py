@@ -1,7 +1,8 @@
-"""What a call asks for, without its data: the thing backends judge and plans are made for."""
+"""A call without its data, by which backends decide, and the arrays that a backend takes and gives."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell
@@ -15,85 +16,128 @@ class Weights(NamedTuple):
     b_ih: Any = None  # [G*H]
     b_hh: Any = None  # [G*H]
     w_hr: Any = None  # [P, H] projects the output h; without it P = H
-    # What else a cell's page takes (gpu_rnn.kernels.cells), if it does:
-    units: Any = None  # [N, R, H] its values per unit; R = B rows, or one for all. Of h with a projection the first P
+    # The cell's auxiliary inputs (gpu_rnn.kernels.cells), if it has them:
+    units: Any = (
+        None  # [N, R, H] per-unit parameters; R = B, or 1 for the whole batch. With a projection h has the first P
+    )
     flags: Any = None  # [T, B] uint8; bit k is flag k
     seed: Any = None  # [1] int64, of its random numbers
 
 
-class Direction(NamedTuple):
-    """One of several calls that are run at once, and differ in their arrays and in the direction of time alone."""
+class Run(NamedTuple):
+    """One direction of a layer, or one layer of a stack: the arrays of one pass through time."""
 
-    x: Any  # [T, B, I]
+    x: Any  # [T, B, I]; None in a stack above its first layer, where it is the y of the layer below
     weights: Weights
-    state: Sequence[Any]
-    reverse: bool
+    state: Sequence[Any]  # before the first time step: [B, P], then [B, H]; all may have an axis of one layer before B
+    reverse: bool = False
+
+
+class Result(NamedTuple):
+    """What a backend's `forward` gives for a run."""
+
+    y: Any  # [T, B, P]
+    last: tuple  # the states after the last time step, each in the shape of its first
+    history: tuple = ()  # if the problem has one: the states but h after every time step, each [T, B, H]
+    saved: tuple = ()  # saved activations if the problem is training: arrays that the backend alone understands
+
+
+class Grads(NamedTuple):
+    """The gradients of a run's results, which its `backward` starts from."""
+
+    y: Any  # [T, B, P]; None for zero, of a layer under another alone
+    last: tuple
+    history: tuple = ()
 
 
 class Options(NamedTuple):
     """How a call is to run, as its caller says it."""
 
     reverse: bool = False
-    backend: str | None = None  # insists on one
-    precision: str | None = None  # of float32 products, "tf32" or "ieee"; None: what the library's setting says
-    history: bool = False  # whether the other states are wanted after every instant, too
-    recompute: bool = False  # nothing is kept for the gradient: backward runs forward once more
-    directions: int = 1  # how many calls that differ in their direction alone are asked for at once
-    layers: int = 1  # of the stack that this is one of, which may go forward at once
-    step_exact: bool = False  # a sequence is bit for bit what its instants one at a time are
+    backend: str | None = None  # selects one
+    precision: str | None = None  # of float32 matmuls, "tf32" or "ieee"; None: what the library's setting says
+    history: bool = False  # whether all states are returned after every time step, too
+    recompute: bool = False  # saves no activations: backward runs forward once more
+    layers: int = 1  # of the stack that is called
+    step_exact: bool = False  # a sequence equals its time steps one at a time, bit for bit
 
 
-class Around(NamedTuple):
-    """What a call asks for around its cell; see `gpu_rnn.modifiers.apply`."""
+class Modifiers(NamedTuple):
+    """Modifiers and variants of the cell, as a caller says them; `gpu_rnn.modifiers.apply` applies them."""
 
     reset: Any = None  # [T, B]; x[t] is the first of an episode, which the reset state enters
     reset_state: Any = None  # one per state, [B, .] or [.]; zeros when None
-    lengths: Any = None  # [B] integers; a row's instants are those below
-    left_padding: Any = None  # [B] integers; and from there on
+    lengths: Any = None  # [B] integers; time steps from there on are padding
+    left_padding: Any = None  # [B] integers; time steps before are padding
     zoneout: float | tuple[float, ...] = 0.0  # one probability per state, or one for all
-    recurrent_dropout: float = 0.0  # of what the recurrent weights see, or of the candidate
+    recurrent_dropout: float = 0.0  # of h before the recurrent matmul, or of the candidate
     recurrent_dropout_on: str = "h"
     seed: Any = None  # of masks, an int or [1] int64
     training: bool = True  # whether masks are drawn
     peephole: Any = None  # [N*H]
-    units: Any = None  # [N*H] of a page that has them in any case
+    units: Any = None  # [N*H] per-unit weights of a custom cell
     coupled: bool = False
     reset_after: bool = True
     cell_clip: float | None = None
-    layer_norm: Any = None  # gains of the input and the recurrent part [G*H], of what else is normalized, biases [H]
+    layer_norm: Any = None  # gains of the input and the recurrent projection [G*H]; of the cell state, and its bias [H]
 
 
 class Memory(NamedTuple):
-    """Bytes that one call takes beside what it is given, as its library's allocator counts them.
+    """Bytes that one call takes in addition to its arguments, as its library's allocator counts them.
 
-    Of contiguous arrays; where all gradients are wanted; without what cuBLAS has for itself.
+    For contiguous arrays and all gradients, without cuBLAS's own workspace.
     """
 
-    saved: int  # kept for backward: y, and what the backend saves
-    forward: int  # the most there is at once on the way forward: y, the last states, what is saved, and workspace
-    backward: int  # the same on the way back, with the gradients, but without what was there before; 0 in inference
+    saved: int  # kept for backward: y and saved activations
+    forward: int  # the most that is allocated at once forward: y, the last states, saved activations, workspace
+    backward: int  # the same backward, gradients included, without what was there before; 0 in inference
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer, one direction, one sequence."""
+    """A call of one layer, or of a stack of them, without its data: all by which a backend is chosen and configured."""
 
     cell: Cell
     T: int
     B: int
-    I: int | None  # None where x is the input part of all gates already
+    I: int | None  # None where x is the input projection, [T, B, G*H]
     H: int
     P: int | None = None  # size of the projected h; None without projection
     dtype: str = "float32"  # storage: float64, float32, float16 or bfloat16
     device: str = "cpu"  # "cpu" or "cuda"
     library: str = "numpy"  # whose arrays: numpy, torch or cupy
-    training: bool = False  # whether what a gradient needs is kept
-    reverse: bool = False
-    tf32: bool = False  # float32 products may be rounded to TF32, as torch.nn's are unless told otherwise
-    history: bool = False  # whether the other states are wanted after every instant, too
-    directions: int = 1  # how many that differ in their direction alone are asked for at once
-    layers: int = 1  # of the stack that this is one of, which may go forward at once
-    step_exact: bool = False  # its numbers are those of its instants one at a time, bit for bit
+    training: bool = False  # whether activations are saved for backward
+    reverse: bool = False  # of the first run
+    tf32: bool = False  # whether float32 matmuls may round their inputs to TF32
+    history: bool = False  # whether all states are returned after every time step
+    directions: int = 1  # runs that differ in weights, states and the direction of time
+    layers: int = 1  # runs that each take the y of the one before: a stack's; I is that of the first
+    step_exact: bool = False  # a sequence equals its time steps one at a time, bit for bit
+    # What was decided for this problem, by whoever decides it; it lives and dies with the problem.
+    decisions: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def decide(self, key: Any, decision: Callable[..., Any], *args: Any) -> Any:
+        """`decision(*args)`, made once for every key; all that it depends on is in the problem, or in the key."""
+        try:
+            return self.decisions[key]
+        except KeyError:
+            made = self.decisions[key] = decision(*args)
+            return made
+
+    def variant(self, **changes: Any) -> "Problem":
+        """The problem with other values; the same object for the same changes, so that it keeps its decisions."""
+        return self.decide((*changes.items(),), partial(replace, self, **changes))
+
+    def single(self, k: int, reverse: bool) -> "Problem":
+        """The problem of run number k by itself."""
+        I = self.H if k and self.layers > 1 else self.I
+        same = (self.I, self.directions, self.layers, self.reverse) == (I, 1, 1, reverse)
+        return self if same else self.variant(I=I, directions=1, layers=1, reverse=reverse)
+
+    @property
+    def saves(self) -> bool:
+        """Whether a forward pass keeps the states and activations of all time steps."""
+        return self.training or self.history
 
     @property
     def itemsize(self) -> int:
@@ -102,7 +146,7 @@ class Problem:
 
     @property
     def real_itemsize(self) -> int:
-        """Bytes of an element where it is computed."""
+        """Bytes of an element in the dtype of computing."""
         return max(self.itemsize, 4)
 
     @property
@@ -123,17 +167,17 @@ class Problem:
 
     @property
     def state_elements(self) -> int:
-        """Of the states before, or after."""
+        """Of all states at one time step."""
         return self.B * ((self.P or self.H) + (self.cell.S - 1) * self.H)
 
     @property
     def outputs(self) -> int:
-        """y, the states after, and with a history the other states after every instant."""
+        """How many arrays a run gives: y, the states after, and with a history those but h after every time step."""
         return 1 + self.cell.S + (self.cell.S - 1) * self.history
 
     @property
     def projection(self) -> str:
-        """The line of a plan where there is nothing to project; else empty."""
+        """What a plan says where x is the input projection; else empty."""
         return "input projection: given as x (w_ih=None)" if self.I is None else ""
 
     @property
@@ -141,10 +185,6 @@ class Problem:
         """Why a backend of the other device does not take the arrays."""
         place = "on the GPU" if self.device == "cuda" else "on the CPU"
         return f"not available for arrays {place} (gpu_rnn never copies between devices)"
-
-    def layer(self, k: int) -> "Problem":
-        """That of a layer of the stack of which this is the first."""
-        return replace(self, layers=1) if k == 0 else replace(self, layers=1, I=self.H)
 
     def __str__(self) -> str:
         sizes = {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "P": self.P}

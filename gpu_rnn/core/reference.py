@@ -14,7 +14,7 @@ from gpu_rnn.kernels.trace import Graph
 from gpu_rnn.kernels.two_pass import second
 
 from . import arrays
-from .cell_inputs import Extra
+from .cell_inputs import AuxInputs
 from .problem import Weights
 
 
@@ -33,7 +33,7 @@ def run(
         By time step, in the order of x: the states after it, projection included, and the graph's other outputs.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights[:5]
-    (T, B), H, extra = x.shape[:2], w_hh.shape[0] // cell.G, Extra.of(weights)
+    (T, B), H, aux = x.shape[:2], w_hh.shape[0] // cell.G, AuxInputs.of(weights)
     blank, real = arrays.zeros((B, H), like=x), arrays.dtype(x)
 
     def gate(g: float) -> slice:
@@ -48,14 +48,14 @@ def run(
 
     operations: dict[str, Callable] = {**arrays.operations(x), PRODUCT: recurrent}
     projected, (h, *others) = by_gate(linear(x, w_ih, b_ih)), state
-    found = []
+    steps = []
     for t in range(T)[:: -1 if reverse else 1]:
-        drawn_at = t if cell.phases is None else second(t, reverse)
-        fixed = [arrays.converted(value, real) for value in extra.at(cell, t, H)]
-        random = [arrays.converted(value, real) for value in extra.drawn(cell, drawn_at, B, H)]
-        ((seen,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
-        new, shown = step.run(
-            operations, x=[part[t] for part in projected], h=by_gate(linear(seen, w_hh, b_hh)),
+        t_random = t if cell.phases is None else second(t, reverse)
+        fixed = [arrays.astype(value, real) for value in aux.at(cell, t, H)]
+        random = [arrays.astype(value, real) for value in aux.uniforms_at(cell, t_random, B, H)]
+        ((h_in,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
+        new, observed = step.run(
+            operations, x=[part[t] for part in projected], h=by_gate(linear(h_in, w_hh, b_hh)),
             state=(h if w_hr is None else blank, *others), extra=[*fixed, *random],
         )  # fmt: skip
         before, (h, *others) = h, (whole(value, blank) for value in new)
@@ -63,8 +63,8 @@ def run(
             h = linear(h, w_hr, None)
             if HOLD in cell.flags:
                 h = operations["where"](fixed[len(cell.units) + cell.flags.index(HOLD)], before, h)
-        found.append(((h, *others), shown))
-    return found[:: -1 if reverse else 1]
+        steps.append(((h, *others), observed))
+    return steps[:: -1 if reverse else 1]
 
 
 def linear(value: Any, weight: Any, bias: Any) -> Any:

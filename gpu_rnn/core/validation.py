@@ -1,7 +1,7 @@
 """Do the arrays of a call fit together? If so, what problem are they?"""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy as np
 from gpu_rnn.kernels import cells
 
 from . import arrays
-from .arrays import Described
-from .problem import Options, Problem, Weights
+from .arrays import Signature
+from .problem import Options, Problem, Run, Weights
 
 PRECISIONS = ("tf32", "ieee")
 INTEGERS = {"flags": "uint8", "seed": "int64"}
@@ -20,39 +20,76 @@ class ShapeError(ValueError, RuntimeError):
     """A shape does not match the others. Both a ValueError and a RuntimeError, since torch.nn raises either."""
 
 
-def checked(
-    name: str, x: Any, weights: Weights, state: Sequence[Any], options: Options, training: bool
-) -> tuple[Problem, tuple]:
-    """Every array fits, or an error that repeats the shapes. -> the problem, and the states with zeros filled in."""
-    described = arrays.described
+def validate(
+    name: str, runs: Sequence[Run], options: Options, training: bool, precision: str | None = None, linked: bool = False
+) -> Problem:
+    """Check that all arrays of a call's runs fit, or raise an error that repeats the shapes -> the problem.
+
+    precision: what `options` leave open. linked: whether the runs are the layers of a stack.
+    """
+    problem: Problem | None = None
+    for run in runs:
+        signatures = signatures_of(name, run)
+        if problem is not None and linked:
+            kind, _, dtype, device = signatures_of(name, runs[0])[0]  # type: ignore[misc]
+            signatures[0] = kind, (problem.T, problem.B, problem.P or problem.H), dtype, device
+        this = make_problem(
+            name, signatures, options, run.reverse, training, precision or arrays.default_precision(runs[0].x)
+        )
+        problem = problem or this
+    assert problem is not None
+    n = len(runs)
+    return problem if n == 1 else replace(problem, **({"layers": n} if linked else {"directions": n}))
+
+
+def signatures_of(name: str, run: Run) -> list[Signature | None]:
+    """Kind, shape, dtype and device of x, the weights and the states; None for what there isn't."""
+    many = run.x, *run.weights, *run.state
     try:
-        given = tuple([None if array is None else described(array) for array in (x, *weights, *state)])
+        return [arrays.array_signature(array) for array in many]
     except TypeError:  # said again by the name of the argument, which is looked up here alone
-        for label, array in zip(("x", *Weights._fields, *first_states(cells.get(name))), (x, *weights, *state)):
+        for label, array in zip(("x", *Weights._fields, *first_states(cells.get(name))), many):
             if array is not None:
                 arrays.library(array, label)
         raise
-    reverse, _, precision, history, _, directions, layers, step_exact = options
-    precision = precision or arrays.precision(x)
-    problem = known(name, given, reverse, precision, training, history, directions, layers, step_exact)
-    if None in given[-len(state) :]:
-        sizes = (problem.P or problem.H, *[problem.H] * (len(state) - 1))
-        state = [arrays.zeros((problem.B, n), like=x) if s is None else s for s, n in zip(state, sizes)]
-    return problem, tuple(state)
 
 
-def fitted(
-    name: str, given: tuple[Described | None, ...], reverse: bool, precision: str, training: bool,
-    history: bool = False, directions: int = 1, layers: int = 1, step_exact: bool = False,
-) -> Problem:  # fmt: skip
-    """What x, the weights and the states are, in this order -> the problem, or an error that repeats the shapes."""
+def zero_states(problem: Problem, runs: Sequence[Run]) -> tuple[tuple[tuple[int, int] | None, ...], ...]:
+    """The shapes of the states that are missing, for each run; empty where all are there."""
+    H = problem.H
+    shapes = [
+        tuple(
+            [
+                None if state is not None else (problem.B, H if k else problem.P or H)
+                for k, state in enumerate(run.state)
+            ]
+        )
+        for run in runs
+    ]
+    return tuple(shapes) if any(shape for of_run in shapes for shape in of_run) else ()
+
+
+def with_zeros(runs: Sequence[Run], zeros: Sequence[Sequence[tuple[int, ...] | None]], like: Any) -> list[Run]:
+    """The runs with zeros for their missing states."""
+    found = []
+    for run, shapes in zip(runs, zeros):
+        state = [s if shape is None else arrays.zeros(shape, like=like) for s, shape in zip(run.state, shapes)]
+        found.append(run._replace(state=state))
+    return found
+
+
+def make_problem(
+    name: str, signatures: Sequence[Signature | None], options: Options, reverse: bool, training: bool, precision: str
+) -> Problem:
+    """Make the problem of one run from what x, the weights and the states are, in this order; raise as `validate`."""
+    precision = options.precision or precision
     cell = cells.get(name)
     labels = ("x", *Weights._fields, *first_states(cell))
-    there = {label: array for label, array in zip(labels, given, strict=True) if array is not None}
+    present = {label: array for label, array in zip(labels, signatures, strict=True) if array is not None}
     for label in ("x", "w_hh"):
-        if label not in there:
+        if label not in present:
             raise TypeError(f"{label} is None, but {cell.label} needs it")
-    kinds = {label: arrays.words(*array) for label, array in there.items()}
+    kinds = {label: arrays.kind_to_str(*array) for label, array in present.items()}
     library, dtype, device = kinds["x"]
     for label, kind in kinds.items():
         if label in INTEGERS and kind != (library, INTEGERS[label], device):
@@ -68,7 +105,7 @@ def fitted(
     if (precision, dtype) == ("tf32", "float64"):
         raise ValueError("precision='tf32' is for float32, but x is float64")
 
-    shapes = {label: tuple(array[1]) for label, array in there.items()}
+    shapes = {label: tuple(array[1]) for label, array in present.items()}
     for label, rank in {"x": 3, "w_ih": 2, "w_hh": 2, "w_hr": 2}.items():
         if label in shapes and len(shapes[label]) != rank:
             raise ShapeError(f"{label} has shape {list(shapes[label])}; expected {rank} dimensions")
@@ -95,11 +132,11 @@ def fitted(
         h: (f"[B, {out}]", (B, P)),
         **dict.fromkeys(others, ("[B, H]", (B, H))),
     }
-    for label, found in shapes.items():
+    for label, actual in shapes.items():
         symbols, sizes = expected[label]
-        if found != sizes:
+        if actual != sizes:
             raise ShapeError(
-                f"{label} has shape {list(found)}; expected {symbols} = {list(sizes)}, with x {list(shapes['x'])}, "
+                f"{label} has shape {list(actual)}; expected {symbols} = {list(sizes)}, with x {list(shapes['x'])}, "
                 f"w_ih {list(shapes['w_ih']) if 'w_ih' in shapes else None}, w_hh {list(shapes['w_hh'])}"
             )
     if T == 0:
@@ -109,16 +146,12 @@ def fitted(
     I = size if "w_ih" in shapes else None
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
-        tf32=(precision, dtype) == ("tf32", "float32"), history=history, directions=directions,
-        layers=layers, step_exact=step_exact,
+        tf32=(precision, dtype) == ("tf32", "float32"), history=options.history, step_exact=options.step_exact,
     )  # fmt: skip
 
 
-known = lru_cache(maxsize=1024)(fitted)  # most calls are of arrays like those of a call before
-
-
 def first_states(cell: cells.Cell) -> list[str]:
-    """The arguments' names for the states before the first instant."""
+    """The arguments' names for the states before the first time step."""
     return [letter + "0" for letter in cell.states]
 
 
@@ -130,16 +163,16 @@ def check_flags(**flags: Any) -> None:
     """TypeError unless each is a bool."""
     for name, flag in flags.items():
         if flag is not True and flag is not False and not isinstance(flag, np.bool_):
-            raise TypeError(f"{name} must be a bool, got {told(flag)}")
+            raise TypeError(f"{name} must be a bool, got {describe_value(flag)}")
 
 
 def check_words(**words: Any) -> None:
     """TypeError unless each is a str, or None."""
     for name, word in words.items():
         if word is not None and not isinstance(word, str):
-            raise TypeError(f"{name} must be a str or None, got {told(word)}")
+            raise TypeError(f"{name} must be a str or None, got {describe_value(word)}")
 
 
-def told(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value in an error, of arrays and other large things the type alone."""
     return repr(value) if isinstance(value, (str, bytes, int, float)) else type(value).__name__

@@ -1,10 +1,10 @@
-"""Layer normalization (Ba, Kiros & Hinton 2016) of what there is before a sequence: the input part, and R.
+"""Layer normalization (Ba, Kiros & Hinton 2016) of what is computed before a sequence: the input projection, and R.
 
-The page of a normalized cell (`gpu_rnn.kernels.cells`) takes the input part as it is after that, with all biases in it
-but those that a gate adds to its recurrent part alone, and recurrent parts whose mean over gates and units is zero. It
-is for every h where it is for every column of R; so R is centred, once, and an instant takes a mean less.
+A normalized cell (`gpu_rnn.kernels.cells`) takes the input projection after that, with all biases in it but those that
+a gate adds to its recurrent projection alone, and recurrent projections whose mean over gates and units is zero. That
+mean is zero for every h if it is for every column of R; so R is centered, once, and a time step takes one mean less.
 
-The input part is made here by a product of the library's, of the precision that it is set to.
+The input projection is a matmul of the library's, of the precision that it is set to.
 """
 
 from typing import Any, NamedTuple
@@ -20,67 +20,75 @@ class Norm(NamedTuple):
 
     x: Any  # [T, B, I], or [T, B, G*H] without w_ih
     weights: Weights
-    gains: tuple[Any, ...]  # of the input part [G*H], of the recurrent part [G*H], then what else the page has, [H]
+    gains: tuple[
+        Any, ...
+    ]  # of the input projection [G*H], of the recurrent one [G*H], then what else the cell has, [H]
     gates: str
     groups: tuple[slice, ...]  # rows of gates that are normalized together
-    alone: str  # gates that add b_hh to their recurrent part alone
+    recurrent_bias: str  # gates that add b_hh to their recurrent projection alone
 
     @classmethod
-    def of(cls, x: Any, weights: Weights, gains: tuple, gates: str, together: tuple[str, ...], units: tuple) -> "Norm":
-        """By what a page says: gates that it normalizes `together`, the names of its `units`."""
+    def of(
+        cls, x: Any, weights: Weights, gains: tuple, gates: str, norm_groups: tuple[str, ...], units: tuple
+    ) -> "Norm":
+        """By what a cell says: gates that it normalizes together, the names of its per-unit parameters."""
         H = arrays.sizes(gains[0])[0] // len(gates)
-        ends = ((gates.index(group[0]), gates.index(group[-1]) + 1) for group in together)
-        alone = "".join(gate for gate in gates if f"{gate}_bias" in units)
-        return cls(x, weights, gains, gates, tuple(slice(a * H, b * H) for a, b in ends), alone)
+        ends = ((gates.index(group[0]), gates.index(group[-1]) + 1) for group in norm_groups)
+        recurrent_bias = "".join(gate for gate in gates if f"{gate}_bias" in units)
+        return cls(x, weights, gains, gates, tuple(slice(a * H, b * H) for a, b in ends), recurrent_bias)
 
-    def part(self) -> Any:
-        """x of the call that is made: [T, B, G*H]."""
-        bias = self.shared()
+    def input_projection(self) -> Any:
+        """x of the modified call: [T, B, G*H]."""
+        bias = self.shared_bias()
         if bias is None:
             bias = arrays.zeros((self.gains[0].shape[0],), like=self.gains[0])
-        return self.by_group(affine, self.raw(), self.gains[0], bias)
+        return self.by_group(affine, self.projection(), self.gains[0], bias)
 
-    def called(self) -> Weights:
-        """Its weights."""
-        return self.weights._replace(w_ih=None, w_hh=self.centred(self.weights.w_hh), b_ih=None, b_hh=None)
+    def weights_of_call(self) -> Weights:
+        """The weights of the modified call."""
+        return self.weights._replace(w_ih=None, w_hh=self.center(self.weights.w_hh), b_ih=None, b_hh=None)
 
     def units(self) -> list[Any]:
-        """The page's values per unit, [1, H] each."""
+        """The cell's per-unit parameters, [1, H] each."""
         G, b_hh = len(self.gates), self.weights.b_hh
         H = arrays.sizes(self.gains[0])[0] // G
         zero = arrays.zeros((H,), like=self.gains[0])
-        biases = [zero if b_hh is None else self.rows(b_hh, self.gates.index(gate)) for gate in self.alone]
+        biases = [zero if b_hh is None else self.rows(b_hh, self.gates.index(gate)) for gate in self.recurrent_bias]
         own = [*biases, *(zero if array is None else array for array in self.gains[2:])]
         return [*self.gains[1].reshape(G, 1, H), *(array.reshape(1, H) for array in own)]
 
-    def pulled(self, gradients: dict[str, Any], dunits: Any) -> dict[str, Any]:
-        """The gradients of the call's arrays by name, from those of the call that was made; its units' [n, R, H]."""
-        G, dpart, dunits = len(self.gates), gradients["x"], dunits.sum(1)
-        raw = self.raw()
-        draw = self.by_group(standard_back, raw, dpart * self.gains[0])
-        found = {"x": draw, "w_hh": self.centred(gradients["w_hh"])}
+    def vjp(self, gradients: dict[str, Any], dunits: Any) -> dict[str, Any]:
+        """The gradients of the call's arrays by name, from those of the modified call; of its units [n, R, H]."""
+        G, dWx, dunits = len(self.gates), gradients["x"], dunits.sum(1)
+        projection = self.projection()
+        dprojection = self.by_group(standardize_backward, projection, dWx * self.gains[0])
+        found = {"x": dprojection, "w_hh": self.center(gradients["w_hh"])}
         if self.weights.w_ih is not None:
-            found["x"] = draw @ self.weights.w_ih
-            found["w_ih"] = draw.reshape(-1, draw.shape[-1]).T @ self.x.reshape(-1, self.x.shape[-1])
-        dbias, of_alone = dpart.sum((0, 1)), dict(zip(self.alone, dunits[G:]))
+            found["x"] = dprojection @ self.weights.w_ih
+            found["w_ih"] = dprojection.reshape(-1, dprojection.shape[-1]).T @ self.x.reshape(-1, self.x.shape[-1])
+        dbias, of_recurrent_bias = dWx.sum((0, 1)), dict(zip(self.recurrent_bias, dunits[G:]))
         if self.weights.b_ih is not None:
             found["b_ih"] = dbias
         if self.weights.b_hh is not None:
-            each = [of_alone.get(gate, self.rows(dbias, k)) for k, gate in enumerate(self.gates)]
+            each = [of_recurrent_bias.get(gate, self.rows(dbias, k)) for k, gate in enumerate(self.gates)]
             found["b_hh"] = arrays.concatenate(each, 0)
-        gains = (dpart * self.by_group(standard, raw)).sum((0, 1)), dunits[:G].reshape(-1), *dunits[G + len(of_alone) :]
+        gains = (
+            (dWx * self.by_group(standardize, projection)).sum((0, 1)),
+            dunits[:G].reshape(-1),
+            *dunits[G + len(of_recurrent_bias) :],
+        )
         found["layer_norm"] = tuple(None if array is None else d for array, d in zip(self.gains, gains))
         return gradients | found
 
-    def raw(self) -> Any:
+    def projection(self) -> Any:
         return self.x if self.weights.w_ih is None else self.x @ self.weights.w_ih.T
 
-    def shared(self) -> Any:
-        """The biases [G*H] that are the input part's, or None."""
+    def shared_bias(self) -> Any:
+        """The biases [G*H] of the input projection, or None."""
         b_ih, b_hh = self.weights.b_ih, self.weights.b_hh
-        if b_hh is not None and self.alone:
+        if b_hh is not None and self.recurrent_bias:
             zero = arrays.zeros((b_hh.shape[0] // len(self.gates),), like=b_hh)
-            gates = [zero if gate in self.alone else self.rows(b_hh, k) for k, gate in enumerate(self.gates)]
+            gates = [zero if gate in self.recurrent_bias else self.rows(b_hh, k) for k, gate in enumerate(self.gates)]
             b_hh = arrays.concatenate(gates, 0)
         return b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
 
@@ -90,38 +98,38 @@ class Norm(NamedTuple):
 
     def by_group(self, function: Any, *many: Any) -> Any:
         """Of arrays [.., G*H]."""
-        found = [function(*(array[..., rows] for array in many)) for rows in self.groups]
-        return found[0] if len(found) == 1 else arrays.concatenate(found, -1)
+        parts = [function(*(array[..., rows] for array in many)) for rows in self.groups]
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts, -1)
 
-    def centred(self, R: Any) -> Any:
+    def center(self, R: Any) -> Any:
         """[G*H, P] -> the same with columns whose mean over the rows of a group is zero. It is its own gradient."""
-        found = [R[rows] - R[rows].mean(0) for rows in self.groups]
-        return found[0] if len(found) == 1 else arrays.concatenate(found, 0)
+        parts = [R[rows] - R[rows].mean(0) for rows in self.groups]
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts, 0)
 
 
 def affine(a: Any, gain: Any, bias: Any) -> Any:
     """The normalized a, times a gain, plus a bias; in the dtype of these."""
     if arrays.library(a) != "torch":
-        return standard(a) * gain + bias
+        return standardize(a) * gain + bias
     layer_norm = arrays.module("torch").nn.functional.layer_norm
-    return arrays.converted(layer_norm(a, tuple(gain.shape), gain, bias, EPSILON), arrays.dtype(gain))
+    return arrays.astype(layer_norm(a, tuple(gain.shape), gain, bias, EPSILON), arrays.dtype(gain))
 
 
-def standard(a: Any) -> Any:
-    """a less its mean over the last axis, divided by its standard deviation."""
-    return arrays.converted(statistics(a)[0], arrays.dtype(a))
+def standardize(a: Any) -> Any:
+    """a less its mean over the last axis, divided by its standardize deviation."""
+    return arrays.astype(statistics(a)[0], arrays.dtype(a))
 
 
-def standard_back(a: Any, d: Any) -> Any:
-    """The gradient of a, given that of `standard`."""
+def standardize_backward(a: Any, d: Any) -> Any:
+    """The gradient of a, given that of `standardize`."""
     n, r = statistics(a)
-    d = arrays.converted(d, arrays.dtype(n))
-    return arrays.converted(r * (d - d.mean(-1)[..., None] - n * (n * d).mean(-1)[..., None]), arrays.dtype(a))
+    d = arrays.astype(d, arrays.dtype(n))
+    return arrays.astype(r * (d - d.mean(-1)[..., None] - n * (n * d).mean(-1)[..., None]), arrays.dtype(a))
 
 
 def statistics(a: Any) -> tuple[Any, Any]:
-    """`standard`, and 1 / the standard deviation, in the dtype of computing."""
-    wide = arrays.converted(a, arrays.real_dtype(a))
+    """`standardize`, and 1 / the standardize deviation, in the dtype of computing."""
+    wide = arrays.astype(a, arrays.real_dtype(a))
     e = wide - wide.mean(-1)[..., None]
     r = ((e * e).mean(-1)[..., None] + EPSILON) ** -0.5
     return e * r, r

@@ -1,8 +1,9 @@
-"""What layers and cells share: keywords, parameters, the way from a call to the functions, plans of plain calls."""
+"""What layers and cells share: keywords, parameters, the modifiers of a call, cached calls."""
 
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
@@ -13,22 +14,24 @@ from torch import Tensor, fx, nn
 from gpu_rnn.kernels import cells
 
 from .. import functional
-from ..autograd.custom_ops import capturing, exporting_to_onnx
-from ..autograd.derivatives import required, transformed
-from ..autograd.eager import LOOK, followed, sequences, switches, unreal
-from ..backends.call_cache import Plan, planned
+from ..autograd import eager
+from ..autograd.custom_ops import is_exporting_to_onnx
+from ..autograd.functions import run_cached
+from ..autograd.torch_private import is_any_autocast_enabled, is_capturing, is_meta_or_fake, is_observed
+from ..backends.call_cache import CachedCall, lookup
 from ..backends.dispatch import ORDER
-from ..core.problem import Around, Direction, Options, Weights
+from ..core.arrays import default_precision
+from ..core.problem import Modifiers, Options, Run, Weights
 from ..core.validation import PRECISIONS
 from ..functional import NORMALIZED_STEP_EXACT, ShapeError
-from ..modifiers.apply import Applied, apply, checked_place, dropout_mask, positive, probability
+from ..modifiers.apply import ModifiedCall, apply, check_choice, check_positive, check_probability, dropout_mask
 
-OURS = ("rnn_tanh", "rnn_relu", "lstm", "gru", functional.PROJECTED)
-PAGES = {name: cells.get(name) for name in OURS}  # looked up as torch.compile can
+BUILTIN_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", functional.PROJECTED)
+CELLS = {name: cells.get(name) for name in BUILTIN_CELLS}  # looked up as torch.compile can
 PEEPHOLE = "weight_ch"
-NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last two the LSTM's alone
-NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
-FIRST = [name + "_l0" for name in NAMES[:5]]
+NORM_PARAM_NAMES = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last two the LSTM's alone
+PARAM_NAMES = Weights("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch's, and in torch's order
+FIRST_LAYER_PARAMS = [name + "_l0" for name in PARAM_NAMES[:5]]
 
 
 class Keywords(TypedDict, total=False):
@@ -95,8 +98,8 @@ PROBABILITIES = ("zoneout", "recurrent_dropout", "input_dropout", "weight_dropou
 CHOICES = {"backend": (None, "auto", *ORDER), "precision": (None, *PRECISIONS)}
 
 
-class Call(NamedTuple):
-    """What a call asks for around its cells, for every layer and direction together: `functional.AroundKeywords`."""
+class CallModifiers(NamedTuple):
+    """The modifiers of a call, for every layer and direction together: `functional.ModifierKeywords`."""
 
     reset: Tensor | None = None  # [T, B]
     reset_state: tuple[Tensor, ...] | None = None  # per state [L*D, ...]
@@ -106,13 +109,17 @@ class Call(NamedTuple):
     return_states: bool = False
 
 
-PLAIN = Call()
+NO_MODIFIERS = CallModifiers()
 
 
-SETTINGS = attrgetter(
+CACHE_KEY_ATTRS = attrgetter(
     "cell_name", "input_size", "hidden_size", "proj_size", "bias", "backend", "precision", "recompute", "step_exact",
     *PROBABILITIES, "peephole", "coupled", "layer_norm", "reset_after", "cell_clip",
 )  # fmt: skip
+
+
+# name of the cell, runs, options -> of each run y, and the states after
+Recorder = Callable[[str, Sequence[Run], Options], list[tuple[Tensor, tuple]]]
 
 
 class Recurrent(nn.Module):
@@ -121,7 +128,7 @@ class Recurrent(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
-    shown: ClassVar[dict[str, Any]]  # what repr tells, beside the sizes, where it isn't this
+    repr_defaults: ClassVar[dict[str, Any]]  # what repr shows in addition to the sizes, where it isn't this
     proj_size = 0
     backend: str | None = None
     precision: str | None = None
@@ -133,31 +140,36 @@ class Recurrent(nn.Module):
     recurrent_dropout_on = "h"
     cell_clip: float | None = None
     forget_bias: float | None = None
-    _layered = False  # whether states have an axis of layers
+    _recorder: Recorder | None = None  # where to look into a layer's calls: `record`
     keywords: ClassVar[type] = Keywords
 
     @property
     def cell_name(self) -> str:
-        """The name by which `gpu_rnn.kernels.cells.get` finds the cell."""
+        """The cell's name: "lstm", "gru", "rnn_tanh", "rnn_relu", or that of a custom cell."""
         raise NotImplementedError
+
+    @property
+    def _cell(self) -> str:
+        """The name by which `gpu_rnn.kernels.cells.get` finds the cell without its modifiers."""
+        return self.cell_name
 
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-k, k), k = 1 / sqrt(hidden_size), in torch.nn's order; but a normalization's
         gains are 1 and its biases 0."""
         k = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
-            if name.startswith(tuple(NORM)):
+            if name.startswith(tuple(NORM_PARAM_NAMES)):
                 nn.init.constant_(parameter, float(name.startswith("weight")))
             else:
                 nn.init.uniform_(parameter, -k, k)
         if self.forget_bias is not None:
             gate = slice(self.hidden_size, 2 * self.hidden_size)
             for name, parameter in self.named_parameters():
-                if name.startswith((NAMES.b_ih, NAMES.b_hh)):
-                    nn.init.constant_(parameter[gate], self.forget_bias if name.startswith(NAMES.b_ih) else 0.0)
+                if name.startswith((PARAM_NAMES.b_ih, PARAM_NAMES.b_hh)):
+                    nn.init.constant_(parameter[gate], self.forget_bias if name.startswith(PARAM_NAMES.b_ih) else 0.0)
 
     def extra_repr(self) -> str:
-        defaults = {**self.shown, **{name: getattr(Recurrent, name) for name in self.keywords.__annotations__}}
+        defaults = {**self.repr_defaults, **{name: getattr(Recurrent, name) for name in self.keywords.__annotations__}}
         values = {name: getattr(self, name, default) for name, default in defaults.items()}
         differing = [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *differing])
@@ -169,13 +181,13 @@ class Recurrent(nn.Module):
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}")
             many = name == "zoneout" and isinstance(value, tuple)
             for p in () if name not in PROBABILITIES else value if many else (value,):
-                probability(name, p)
+                check_probability(name, p)
             if known.__annotations__[name] is bool and not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
             if name in CHOICES and (not isinstance(value, (str, NoneType)) or value not in CHOICES[name]):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}; got {value!r}")
             if name == "cell_clip" and value is not None:
-                positive(name, value)
+                check_positive(name, value)
             if name == "forget_bias" and (isinstance(value, bool) or not isinstance(value, (numbers.Real, NoneType))):
                 raise TypeError(f"forget_bias must be a number, got {value!r}")
         return dict(keywords)
@@ -183,7 +195,7 @@ class Recurrent(nn.Module):
     def _set(self, keywords: Any) -> None:
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
-        checked_place("recurrent_dropout_on", self.recurrent_dropout_on)
+        check_choice("recurrent_dropout_on", self.recurrent_dropout_on)
         if self.layer_norm and self.step_exact:
             raise ValueError(NORMALIZED_STEP_EXACT)
         if (self.layer_norm or self.proj_size) and not self.reset_after:
@@ -194,22 +206,25 @@ class Recurrent(nn.Module):
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         """The parameters of one layer and direction, without values yet."""
-        rows, H = (PAGES[self.cell_name].G - self.coupled) * self.hidden_size, self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {NAMES.w_ih: (rows, I), NAMES.w_hh: (rows, self.proj_size or H)}
+        rows, H = (CELLS[self._cell].G - self.coupled) * self.hidden_size, self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            PARAM_NAMES.w_ih: (rows, I),
+            PARAM_NAMES.w_hh: (rows, self.proj_size or H),
+        }
         if self.bias:
-            shapes |= {NAMES.b_ih: (rows,), NAMES.b_hh: (rows,)}
+            shapes |= {PARAM_NAMES.b_ih: (rows,), PARAM_NAMES.b_hh: (rows,)}
         if self.proj_size:
-            shapes[NAMES.w_hr] = (self.proj_size, H)
+            shapes[PARAM_NAMES.w_hr] = (self.proj_size, H)
         if self.peephole:
             shapes[PEEPHOLE] = (rows - H,)  # all gates but g
         if self.layer_norm:
-            shapes |= {name: (rows,) if name in NORM[:2] else (H,) for name in self._norm()}
+            shapes |= {name: (rows,) if name in NORM_PARAM_NAMES[:2] else (H,) for name in self._norm_params()}
         for name, shape in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
-    def _norm(self) -> list[str]:
+    def _norm_params(self) -> list[str]:
         """The names of a normalization's parameters."""
-        return [name for name in NORM if "c" in PAGES[self.cell_name].states or name in NORM[:2]][
+        return [name for name in NORM_PARAM_NAMES if "c" in CELLS[self._cell].states or name in NORM_PARAM_NAMES[:2]][
             : None if self.bias else 3
         ]
 
@@ -223,27 +238,28 @@ class Recurrent(nn.Module):
     def _leaf(self, forward: Callable, input: fx.Proxy, hx: Any, **keywords: Any) -> fx.Proxy:
         """Record a call as one node of a torch.fx graph, as torch.fx does it for a layer of torch.nn.
 
-        `forward` asks for it. The node calls the module, so what is around that method would be recorded a second time.
+        `forward` is the method that calls it. The node calls the module, so what wraps that method would be recorded
+        a second time.
         """
         name = input.tracer.path_of_module(self)
-        around = {
+        obstacles = {
             "it is the root of what is traced": not name,
             "it has a forward of its own": type(self).forward is not forward or "forward" in vars(self),
             "it has hooks": self._forward_pre_hooks or self._forward_hooks,
         }
-        for reason, holds in around.items():
+        for reason, holds in obstacles.items():
             if holds:
                 raise fx.proxy.TraceError(
                     f"gpu_rnn.{self._get_name()} {name!r} is no leaf for torch.fx, since {reason}; trace a model that "
                     "contains it, by a torch.fx.Tracer whose is_leaf_module says that it is one"
                 )
-        given = {label: value for label, value in keywords.items() if value is not None and value is not False}
-        return input.tracer.create_proxy("call_module", name, (input,) if hx is None else (input, hx), given)
+        present = {label: value for label, value in keywords.items() if value is not None and value is not False}
+        return input.tracer.create_proxy("call_module", name, (input,) if hx is None else (input, hx), present)
 
     def _weights(self, suffix: str) -> Weights:
-        return self._named([name + suffix for name in NAMES[:5]])
+        return self._get_weights([name + suffix for name in PARAM_NAMES[:5]])
 
-    def _named(self, names: Sequence[str]) -> Weights:
+    def _get_weights(self, names: Sequence[str]) -> Weights:
         """The weights of one layer and direction."""
         w_ih, w_hh, b_ih, b_hh, w_hr = map(self._parameters.get, names)
         # getattr finds any, but takes its time; parametrized, pruned or sharded, a weight isn't among _parameters
@@ -283,154 +299,165 @@ class Recurrent(nn.Module):
             )
         return (shape[layout.index("B")],) if "B" in layout else ()
 
-    def _initial(self, hx: Any, sizes: tuple[int, ...], letters: str, input: Tensor) -> Sequence[Tensor | None]:
+    def _initial_states(self, hx: Any, sizes: tuple[int, ...], letters: str, input: Tensor) -> Sequence[Tensor | None]:
         """hx as one tensor [*sizes, P or H] per state of the cell; as None, for zeros. `letters` name the sizes."""
-        states = PAGES[self.cell_name].states
+        states = CELLS[self._cell].states
         if hx is None:
             return [None] * len(states)
-        given = hx if len(states) > 1 else (hx,)
-        if not isinstance(given, (tuple, list)) or len(given) != len(states):
-            raise self._no_states(hx)
+        initial = hx if len(states) > 1 else (hx,)
+        if not isinstance(initial, (tuple, list)) or len(initial) != len(states):
+            raise self._states_error(hx)
         size = self.proj_size or self.hidden_size
-        for letter, state in zip(states, given):
+        for letter, state in zip(states, initial):
             if not isinstance(state, Tensor):
-                raise self._no_states(hx)
+                raise self._states_error(hx)
             if state.shape != (*sizes, size):
-                named = [*letters.split(), "P" if size == self.proj_size else "H"]
+                symbols = [*letters.split(), "P" if size == self.proj_size else "H"]
                 raise ShapeError(
                     f"{self._get_name()}: {letter}0 has shape {functional.shape(state)}; expected "
-                    f"[{', '.join(named)}] = {[*sizes, size]}, with input {functional.shape(input)}"
+                    f"[{', '.join(symbols)}] = {[*sizes, size]}, with input {functional.shape(input)}"
                 )
             size = self.hidden_size
-        return given
+        return initial
 
-    def _no_states(self, hx: Any) -> TypeError:
-        names = ", ".join(letter + "0" for letter in PAGES[self.cell_name].states)
-        return TypeError(f"{self._get_name()}: hx must be the tensors ({names}); got {described(hx)}")
+    def _states_error(self, hx: Any) -> TypeError:
+        names = ", ".join(letter + "0" for letter in CELLS[self._cell].states)
+        return TypeError(f"{self._get_name()}: hx must be the tensors ({names}); got {describe(hx)}")
 
-    def _run(
-        self, x: Tensor, suffixes: Sequence[str], states: Sequence[Sequence[Tensor | None]], call: Call, first: int
-    ) -> list[tuple[Any, ...]]:
-        """The way down: x [T, B, I] through a layer in all directions, whose parameters' names end so.
+    def _run_layer(
+        self, x: Tensor, suffixes: Sequence[str], states: Sequence[Sequence[Tensor | None]], call: CallModifiers,
+        first: int,
+    ) -> list[tuple[Any, ...]]:  # fmt: skip
+        """Run x [T, B, I] through one layer in all directions, whose parameters' names end in `suffixes`.
 
-        `first`: their numbers go on from there. -> for each y [T, B, P], the states after it; with return_states also
-        the states after every instant
+        Their numbers go on from `first`. -> for each y [T, B, P], the states after it; with return_states also the
+        states after every time step
         """
         options = self._options(call)
-        if call is PLAIN and not self._around():
-            given = [cast(x, self._weights(suffix), state) for suffix, state in zip(suffixes, states)]
-            return self._sequences(self.cell_name, [Direction(*each, k > 0) for k, each in enumerate(given)], options)
-        applied = [
-            self._applied(x, suffix, state, call, first + k, reverse=k > 0)
-            for k, (suffix, state) in enumerate(zip(suffixes, states))
-        ]
-        directions = [Direction(made.x, made.weights, state, k > 0) for k, (made, state) in enumerate(applied)]
-        found = self._sequences(applied[0][0].name, directions, options)
-        return [
-            made.results(y, after, len(state), options.history) for (made, state), (y, after) in zip(applied, found)
-        ]
+        if call is NO_MODIFIERS and not self._has_modifiers():
+            runs = [Run(*cast(x, self._weights(s), state), k > 0) for k, (s, state) in enumerate(zip(suffixes, states))]
+            return self._execute(self._cell, runs, options)
+        modified, runs = [], []
+        for k, (suffix, state) in enumerate(zip(suffixes, states)):
+            this, cast_state = self._apply_modifiers(x, suffix, state, call, first + k, reverse=k > 0)
+            modified.append(this)
+            runs.append(Run(this.x, this.weights, cast_state, k > 0))
+        outputs = self._execute(modified[0].name, runs, options)
+        S = len(runs[0].state)
+        return [this.unpack(y, after, S, options.history) for this, (y, after) in zip(modified, outputs)]
 
-    def _again(self, names: Sequence[str], input: Tensor, hx: Any, *layout: Any) -> tuple[Tensor, tuple] | None:
-        """A plain call of one layer in one direction, by its plan -> y [T, B, P], the states after; None without one.
+    def _execute(self, name: str, runs: Sequence[Run], options: Options) -> list[tuple[Tensor, tuple]]:
+        """The one place where a layer computes, or shows what it would compute to its recorder."""
+        return (self._recorder or eager.run)(name, runs, options)
 
-        `names`: of its weights. `layout`: what decides, beside SETTINGS, how the input lies.
+    def _try_cached(self, names: Sequence[str], input: Tensor, hx: Any, *layout: Any) -> tuple[Tensor, tuple] | None:
+        """Run a plain call of one layer in one direction by its cached decisions -> y [T, B, P], the states after.
+
+        None where there are none. `names`: of its weights. `layout`: what else decides how the input lies.
         """
-        if capturing() or transformed() or torch._C._is_any_autocast_enabled() or not isinstance(input, Tensor):
+        if is_observed() or self._recorder or is_any_autocast_enabled() or not isinstance(input, Tensor):
             return None
-        weights = self._named(names)
-        state: Sequence[Tensor] = hx if type(hx) is tuple else () if hx is None else (hx,)
-        settings = SETTINGS(self), layout, type(hx), *switches(input)
-        plan = planned(settings, LOOK, (input, *state, *weights), self._plan, input, hx, weights)
-        if plan is None:
+        weights = self._get_weights(names)
+        if hx is None:
+            state: Sequence[Any] = ()
+        elif isinstance(hx, Tensor):
+            state = (hx,)
+        elif type(hx) is tuple:
+            state = hx
+        else:
             return None
-        if plan.zeros:
-            state = [input.new_zeros(shape) for shape in plan.zeros if shape]
-        if plan.squeezed:
-            state = [each.squeeze(0) for each in state]
-        y, last = followed(plan, self._in_time(input), weights, state)
-        return y, tuple([each.unsqueeze(0) for each in last]) if plan.squeezed else last
+        settings = (
+            CACHE_KEY_ATTRS(self),
+            layout,
+            type(hx),
+            torch.is_grad_enabled(),
+            input.is_cuda and default_precision(input),
+        )
+        call = lookup(settings, "torch", (input, *state, *weights), self._make_cached_call, input, hx, weights)
+        if call is None:
+            return None
+        if hx is None:
+            state = (None,) * call.layout.S
+        return run_cached(call, [Run(self._time_major(input), weights, state)])[0]
 
-    def _plan(self, input: Tensor, hx: Any, weights: Weights) -> Plan | None:
-        """Everything fits, or an error. None where there is more to do than the call of one backend."""
-        batch, initial = self._taken(input, hx)
-        if not batch or unreal(input) or self._around():
+    def _make_cached_call(self, input: Tensor, hx: Any, weights: Weights) -> CachedCall | None:
+        """Check that everything fits. None where there is more to do than the call of one backend."""
+        batch, initial = self._check_inputs(input, hx)
+        if not batch or is_meta_or_fake(input) or self._has_modifiers():
             return None
-        x, flat = self._in_time(input), [None if s is None else s.reshape(s.shape[-2:]) for s in initial]
-        plan = Plan.of(self.cell_name, x, weights, flat, self._options(PLAIN), required(input, *initial, *weights))
-        if not self._layered:
-            return plan
-        zeros = [(1, *shape) for shape in plan.zeros if shape]
-        return plan._replace(zeros=zeros, squeezed=not hasattr(plan.backend, "LAYERED"))
+        flat = [None if state is None else state.reshape(state.shape[-2:]) for state in initial]
+        run = Run(self._time_major(input), weights, flat)
+        call = eager.make_call(self._cell, [run], self._options(NO_MODIFIERS)._replace(layers=1))
+        if call is None or not call.zeros or not hasattr(self, "num_layers"):
+            return call
+        return replace(call, zeros=(tuple([shape and (1, *shape) for shape in call.zeros[0]]),))
 
-    def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
-        """-> the sizes that a state has before H; and the first states. An error where they don't fit."""
+    def _check_inputs(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+        """-> the sizes that a state has before H; and the first states. Raise where they don't fit."""
         raise NotImplementedError
 
-    def _in_time(self, input: Tensor) -> Tensor:
+    def _time_major(self, input: Tensor) -> Tensor:
         """Input with a batch, as [T, B, I]."""
         raise NotImplementedError
 
-    def _applied(
-        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: Call, k: int, *, reverse: bool
-    ) -> tuple[Applied, Sequence[Tensor | None]]:
-        """What is asked for around the cell, in layer and direction number k; and its first states."""
-        weights, own = self._weights(suffix), self._own(suffix)
+    def _apply_modifiers(
+        self, x: Tensor, suffix: str, state: Sequence[Tensor | None], call: CallModifiers, k: int, *, reverse: bool
+    ) -> tuple[ModifiedCall, Sequence[Tensor | None]]:
+        """Apply the modifiers in layer and direction number k -> the modified call, and its first states."""
+        weights, own = self._weights(suffix), self._per_unit_params(suffix)
         resets = [] if call.reset_state is None else [states[k] for states in call.reset_state]
         flat = [array for arrays in own.values() for array in arrays]
         S, N = len(state), len(state) + len(flat)
-        x, weights, given = cast(x, weights, [*state, *flat, *resets])
-        state, resets, taken = given[:S], [*given[N:]], iter(given[S:N])
+        x, weights, tensors = cast(x, weights, [*state, *flat, *resets])
+        state, resets, taken = tensors[:S], [*tensors[N:]], iter(tensors[S:N])
         own = {name: tuple(next(taken) for _ in arrays) for name, arrays in own.items()}
         seed = None
-        if self.training and self._random():
-            if capturing() and exporting_to_onnx():
+        if self.training and self._draws_masks():
+            if is_capturing() and is_exporting_to_onnx():
                 drawing = [name for name in PROBABILITIES if getattr(self, name)]
                 raise NotImplementedError(
                     f"gpu_rnn.{self._get_name()} draws masks in training mode, by {', '.join(drawing)}, which ONNX "
                     "can't; call model.eval() before torch.onnx.export"
                 )
-            seed = drawn_seed(call.generator, x)
+            seed = draw_seed(call.generator, x)
             if self.input_dropout:
                 x = x * dropout_mask(seed, self.input_dropout, tuple(x.shape[1:]), x, which=1)
             if self.weight_dropout:
                 mask = dropout_mask(seed, self.weight_dropout, tuple(weights.w_hh.shape), x, which=2)
                 weights = weights._replace(w_hh=weights.w_hh * mask)
-        around = Around(
+        modifiers = Modifiers(
             reset=call.reset, reset_state=tuple(resets) or None, lengths=call.lengths, left_padding=call.left_padding,
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
             coupled=self.coupled, cell_clip=self.cell_clip, reset_after=self.reset_after,
             recurrent_dropout_on=self.recurrent_dropout_on,
             layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
-        return apply(self.cell_name, x, weights, around, reverse), state
+        return apply(self._cell, x, weights, modifiers, reverse), state
 
-    def _options(self, call: Call) -> Options:
+    def _options(self, call: CallModifiers) -> Options:
         return Options(
             False, self.backend, self.precision, call.return_states, self.recompute, step_exact=self.step_exact
         )
 
-    def _sequences(self, *given: Any) -> list[tuple[Tensor, tuple]]:
-        return sequences(*given)
-
-    def _own(self, suffix: str) -> dict[str, tuple[Any, ...]]:
-        """What the page has per unit in one layer and direction, by its name in `Around`."""
+    def _per_unit_params(self, suffix: str) -> dict[str, tuple[Any, ...]]:
+        """The per-unit parameters of one layer and direction, by their name in `Modifiers`."""
         own: dict[str, tuple[Any, ...]] = {}
         if self.peephole:
             own["peephole"] = (getattr(self, PEEPHOLE + suffix),)
         if self.layer_norm:
-            names = self._norm()
+            names = self._norm_params()
             own["layer_norm"] = (*(getattr(self, name + suffix) for name in names), *[None] * (len(names) == 3))
         return own
 
-    def _random(self) -> bool:
+    def _draws_masks(self) -> bool:
         """Whether masks are drawn in training."""
         zoneout = any(self.zoneout) if isinstance(self.zoneout, tuple) else self.zoneout
         return bool(zoneout or self.recurrent_dropout or self.input_dropout or self.weight_dropout)
 
-    def _around(self) -> bool:
-        """Whether there is anything around the cell at every call."""
+    def _has_modifiers(self) -> bool:
+        """Whether every call has modifiers."""
         variant = self.peephole or self.coupled or self.layer_norm or not self.reset_after or self.cell_clip is not None
-        return self._random() or variant
+        return self._draws_masks() or variant
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -446,15 +473,15 @@ def check_sizes(**sizes: Any) -> list[int]:
     return [*map(int, sizes.values())]
 
 
-def described(hx: Any) -> str:
-    """Of what structure and shapes something is, for an error."""
+def describe(hx: Any) -> str:
+    """The structure and shapes of something, for an error."""
     if isinstance(hx, (tuple, list)):
-        return f"a {type(hx).__name__} of {', '.join(map(described, hx)) or 'nothing'}"
+        return f"a {type(hx).__name__} of {', '.join(map(describe, hx)) or 'nothing'}"
     return f"a tensor {functional.shape(hx)}" if isinstance(hx, Tensor) else type(hx).__name__
 
 
-def drawn_seed(generator: torch.Generator | None, x: Tensor) -> Tensor:
-    """A new one [1] int64 for every layer and direction, from torch's generator of the device, or the caller's."""
+def draw_seed(generator: torch.Generator | None, x: Tensor) -> Tensor:
+    """Draw one [1] int64 for a layer and direction, from torch's generator of the device, or the caller's."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
 
 
@@ -463,44 +490,29 @@ Cast = tuple[Tensor, Weights, Sequence[Tensor | None]]
 
 def cast(x: Tensor, weights: Weights, state: Sequence[Tensor | None]) -> Cast:
     """The arguments, of autocast's dtype where that is on; like torch it leaves float64 alone."""
-    if not capturing() and not torch._C._is_any_autocast_enabled():
+    if not is_capturing() and not is_any_autocast_enabled():
         return x, weights, state
     device = x.device.type
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    if not known or not torch.is_autocast_enabled(device):
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return x, weights, state
     dtype = torch.get_autocast_dtype(device)
 
-    def made(tensor: Tensor | None) -> Tensor | None:
+    def cast_one(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dtype in (dtype, torch.float64):
             return tensor
         narrow = tensor.to(dtype)  # at every call: a write to the weights, through `.data` too, is never missed
-        if isinstance(tensor, nn.Parameter) and not capturing():
-            narrow.cast_of = tensor  # type: ignore[attr-defined]  # what a graph keeps (`nodes.to_save`)
+        if isinstance(tensor, nn.Parameter) and not is_capturing():
+            narrow.cast_of = tensor  # type: ignore[attr-defined]  # what a graph keeps (`functions.uncast`)
         return narrow
 
-    return made(x), Weights(*map(made, weights)), [*map(made, state)]
+    return cast_one(x), Weights(*map(cast_one, weights)), [*map(cast_one, state)]
 
 
-def driven(layer: Any, run: Callable, x: Any, hx: Any) -> dict[str, Any]:
-    """Call a layer with `run` in the place of its way down, without dropout.
+def record(layer: Recurrent, recorder: Recorder, x: Any, hx: Any) -> None:
+    """Call a layer in eval mode with a recorder, which takes the place of `eager.run` at every layer of it.
 
-    `run` takes what `autograd.sequence` takes, for one layer and direction, and gives a note, y and the last states.
-    -> the notes by the ending of the parameters' names
+    The layer is a copy that stays so (`conversion.as_gpu_rnn_layer`).
     """
-    notes = []
-
-    def noting(name: str, directions: Sequence, options: Options) -> list[tuple]:
-        results = []
-        for *given, reverse in directions:
-            note, *result = run(name, *given, options._replace(reverse=reverse, directions=len(directions)))
-            notes.append(note)
-            results.append(result)
-        return results
-
-    def no(*given: Any) -> None:
-        return None
-
-    layer.__dict__ |= {"_sequences": noting, "_stacked": no, "_again": no, "training": False}
+    layer._recorder, layer.training = recorder, False
     layer(x, hx)
-    return dict(zip(getattr(layer, "_suffixes", [""]), notes, strict=True))

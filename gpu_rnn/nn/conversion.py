@@ -11,12 +11,14 @@ from typing import Any, Unpack
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..core.validation import told
+from ..core.validation import describe_value
 from .base import GRUKeywords, Keywords, LSTMKeywords, Recurrent
 from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-OURS: dict[type, type] = {getattr(nn, ours.__name__): ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+GPU_RNN_CLASSES: dict[type, type] = {
+    getattr(nn, ours.__name__): ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+}
+TORCH_CLASSES = {ours: theirs for theirs, ours in GPU_RNN_CLASSES.items()}
 BASES = (nn.RNNBase, nn.RNNCellBase)
 CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
 KEYWORDS = {**LSTMKeywords.__annotations__, **GRUKeywords.__annotations__}
@@ -50,24 +52,24 @@ def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
         TypeError, ValueError: unknown keywords or values; the model is unchanged then.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {told(model)}")
+        raise TypeError(f"model must be a torch.nn.Module, got {describe_value(model)}")
     if unknown := keywords.keys() - Keywords.__annotations__:
         raise TypeError(f"replace_ got an unexpected keyword argument {min(unknown)!r}")
     Recurrent._checked(keywords, Keywords)
-    left: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BASES):
             continue
-        ours = counterpart(module, OURS)
+        ours = counterpart(module, GPU_RNN_CLASSES)
         if ours is None or is_wrapped(module):
             reason = "layers with a forward of their own" if ours else "classes derived from torch.nn's"
-            left.setdefault(reason, []).append(called(name, type(module).__name__))
+            skipped.setdefault(reason, []).append(called(name, type(module).__name__))
             continue
         for cache in CACHES:  # kept, they would keep weights alive that are replaced later
             vars(module).pop(cache, None)
         module.__class__ = ours
         module._set(keywords)
-    for reason, names in left.items():
+    for reason, names in skipped.items():
         warnings.warn(f"replace_ left {reason} alone: {', '.join(names)}", stacklevel=2)
     return model
 
@@ -100,7 +102,7 @@ def restore_(model: nn.Module) -> nn.Module:
         lists = [getattr(module, name, None) for name in ("_all_weights", "_flat_weights_names")]
         for keyword in KEYWORDS:
             vars(module).pop(keyword, None)
-        module.__class__ = counterpart(module, THEIRS)
+        module.__class__ = counterpart(module, TORCH_CLASSES)
         if isinstance(module, nn.RNNBase):
             module._all_weights, module._flat_weights_names = lists
             module._init_flat_weights()
@@ -110,7 +112,7 @@ def restore_(model: nn.Module) -> nn.Module:
 def obstacle(module: Recurrent) -> str:
     """Why torch.nn has no form for a layer; empty if it has one."""
     kind = type(module).__name__
-    if counterpart(module, THEIRS) is None:
+    if counterpart(module, TORCH_CLASSES) is None:
         return f"{kind}, a class of its own"
     if is_wrapped(module):
         return f"{kind} with a forward of its own"
@@ -143,7 +145,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def as_gpu_rnn_layer(layer: Any) -> Any:
     """A copy of a layer, on the same parameters, as gpu_rnn's layer even if it is torch.nn's. TypeError for others."""
-    if not isinstance(layer, Recurrent) and not (isinstance(layer, nn.Module) and counterpart(layer, OURS)):
+    if not isinstance(layer, Recurrent) and not (isinstance(layer, nn.Module) and counterpart(layer, GPU_RNN_CLASSES)):
         raise TypeError(f"expected a recurrent layer or a function of gpu_rnn, or a layer of torch.nn; got {layer!r}")
     if is_wrapped(layer):
         raise TypeError(f"{layer!r} has a forward of its own, assigned to the instance, which can't be looked into")

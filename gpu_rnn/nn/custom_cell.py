@@ -17,14 +17,14 @@ from gpu_rnn.kernels import cells, validation
 from .. import functional
 from ..core.problem import Options, Weights
 from ..core.validation import check_flags, check_words, first_states
-from ..functional import AroundKeywords, structured, wanted
-from .base import NAMES, PAGES, Keywords
+from ..functional import ModifierKeywords, parse_keywords, unpack_states
+from .base import CELLS, PARAM_NAMES, Keywords
 from .layers import RecurrentLayer
 
-TAKEN = [name.removeprefix("weight_") for name in NAMES if name is not None]
+RESERVED = [name.removeprefix("weight_") for name in PARAM_NAMES if name is not None]
 
 
-class FunctionKeywords(AroundKeywords, total=False):
+class FunctionKeywords(ModifierKeywords, total=False):
     """units: [N*H] per-unit weights of the cell, those of its first name first."""
 
     units: Any
@@ -48,16 +48,16 @@ class Custom(RecurrentLayer):
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
         super()._register(suffix, I, device, dtype)
-        for unit in PAGES[self.cell_name].units:
+        for unit in CELLS[self.cell_name].units:
             parameter = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
             self.register_parameter(f"weight_{unit}{suffix}", parameter)
 
-    def _own(self, suffix: str) -> dict[str, tuple[Any, ...]]:
-        units = [getattr(self, f"weight_{unit}{suffix}") for unit in PAGES[self.cell_name].units]
+    def _per_unit_params(self, suffix: str) -> dict[str, tuple[Any, ...]]:
+        units = [getattr(self, f"weight_{unit}{suffix}") for unit in CELLS[self.cell_name].units]
         return {"units": (torch.cat(units),)} if units else {}
 
-    def _around(self) -> bool:
-        return bool(PAGES[self.cell_name].units) or super()._around()
+    def _has_modifiers(self) -> bool:
+        return bool(CELLS[self.cell_name].units) or super()._has_modifiers()
 
 
 def cell(
@@ -112,30 +112,30 @@ def cell(
     if grad is not None and not callable(grad):
         raise TypeError(f"{label}: grad must be a function, got {grad!r}")
     names = tuple(names)
-    made = defined(label, gates, states, names, step, grad, check)
-    PAGES[made.name] = made
+    new = register(label, gates, states, names, step, grad, check)
+    CELLS[new.name] = new
     place = step.__qualname__ if name is None else name
-    own = {
-        "cell_name": made.name, "function": staticmethod(function(made)),
+    members = {
+        "cell_name": new.name, "function": staticmethod(function(new)),
         "__doc__": step.__doc__, "__module__": step.__module__, "__qualname__": place,
     }  # fmt: skip
-    return type(label, (Custom,), own)
+    return type(label, (Custom,), members)
 
 
-def defined(
+def register(
     name: str, gates: str, states: str, units: tuple[str, ...], step: Callable, grad: Callable | None, checked: bool
 ) -> cells.Cell:
     validation.form(name, gates, states, units, step, grad)
-    if taken := set(units) & set(TAKEN):
-        raise ValueError(f"{name}: units can't be named {', '.join(sorted(taken))}, as other weights are")
-    made = cells.made(name, gates, states, step, grad, units)
+    if reserved := set(units) & set(RESERVED):
+        raise ValueError(f"{name}: units can't be named {', '.join(sorted(reserved))}, as other weights are")
+    new = cells.made(name, gates, states, step, grad, units)
     if checked:
-        validation.derivative(made.run)
-    return cells.define(made)
+        validation.derivative(new.run)
+    return cells.define(new)
 
 
 def function(cell: cells.Cell) -> Callable:
-    """As `gpu_rnn.gru`, of another cell."""
+    """Make the function of a cell, which is like `gpu_rnn.gru`."""
     initial = first_states(cell)
 
     def run(
@@ -150,15 +150,17 @@ def function(cell: cells.Cell) -> Callable:
         precision=None,
         recompute=False,
         step_exact=False,
-        **around,
+        **modifiers,
     ):
-        state = tuple(around.pop(label, None) for label in initial)
-        if cell.units and around.get("units") is None:
+        state = tuple(modifiers.pop(label, None) for label in initial)
+        if cell.units and modifiers.get("units") is None:
             raise TypeError(f"{cell.name} has weights per unit ({', '.join(cell.units)}): units=[{len(cell.units)}*H]")
-        given = wanted(
-            Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact), around, FunctionKeywords
+        parsed = parse_keywords(
+            Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
+            modifiers,
+            FunctionKeywords,
         )
-        return structured(functional.sequence(cell.name, x, Weights(w_ih, w_hh, b_ih, b_hh), state, *given), cell.S)
+        return unpack_states(functional.run(cell.name, x, Weights(w_ih, w_hh, b_ih, b_hh), state, *parsed), cell.S)
 
     run.__name__ = run.__qualname__ = cell.name
     plain = list(inspect.signature(run).parameters.values())

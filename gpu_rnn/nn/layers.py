@@ -17,40 +17,38 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import dropout as dropped
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import functional
-from ..autograd.custom_ops import capturing
-from ..autograd.derivatives import transformed
-from ..autograd.eager import stacked, unreal
+from ..autograd import eager
+from ..autograd.torch_private import FakeTensor, disable_dynamo, is_capturing, is_meta_or_fake, is_observed
 from ..core.arrays import unrecorded
-from ..core.problem import Options
-from ..core.validation import check_flags, told
+from ..core.problem import Options, Run
+from ..core.validation import check_flags, describe_value
 from ..functional import ShapeError
 from .base import (
-    FIRST,
-    NAMES,
-    PAGES,
-    PLAIN,
-    Call,
+    CELLS,
+    FIRST_LAYER_PARAMS,
+    NO_MODIFIERS,
+    PARAM_NAMES,
+    CallModifiers,
     GRUKeywords,
     Keywords,
     LSTMKeywords,
     Recurrent,
     cast,
     check_sizes,
-    described,
+    describe,
 )
 
-WAYS = ("", "_reverse")  # how the parameters' names end that read forward, and in reverse
+DIRECTION_SUFFIXES = ("", "_reverse")  # of the names of parameters
 
 
 class RecurrentLayer(Recurrent):
     """Several layers in one or two directions over a whole sequence, padded, packed or nested."""
 
-    shown: ClassVar = {
+    repr_defaults: ClassVar = {
         "proj_size": 0,
         "num_layers": 1,
         "bias": True,
@@ -58,7 +56,6 @@ class RecurrentLayer(Recurrent):
         "dropout": 0,
         "bidirectional": False,
     }
-    _layered = True
     mode: str
     num_layers: int
     batch_first: bool
@@ -108,25 +105,25 @@ class RecurrentLayer(Recurrent):
     @property
     def _suffixes(self) -> list[str]:
         """The ends of the parameters' names: layer after layer, forward before reverse, as the states are stacked."""
-        ends = WAYS[: self._directions]
+        ends = DIRECTION_SUFFIXES[: self._directions]
         return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
 
-    def _options(self, call: Call) -> Options:
-        """With how many layers may go at once: all, where each is a plain one on the outputs of the one below."""
+    def _options(self, call: CallModifiers) -> Options:
+        """With how many layers may run at once: all, where each is a plain one on the outputs of the one below."""
         options = super()._options(call)
-        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.step_exact or call is not PLAIN:
+        if self.num_layers == 1 or self.bidirectional or self.proj_size or self.step_exact or call is not NO_MODIFIERS:
             return options
-        apart = self._around() or (self.dropout and self.training)
-        return options if apart else options._replace(layers=self.num_layers)
+        single = self._has_modifiers() or (self.dropout and self.training)
+        return options if single else options._replace(layers=self.num_layers)
 
-    def _stacked(self, x: Tensor, first: Sequence[Sequence[Tensor | None]], call: Call) -> tuple[Any, ...] | None:
-        """As `_stack`, all layers at once where the backend would; `first`: by state, of each layer."""
-        given = [cast(x, self._weights(suffix), state) for suffix, state in zip(self._suffixes, zip(*first))]
-        layers = [(weights, state) for _, weights, state in given]
-        found = stacked(self.cell_name, given[0][0], layers, self._options(call))
-        if found is None:
+    def _run_wavefront(self, x: Tensor, initial: Sequence[Sequence[Tensor | None]]) -> tuple[Any, ...] | None:
+        """As `_run_layers`, all layers at once; None where the backend wouldn't. initial: by state, of each layer."""
+        cast_all = [cast(x, self._weights(suffix), state) for suffix, state in zip(self._suffixes, zip(*initial))]
+        runs = [Run(None if k else first, weights, state) for k, (first, weights, state) in enumerate(cast_all)]
+        outputs = eager.run_stack(self._cell, runs, self._options(NO_MODIFIERS))
+        if outputs is None:
             return None
-        return found[-1][0], [torch.stack(states) for states in zip(*(last for _, last in found))]
+        return outputs[-1][0], [torch.stack(states) for states in zip(*(last for _, last in outputs))]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -139,7 +136,7 @@ class RecurrentLayer(Recurrent):
     def _all_weights(self) -> list[list[str]]:
         """The names of the parameters of every layer and direction."""
         present = True, True, self.bias, self.bias, self.proj_size
-        names = [name for name, there in zip(NAMES, present) if there]
+        names = [name for name, is_present in zip(PARAM_NAMES, present) if is_present]
         return [[name + suffix for name in names] for suffix in self._suffixes]
 
     @property
@@ -175,7 +172,7 @@ class RecurrentLayer(Recurrent):
         """
         packed = isinstance(input, PackedSequence)
         if packed or (isinstance(input, Tensor) and input.is_nested):
-            if any(given is not None for given in (reset, reset_state, lengths, left_padding, mask)) or return_states:
+            if any(m is not None for m in (reset, reset_state, lengths, left_padding, mask)) or return_states:
                 raise TypeError(
                     f"{self._get_name()}: {'packed' if packed else 'nested'} input has its own lengths; for reset, "
                     "reset_state, lengths, left_padding, mask or return_states pass padded input"
@@ -183,21 +180,23 @@ class RecurrentLayer(Recurrent):
             return (self._forward_packed if packed else self._forward_nested)(input, hx, generator)
         plain = reset is reset_state is lengths is left_padding is mask is generator is None and not return_states
         if plain and self.num_layers == 1 and not self.bidirectional:
-            found = self._again(FIRST, input, hx, self.batch_first)
-            if found is not None:
-                y, last = found
+            outputs = self._try_cached(FIRST_LAYER_PARAMS, input, hx, self.batch_first)
+            if outputs is not None:
+                y, last = outputs
                 return y.transpose(0, 1) if self.batch_first else y, as_hx(last)
         if isinstance(input, fx.Proxy):
             keywords = {"lengths": lengths, "left_padding": left_padding, "return_states": return_states}
             keywords["generator"] = generator
             return self._leaf(RecurrentLayer.forward, input, hx, reset=reset, reset_state=reset_state, **keywords)  # type: ignore[return-value]
-        batch, initial = self._taken(input, hx)
+        batch, initial = self._check_inputs(input, hx)
         transposed = self.batch_first and bool(batch)
-        call = PLAIN
+        call = NO_MODIFIERS
         if not plain:
             check_flags(return_states=return_states)
             if generator is not None and not isinstance(generator, torch.Generator):
-                raise TypeError(f"{self._get_name()}: generator must be a torch.Generator, got {told(generator)}")
+                raise TypeError(
+                    f"{self._get_name()}: generator must be a torch.Generator, got {describe_value(generator)}"
+                )
             if mask is not None:
                 lengths = self._lengths(mask, lengths, input)
             marks = {
@@ -205,10 +204,10 @@ class RecurrentLayer(Recurrent):
                 "lengths": (lengths, batch),
                 "left_padding": (left_padding, batch),
             }
-            for name, (given, expected) in marks.items():
-                if given is not None and (not isinstance(given, Tensor) or given.shape != expected):
+            for name, (mark, expected) in marks.items():
+                if mark is not None and (not isinstance(mark, Tensor) or mark.shape != expected):
                     raise ShapeError(
-                        f"{self._get_name()}: {name} is {described(given)}; expected a tensor {list(expected)}, "
+                        f"{self._get_name()}: {name} is {describe(mark)}; expected a tensor {list(expected)}, "
                         f"with input {functional.shape(input)}"
                     )
             if not batch:
@@ -217,41 +216,41 @@ class RecurrentLayer(Recurrent):
                 )
             elif transposed and reset is not None:
                 reset = reset.t()
-            resets = None if reset_state is None else self._resets(reset_state)
-            call = Call(reset, resets, lengths, left_padding, generator, return_states)
+            resets = None if reset_state is None else self._reset_states(reset_state)
+            call = CallModifiers(reset, resets, lengths, left_padding, generator, return_states)
         x = input.transpose(0, 1) if transposed else input
         if not batch:
             x, initial = x.unsqueeze(1), [state if state is None else state.unsqueeze(1) for state in initial]
-        y, *groups = self._stack(x, initial, call)
-        if not batch:  # B is axis 1 of states, and axis 2 of states of every instant
+        y, *groups = self._run_layers(x, initial, call)
+        if not batch:  # B is axis 1 of states, and axis 2 of states of every time step
             y, groups = y.squeeze(1), [[s.squeeze(1 + n) for s in states] for n, states in enumerate(groups)]
         if transposed:
             y, groups[1:] = y.transpose(0, 1), [[s.transpose(1, 2) for s in states] for states in groups[1:]]
         return y, *map(as_hx, groups)
 
     @unrecorded
-    def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+    def _check_inputs(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         batch = self._batch(input, "BTI" if self.batch_first else "TBI", "TI")
         sizes = (self.num_layers * self._directions, *batch)
-        return batch, self._initial(hx, sizes, "L*D B" if batch else "L*D", input)
+        return batch, self._initial_states(hx, sizes, "L*D B" if batch else "L*D", input)
 
-    def _in_time(self, input: Tensor) -> Tensor:
+    def _time_major(self, input: Tensor) -> Tensor:
         return input.transpose(0, 1) if self.batch_first else input
 
     def _lengths(self, mask: Tensor, lengths: Tensor | None, input: Tensor) -> Tensor:
-        """[B] or [], from a mask in the layout of the input: true for a row's time steps, then false.
+        """[B] or [], from a mask in the layout of the input: true for the time steps of a sequence, then false.
 
         TorchRL's modules mask the end of a trajectory so, where the layer that they have isn't torch.nn's.
         """
         if lengths is not None:
             raise TypeError(f"{self._get_name()}: mask and lengths exclude each other; pass one of them")
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != input.shape[:-1]:
-            found = f"{described(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else described(mask)
+            actual = f"{describe(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else describe(mask)
             expected = f"a bool tensor {list(input.shape[:-1])}, with input {functional.shape(input)}"
-            raise ShapeError(f"{self._get_name()}: mask is {found}; expected {expected}")
+            raise ShapeError(f"{self._get_name()}: mask is {actual}; expected {expected}")
         time = 1 if self.batch_first and input.ndim == 3 else 0
-        looking = mask.device.type == "cpu" and not (capturing() or transformed() or unreal(mask))
-        if looking and (mask.int().diff(dim=time) > 0).any():
+        readable = mask.device.type == "cpu" and not (is_observed() or is_meta_or_fake(mask))
+        if readable and (mask.int().diff(dim=time) > 0).any():
             raise ValueError(f"{self._get_name()}: mask must be true for the first time steps of a row alone")
         return mask.sum(time)
 
@@ -268,21 +267,20 @@ class RecurrentLayer(Recurrent):
         y, hx = self(input.unsqueeze(time), hx)
         return y.squeeze(time), hx
 
-    def _resets(self, reset_state: Any) -> tuple[Tensor, ...]:
+    def _reset_states(self, reset_state: Any) -> tuple[Tensor, ...]:
         """One per state, [L*D, B, .] or [L*D, .]; their other sizes are checked with the rest."""
-        states, many = PAGES[self.cell_name].states, self.num_layers * self._directions
-        given = reset_state if len(states) > 1 else (reset_state,)
-        if not isinstance(given, (tuple, list)) or [getattr(state, "shape", (0,))[0] for state in given] != [
-            many
-        ] * len(states):
+        states, many = CELLS[self._cell].states, self.num_layers * self._directions
+        arrays = reset_state if len(states) > 1 else (reset_state,)
+        sizes = [getattr(state, "shape", (0,))[0] for state in arrays] if isinstance(arrays, (tuple, list)) else None
+        if sizes != [many] * len(states):
             raise ShapeError(
                 f"{self._get_name()}: reset_state must be one tensor [L*D, B, .] or [L*D, .] per state "
-                f"({', '.join(states)}), with L*D = {many}; got {described(reset_state)}"
+                f"({', '.join(states)}), with L*D = {many}; got {describe(reset_state)}"
             )
-        return tuple(given)
+        return tuple(arrays)
 
     # Batch sizes are data, and a graph for each would be compiled anew. torch.compiler.disable would load the compiler.
-    @torch._disable_dynamo
+    @disable_dynamo
     def _forward_packed(
         self, packed: PackedSequence, hx: Any, generator: torch.Generator | None
     ) -> tuple[PackedSequence, Any]:
@@ -295,17 +293,17 @@ class RecurrentLayer(Recurrent):
             )
         self._batch(data, "NI")
         T, B = len(batch_sizes), checked_batch_sizes(batch_sizes, data)[0]
-        initial = self._initial(hx, (self.num_layers * self._directions, B), "L*D B", data)
+        initial = self._initial_states(hx, (self.num_layers * self._directions, B), "L*D B", data)
         if sorting is not None:
             initial = [state if state is None else state.index_select(1, sorting) for state in initial]
         x, ends = pad_packed_sequence(PackedSequence(data, batch_sizes))
         call = ragged(ends.to(data.device, non_blocking=True), len(data) == T * B, generator)
 
-        def as_torch_drops(x: Tensor, p: float) -> Tensor:
-            rows = PackedSequence(dropped(pack_padded_sequence(x, ends).data, p), batch_sizes)
+        def packed_dropout(x: Tensor, p: float) -> Tensor:
+            rows = PackedSequence(F.dropout(pack_padded_sequence(x, ends).data, p), batch_sizes)
             return pad_packed_sequence(rows)[0]
 
-        y, last = self._stack(x, initial, call, as_torch_drops)
+        y, last = self._run_layers(x, initial, call, packed_dropout)
         if unsorting is not None:
             last = [state.index_select(1, unsorting) for state in last]
         y = pack_padded_sequence(y, ends).data
@@ -330,40 +328,48 @@ class RecurrentLayer(Recurrent):
         (T, B, _), N = x.shape, len(values)
         if T == 0:
             raise ShapeError(f"{name}: every sequence of the nested input, of shape {shape}, is empty")
-        initial, lengths = self._initial(hx, (self.num_layers * self._directions, B), "L*D B", values), offsets.diff()
-        y, last = self._stack(x, initial, ragged(lengths, N == T * B, generator))
+        initial, lengths = (
+            self._initial_states(hx, (self.num_layers * self._directions, B), "L*D B", values),
+            offsets.diff(),
+        )
+        y, last = self._run_layers(x, initial, ragged(lengths, N == T * B, generator))
         row = torch.repeat_interleave(lengths, output_size=N)
         t = torch.arange(N, device=row.device) - offsets[row]
         return torch.nested.nested_tensor_from_jagged(y[t, row], offsets, max_seqlen=T), as_hx(last)
 
-    def _stack(
-        self, x: Tensor, initial: Sequence[Tensor | None], call: Call, drop: Callable[[Tensor, float], Tensor] = dropped
+    def _run_layers(
+        self,
+        x: Tensor,
+        initial: Sequence[Tensor | None],
+        call: CallModifiers,
+        drop: Callable[[Tensor, float], Tensor] = F.dropout,
     ) -> tuple[Any, ...]:
-        """Every layer in every direction.
+        """Run every layer in every direction.
 
-        -> the last layer's outputs; the final states [L*D, B, P or H]; with return_states every instant's [L*D, T, ...]
+        -> the last layer's outputs; the final states [L*D, B, P or H]; with return_states those of every time step,
+        [L*D, T, ...]
         """
-        if self.num_layers == 1 and not self.bidirectional:  # as below, but nothing is cut or put together
-            alone = [state if state is None else state.squeeze(0) for state in initial]
-            ((y, *groups),) = self._run(x, ["_l0"], [alone], call, 0)
+        if self.num_layers == 1 and not self.bidirectional:  # as below, but nothing is split or put together
+            single = [state if state is None else state.squeeze(0) for state in initial]
+            ((y, *groups),) = self._run_layer(x, ["_l0"], [single], call, 0)
             return y, *([state.unsqueeze(0) for state in group] for group in groups)
         D, suffixes = self._directions, self._suffixes
-        first = [len(suffixes) * [None] if state is None else state.unbind(0) for state in initial]
-        if self._options(call).layers > 1:
-            at_once = self._stacked(x, first, call)
-            if at_once is not None:
-                return at_once
-        found: list[tuple] = []  # by layer and direction: states after, and those of every instant
+        by_layer = [len(suffixes) * [None] if state is None else state.unbind(0) for state in initial]
+        if self._recorder is None and self._options(call).layers > 1:
+            outputs = self._run_wavefront(x, by_layer)
+            if outputs is not None:
+                return outputs
+        after: list[tuple] = []  # by layer and direction: states after, and those of every time step
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
                 x = drop(x, self.dropout)
-            ways = range(layer * D, layer * D + D)
-            states = [[states[k] for states in first] for k in ways]
-            results = self._run(x, suffixes[layer * D : layer * D + D], states, call, layer * D)
-            outputs = [y for y, *_ in results]
-            found += [tuple(groups) for _, *groups in results]
-            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
-        return x, *([torch.stack(states) for states in zip(*group)] for group in zip(*found))
+            numbers_of_layer = range(layer * D, layer * D + D)
+            states = [[states[k] for states in by_layer] for k in numbers_of_layer]
+            results = self._run_layer(x, suffixes[layer * D : layer * D + D], states, call, layer * D)
+            ys = [y for y, *_ in results]
+            after += [tuple(groups) for _, *groups in results]
+            x = torch.cat(ys, -1) if self.bidirectional else ys[0]
+        return x, *([torch.stack(states) for states in zip(*group)] for group in zip(*after))
 
 
 class RNN(RecurrentLayer):
@@ -382,7 +388,7 @@ class RNN(RecurrentLayer):
         device: Any = None, dtype: Any = None, *, proj_size: int = 0, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
-            functional.elman(nonlinearity).upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            functional.rnn_cell_name(nonlinearity).upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device, dtype, keywords,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
@@ -464,8 +470,8 @@ class GRU(RecurrentLayer):
         )  # fmt: skip
 
     @property
-    def cell_name(self) -> str:
-        return functional.PROJECTED if self.proj_size else "gru"
+    def _cell(self) -> str:
+        return functional.PROJECTED if self.proj_size else self.cell_name
 
 
 class FlatWeights(list):
@@ -486,7 +492,7 @@ class FlatWeights(list):
 class RecurrentCell(Recurrent):
     """One layer for one time step."""
 
-    shown: ClassVar = {"bias": True, "nonlinearity": "tanh"}
+    repr_defaults: ClassVar = {"bias": True, "nonlinearity": "tanh"}
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True,
@@ -499,31 +505,31 @@ class RecurrentCell(Recurrent):
         self._set(keywords)
         self._register("", input_size, device, dtype)
         if not bias:
-            self.register_parameter(NAMES.b_ih, None)
-            self.register_parameter(NAMES.b_hh, None)
+            self.register_parameter(PARAM_NAMES.b_ih, None)
+            self.register_parameter(PARAM_NAMES.b_hh, None)
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: Any = None, *, generator: torch.Generator | None = None) -> Any:
         """Run one time step on input [B, I] or [I] -> the states after it; errors are those of the class."""
         if generator is None:
-            found = self._again(NAMES[:5], input, hx)
-            if found is not None:
-                return as_hx(found[1])
+            outputs = self._try_cached(PARAM_NAMES[:5], input, hx)
+            if outputs is not None:
+                return as_hx(outputs[1])
         if isinstance(input, fx.Proxy):
             return self._leaf(RecurrentCell.forward, input, hx, generator=generator)
-        batch, initial = self._taken(input, hx)
+        batch, initial = self._check_inputs(input, hx)
         if not batch:
             input, initial = input.unsqueeze(0), [state if state is None else state.unsqueeze(0) for state in initial]
-        call = PLAIN if generator is None else Call(generator=generator)
-        ((_, last, *_),) = self._run(input.unsqueeze(0), [""], [initial], call, 0)
+        call = NO_MODIFIERS if generator is None else CallModifiers(generator=generator)
+        ((_, last, *_),) = self._run_layer(input.unsqueeze(0), [""], [initial], call, 0)
         return as_hx(last if batch else [state.squeeze(0) for state in last])
 
     @unrecorded
-    def _taken(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
+    def _check_inputs(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         batch = self._batch(input, "BI", "I")
-        return batch, self._initial(hx, batch, "B" if batch else "", input)
+        return batch, self._initial_states(hx, batch, "B" if batch else "", input)
 
-    def _in_time(self, input: Tensor) -> Tensor:
+    def _time_major(self, input: Tensor) -> Tensor:
         return input.unsqueeze(0)
 
 
@@ -544,7 +550,7 @@ class RNNCell(RecurrentCell):
 
     @property
     def cell_name(self) -> str:
-        return functional.elman(self.nonlinearity)
+        return functional.rnn_cell_name(self.nonlinearity)
 
 
 class LSTMCell(RecurrentCell):
@@ -571,7 +577,7 @@ class GRUCell(RecurrentCell):
 
 
 def checked_batch_sizes(batch_sizes: Tensor, data: Tensor) -> list[int]:
-    """The batch size of every instant, or an error that repeats what doesn't fit."""
+    """The batch size of every time step, or an error that repeats what doesn't fit."""
     sizes = batch_sizes.tolist()
     if not sizes or sizes[-1] <= 0 or sum(sizes) != len(data) or sizes != sorted(sizes, reverse=True):
         raise ShapeError(
@@ -581,10 +587,10 @@ def checked_batch_sizes(batch_sizes: Tensor, data: Tensor) -> list[int]:
     return sizes
 
 
-def ragged(lengths: Tensor, full: bool, generator: torch.Generator | None) -> Call:
+def ragged(lengths: Tensor, full: bool, generator: torch.Generator | None) -> CallModifiers:
     """The call for sequences of these lengths [B]; full: all are as long as the longest."""
-    plain = full and not capturing()  # a program that is recorded may be run with other lengths
-    call = PLAIN if plain else Call(lengths=lengths)
+    plain = full and not is_capturing()  # a program that is recorded may be run with other lengths
+    call = NO_MODIFIERS if plain else CallModifiers(lengths=lengths)
     return call if generator is None else call._replace(generator=generator)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd.custom_ops import refuse_watched
+from ..autograd.custom_ops import refuse_if_observed
 from ..backends import numpy
-from ..backends.dispatch import prepared
-from ..core.problem import Options, Weights
-from ..core.validation import shape
+from ..backends.dispatch import choose
+from ..core.problem import Options, Problem, Run, Weights
+from ..core.validation import shape, validate
 from ..functional import ShapeError
-from .base import driven
+from .base import record
 from .conversion import as_gpu_rnn_layer, shallow_copy
 from .layers import RecurrentLayer, as_hx
 
@@ -61,7 +61,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
         raise ValueError(f"stream is not defined for a bidirectional layer: {layer!r}")
     if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
         raise ValueError(f"batch must be an int larger than 0, got {batch!r}")
-    layer = frozen(layer)
+    layer = with_own_weights(layer)
     layer.training = False
     return Stream(layer, int(batch))
 
@@ -74,17 +74,17 @@ class Stream:
         self._layer = layer
         self._x = like.new_zeros(batch, layer.input_size)
         self._y = like.new_zeros(batch, layer.proj_size or layer.hidden_size)
-        self._advance, self._states = arranged(layer, self._x, self._y)
+        self._advance, self._states = make_advance(layer, self._x, self._y)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of, also one that is pickled: its arrays are its own."""
+        """Return what a copy is made of, also one that is pickled: its arrays are its own."""
         return {"layer": self._layer, "batch": len(self._x), "states": [[*map(torch.clone, s)] for s in self._states]}
 
-    def __setstate__(self, made: dict[str, Any]) -> None:
-        self.__init__(made["layer"], made["batch"])  # type: ignore[misc]
-        for ours, states in zip(self._states, made["states"]):
-            for state, given in zip(ours, states):
-                state.copy_(given)
+    def __setstate__(self, copied: dict[str, Any]) -> None:
+        self.__init__(copied["layer"], copied["batch"])  # type: ignore[misc]
+        for own, states in zip(self._states, copied["states"]):
+            for state, value in zip(own, states):
+                state.copy_(value)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self._x.shape:
@@ -92,8 +92,8 @@ class Stream:
         if (x.dtype, x.device) != (self._x.dtype, self._x.device):
             raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
         if torch.compiler.is_compiling():
-            return stepped(self._layer, x, self._y, self._states)
-        refuse_watched("a stream", "use layer.step, which takes the states and returns them")
+            return step_layers(self._layer, x, self._y, self._states)
+        refuse_if_observed("a stream", "use layer.step, which takes the states and returns them")
         self._x.copy_(x.detach())
         self._advance()
         return self._y
@@ -105,12 +105,12 @@ class Stream:
     @state.setter
     def state(self, hx: Any) -> None:
         sizes = len(self._states[0]), len(self._x)
-        for layers, given in zip(self._states, self._layer._initial(hx, sizes, "L B", self._x)):
+        for layers, initial in zip(self._states, self._layer._initial_states(hx, sizes, "L B", self._x)):
             for k, state in enumerate(layers):
-                if given is None:
+                if initial is None:
                     state.zero_()
                 else:
-                    state.copy_(given[k].detach())
+                    state.copy_(initial[k].detach())
 
     def reset(self, rows: Any = None) -> None:
         B, device = len(self._x), self._x.device
@@ -130,46 +130,47 @@ class Stream:
 States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each layer [B, .]; zero at first
 
 
-def arranged(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
-    """-> what reads x and the states, and writes y and the states; and these."""
-    notes = list(driven(shallow_copy(layer), noted, x.unsqueeze(1 if layer.batch_first else 0), None).values())
-    if all(backend.NAME == "numpy" and weights.w_ih is not None for backend, _, weights in notes):
-        return on_numpy([numpy.steps(cell, weights, len(x)) for _, cell, weights in notes], x, y)
-    _, cell, _ = notes[0]
-    sizes = [y.shape[1], *[layer.hidden_size] * (cell.S - 1)]
+def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+    """Make what reads x and the states, and writes y and the states -> it, and these."""
+    calls: list[tuple[Problem, Weights]] = []
+
+    def recorder(name: str, runs: Sequence[Run], options: Options) -> list[tuple[Tensor, tuple]]:
+        problem = validate(name, runs, options, training=False)
+        calls.append((problem, runs[0].weights))
+        y = x.new_zeros(problem.T, problem.B, problem.P or problem.H)
+        return [(y, (y[0], *[x.new_zeros(problem.B, problem.H)] * (problem.cell.S - 1)))]
+
+    record(shallow_copy(layer), recorder, x.unsqueeze(1 if layer.batch_first else 0), None)
+    if all(choose(p, layer.backend).NAME == "numpy" and weights.w_ih is not None for p, weights in calls):
+        return on_numpy([numpy.make_step(problem, weights) for problem, weights in calls], x, y)
+    sizes = [y.shape[1], *[layer.hidden_size] * (calls[0][0].cell.S - 1)]
     states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]
 
     layers = [state.unbind(0) for state in states]
 
     def advance() -> None:
-        stepped(layer, x, y, layers)
+        step_layers(layer, x, y, layers)
 
-    return captured(advance, states) if x.is_cuda else advance, layers
+    return capture_graph(advance, states) if x.is_cuda else advance, layers
 
 
 @torch.no_grad()
-def stepped(layer: RecurrentLayer, x: Tensor, y: Tensor, states: States) -> Tensor:
+def step_layers(layer: RecurrentLayer, x: Tensor, y: Tensor, states: States) -> Tensor:
     """Write y and the states after one time step, in torch's operations, which torch.compile and CUDA graphs record."""
-    found, after = layer.step(x, as_hx([torch.stack(tuple(layers)) for layers in states]))
+    output, after = layer.step(x, as_hx([torch.stack(tuple(layers)) for layers in states]))
     for layers, new in zip(states, after if len(states) > 1 else (after,)):
         for k, state in enumerate(layers):
             state.copy_(new[k])
-    return y.copy_(found)
+    return y.copy_(output)
 
 
-def frozen(layer: RecurrentLayer) -> RecurrentLayer:
+def with_own_weights(layer: RecurrentLayer) -> RecurrentLayer:
     """The layer with weights of its own, also where a hook or a parametrization makes them of others."""
     own = shallow_copy(layer)
     made_of_others = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
     own.__dict__ |= {name: value.detach().clone() for name, value in made_of_others.items()}
     own._parameters, own._modules = deepcopy(layer._parameters), deepcopy(layer._modules)
     return own
-
-
-def noted(name: str, x: Tensor, weights: Weights, state: Sequence, options: Options) -> tuple:
-    """What one layer would run, in the place of running it."""
-    backend, problem, filled = prepared(name, x, weights, state, options, training=False)
-    return (backend, problem.cell, weights), x.new_zeros(*x.shape[:2], weights.w_hh.shape[1]), filled
 
 
 def on_numpy(layers: list, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
@@ -179,15 +180,15 @@ def on_numpy(layers: list, x: Tensor, y: Tensor) -> tuple[Callable[[], None], St
     parts = list(zip([x, *outputs], views, outputs))
 
     def advance() -> None:
-        for given, (taken, run, made), output in parts:
-            taken.copy_(given)
+        for source, (step_input, run, step_output), target in parts:
+            step_input.copy_(source)
             run()
-            output.copy_(made)
+            target.copy_(step_output)
 
     return advance, [[torch.from_numpy(state).t() for state in states] for states in zip(*(part[2] for part in layers))]
 
 
-def captured(advance: Callable[[], None], states: Sequence[Tensor]) -> Callable[[], None]:
+def capture_graph(advance: Callable[[], None], states: Sequence[Tensor]) -> Callable[[], None]:
     """The same as a CUDA graph. cuBLAS wants a first run before, which leaves the states changed."""
     with torch.cuda.device(states[0].device):
         side = torch.cuda.Stream()

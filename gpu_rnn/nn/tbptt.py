@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.validation import ShapeError, shape, told
+from ..autograd import torch_private  # noqa: F401  (check_bound looks into it)
+from ..core.validation import ShapeError, describe_value, shape
 from ..modifiers.apply import check_bound
 
 BOUNDS = ("lengths", "left_padding")
 
 
 def tbptt(
-    layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any = None, **around: Tensor | None
+    layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any = None, **modifiers: Tensor | None
 ) -> Iterator[tuple[Tensor, Any]]:
     """Run a layer over a long sequence, k1 time steps at a time, with gradients through the last k2.
 
@@ -41,7 +42,7 @@ def tbptt(
         k1, k2: ints, 0 < k1 <= k2.
         hx: the states before the first time step, as the layer takes them. Gradients reach them from the windows that
             start there.
-        around: reset, reset_state, lengths, left_padding, generator, as the layer takes them, of the whole sequence.
+        modifiers: reset, reset_state, lengths, left_padding, generator, as the layer takes them, of the whole sequence.
 
     Yields:
         y: outputs of the k1 new time steps, in the layout of x; hx: the states after them, as the layer gives them.
@@ -59,26 +60,26 @@ def tbptt(
     if layer.bidirectional:
         raise ValueError(f"tbptt is not defined for a bidirectional layer: {layer}")
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch tensor, got {told(x)}")
+        raise TypeError(f"x must be a torch tensor, got {describe_value(x)}")
     axis = 1 if layer.batch_first and x.ndim == 3 else 0
-    T, reset = x.shape[axis] if x.ndim > 1 else 0, around.get("reset")
+    T, reset = x.shape[axis] if x.ndim > 1 else 0, modifiers.get("reset")
     if T == 0:
         raise ShapeError(f"x has shape {shape(x)}: the sequence is empty, and T must be larger than 0")
     if reset is not None and reset.shape != x.shape[:-1]:
         raise ShapeError(f"reset has shape {shape(reset)}; expected {list(x.shape[:-1])}, with x {shape(x)}")
-    given = {name: value for name, value in around.items() if value is not None}
+    present = {name: value for name, value in modifiers.items() if value is not None}
     for name in BOUNDS:
-        if name in given:
-            check_bound(name, given[name], tuple(x.shape[1 - axis : x.ndim - 1 - axis]), T, x)
-    return windows(layer, x, int(k1), int(k2), hx, given, T, axis)
+        if name in present:
+            check_bound(name, present[name], tuple(x.shape[1 - axis : x.ndim - 1 - axis]), T, x)
+    return windows(layer, x, int(k1), int(k2), hx, present, T, axis)
 
 
 def windows(
-    layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any, around: dict[str, Any], T: int, axis: int
+    layer: nn.Module, x: Tensor, k1: int, k2: int, hx: Any, modifiers: dict[str, Any], T: int, axis: int
 ) -> Iterator[tuple[Tensor, Any]]:
     def run(first: int, end: int, hx: Any) -> tuple[Tensor, Any]:
-        bounds = {name: around[name].long().clamp(first, end) - first for name in BOUNDS if name in around}
-        part = around | bounds
+        bounds = {name: modifiers[name].long().clamp(first, end) - first for name in BOUNDS if name in modifiers}
+        part = modifiers | bounds
         if "reset" in part:
             part["reset"] = part["reset"].narrow(axis, first, end - first)
         return layer(x.narrow(axis, first, end - first), hx, **part)

@@ -13,9 +13,9 @@ from ..backends import cudnn, dispatch
 from ..backends.dispatch import Explanation
 from ..core import arrays
 from ..core.optional_imports import installed, no_gpu, require
-from ..core.problem import Memory, Options, Problem, Weights
-from ..core.validation import ShapeError, check_flags, check_words, checked
-from ..functional import PROJECTED, elman, gru, lstm, rnn
+from ..core.problem import Memory, Options, Problem, Run
+from ..core.validation import ShapeError, check_flags, check_words, validate
+from ..functional import PROJECTED, gru, lstm, rnn, rnn_cell_name
 
 FUNCTIONS = (lstm, gru, rnn)
 
@@ -36,7 +36,7 @@ class Explanations(tuple[Explanation, ...]):
         lines = [text for text, _ in groupby(str(replace(each, memory=None)) for each in self)]
         known = [each.memory for each in self if each.memory is not None]
         if known:
-            memory = replace(self[0], memory=Memory(self.saved, *map(max, [*zip(*known)][1:]))).memory_in_words()
+            memory = replace(self[0], memory=Memory(self.saved, *map(max, [*zip(*known)][1:]))).memory_to_str()
             lines.append(f"memory{' of the largest part' if len(self) > 1 else ''}: {memory}")
         return "\n".join(lines)
 
@@ -88,58 +88,58 @@ def explain(
     """
     check_words(backend=backend, library=library)
     check_flags(input_projection=input_projection, training=bool(training) if training is None else training)
-    given = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
-    given = {name: value for name, value in given.items() if value is not None}
+    sizes = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     if not isinstance(what, str) and what not in FUNCTIONS:
-        if x is None or given:
-            superfluous = f"; got {', '.join(given)} too" if given else ""
+        if x is None or sizes:
+            superfluous = f"; got {', '.join(sizes)} too" if sizes else ""
             raise TypeError(f"explain(layer, x) takes the input or its shape and no other sizes{superfluous}")
         return explain_layer(what, x, training, backend)
     cell = named_cell(what)
     if x is not None:
-        shape, found = size_and_kind(x)
+        shape, of_x = size_and_kind(x)
         if len(shape) != 3:
             raise ShapeError(f"x has shape {list(shape)}; expected [T, B, I]")
-        found |= dict(zip("TBI", shape))
+        of_x |= dict(zip("TBI", shape))
         if input_projection:
-            found["H"], rest = divmod(found.pop("I"), cell.G)
+            of_x["H"], rest = divmod(of_x.pop("I"), cell.G)
             if rest:
                 raise ShapeError(f"x has shape {list(shape)}; expected an input projection [T, B, {cell.G}*H]")
-        if twice := found.keys() & given.keys():
+        if twice := of_x.keys() & sizes.keys():
             raise TypeError(f"x already has {', '.join(sorted(twice))}")
-        given |= found
+        sizes |= of_x
     if input_projection and I is not None:
         raise TypeError(f"input_projection=True excludes I; got I = {I}")
-    if absent := [letter for letter in "TBIH" if letter not in given and not (letter == "I" and input_projection)]:
+    if absent := [letter for letter in "TBIH" if letter not in sizes and not (letter == "I" and input_projection)]:
         raise TypeError(f"explaining {cell.label} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
-    return dispatch.explain(problem(cell, **given, training=bool(training)), backend)
+    return dispatch.explain(problem(cell, **sizes, training=bool(training)), backend)
 
 
 def named_cell(what: str | Callable) -> Cell:
-    return get(elman("tanh") if what in (rnn, "rnn") else what if isinstance(what, str) else what.__name__)
+    return get(rnn_cell_name("tanh") if what in (rnn, "rnn") else what if isinstance(what, str) else what.__name__)
 
 
 def explain_layer(layer: Any, x: Any, training: bool | None, backend: str | None) -> Explanations:
     from ..nn.conversion import as_gpu_rnn_layer
 
     layer, packed = as_gpu_rnn_layer(layer), hasattr(x, "batch_sizes")
-    largest, beside = problems_of(layer, x, training)
+    largest, between = problems_of(layer, x, training)
     if hasattr(layer, "num_layers"):
         directions = 1 + layer.bidirectional
         algorithm = cudnn.algorithm(largest[0], layers=layer.num_layers, directions=directions, packed=packed)
     else:
         algorithm = "none: torch.nn's cells don't use cuDNN"
-    found = [dispatch.explain(problem, backend or layer.backend) for problem in largest]
+    single = [dispatch.explain(problem, backend or layer.backend) for problem in largest]
     if layer.recompute:
-        found = [replace(each, memory=recomputed(each, backend or layer.backend)) for each in found]
-    explanations = Explanations(replace(explanation, cudnn=algorithm) for explanation in found)
+        single = [replace(each, memory=recomputed(each, backend or layer.backend)) for each in single]
+    explanations = Explanations(replace(explanation, cudnn=algorithm) for explanation in single)
     if any(problem.training for problem in largest):
-        explanations.saved = beside + sum(explanation.memory.saved for explanation in found if explanation.memory)
+        explanations.saved = between + sum(explanation.memory.saved for explanation in single if explanation.memory)
     return explanations
 
 
 def recomputed(explanation: Explanation, backend: str | None) -> Memory | None:
-    """What a call takes that keeps nothing, and on its way back goes forward once more."""
+    """What a call takes that saves nothing, and backward runs forward once more."""
     problem, memory = explanation.problem, explanation.memory
     if memory is None or not problem.training:
         return memory
@@ -156,7 +156,7 @@ def warmup(
         gpu_rnn.warmup(layer, T=128, B=16, training=True)
         gpu_rnn.warmup(gpu_rnn.lstm, T=128, B=16, I=64, H=512, dtype=torch.bfloat16)
 
-    Before the capture of a CUDA graph, run the layer once besides: cuBLAS, whose products are part of it, makes its
+    Before the capture of a CUDA graph, run the layer once besides: cuBLAS, whose matmuls are part of it, makes its
     handle and workspace in its first call on a stream.
 
     Args:
@@ -171,27 +171,27 @@ def warmup(
     """
     check_words(backend=backend)
     check_flags(training=training)
-    given = {"I": I, "H": H, "P": P, "dtype": dtype, "device": device}
-    given = {name: value for name, value in given.items() if value is not None}
+    sizes = {"I": I, "H": H, "P": P, "dtype": dtype, "device": device}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     torch = require("torch", "gpu_rnn.warmup")
     if isinstance(what, str) or what in FUNCTIONS:
-        if absent := [letter for letter in "IH" if letter not in given]:
+        if absent := [letter for letter in "IH" if letter not in sizes]:
             raise TypeError(f"warming up {what!r} takes the sizes T, B, I and H; missing: {', '.join(absent)}")
-        asked = [problem(named_cell(what), T=T, B=B, **given, library="torch", training=training)]
-        where = torch.device(device or asked[0].device)
+        problems = [problem(named_cell(what), T=T, B=B, **sizes, library="torch", training=training)]
+        where = torch.device(device or problems[0].device)
     else:
-        if given:
-            raise TypeError(f"a layer knows {', '.join(given)}; warmup(layer, T=..., B=..., training=...)")
+        if sizes:
+            raise TypeError(f"a layer knows {', '.join(sizes)}; warmup(layer, T=..., B=..., training=...)")
         from ..nn.conversion import as_gpu_rnn_layer
 
         layer = as_gpu_rnn_layer(what)
         whole = hasattr(layer, "num_layers")
         shape = (B, T) if whole and layer.batch_first else (T, B) if whole else (B,)
-        asked, _ = problems_of(layer, (*shape, layer.input_size), training)
+        problems, _ = problems_of(layer, (*shape, layer.input_size), training)
         where, backend = next(layer.parameters()).device, backend or layer.backend
     lines: dict[str, None] = {}  # as a set that keeps its order: both directions have the same
     with torch.cuda.device(where if where.type == "cuda" else -1):
-        for each in dict.fromkeys(asked):
+        for each in dict.fromkeys(problems):
             chosen = dispatch.choose(each, backend)
             if kernels := chosen.warmup(each):
                 lines[f"{each}: {chosen.NAME}, {', '.join(kernels)}"] = None
@@ -199,49 +199,55 @@ def warmup(
 
 
 def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem], int]:
-    """What a layer's own forward asks for, for each direction of each of its layers: for packed input, the largest.
+    """The problems that a layer's own forward poses, for each direction of each layer: for packed input, the largest.
 
-    -> and the bytes of what it makes for these calls and keeps: their inputs, as far as they aren't the caller's or
+    -> and the bytes of what it allocates for these calls and keeps: their inputs, as far as they aren't the caller's or
     the outputs of another, and what torch saves between them
     """
     packed = hasattr(x, "batch_sizes")
     from torch.autograd.graph import saved_tensors_hooks
 
-    from ..autograd.derivatives import tracked
-    from ..autograd.functions import to_save
-    from ..nn.base import driven
+    from ..autograd.derivatives import may_need_grad
+    from ..nn.base import record
 
-    made: dict[int, Any] = {}  # storages, by identity
+    problems: list[Problem] = []
+    kept: dict[int, Any] = {}  # storages, by identity
     others: set[int] = set()  # of the caller's, and of outputs
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        made[storage._cdata] = storage
+        kept[storage._cdata] = storage
         return tensor
 
-    def run(name: str, x: Any, weights: Weights, initial: Sequence, options: Options) -> tuple:
-        wanted = tracked(x, *weights, *initial) if training is None else training
-        asked, state = checked(name, x, weights, initial, options, wanted)
-        for tensor in to_save((x, *weights, *state)):
-            if tensor is not None:
-                keep(tensor)
-        y = keep(x.new_empty((asked.T, asked.B, asked.P or asked.H), requires_grad=wanted))
-        others.add(y.untyped_storage()._cdata)
-        return asked, y, state
+    def recorder(name: str, runs: Sequence[Run], options: Options) -> list[tuple[Any, tuple]]:
+        outputs = []
+        for run in runs:
+            needed = may_need_grad(run.x, *run.weights, *run.state) if training is None else training
+            this = validate(name, [run], options, needed)
+            problems.append(replace(this, directions=len(runs), layers=options.layers))
+            zeros = [(this.B, this.P or this.H), *[(this.B, this.H)] * (this.cell.S - 1)]
+            state = [run.x.new_zeros(size) if s is None else s for s, size in zip(run.state, zeros)]
+            for tensor in [getattr(tensor, "cast_of", tensor) for tensor in (run.x, *run.weights, *state)]:
+                if tensor is not None:
+                    keep(tensor)
+            y = keep(run.x.new_empty((this.T, this.B, this.P or this.H), requires_grad=needed))
+            others.add(y.untyped_storage()._cdata)
+            outputs.append((y, tuple(state)))
+        return outputs
 
     if isinstance(x, (tuple, list)) and not packed:
         for size in x:
             check_size("x", size, f" in its shape {list(x)}")
         x = next(layer.parameters()).new_empty(x)
-    held = x.data if packed else x.values() if getattr(x, "is_nested", False) else x
-    others |= {tensor.untyped_storage()._cdata for tensor in (held, *layer.parameters())}
+    values = x.data if packed else x.values() if getattr(x, "is_nested", False) else x
+    others |= {tensor.untyped_storage()._cdata for tensor in (values, *layer.parameters())}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        problems = list(driven(layer, run, x, None).values())
-    return problems, sum(storage.nbytes() for key, storage in made.items() if key not in others)
+        record(layer, recorder, x, None)
+    return problems, sum(storage.nbytes() for key, storage in kept.items() if key not in others)
 
 
 def size_and_kind(x: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Of an array or a shape."""
+    """The shape of an array, and its library, dtype and device; of a shape itself nothing more."""
     if isinstance(x, (tuple, list)):
         return tuple(x), {}
     return tuple(x.shape), {"library": arrays.library(x), "dtype": arrays.dtype(x), "device": arrays.device(x)}
@@ -252,8 +258,8 @@ def problem(
     device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
 ) -> Problem:  # fmt: skip
     """A Problem, with its sizes and words checked."""
-    given = zip("TBIHP", (T, B, I, H, P))
-    sizes = {letter: check_size(letter, size) for letter, size in given if size is not None}
+    letters = zip("TBIHP", (T, B, I, H, P))
+    sizes = {letter: check_size(letter, size) for letter, size in letters if size is not None}
     T, B, H, I, P = sizes["T"], sizes["B"], sizes["H"], sizes.get("I"), sizes.get("P")
     if P is not None and P >= H:
         raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
@@ -263,8 +269,8 @@ def problem(
     device = str(device or ("cpu" if no_gpu() else "cuda")).partition(":")[0]
     library = library or ("torch" if installed("torch") else "numpy" if device == "cpu" else "cupy")
     check_words(library=library)
-    known = {"dtype": (dtype, arrays.DTYPES), "device": (device, ("cpu", "cuda"))}
-    for name, (word, words) in (known | {"library": (library, ("numpy", "torch", "cupy"))}).items():
+    choices = {"dtype": (dtype, arrays.DTYPES), "device": (device, ("cpu", "cuda"))}
+    for name, (word, words) in (choices | {"library": (library, ("numpy", "torch", "cupy"))}).items():
         if word not in words:
             raise ValueError(f"{name}: {word!r} is none of {', '.join(words)}")
     if (library, device) in (("numpy", "cuda"), ("cupy", "cpu")):

@@ -13,11 +13,12 @@ from gpu_rnn.kernels.cells import Cell, activation, get, step_graph
 from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.trace import Graph
 
+from ..backends.numpy import to_numpy
 from ..core import arrays, reference
 from ..core.optional_imports import require
-from ..core.problem import Options, Weights
-from ..core.validation import checked
-from ..functional import gru, lstm, named, rnn
+from ..core.problem import Options, Run, Weights
+from ..core.validation import validate, with_zeros, zero_states
+from ..functional import cell_name, gru, lstm, rnn
 
 FUNCTIONS = (lstm, gru, rnn)
 
@@ -156,56 +157,64 @@ def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
 def inspect_function(function: Callable, *args: Any, **kwargs: Any) -> Inspection:
     bound = signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    cell = get(named(function, given))
-    weights = Weights(*(given.get(field) for field in Weights._fields))
-    initial = [given[letter + "0"] for letter in cell.states]
-    return Inspection(cell, ("",), record(cell.name, given["x"], weights, initial, given["reverse"]))
+    args = bound.arguments
+    cell = get(cell_name(function, args))
+    weights = Weights(*(args.get(field) for field in Weights._fields))
+    initial = [args[letter + "0"] for letter in cell.states]
+    return Inspection(cell, ("",), run_recorded(cell.name, Run(args["x"], weights, initial, args["reverse"])))
 
 
 def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
-    """The layer's own forward drives the page: through packed rows, stacks and directions."""
+    """The layer's own forward calls the cell: through packed sequences, stacks and directions."""
     torch = require("torch", "looking inside a layer")
-    from ..nn.base import driven
+    from ..nn.base import record
     from ..nn.conversion import as_gpu_rnn_layer
 
     layer = as_gpu_rnn_layer(layer)
-    cell = get(layer.cell_name)
+    cell = get(layer._cell)
+    calls: list[dict[str, np.ndarray]] = []
 
-    def run(name: str, x: Any, weights: Weights, initial: list, options: Options) -> tuple:
-        recorded = record(name, x, weights, initial, options.reverse)
-        y, *others = (torch.from_numpy(recorded[letter]).to(x) for letter in cell.states)
-        if weights.flags is not None:  # past a row's end there is nothing to see
-            recorded = {letter: np.where(on_cpu(weights.flags)[..., None], np.nan, a) for letter, a in recorded.items()}
-        return recorded, y, tuple(state[0 if options.reverse else -1] for state in (y, *others))
+    def recorder(name: str, runs: Sequence[Run], options: Options) -> list[tuple[Any, tuple]]:
+        outputs = []
+        for run in runs:
+            values = run_recorded(name, run)
+            y, *others = (torch.from_numpy(values[letter]).to(run.x) for letter in cell.states)
+            if run.weights.flags is not None:  # past the end of a sequence there is nothing to see
+                padding = on_cpu(run.weights.flags)[..., None]
+                values = {letter: np.where(padding, np.nan, a) for letter, a in values.items()}
+            calls.append(values)
+            outputs.append((y, tuple(state[0 if run.reverse else -1] for state in (y, *others))))
+        return outputs
 
     with torch.no_grad():
-        calls = driven(layer, run, x, hx)
-    several = len(calls) > 1
+        record(layer, recorder, x, hx)
+    endings = tuple(getattr(layer, "_suffixes", [""]))
+    several = len(endings) > 1
     rows = getattr(x, "unsorted_indices", None)
     recorded = {}
-    for ending, piece in calls.items():
-        for letter, whole in piece.items():
+    for ending, values in zip(endings, calls, strict=True):
+        for letter, whole in values.items():
             recorded[letter + ending * several] = whole if rows is None else whole[:, rows.cpu().numpy()]
-    return Inspection(cell, tuple(calls) if several else ("",), recorded)
+    return Inspection(cell, endings if several else ("",), recorded)
 
 
 @cache
 def activated(cell: Cell) -> Graph:
-    """The page, with the states after and each gate's activation as its outputs."""
+    """The cell graph, with the states after and each gate's activation as its outputs."""
     graph = step_graph(cell).pruned()
     graph.outputs = graph.outputs[0], tuple(activation(graph, g) for g in range(cell.G))
     return graph
 
 
-def record(name: str, x: Any, weights: Weights, initial: Sequence, reverse: bool) -> dict[str, np.ndarray]:
-    """Every gate and state of every time step of one layer in one direction: x [T, B, I] -> letter: [T, B, H]."""
-    _, state = checked(name, x, weights, initial, Options(reverse), training=False)
-    cell = get(name)
+def run_recorded(name: str, run: Run) -> dict[str, np.ndarray]:
+    """Run the reference -> every gate and state of every time step, by letter: [T, B, H]."""
+    problem = validate(name, [run], Options(), training=False)
+    zeros, cell = zero_states(problem, [run]), problem.cell
     if set(cell.flags) - {HOLD} or cell.uniforms or cell.operand:
         raise ValueError(
-            f"inspect supports cells, their variants and lengths, but no other modifiers; got {get(name).label}"
+            f"inspect supports cells, their variants and lengths, but no other modifiers; got {cell.label}"
         )
+    x, weights, state, reverse = with_zeros([run], zeros, run.x)[0] if zeros else run
     weights, state = Weights(*map(on_cpu, weights)), tuple(map(on_cpu, state))
     steps = reference.run(cell, activated(cell), on_cpu(x), weights, state, reverse)
     columns = zip(*((*gates, *states) for states, gates in steps))
@@ -218,4 +227,4 @@ def on_cpu(array: Any) -> Any:
         return None
     if arrays.library(array) == "cupy":
         return array.get()
-    return arrays.to_numpy(array.cpu() if arrays.library(array) == "torch" else array)
+    return to_numpy(array.cpu() if arrays.library(array) == "torch" else array)

@@ -128,8 +128,8 @@ class Stack:
                 f"expected gpu_rnn.RNN, LSTM or GRU, or a stack of weights, got {type(layer).__name__}; "
                 "gpu_rnn.replace_ makes the first of torch.nn's"
             )
-        if layer.cell_name not in CELLS:
-            raise NotImplementedError(f"{layer}: only {', '.join(CELLS)} are exchanged, not {layer.cell_name}")
+        if layer._cell not in CELLS:
+            raise NotImplementedError(f"{layer}: only {', '.join(CELLS)} are exchanged, not {layer._cell}")
         computing = layer.keywords.__annotations__.keys() - UNSEEN - set(VARIANTS)
         if beyond := [name for name in sorted(computing) if getattr(layer, name) != getattr(Recurrent, name)]:
             raise NotImplementedError(
@@ -140,13 +140,13 @@ class Stack:
         units = []
         for suffix in layer._suffixes:
             weights = layer._weights(suffix)
-            for (peephole,) in layer._own(suffix).values():
+            for (peephole,) in layer._per_unit_params(suffix).values():
                 weights = weights._replace(units=peephole.reshape(-1, 1, layer.hidden_size))
             units.append(Weights(*(None if w is None else w.detach().cpu().numpy() for w in weights)))
         if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:
             raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
         variant = {"coupled": layer.coupled, "peephole": layer.peephole, "before": not layer.reset_after}
-        D, cell = layer._directions, weave(cells.get(layer.cell_name), **variant)
+        D, cell = layer._directions, weave(cells.get(layer._cell), **variant)
         stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))
         return cls(cell.name, stacked, batch_first=layer.batch_first)
 
@@ -185,7 +185,7 @@ class Stack:
         state = {
             name + suffix: torch.tensor(none if array is None else array, device="cpu")
             for suffix, w in zip(layer._suffixes, units, strict=True)
-            for name, array in zip(base.NAMES[: 4 if bias else 2], w)
+            for name, array in zip(base.PARAM_NAMES[: 4 if bias else 2], w)
         }
         if self.peephole:
             for suffix, w in zip(layer._suffixes, units):

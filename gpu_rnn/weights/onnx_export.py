@@ -10,7 +10,7 @@ The exporter captures a layer as one call of gpu_rnn::forward and looks up how t
 `gpu_rnn.onnx.translations` hands `translate` to the exporter by its public argument, custom_translation_table. That
 nothing has to be handed over rests on two private parts of torch (2.9 to 2.13), which only this module touches:
 
-    REGISTRY, onnx_impl        where `register` enters `translate`. If torch moves it, an export ends with "No ONNX
+    ONNX_REGISTRY, onnx_impl   where `register` enters `translate`. If torch moves it, an export ends with "No ONNX
                                function found for gpu_rnn.forward", and custom_translation_table is needed
     OpRecorder.nodes, .opset   of the evaluator that is active while a translation runs: where its nodes go, and their
                                version. onnxscript's public functions can't write a node with a variable number of
@@ -32,8 +32,9 @@ from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.mathematics import PRODUCT
 from gpu_rnn.kernels.modifiers import HOLD
 
-from ..autograd.custom_ops import directions_in
-from ..core.problem import Direction
+from ..autograd.custom_ops import layout_of
+from ..autograd.torch_private import ONNX_REGISTRY
+from ..core.problem import Run
 from .onnx_graph import CELLS, GATES, PEEPHOLES
 
 STANDARD = ("coupled", "peephole", "before", HOLD)  # modifiers that ONNX's operators have
@@ -43,12 +44,11 @@ OPERATORS = {
     "sigmoid": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "log": "Log",
 }  # fmt: skip
 BODIES = count()  # numbers of bodies
-REGISTRY = "torch.onnx._internal.exporter._torchlib._torchlib_registry"
 
 
 def register() -> None:
     """Let torch.onnx.export find the translation by itself."""
-    import_module(REGISTRY).onnx_impl(torch.ops.gpu_rnn.forward.default, no_compile=True)(translate)
+    import_module(ONNX_REGISTRY).onnx_impl(torch.ops.gpu_rnn.forward.default, no_compile=True)(translate)
 
 
 class Nodes:
@@ -117,8 +117,8 @@ class Nodes:
 
 
 def translate(
-    cell: str, given: Sequence[ir.Value], names: str, reverse: Sequence[int], backend: str, precision: str | None,
-    step_exact: bool, history: bool, save: bool,
+    cell: str, tensors: Sequence[ir.Value], names: str, reverse: Sequence[int], linked: bool, backend: str,
+    precision: str | None, step_exact: bool, history: bool, save: bool,
 ) -> list[ir.Value]:  # fmt: skip
     """Write a call of gpu_rnn::forward, whose arguments these are, as ONNX nodes -> its outputs.
 
@@ -131,8 +131,8 @@ def translate(
             f"{cell} draws random numbers at every time step, by zoneout in training mode, for which ONNX has no "
             "operator; call model.eval() before the export"
         )
-    directions, real = directions_in(given, names, reverse), ir.DataType.FLOAT
-    if given[0].dtype == ir.DataType.DOUBLE:
+    directions, real = layout_of(cell, names, reverse, linked).unflatten(tensors), ir.DataType.FLOAT
+    if tensors[0].dtype == ir.DataType.DOUBLE:
         real = ir.DataType.DOUBLE
     recorder: Any = evaluator.default()
     nodes = Nodes(recorder.nodes, recorder.opset.version, real)
@@ -149,7 +149,7 @@ def translate(
 # ---- ONNX's recurrent operators -------------------------------------------------------------------------------------
 
 
-def operator_of(cell: cells.Cell, directions: Sequence[Direction], history: bool) -> tuple[str, ...] | None:
+def operator_of(cell: cells.Cell, directions: Sequence[Run], history: bool) -> tuple[str, ...] | None:
     """The operator that computes a call, and its activations; None where there is none.
 
     Its `clip` isn't our cell_clip: it bounds what activations take, not the cell state. Held states are lengths where
@@ -168,7 +168,7 @@ def by_lengths(flags: ir.Value) -> bool:
     return flags.shape is not None and len(flags.shape) == 1
 
 
-def alike(directions: Sequence[Direction]) -> bool:
+def alike(directions: Sequence[Run]) -> bool:
     """Whether directions are one node's: both read the same x and lengths."""
     (x, weights, *_), *others = directions
     return all(same(x, d.x) and same(weights.flags, d.weights.flags) for d in others)
@@ -188,7 +188,7 @@ def same(a: ir.Value | None, b: ir.Value | None) -> bool:
 
 
 def recurrent(
-    nodes: Nodes, cell: cells.Cell, directions: Sequence[Direction], op: str, *activations: str
+    nodes: Nodes, cell: cells.Cell, directions: Sequence[Run], op: str, *activations: str
 ) -> list[list[ir.Value]]:
     """Write LSTM, GRU or RNN -> of each direction y [T, B, H] and the states after."""
     x, weights, *_ = directions[0]
@@ -203,17 +203,17 @@ def recurrent(
         places = [ours.index(gate) if gate in ours else len(ours) for gate in wanted]
         return nodes.add("Gather", array, [place * H + unit for place in places for unit in range(H)], axis=0)
 
-    def each(of: Callable[[Direction], ir.Value]) -> ir.Value:
+    def each(of: Callable[[Run], ir.Value]) -> ir.Value:
         """[..] of every direction -> [D, ..]."""
         return nodes.concat([nodes.add("Unsqueeze", of(direction), [0]) for direction in directions], 0)
 
-    def biases(direction: Direction) -> ir.Value:
+    def biases(direction: Run) -> ir.Value:
         _, _, *both = direction.weights[:4]
         rows = [cell.G * H]
         filled = [nodes.zeros(rows, x.dtype) if b is None else b for b in both]
         return nodes.add("Concat", *[reordered(b, cell.gates, gates) for b in filled], axis=0)
 
-    def peepholes(direction: Direction) -> ir.Value:
+    def peepholes(direction: Run) -> ir.Value:
         return reordered(nodes.add("Reshape", direction.weights.units, [-1]), "".join(cell.units), PEEPHOLES)
 
     first = [each(lambda d, k=k: d.state[k]) for k in range(cell.S)]  # type: ignore[misc]
@@ -244,7 +244,7 @@ def recurrent(
 # ---- any cell -------------------------------------------------------------------------------------------------------
 
 
-def loop(nodes: Nodes, cell: cells.Cell, direction: Direction, history: bool) -> list[ir.Value]:
+def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[ir.Value]:
     """Write a Scan -> y [T, B, P], the states after; with a history also the other states after every time step."""
     x, weights, state, reverse = direction
     dtype, real = x.dtype, nodes.real
