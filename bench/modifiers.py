@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_rnn.core import reference
-from gpu_rnn.core.problem import Around, Weights
+from gpu_rnn.core.problem import Modifiers, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.modifiers import apply
 
@@ -136,11 +136,11 @@ def by_reference(case: Case, x: torch.Tensor, arrays: Tensors, fixed: dict[str, 
     """What our functions return, by the plain reference in the dtype of x."""
     states = tuple(arrays[name] for name in ("h0", "c0", "s0") if name in arrays)
     weights = Weights._make(arrays.get(name) for name in Weights._fields)
-    keywords = {name: value for name, value in (arrays | fixed).items() if name in Around._fields}
+    keywords = {name: value for name, value in (arrays | fixed).items() if name in Modifiers._fields}
     name = "gru+projected" if case.cell == "gru" and "w_hr" in arrays else case.cell
-    applied = apply.apply(name, x, weights, Around(**keywords), reverse=False)
+    applied = apply.apply(name, x, weights, Modifiers(**keywords), reverse=False)
     cell = cells.get(applied.name)
     steps = reference.run(cell, cells.step_graph(cell), applied.x, applied.weights, states, reverse=False)
     y, *others = (torch.stack(values) for values in zip(*(states for states, _ in steps)))
-    y, last, *history = applied.results(y, (*steps[-1][0], *others), cell.S, fixed.get("return_states", False))
+    y, last, *history = applied.unpack(y, (*steps[-1][0], *others), cell.S, fixed.get("return_states", False))
     return y, last, *history

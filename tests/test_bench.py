@@ -320,14 +320,14 @@ def test_a_resident_kernel_alone_computes_what_the_call_does(way):
     case = Case("gru", 4, 3, 5, 20, mode="training")
     alone, data = on_cpu("cuda", way, "sequence"), Data(case)
     given = alone.args(case, data)
-    written = given.y if way == "forward" else given.dxg
+    written = given.y if way == "forward" else given.dWx
     written.fill_(float("nan"))
     alone.launch(case, given)()
     ours = written.clone()
     written.fill_(float("nan"))
     again = alone.args(case, data)
-    alone.loop(way == "backward")(case.problem().cell, again)
-    assert torch.equal(ours, again.dxg if way == "backward" else again.y)
+    alone.loop(way == "backward")(case.problem(), [again])
+    assert torch.equal(ours, again.dWx if way == "backward" else again.y)
 
 
 @HOST
@@ -342,7 +342,7 @@ def test_an_instant_alone_is_launched_for_all_instants(way):
     told.clear()
     launch = alone.launch(case, given)
     assert [each.kernel for each in told] == [f"stepwise_{way}"]
-    written = given.y if way == "forward" else given.dxg
+    written = given.y if way == "forward" else given.dWx
     written.fill_(float("nan"))
     launch()
     assert torch.isfinite(written).all()
