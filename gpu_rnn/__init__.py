@@ -4,6 +4,7 @@
     gpu_rnn.RNN, LSTM, GRU, *Cell        drop-in replacements for torch.nn's layers (need torch)
     gpu_rnn.replace_(model)              uses them in a model; gpu_rnn.restore_(model) puts torch.nn's back
     gpu_rnn.cell(step)                   your own cell as a layer (docs/new_cell.md)
+    gpu_rnn.cells                        published cells: MGU, JANET, coRNN and so on (docs/cells.md)
     gpu_rnn.tbptt(layer, x, k1, k2)      truncated backpropagation through time
     gpu_rnn.stream(layer)                a layer whose input comes one time step at a time
     gpu_rnn.explain, inspect             which backend would run, and the gates inside a cell
@@ -40,6 +41,7 @@ from .functional import gru, lstm, rnn, vjp
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from . import cells as cells
     from . import keras as keras
     from . import onnx as onnx
     from .nn.conversion import replace_, restore_
@@ -53,15 +55,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRU", "LSTM", "RNN", "BackendError", "GRUCell", "LSTMCell", "RNNCell", "ShapeError",
-    "__version__", "cell", "explain", "gru", "inspect", "lstm", "replace_", "restore_", "rnn", "stream", "tbptt", "vjp",
-    "warmup",
+    "__version__", "cell", "cells", "explain", "gru", "inspect", "lstm", "replace_", "restore_", "rnn", "stream",
+    "tbptt", "vjp", "warmup",
 ]  # fmt: skip
 
 _LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn.layers")
 _LAZY |= dict.fromkeys(("replace_", "restore_"), "nn.conversion")
 _LAZY |= {"cell": "nn.custom_cell", "stream": "nn.streaming", "tbptt": "nn.tbptt"}
 _LAZY |= {"explain": "tools.explain", "warmup": "tools.explain", "inspect": "tools.inspect"}
-_MODULES = ("keras", "onnx")
+_MODULES = ("cells", "keras", "onnx")
 
 
 def _custom_ops() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `gpu-rnn` or `python -m gpu_rnn`, with info, demo, explain and bench."""
+"""The command line: `gpu-rnn` or `python -m gpu_rnn`, with info, demo, compare-cells, explain and bench."""
 
 import math
 import os
@@ -145,6 +145,50 @@ def demo(text: Path | None, seconds: float, out: Path) -> None:
     try:
         run(text, seconds, out, Console())
     except (TextError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        raise Refused(str(error)) from error
+
+
+@main.command("compare-cells")
+@click.argument("cell", nargs=-1, metavar="[CELL]...")
+@click.option("--task", "tasks", type=click.Choice(["adding", "copy", "digits"]), multiple=True,
+              help="Task, may be repeated; default: all that can run.")  # fmt: skip
+@click.option("--steps", type=SIZE, default=200, show_default=True, help="Training steps for each cell and task.")
+@click.option("-T", "--length", type=click.IntRange(min=2), default=100, show_default=True,
+              help="Sequence length of the adding and copy tasks.")  # fmt: skip
+@click.option("-H", "--hidden", type=SIZE, default=64, show_default=True, help="Hidden size.")
+@click.option("-L", "--layers", type=SIZE, default=1, show_default=True, help="Number of layers.")
+@click.option("-B", "--batch", type=SIZE, default=32, show_default=True, help="Batch size.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=3e-3, show_default=True,
+              help="Learning rate.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and data.")
+@click.option("--backend", type=click.Choice(dispatch.ORDER), help="Default: native on a CPU with a C++ compiler.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("comparison"), show_default=True,
+              help="Folder for the curves.")  # fmt: skip
+def compare_cells(cell: tuple[str, ...], tasks: tuple[str, ...], out: Path, **settings: Any) -> None:
+    """Train cells on the adding problem, copy memory and permuted digits, and compare them.
+
+    CELL is a name of gpu_rnn.cells, or RNN, LSTM or GRU; default: LSTM GRU JANET LightRU LEM.
+    """
+    for name in ("torch", "matplotlib", *["sklearn"] * ("digits" in tasks)):
+        if missing(name):
+            raise Refused(
+                f"the comparison needs {name}: {missing(name)}; pip install 'gpu-rnn[cells]' brings all of it"
+            )
+    from .cells import __all__ as known
+    from .tools.compare_cells import OTHERS, TASKS, Settings, run
+
+    chosen = cell or ("LSTM", "GRU", "JANET", "LightRU", "LEM")
+    if unknown := [name for name in chosen if name not in (*OTHERS, *known)]:
+        raise Refused(f"unknown cell {', '.join(unknown)}; there are {', '.join((*OTHERS, *known))}")
+    console = Console()
+    if not tasks and (reason := missing("sklearn")):
+        console.out(f"without the task digits: {reason}", highlight=False)
+    tasks = tasks or tuple(name for name in TASKS if name != "digits" or not missing("sklearn"))
+    try:
+        run(chosen, tasks, Settings(**settings), out, console)
+    except (OSError, dispatch.BackendError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
         raise Refused(str(error)) from error

@@ -6,9 +6,9 @@ from functools import cache
 from typing import Any
 
 from .autodiff import derive, new_states, playing, pullback
-from .mathematics import where
+from .mathematics import PRODUCT, where
 from .trace import Graph, Symbol, operands, trace
-from .two_pass import PHASE, cut, products
+from .two_pass import PHASE, cut, gate_of, products
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,16 @@ def by_phases(
 
 def extra(cell: Cell) -> dict[str, int]:
     return {"extra": cell.E} if cell.E else {}
+
+
+def reads(cell: Cell) -> dict[str, set[int]]:
+    """The gates whose "x" and "h" a definition reads, its own recurrent products included."""
+    sizes = {"x": cell.G, "h": cell.G, "state": cell.S, **extra(cell)}
+    nodes = trace(lambda *given: (new_states(cell.step(*given), cell.S),), **sizes).pruned().nodes.values()
+    inputs = [node.operands for node in nodes if node.op == "input"]
+    read = {part: {gate for name, gate in inputs if name == part} for part in ("x", "h")}
+    read["h"] |= {gate_of(node) for node in nodes if node.op == PRODUCT}
+    return read
 
 
 @cache

@@ -85,7 +85,8 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
         more = [recurrent] if plain.phases else []
         if "candidate" in options:
             more = [recurrent, lambda candidate: candidate * rows["dropout"]]
-        new = list(normalized(*instant, rows) if "norm" in options else published(*instant, *more))
+        own = {"units": [rows[name] for name in plain.units]} if plain.units else {}
+        new = list(normalized(*instant, rows) if "norm" in options else published(*instant, *more, **own))
         zoneout = options.get("zoneout", ())
         if options.get("mean"):
             new = [p * old + (1 - p) * n for p, old, n in zip(zoneout, s, new)]
@@ -103,6 +104,9 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
     y = torch.stack(y)
     results = {"y": y} | {f"{letter}T": array for letter, array in zip(plain.states, state)}
     torch.autograd.backward((y, *state), (case.dy.to(dtype), *(d.to(dtype) for d in case.dlast)))
+    for tensor in (*weights, *initial):  # what a cell doesn't read
+        if tensor is not None and tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
     names = [name for name, w in zip(Weights._fields, weights) if w is not None]
     results |= {f"d{name}": w.grad for name, w in zip(names, filter(lambda w: w is not None, weights))}
     if units is not None:

@@ -1,9 +1,11 @@
 """The command line: what it prints, what it writes, and how it refuses."""
 
+import csv
 import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -242,3 +244,38 @@ def test_a_difference_from_torch_stops_the_demo(monkeypatch):
     monkeypatch.setattr(demo, "everything", wrong)
     with pytest.raises(RuntimeError, match=r"gpu_rnn.LSTM differs from torch.nn.LSTM by 1.0e-09 in float64"):
         demo.check(torch.device("cpu"), print)
+
+
+# ---- compare-cells --------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_compared(tmp_path):
+    out = tmp_path / "out"
+    tasks = "--task", "adding", "--task", "copy"
+    result = call("compare-cells", "JANET", "CoRNN", "GRU", *tasks, "--steps", 3, "-T", 5, "-H", 4, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+    rows = list(csv.DictReader((out / "curves.csv").open()))
+    assert {(row["task"], row["cell"]) for row in rows} == set(product(("adding", "copy"), ("JANET", "CoRNN", "GRU")))
+    assert [int(row["step"]) for row in rows][:3] == [1, 2, 3]
+    for row in rows[2::3]:
+        assert f"{float(row['score']):.4f}" in result.stdout, "the table has the last scores"
+
+
+@pytest.mark.parametrize(("task", "cell", "below"), [("adding", "JANET", 0.06), ("digits", "LightRU", 0.8)])
+def test_a_compared_cell_learns(task, cell, below):
+    if task == "digits":
+        pytest.importorskip("sklearn")
+    from gpu_rnn.tools import compare_cells
+
+    settings = compare_cells.Settings(steps=120, length=4, hidden=24, rate=1e-2, batch=16)
+    made = compare_cells.TASKS[task](settings.length, settings.seed)
+    steps = []
+    result = compare_cells.train(cell, task, made, settings, "cpu", lambda: steps.append(1))
+    assert (len(steps), len(result.curve)) == (120, 20)
+    assert result.curve[-1][1] < below < made.chance
+
+
+def test_an_unknown_cell_is_refused(tmp_path):
+    refused(call("compare-cells", "Transformer", "--out", tmp_path), "unknown cell Transformer; there are RNN, .*JANET")
+    assert not list(tmp_path.iterdir())

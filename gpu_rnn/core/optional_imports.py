@@ -24,6 +24,7 @@ EXTRAS = {
     "onnxscript": "gpu-rnn[onnx]",
     "h5py": "gpu-rnn[keras]",
     "keras": "gpu-rnn[keras]",
+    "sklearn": "gpu-rnn[cells]",
 }
 
 

@@ -37,6 +37,7 @@ from ..cell import label as label
 from ..cell import made as made
 from ..cell import operand_grad_graph as operand_grad_graph
 from ..cell import operand_graph as operand_graph
+from ..cell import reads as reads
 from ..cell import step_graph as step_graph
 from ..emit import assignments
 from ..modifiers import Option, named, read, woven
@@ -80,7 +81,7 @@ def define(cell: Cell) -> Cell:
     they are. The same page again is the cell that is there already. ValueError for a name that isn't an identifier, or
     that of a page in this folder.
     """
-    if not cell.name.isidentifier() or cell.name.lower() in NAMES:
+    if not all(map(str.isidentifier, cell.name.split("."))) or cell.name.lower() in NAMES:
         raise ValueError(f"a cell can't be named {cell.name!r}; it takes an identifier, and not {', '.join(NAMES)}")
     named, number = cell, 1
     while written(there := DEFINED.setdefault(named.name, named)) != written(cell):

@@ -121,6 +121,7 @@ def backward_kernel(
     column = tl.arange(0, TILE)[None, :]
     mask = (row < B - top) & (column < H)
     at = row * H + column
+    inside = (row < ROWS) & (column < H)  # a whole tile
     gate = row * G * H + column
     weights = load_weights(w_hh, tl.arange(0, TILE)[:, None], column, H, G)
     B = B.to(tl.int64)
@@ -167,7 +168,7 @@ def backward_kernel(
         if OPERAND_GRAD is None:
             back += past[0]
         for g in tl.static_range(G):
-            da = tl.where(column < H, dh_part[g], 0.0).to(w_hh.dtype.element_ty)
+            da = tl.where(inside, dh_part[g], 0.0).to(w_hh.dtype.element_ty)  # a plain number where h isn't read
             back = tl.dot(da, weights[g], back, input_precision=PRECISION)
         if OPERAND_GRAD is not None:
             met, parts = OPERAND_GRAD((back,), extra)

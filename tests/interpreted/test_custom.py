@@ -1,14 +1,15 @@
-"""The cells of docs/new_cell.md in Triton."""
+"""The cells of docs/new_cell.md, and some of `gpu_rnn.cells`, in Triton."""
 
 import numpy as np
 import pytest
 
 from gpu_rnn.backends import numpy, triton
+from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.mathematics import exp, mean, tanh
 from gpu_rnn.kernels.triton import config
 
-from .. import custom_cells, reference_modifiers
+from .. import custom_cells, library, reference_modifiers
 from ..sequences import draw, wide
 
 
@@ -21,6 +22,17 @@ def test_every_result_is_as_good_as_torchs(name, dtype, how, monkeypatch):
         monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
     made = custom_cells.case(name, {}, dtype, 5, 3, 4, 6, reverse=dtype == "float32")
     reference_modifiers.check(made, made.case.run(triton.forward, triton.backward))
+
+
+@pytest.mark.parametrize("how", ["stepwise", "sequence"])
+@pytest.mark.parametrize("name", library.REPRESENTATIVE)
+def test_published_cells(name, how, monkeypatch):
+    monkeypatch.setattr(reference_modifiers, "published", library.published)
+    if how == "stepwise":
+        monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
+    made = library.case(name, {}, "float32", 4, 3, 4, 6, reverse=how == "stepwise")
+    backend = TwoPass(triton) if made.plain.phases else triton
+    reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
 @pytest.mark.parametrize("how", ["stepwise", "sequence"])

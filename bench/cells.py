@@ -1,0 +1,107 @@
+"""The cells of `gpu_rnn.cells` beside torchrecurrent's layers and compiled loops: `python -m bench.cells [CELL ...]`.
+
+Times them on one thread of this machine's CPU into bench/results/cells/*.csv: processor time, which hardly depends on
+what else runs, the best of several calls. `python docs/cells.py` then renews docs/cells.md and its figure.
+"""
+
+import csv
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from gpu_rnn import cells
+from gpu_rnn.core.arrays import operations
+from gpu_rnn.kernels import cells as definitions
+from gpu_rnn.kernels.mathematics import PRODUCT
+
+from .results import describe
+
+RESULTS = Path(__file__).parent / "results" / "cells"
+SIZES = (100, 16, 128), (100, 1, 32)  # T, B, H; and I = H
+SECONDS, LEAST = 0.5, 3  # of a measurement; calls
+THEIRS = {"NBRC": "NBR", "BRC": "BR", "CoRNN": "coRNN", "ResidualLSTM": "ResLSTM"}
+
+
+def native(name: str, H: int) -> Callable:
+    return getattr(cells, name)(H, H, backend="native")
+
+
+def torchrecurrent(name: str, H: int) -> Callable | None:
+    import torchrecurrent
+
+    kind = getattr(torchrecurrent, THEIRS.get(name, name), None)
+    return kind and kind(H, H)
+
+
+def compiled_loop(name: str, H: int) -> Callable:
+    """The cell's own operations in torch, a time step of them compiled by Inductor, in a loop over time."""
+    layer = getattr(cells, name)(H, H)
+    cell, known = definitions.get(layer.cell_name), operations(torch.empty(0))
+    graph = definitions.step_graph(cell).pruned()
+    graph.outputs = graph.outputs[:1]
+    graph = graph.pruned()
+    inputs = [node.operands for node in graph.nodes.values() if node.op == "input"]
+    read = sorted({gate for part, gate in inputs if part == "h"})
+
+    @torch.compile(dynamic=False)
+    def step(x: Any, state: Any, joined: Any, blocks: Any, units: Any) -> Any:
+        def recurrent(value: Any, g: float) -> Any:
+            return linear(value, *blocks[int(g)])
+
+        h = dict(zip(read, linear(state[0], *joined).split(H, -1))) if read else {}
+        return graph.run({**known, PRODUCT: recurrent}, x=x.split(H, -1), h=h, state=state, extra=units)[0]
+
+    def run(x: Any) -> Any:
+        given, state, y = layer.function_arguments(), (x.new_zeros(x.shape[1], H),) * cell.S, []
+        blocks = [*zip(given["w_hh"].split(H), given["b_hh"].split(H))]
+        joined, units = [torch.cat(parts) for parts in zip(*(blocks[g] for g in read))], given.get("units", x[:0])
+        for row in linear(x, given["w_ih"], given["b_ih"]).unbind():
+            state = step(row, state, joined, blocks, units.split(H) if len(units) else ())
+            y.append(state[0])
+        return torch.stack(y), state
+
+    return run
+
+
+def milliseconds(run: Callable, x: torch.Tensor, training: bool) -> float:
+    best, spent, calls = float("inf"), 0.0, 0
+    while calls <= LEAST or spent < SECONDS:
+        start = process_time()
+        with torch.set_grad_enabled(training):
+            y = run(x)[0]
+        if training:
+            y.sum().backward()
+        took = process_time() - start
+        if calls:  # the first one compiles
+            best, spent = min(best, took), spent + took
+        calls += 1
+    return 1e3 * best
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    facts = {"machine": describe()["machine"], "torch": torch.__version__, "date": date.today()}
+    sizes, modes = ("T", "B", "I", "H"), ("forward", "training")
+    runs = [(kind, size, name) for kind in (native, torchrecurrent, compiled_loop) for size in SIZES for name in names]
+    with (RESULTS / f"{date.today()}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["cell", "kind", *modes, *sizes, *facts], lineterminator="\n")
+        writer.writeheader()
+        for number, (kind, (T, B, H), name) in enumerate(runs, 1):
+            torch.manual_seed(0)
+            if (run := kind(name, H)) is None:
+                continue
+            x, label = torch.randn(T, B, H), kind.__name__.replace("_", " ")
+            found = {mode: f"{milliseconds(run, x, mode == 'training'):.2f}" for mode in modes}
+            writer.writerow({"cell": name, "kind": label} | found | dict(zip(sizes, (T, B, H, H))) | facts)
+            file.flush()
+            print(f"[{number}/{len(runs)}] {label} {name} B={B} H={H}:", *found.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or cells.__all__)
