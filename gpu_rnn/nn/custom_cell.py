@@ -230,8 +230,7 @@ def cell(
         raise ValueError(
             f"{label}: scalars and constants can't be named {', '.join(sorted(taken))}, as a layer has these"
         )
-    new = register(label, gates, states, (*names, *scalars, *constants), step, grad, check)
-    CELLS[new.name] = new
+    new = checked_cell(label, gates, states, (*names, *scalars, *constants), step, grad, check)
     layout = Layout(
         rows(new, gates if biases is None else biases), names, dict(scalars), dict(constants), dict(transforms),
         dict(initial),
@@ -240,6 +239,8 @@ def cell(
     for what, given in {"transforms": transforms, "initial": initial}.items():
         if unknown := {key for key in given if key.partition(".")[0] not in known}:
             raise ValueError(f"{label}: {what} are of {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
+    new = cells.define(new)  # last: what is refused leaves nothing behind
+    CELLS[new.name] = new
     own = {
         "cell_name": new.name, "function": staticmethod(function(new)), "layout": layout,
         "__doc__": step.__doc__, "__module__": step.__module__,
@@ -259,7 +260,7 @@ def rows(cell: cells.Cell, biases: str) -> dict[str, str]:
     return {PARAM_NAMES.w_ih: x, PARAM_NAMES.w_hh: h, PARAM_NAMES.b_ih: b_ih, PARAM_NAMES.b_hh: b_hh}
 
 
-def register(
+def checked_cell(
     name: str, gates: str, states: str, units: tuple[str, ...], step: Callable, grad: Callable | None, checked: bool
 ) -> cells.Cell:
     validation.form(name, gates, states, units, step, grad)
@@ -268,7 +269,7 @@ def register(
     new = cells.made(name, gates, states, step, grad, units)
     if checked:
         validation.derivative(new.run)
-    return cells.define(new)
+    return new
 
 
 def function(cell: cells.Cell) -> Callable:
