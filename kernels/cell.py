@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from .autodiff import derive, new_states, playing, pullback
@@ -44,24 +44,24 @@ class Cell:
     def __hash__(self) -> int:
         return hash(self.name)  # every call looks something up by its cell
 
-    @property
+    @cached_property
     def G(self) -> int:
         return len(self.gates)
 
-    @property
+    @cached_property
     def S(self) -> int:
         return len(self.states)
 
-    @property
+    @cached_property
     def K(self) -> int:
         return self.saved
 
-    @property
+    @cached_property
     def meets(self) -> bool:
         """Whether units meet: the page takes means."""
         return any(node.op == "mean" for graph in (step_graph(self), grad_graph(self)) for node in graph.nodes.values())
 
-    @property
+    @cached_property
     def E(self) -> int:
         """How many values `extra` has, the page's argument beside x, h and states; without any it takes none."""
         return len(self.units) + len(self.flags) + self.uniforms

@@ -52,14 +52,16 @@ def passed(kind: str, value):
     return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
 
 
-def in_place_of_numpy(monkeypatch, device) -> None:
+def in_place_of_numpy(monkeypatch, device, run=None) -> None:
     """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
 
+    run = run or prepare_launch
+
     def forward(problem, runs):
-        return gpu_common.forward(partial(cuda.run_forward, prepare_launch, device), problem, runs)
+        return gpu_common.forward(partial(cuda.run_forward, run, device), problem, runs)
 
     def backward(problem, *args):
-        return gpu_common.backward(partial(cuda.run_backward, prepare_launch, device), problem, *args)
+        return gpu_common.backward(partial(cuda.run_backward, run, device), problem, *args)
 
     monkeypatch.setattr(call_cache, "CACHE", {})  # of calls that NumPy serves
     for function in (forward, backward, gpu_common.saved_shapes, gpu_common.gemm_operands):

@@ -7,6 +7,7 @@ import pytest
 
 import gpu_rnn
 from gpu_rnn.backends import cudnn, dispatch
+from gpu_rnn.backends.protocol import Backend
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.codegen import numpy
@@ -69,7 +70,7 @@ def test_the_plan_tells_the_program_that_runs():
 
 def test_backends_have_one_signature():
     modules = [dispatch.backend(name) for name in dispatch.ORDER]
-    for name in ("reasons", "plan", "warmup", "forward", "backward", "history", "factors"):
+    for name in (name for name in vars(Backend) if not name.startswith("_") and name != "NAME"):
         signatures = [inspect.signature(getattr(module, name)).parameters.values() for module in modules]
         first, *others = [[(p.name, p.kind) for p in parameters] for parameters in signatures]
         assert all(other == first for other in others), name

@@ -316,7 +316,7 @@ def drawn(layer, names, T, B):
     many = layer.num_layers * (2 if layer.bidirectional else 1)
 
     def states():
-        sizes = [layer.proj_size or 4, *[4] * (len(cells.get(layer.cell_name).states) - 1)]
+        sizes = [layer.proj_size or 4, *[4] * (len(cells.get(layer._cell).states) - 1)]
         drawn = tuple(torch.randn(many, B, size) for size in sizes)
         return drawn if len(drawn) > 1 else drawn[0]
 

@@ -30,7 +30,7 @@ def ready(layer, needs_x=True):
     """An input, and states as the layer takes them, with gradients."""
     L = layer.num_layers * (1 + layer.bidirectional)
     x = torch.randn(T, B, I, requires_grad=needs_x)
-    sizes = [layer.proj_size or H, H][: len(gpu_rnn.kernels.cells.get(layer.cell_name).states)]
+    sizes = [layer.proj_size or H, H][: len(gpu_rnn.kernels.cells.get(layer._cell).states)]
     states = tuple(torch.randn(L, B, size, requires_grad=True) for size in sizes)
     return x, states if len(states) > 1 else states[0]
 
@@ -208,7 +208,7 @@ def test_ranges_of_the_profiler():
     one = [f"gpu_rnn::lstm {way} T={T} B={B} H={H} numpy" for way in ("forward", "backward")]
     assert ranges(lambda: layer(x)[0].sum().backward()) == [one[0]] * 2 + [one[1]] * 2
     both = gpu_rnn.GRU(I, H, bidirectional=True)
-    assert set(ranges(lambda: both(x))) == {f"gpu_rnn::gru forward T={T} B={B} H={H} numpy"}
+    assert ranges(lambda: both(x)) == [f"gpu_rnn::gru forward T={T} B={B} H={H} D=2 numpy"]
     projected = gpu_rnn.LSTM(I, H, proj_size=2)
     assert ranges(lambda: projected(x)) == [f"gpu_rnn::lstm forward T={T} B={B} H={H} P=2 numpy"]
     function = partial(gpu_rnn.gru, x, both.weight_ih_l0, both.weight_hh_l0)

@@ -59,12 +59,17 @@ def backward(
 def backward_op(
     call: CachedCall, needs: Sequence, tensors: Sequence, grads: Sequence, saved: Sequence[Tensor]
 ) -> list[Tensor]:
-    """`backward` as the operator of `custom_ops`, which stands above this module."""
+    """`backward` as the operator of `custom_ops`, which stands above this module, and takes states [B, .] alone."""
     problem, layout = call.problem, call.layout
-    return torch.ops.gpu_rnn.backward(
-        problem.cell.name, tensors, " ".join(layout.names), grads, saved, [*map(int, layout.reverse)], layout.linked,
+    runs = [run._replace(state=[s.flatten(0, -2) for s in run.state]) for run in layout.unflatten(tensors)]
+    flat_grads: list[Tensor | None] = []
+    for dy, *rest in chunks(grads, layout.n):
+        flat_grads += [dy, *(d.flatten(0, -2) for d in rest[: layout.S]), *rest[layout.S :]]
+    gradients = torch.ops.gpu_rnn.backward(
+        problem.cell.name, layout.flatten(runs), " ".join(layout.names), flat_grads, saved, [*map(int, layout.reverse)], layout.linked,
         call.backend.NAME, "tf32" if problem.tf32 else "ieee", problem.step_exact, problem.history, [*map(int, needs)],
     )  # fmt: skip
+    return [d.reshape(t.shape) for d, t in zip(gradients, (t for t, need in zip(tensors, needs) if need))]
 
 
 Outputs = list[tuple[Tensor, tuple]]  # of each run y, and the states after, then their history if there is one
@@ -120,7 +125,7 @@ class RNNFunction(Function):
         ctx.num_saved = len(parts[0]) - m
         ctx.set_materialize_grads(False)  # or what was saved would be sent zeros of its size
         ctx.size = len(tensors)
-        ctx.save_for_backward(*[getattr(tensor, "cast_of", tensor) for tensor in tensors], *saved)
+        ctx.save_for_backward(*without_casts(tensors), *saved)
         if in_forward_mode():
             ctx.save_for_forward(*tensors)
 
@@ -129,7 +134,7 @@ class RNNFunction(Function):
         if is_legacy_batched(grads):
             return over_legacy_vmap(RNNFunction.backward, ctx, *grads)
         call, (*flat,), needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        tensors, saved = uncast(flat[: ctx.size]), flat[ctx.size :]
+        tensors, saved = with_casts(flat[: ctx.size]), flat[ctx.size :]
         m = call.problem.outputs
         filled = fill_zeros(call.layout, tensors, [part[:m] for part in chunks(grads, call.layout.n)])
         if torch.is_grad_enabled() or in_transform():
@@ -219,14 +224,16 @@ def saved_for_backward(y: Tensor, activations: Sequence[Tensor]) -> tuple[Tensor
     return (y, *activations) if activations else ()
 
 
-def uncast(saved: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of a call, all of x's dtype again.
+def without_casts(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What a graph keeps of a call: for a weight that autocast has cast its parameter, of which calls in turn, as of a
+    cell at every time step, keep one and not a copy each."""
+    return [getattr(tensor, "cast_of", tensor) for tensor in tensors]
 
-    A graph keeps the parameter of a weight that autocast has cast, of which calls in turn, as of a cell at every time
-    step, keep one and not a copy each.
-    """
-    dtype = saved[0].dtype
-    return [t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for t in saved]
+
+def with_casts(kept: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a call, all of x's dtype again."""
+    dtype = kept[0].dtype
+    return [t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype) for t in kept]
 
 
 def fill_zeros(layout: FlatRuns, tensors: Sequence[Tensor], grads: Sequence[Sequence[Tensor | None]]) -> list:

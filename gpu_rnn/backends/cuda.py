@@ -259,7 +259,7 @@ def launch_persistent(
     run: Runner, config: persistent.Residence, problem: Problem, buffers: Sequence[Any], args_of: Callable[[Any], tuple]
 ) -> None:
     """Run the persistent kernel for some of a problem's runs. args_of: see `forward_args`."""
-    like, rows = buffers[0].w_hh, buffers[0].aux.rows
+    like, rows = buffers[0].w_hh, gpu_common.aux_rows(buffers[0].aux)
     parts, bytes_ = problem.decide(("launches", config, run, rows), launches, run, config, problem, rows)
     exchange = arrays.zeros((config.launches * bytes_,), like=like, dtype="uint8") if bytes_ else None
     address = arrays.pointer(exchange)

@@ -125,6 +125,11 @@ def aux_inputs(weights: Weights) -> AuxInputs:
     return NO_AUX if plain else AuxInputs.of(weights)
 
 
+def aux_rows(aux: AuxInputs) -> int:
+    """How many rows per-unit parameters have: B, or 1 for the whole batch."""
+    return 1 if aux.units is None else aux.units.shape[1]
+
+
 def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> ForwardBuffers:
     """Buffers of a run, with its input projection, unless the time loop projects the y of the layer below (linked)."""
     x, weights, state, reverse = run

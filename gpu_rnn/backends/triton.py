@@ -199,7 +199,7 @@ def launch(
     T, B, H = problem.T, problem.B, problem.H
     precision = "tf32" if problem.tf32 else "ieee"  # of float32 matmuls; others have one only
     kernel[(-(-B // chosen.rows),)](
-        *args, *buffers.aux, T, B, buffers.aux.rows, int(buffers.reverse), *constexprs, H, chosen.rows, chosen.tile,
+        *args, *buffers.aux, T, B, gpu_common.aux_rows(buffers.aux), int(buffers.reverse), *constexprs, H, chosen.rows, chosen.tile,
         precision, chosen.stages, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -23,10 +23,6 @@ class AuxInputs(NamedTuple):
             units = arrays.astype(units, arrays.real_dtype(units))
         return cls(units, weights.flags, weights.seed)
 
-    @property
-    def rows(self) -> int:
-        return 1 if self.units is None else self.units.shape[1]
-
     def at(self, cell: Cell, t: Any, P: int) -> list[Any]:
         """All but random numbers, for P units: at a time step [.., P] or [B, 1], or at several, `t` being a slice."""
         values = [] if self.units is None else [self.units[n, :, :P] for n in range(len(self.units))]

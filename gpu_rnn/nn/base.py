@@ -503,7 +503,7 @@ def cast(x: Tensor, weights: Weights, state: Sequence[Tensor | None]) -> Cast:
             return tensor
         narrow = tensor.to(dtype)  # at every call: a write to the weights, through `.data` too, is never missed
         if isinstance(tensor, nn.Parameter) and not is_capturing():
-            narrow.cast_of = tensor  # type: ignore[attr-defined]  # what a graph keeps (`functions.uncast`)
+            narrow.cast_of = tensor  # type: ignore[attr-defined]  # what a graph keeps (`functions.without_casts`)
         return narrow
 
     return cast_one(x), Weights(*map(cast_one, weights)), [*map(cast_one, state)]

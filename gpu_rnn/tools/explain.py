@@ -208,6 +208,7 @@ def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem
     from torch.autograd.graph import saved_tensors_hooks
 
     from ..autograd.derivatives import may_need_grad
+    from ..autograd.functions import without_casts
     from ..nn.base import record
 
     problems: list[Problem] = []
@@ -227,7 +228,7 @@ def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem
             problems.append(replace(this, directions=len(runs), layers=options.layers))
             zeros = [(this.B, this.P or this.H), *[(this.B, this.H)] * (this.cell.S - 1)]
             state = [run.x.new_zeros(size) if s is None else s for s, size in zip(run.state, zeros)]
-            for tensor in [getattr(tensor, "cast_of", tensor) for tensor in (run.x, *run.weights, *state)]:
+            for tensor in without_casts((run.x, *run.weights, *state)):
                 if tensor is not None:
                     keep(tensor)
             y = keep(run.x.new_empty((this.T, this.B, this.P or this.H), requires_grad=needed))
