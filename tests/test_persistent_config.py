@@ -449,7 +449,7 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
     kind, ordered = (
         (gpu_common.BackwardBuffers, cuda.backward_args) if backward else (gpu_common.ForwardBuffers, cuda.forward_args)
     )
-    blank = kind(*[None] * len(kind._fields))._replace(extra=AuxInputs(*[None] * len(AuxInputs._fields)))
+    blank = kind(*[None] * len(kind._fields))._replace(aux=AuxInputs())
     member = persistent.Member(tuple(map(arrays.pointer, ordered(blank))), reverse=False)
     (launch,) = persistent.sequence(plan, cell, "bfloat16", T, B, H, 1, save=True)
     given = *launch.arguments, persistent.words([member] * plan.members), 0

@@ -219,8 +219,8 @@ def backward_of_backward(ctx: Any, needs: tuple, grads: Sequence[Tensor | None])
     call = make_call(ctx.cell, layout, runs, options_of(*options), True)
     flags = [bool(flag) for flag in (*needs[TENSORS], *needs[GRADS])]
     whole = (*layout.flatten(runs), *inputs[n:])
-    found = [*scatter(functions.differentiate_again(call, [*map(bool, ctx.needs)], flags, whole, grads), flags)]
-    return {TENSORS: found[:n], GRADS: found[n:]}
+    gradients = [*scatter(functions.differentiate_again(call, [*map(bool, ctx.needs)], flags, whole, grads), flags)]
+    return {TENSORS: gradients[:n], GRADS: gradients[n:]}
 
 
 forward.register_autograd(backward_of_forward, setup_context=setup_forward)
@@ -250,8 +250,8 @@ def vmap_forward(V: int, in_dims: tuple, *args: Any) -> tuple[list[Tensor], list
         return loop_over_vmap(forward, V, in_dims, args)
     folded = fold_vmap(V, dims, tensors, layout)
     save = False  # what is saved can't be unfolded
-    found = torch.ops.gpu_rnn.forward(cell, folded, names, reverse, linked, *options, history, save)
-    outputs, places = unfold_vmap(V, found)
+    tensors = torch.ops.gpu_rnn.forward(cell, folded, names, reverse, linked, *options, history, save)
+    outputs, places = unfold_vmap(V, tensors)
     return [*outputs], [*places]
 
 

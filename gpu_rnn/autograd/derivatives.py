@@ -62,8 +62,8 @@ def jvp(function: Callable, inputs: Sequence[Tensor], tangents: Sequence[Tensor 
     with no_autocast(inputs[0]):
         outputs, pullback = vjp(function, inputs, moving)
         _, pushforward = torch.func.vjp(pullback, tuple(map(torch.zeros_like, outputs)))
-        (found,) = pushforward(tuple(tangent for tangent in tangents if tangent is not None))
-    return found
+        (output_tangents,) = pushforward(tuple(tangent for tangent in tangents if tangent is not None))
+    return output_tangents
 
 
 def no_autocast(x: Tensor) -> torch.autocast:

@@ -66,8 +66,9 @@ def backward_op(
     for dy, *rest in chunks(grads, layout.n):
         flat_grads += [dy, *(d.flatten(0, -2) for d in rest[: layout.S]), *rest[layout.S :]]
     gradients = torch.ops.gpu_rnn.backward(
-        problem.cell.name, layout.flatten(runs), " ".join(layout.names), flat_grads, saved, [*map(int, layout.reverse)], layout.linked,
-        call.backend.NAME, "tf32" if problem.tf32 else "ieee", problem.step_exact, problem.history, [*map(int, needs)],
+        problem.cell.name, layout.flatten(runs), " ".join(layout.names), flat_grads, saved,
+        [*map(int, layout.reverse)], layout.linked, call.backend.NAME, "tf32" if problem.tf32 else "ieee",
+        problem.step_exact, problem.history, [*map(int, needs)],
     )  # fmt: skip
     return [d.reshape(t.shape) for d, t in zip(gradients, (t for t, need in zip(tensors, needs) if need))]
 
@@ -138,17 +139,19 @@ class RNNFunction(Function):
         m = call.problem.outputs
         filled = fill_zeros(call.layout, tensors, [part[:m] for part in chunks(grads, call.layout.n)])
         if torch.is_grad_enabled() or in_transform():
-            found = fast_apply(RNNBackwardFunction, call, needs, *tensors, *filled, *saved)
+            gradients = fast_apply(RNNBackwardFunction, call, needs, *tensors, *filled, *saved)
         else:
             run = backward_op if num_dispatch_modes() else backward
-            found = run(call, needs, tensors, filled, saved)
-        return None, None, *scatter(found, needs)
+            gradients = run(call, needs, tensors, filled, saved)
+        return None, None, *scatter(gradients, needs)
 
     @staticmethod
     def jvp(ctx: Any, _call: None, _results: None, *tangents: Tensor | None) -> tuple:
-        found = jvp(partial(reference, ctx.call.problem, ctx.call.layout), ctx.saved_tensors[: ctx.size], tangents)
+        output_tangents = jvp(
+            partial(reference, ctx.call.problem, ctx.call.layout), ctx.saved_tensors[: ctx.size], tangents
+        )
         nothing = [None] * ctx.num_saved
-        return tuple([d for part in chunks(found, ctx.call.layout.n) for d in (*part, *nothing)])
+        return tuple([d for part in chunks(output_tangents, ctx.call.layout.n) for d in (*part, *nothing)])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, call: CachedCall, results: None, *tensors: Tensor) -> tuple:
@@ -186,8 +189,8 @@ class RNNBackwardFunction(Function):
             return over_legacy_vmap(RNNBackwardFunction.backward, ctx, *grads)
         inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[2 : 2 + len(inputs)]
-        found = differentiate_again(ctx.call, ctx.needs, needs, inputs, grads)
-        return None, None, *scatter(found, needs), *[None] * ctx.num_saved
+        gradients = differentiate_again(ctx.call, ctx.needs, needs, inputs, grads)
+        return None, None, *scatter(gradients, needs), *[None] * ctx.num_saved
 
     @staticmethod
     def jvp(ctx: Any, _call: None, _needs: Any, *tangents: Tensor | None) -> tuple:

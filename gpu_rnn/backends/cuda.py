@@ -407,8 +407,9 @@ def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> persist
     """Of a part of a device (MIG, MPS) the driver says how many multiprocessors it has, and how many clusters fit."""
     properties = optional_imports.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
     capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
+    clusters = max_active_clusters(shared) if capability >= (9, 0) else ()
     return persistent.Device(
-        capability, properties["multiProcessorCount"], shared, max_active_clusters(shared) if capability >= (9, 0) else (),
+        capability, properties["multiProcessorCount"], shared, clusters,
         cooperative=bool(properties["cooperativeLaunch"]), scopes=scopes, proven_only=proven_only,
     )  # fmt: skip
 

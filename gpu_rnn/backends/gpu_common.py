@@ -101,14 +101,14 @@ def backward(
         contiguous.append(as_contiguous(run, saved[k - 1][0] if linked else None))
         buffers.append(allocate_backward(problem, contiguous[-1], arrays_saved, grad, linked=linked))
     run_backward(problem, buffers)
-    found = []
+    by_run = []
     for k, (run, filled, names) in enumerate(zip(contiguous, buffers, needs, strict=True)):
         names = {*names} - {"x"} if k > 0 and problem.layers > 1 else names  # x is the layer's below
         gradients = weight_gradients(problem, filled, run, names)
         states = zip(gradients["state"], runs[k].state)
         gradients["state"] = tuple(d.reshape(initial.shape) for d, initial in states)
-        found.append(gradients)
-    return found
+        by_run.append(gradients)
+    return by_run
 
 
 def as_contiguous(run: Run, below: Any = None) -> Run:
@@ -192,22 +192,22 @@ def weight_gradients(problem: Problem, buffers: BackwardBuffers, run: Run, needs
     cell, T, B, H, P = problem.cell, problem.T, problem.B, problem.H, problem.P or problem.H
     GH = cell.G * H
     dWx, dRh = ((buffers.dWx if d is None else d).reshape(T, B, GH) for d in (buffers.dWx, buffers.dRh))
-    found: dict[str, Any] = {
+    gradients: dict[str, Any] = {
         "state": tuple([to_storage(array, like=x) for array in (buffers.dh, *buffers.dcell_states)])
     }
-    found |= input_projection_grad(dWx, x, weights, needs)
+    gradients |= input_projection_grad(dWx, x, weights, needs)
     if "w_hh" in needs:
         h_in = recurrent_inputs(cell, buffers.y, buffers.h0, buffers.aux, buffers.reverse)
-        found["w_hh"] = recurrent_weight_grad(dRh, h_in, buffers.reverse)
+        gradients["w_hh"] = recurrent_weight_grad(dRh, h_in, buffers.reverse)
     if "b_hh" in needs:
-        found["b_hh"] = dRh.reshape(T * B, GH).sum(0)
+        gradients["b_hh"] = dRh.reshape(T * B, GH).sum(0)
     if "w_hr" in needs and weights.w_hr is not None:
-        found["w_hr"] = matmul(buffers.dy.reshape(T * B, P).T, buffers.h_unprojected.reshape(T * B, H), like=x)
+        gradients["w_hr"] = matmul(buffers.dy.reshape(T * B, P).T, buffers.h_unprojected.reshape(T * B, H), like=x)
     if "units" in needs:
-        found["units"] = arrays.zeros(tuple(weights.units.shape), like=x)
+        gradients["units"] = arrays.zeros(tuple(weights.units.shape), like=x)
         dunits = buffers.dunits
-        found["units"][: cell.learned] = dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
-    return found
+        gradients["units"][: cell.learned] = dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
+    return gradients
 
 
 def input_projection(x: Any, weights: Weights, step_exact: bool) -> Any:
@@ -231,14 +231,14 @@ def input_projection(x: Any, weights: Weights, step_exact: bool) -> Any:
 def input_projection_grad(dWx: Any, x: Any, weights: Weights, needs: Needs) -> dict[str, Any]:
     """The gradient of `input_projection`: [T, B, G*H] -> those of x, w_ih and b_ih that are needed."""
     T, B, GH = dWx.shape
-    rows, found = dWx.reshape(T * B, GH), {}
+    rows, gradients = dWx.reshape(T * B, GH), {}
     if "x" in needs:
-        found["x"] = dWx if weights.w_ih is None else matmul(rows, weights.w_ih, like=dWx).reshape(*x.shape)
+        gradients["x"] = dWx if weights.w_ih is None else matmul(rows, weights.w_ih, like=dWx).reshape(*x.shape)
     if "w_ih" in needs:
-        found["w_ih"] = matmul(rows.T, x.reshape(T * B, x.shape[2]), like=dWx)
+        gradients["w_ih"] = matmul(rows.T, x.reshape(T * B, x.shape[2]), like=dWx)
     if "b_ih" in needs:
-        found["b_ih"] = rows.sum(0)
-    return found
+        gradients["b_ih"] = rows.sum(0)
+    return gradients
 
 
 def describe_projection(problem: Problem) -> str:

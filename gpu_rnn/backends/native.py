@@ -19,7 +19,7 @@ import numpy as np
 
 from gpu_rnn import kernels
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.codegen.cpp import page
+from gpu_rnn.kernels.codegen.cpp import page as render_cell
 from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.native import isa as instruction_sets
 
@@ -148,21 +148,21 @@ def backward(
     )  # fmt: skip
     call(library(real).backward, values)
 
-    found = gpu_common.input_projection_grad(dWx, x, w, {*names} - {"b_ih"})
+    gradients = gpu_common.input_projection_grad(dWx, x, w, {*names} - {"b_ih"})
     if "w_hh" in names:
         h_in = gpu_common.recurrent_inputs(cell, y, first[0], AuxInputs.of(w), run.reverse)
-        found["w_hh"] = gpu_common.recurrent_weight_grad(dRh, h_in, run.reverse)
+        gradients["w_hh"] = gpu_common.recurrent_weight_grad(dRh, h_in, run.reverse)
     for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
         if name in names:
-            found[name] = empty((GH,))
-            library(real).sum_rows(pointer(gradient), T * B, GH, pointer(found[name]))
+            gradients[name] = empty((GH,))
+            library(real).sum_rows(pointer(gradient), T * B, GH, pointer(gradients[name]))
     if projected and "w_hr" in names:
-        found["w_hr"] = gpu_common.matmul(total.reshape(T * B, P).T, unprojected[0].reshape(T * B, H), like=x)
+        gradients["w_hr"] = gpu_common.matmul(total.reshape(T * B, P).T, unprojected[0].reshape(T * B, H), like=x)
     if "units" in names:
-        found["units"] = arrays.zeros(tuple(w.units.shape), like=x)
-        found["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
+        gradients["units"] = arrays.zeros(tuple(w.units.shape), like=x)
+        gradients["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
     dstate = tuple([to_caller(d, run.x).reshape(shape) for d, shape in zip(dfirst, state_shapes)])
-    return [{name: to_caller(array, run.x) for name, array in found.items()} | {"state": dstate}]
+    return [{name: to_caller(array, run.x) for name, array in gradients.items()} | {"state": dstate}]
 
 
 def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
@@ -294,5 +294,5 @@ def code(cell: Cell, real: str) -> int:
 
 def source(cell: Cell) -> str:
     hold = cell.flags.index(HOLD) if HOLD in cell.flags else -1
-    definition = f'#line 1 "{cell.name}"\n{page(cell)}#define HOLD_FLAG {hold}\n'
+    definition = f'#line 1 "{cell.name}"\n{render_cell(cell)}#define HOLD_FLAG {hold}\n'
     return text("simd.h", "sequence.h") + definition + text("cell.cpp")

@@ -82,7 +82,7 @@ def backward_in_turn(
     needs: Sequence[Needs],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """As `forward_in_turn`; a stack from its last layer to its first, as far down as there is something to do."""
-    found: list[dict[str, Any]] = [{"state": ()} for _ in runs]
+    by_run: list[dict[str, Any]] = [{"state": ()} for _ in runs]
     linked, dx = problem.layers > 1, None
     for k in reversed(range(len(runs))):
         run, grad = runs[k], grads[k]
@@ -92,12 +92,12 @@ def backward_in_turn(
             dys = [dy for dy in (grad.y, dx) if dy is not None]
             dy = sum(dys[1:], dys[0]) if dys else arrays.zeros(tuple(saved[k][0].shape), like=saved[k][0])
             grad = grad._replace(y=dy)
-        (found[k],) = backward(problem.single(k, run.reverse), [run], [saved[k]], [grad], [needs[k]])
+        (by_run[k],) = backward(problem.single(k, run.reverse), [run], [saved[k]], [grad], [needs[k]])
         if linked and k > 0:
             if "x" not in needs[k]:
                 break
-            dx = found[k].pop("x")
-    return found
+            dx = by_run[k].pop("x")
+    return by_run
 
 
 def never_fuses_layers(problem: Problem, backward: bool) -> bool:

@@ -199,7 +199,8 @@ def launch(
     T, B, H = problem.T, problem.B, problem.H
     precision = "tf32" if problem.tf32 else "ieee"  # of float32 matmuls; others have one only
     kernel[(-(-B // chosen.rows),)](
-        *args, *buffers.aux, T, B, gpu_common.aux_rows(buffers.aux), int(buffers.reverse), *constexprs, H, chosen.rows, chosen.tile,
+        *args, *buffers.aux, T, B, gpu_common.aux_rows(buffers.aux), int(buffers.reverse), *constexprs, H,
+        chosen.rows, chosen.tile,
         precision, chosen.stages, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -207,18 +208,18 @@ def launch(
 @cache
 def forward_constexprs(cell: Cell) -> tuple:
     """What a forward kernel is specialized on: functions and sizes of the cell."""
-    from gpu_rnn.kernels.triton.cell_functions import page
+    from gpu_rnn.kernels.triton.cell_functions import page as compile_cell
 
-    functions = page(cell)
+    functions = compile_cell(cell)
     return functions.step, functions.step_level, functions.step_means, functions.operand, *sizes(cell)
 
 
 @cache
 def backward_constexprs(cell: Cell) -> tuple:
     """What a backward kernel is specialized on: functions and sizes of the cell."""
-    from gpu_rnn.kernels.triton.cell_functions import page
+    from gpu_rnn.kernels.triton.cell_functions import page as compile_cell
 
-    functions = page(cell)
+    functions = compile_cell(cell)
     operand_grad = None if cell.operand is None else functions.operand_grad
     return functions.grad, functions.grad_level, functions.grad_means, operand_grad, *sizes(cell), cell.learned
 

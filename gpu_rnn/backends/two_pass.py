@@ -100,8 +100,8 @@ class TwoPass:
             {*names} - {*INPUT_SIDE} | ({"x"} if {*INPUT_SIDE} & {*names} else set()) for names in needs
         ]  # fmt: skip
         inner_saved = [arrays_saved[1:] for arrays_saved in saved]  # the inner y and what the inner call saved
-        found = self.backend.backward(inner(problem), calls, inner_saved, inner_grads, inner_needs)
-        for gradients, run, original, names in zip(found, contiguous, runs, needs):
+        by_run = self.backend.backward(inner(problem), calls, inner_saved, inner_grads, inner_needs)
+        for gradients, run, original, names in zip(by_run, contiguous, runs, needs):
             states = zip(gradients["state"], original.state)
             gradients["state"] = tuple([d.reshape(first.shape) for d, first in states])
             if (dx := gradients.pop("x", None)) is not None:
@@ -110,7 +110,7 @@ class TwoPass:
                     dWx, _ = self.backend.gemm_operands(dx[::2] + dx[1::2], Weights(None, None))
                     input_side = gpu_common.input_projection_grad(dWx, x, weights, names)
                 gradients |= {name: to_library(array, like=run.x) for name, array in input_side.items()}
-        return found
+        return by_run
 
 
 def inner(problem: Problem) -> Problem:

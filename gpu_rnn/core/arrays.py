@@ -42,7 +42,7 @@ def library_of_class(kind: type) -> str:
     return library_of(kind)
 
 
-@cache  # asked at every product of every instant
+@cache  # looked up at every matmul of every time step
 def library_of(kind: type) -> str:
     for base in kind.__mro__:  # torch.nn.Parameter and other subclasses too
         root = base.__module__.partition(".")[0]
@@ -59,12 +59,12 @@ def library_of(kind: type) -> str:
 def advice(kind: type) -> str:
     """How to call gpu_rnn where a tracer's class stands for arrays; "" for any other class."""
     bases = [(base.__module__, base.__name__) for base in kind.__mro__]
-    found = (
+    texts = (
         text
         for (package, name), text in TRACERS.items()
         if any(module.startswith(package) and base == name for module, base in bases)
     )
-    return next(found, "")
+    return next(texts, "")
 
 
 def module(kind: str) -> Any:
@@ -209,7 +209,7 @@ def constant(value: float, like: Any) -> float:
 
 
 def operations(array: Any) -> Mapping[str, Callable]:
-    """The operations of a cell's page (`gpu_rnn.kernels.trace.ARITY`) on arrays of the library of `array`."""
+    """The operations of a cell graph (`gpu_rnn.kernels.trace.ARITY`) on arrays of the library of `array`."""
     return TORCH_OPERATIONS if library(array) == "torch" else OPERATIONS
 
 
@@ -274,8 +274,8 @@ def torch_precision() -> str:
     backends = module("torch").backends
     if not hasattr(backends.cudnn.rnn, "fp32_precision"):  # torch < 2.9
         return "tf32" if backends.cudnn.allow_tf32 else "ieee"
-    asked = (holder.fp32_precision for holder in (backends.cudnn.rnn, backends.cudnn, backends))
-    return next((word for word in asked if word != "none"), "ieee")
+    settings = (holder.fp32_precision for holder in (backends.cudnn.rnn, backends.cudnn, backends))
+    return next((word for word in settings if word != "none"), "ieee")
 
 
 def matmul(a: Any, b: Any, out: Any, add: Any = None) -> None:
@@ -315,12 +315,12 @@ def matmul_precision(like: Any, tf32: bool) -> Iterator[None]:
         return
     backends = module("torch").backends
     modern = hasattr(backends.cudnn.rnn, "fp32_precision")  # torch >= 2.9
-    name, wanted = ("fp32_precision", "tf32" if tf32 else "ieee") if modern else ("allow_tf32", tf32)
+    name, setting = ("fp32_precision", "tf32" if tf32 else "ieee") if modern else ("allow_tf32", tf32)
     with SETTING:
         before = getattr(backends.cuda.matmul, name)
         if modern and before == backends.cudnn.fp32_precision:
             before = "none"  # it follows that one, and shall go on to
-        setattr(backends.cuda.matmul, name, wanted)
+        setattr(backends.cuda.matmul, name, setting)
         try:
             yield
         finally:

@@ -53,22 +53,22 @@ class FlatRuns:
 
     def needs(self, flags: Sequence[Any]) -> list[set[str]]:
         """Flags of needed gradients -> the names that `Backend.backward` takes for each run."""
-        found, below = [], False
+        by_run, below = [], False
         for k, (x, *rest) in enumerate(self.split(flags)):
             names = {name for name, flag in zip(self.names, rest) if flag}
             if below if self.linked and k else x:
                 names.add("x")
             below = below or bool(x) or any(rest)
-            found.append(names)
-        return found
+            by_run.append(names)
+        return by_run
 
     def select(self, gradients: Sequence[dict[str, Any]], flags: Sequence[Any]) -> list[Any]:
         """The gradients that `Backend.backward` gave, those that are flagged, in the order of the list."""
-        found = []
-        for of_run, wanted in zip(gradients, self.split(flags)):
+        selected = []
+        for of_run, flagged in zip(gradients, self.split(flags)):
             places = [*(of_run.get(name) for name in ("x", *self.names)), *of_run["state"]]
-            found += [gradient for gradient, flag in zip(places, wanted) if flag]
-        return found
+            selected += [gradient for gradient, flag in zip(places, flagged) if flag]
+        return selected
 
 
 def chunks(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:

@@ -121,8 +121,8 @@ class Problem:
         try:
             return self.decisions[key]
         except KeyError:
-            made = self.decisions[key] = decision(*args)
-            return made
+            result = self.decisions[key] = decision(*args)
+            return result
 
     def variant(self, **changes: Any) -> "Problem":
         """The problem with other values; the same object for the same changes, so that it keeps its decisions."""

@@ -71,11 +71,11 @@ def zero_states(problem: Problem, runs: Sequence[Run]) -> tuple[tuple[tuple[int,
 
 def with_zeros(runs: Sequence[Run], zeros: Sequence[Sequence[tuple[int, ...] | None]], like: Any) -> list[Run]:
     """The runs with zeros for their missing states."""
-    found = []
+    filled = []
     for run, shapes in zip(runs, zeros):
         state = [s if shape is None else arrays.zeros(shape, like=like) for s, shape in zip(run.state, shapes)]
-        found.append(run._replace(state=state))
-    return found
+        filled.append(run._replace(state=state))
+    return filled
 
 
 def make_problem(

@@ -58,12 +58,12 @@ class ModifiedCall(NamedTuple):
 
     def vjp(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """The gradients of x and of the caller's arrays, from those of the modified call."""
-        found = {label: gradient for label, gradient in gradients.items() if label not in ("units", "flags", "seed")}
+        own = {label: gradient for label, gradient in gradients.items() if label not in ("units", "flags", "seed")}
         row = 0
         for label, source in self.sources.items():
             if isinstance(source, Norm):
                 rows = len(source.units())
-                found |= source.vjp(found, gradients["units"][row : row + rows])
+                own |= source.vjp(own, gradients["units"][row : row + rows])
                 row += rows
                 continue
             parts = []
@@ -71,10 +71,10 @@ class ModifiedCall(NamedTuple):
                 rows = array.shape[0] // gradients["units"].shape[2] if label in ("peephole", "units") else 1
                 parts.append(unbroadcast_grad(gradients["units"][row : row + rows], array))
                 row += rows
-            found[label] = tuple(parts) if isinstance(source, tuple) else parts[0]
-        if "x" in found:
-            found["x"] = self.mask_outputs(found["x"])
-        return found
+            own[label] = tuple(parts) if isinstance(source, tuple) else parts[0]
+        if "x" in own:
+            own["x"] = self.mask_outputs(own["x"])
+        return own
 
 
 class CellInfo(NamedTuple):

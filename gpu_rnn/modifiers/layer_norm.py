@@ -62,23 +62,23 @@ class Norm(NamedTuple):
         G, dWx, dunits = len(self.gates), gradients["x"], dunits.sum(1)
         projection = self.projection()
         dprojection = self.by_group(standardize_backward, projection, dWx * self.gains[0])
-        found = {"x": dprojection, "w_hh": self.center(gradients["w_hh"])}
+        own = {"x": dprojection, "w_hh": self.center(gradients["w_hh"])}
         if self.weights.w_ih is not None:
-            found["x"] = dprojection @ self.weights.w_ih
-            found["w_ih"] = dprojection.reshape(-1, dprojection.shape[-1]).T @ self.x.reshape(-1, self.x.shape[-1])
+            own["x"] = dprojection @ self.weights.w_ih
+            own["w_ih"] = dprojection.reshape(-1, dprojection.shape[-1]).T @ self.x.reshape(-1, self.x.shape[-1])
         dbias, of_recurrent_bias = dWx.sum((0, 1)), dict(zip(self.recurrent_bias, dunits[G:]))
         if self.weights.b_ih is not None:
-            found["b_ih"] = dbias
+            own["b_ih"] = dbias
         if self.weights.b_hh is not None:
             each = [of_recurrent_bias.get(gate, self.rows(dbias, k)) for k, gate in enumerate(self.gates)]
-            found["b_hh"] = arrays.concatenate(each, 0)
+            own["b_hh"] = arrays.concatenate(each, 0)
         gains = (
             (dWx * self.by_group(standardize, projection)).sum((0, 1)),
             dunits[:G].reshape(-1),
             *dunits[G + len(of_recurrent_bias) :],
         )
-        found["layer_norm"] = tuple(None if array is None else d for array, d in zip(self.gains, gains))
-        return gradients | found
+        own["layer_norm"] = tuple(None if array is None else d for array, d in zip(self.gains, gains))
+        return gradients | own
 
     def projection(self) -> Any:
         return self.x if self.weights.w_ih is None else self.x @ self.weights.w_ih.T

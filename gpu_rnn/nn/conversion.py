@@ -125,13 +125,13 @@ def obstacle(module: Recurrent) -> str:
 
 def counterpart(module: nn.Module, classes: Mapping[type, type]) -> type | None:
     """The class among `classes` for that of a module, if there is one."""
-    found = type(module)
+    cls = type(module)
     if not parametrize.is_parametrized(module):
-        return classes.get(found)
+        return classes.get(cls)
     # torch.nn.utils.parametrize derives a class for each module, with a property per parameter: derive its like
-    base = classes.get(found.__bases__[0])
-    members = {key: value for key, value in vars(found).items() if key not in ("__dict__", "__weakref__")}
-    return base and type(found.__name__, (base,), members)
+    base = classes.get(cls.__bases__[0])
+    members = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return base and type(cls.__name__, (base,), members)
 
 
 def called(name: str, note: str) -> str:

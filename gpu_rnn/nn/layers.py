@@ -388,8 +388,8 @@ class RNN(RecurrentLayer):
         device: Any = None, dtype: Any = None, *, proj_size: int = 0, **keywords: Unpack[Keywords],
     ) -> None:  # fmt: skip
         super().__init__(
-            functional.rnn_cell_name(nonlinearity).upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype, keywords,
+            functional.rnn_cell_name(nonlinearity).upper(), input_size, hidden_size, num_layers, bias, batch_first,
+            dropout, bidirectional, proj_size, device, dtype, keywords,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 

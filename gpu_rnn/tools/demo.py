@@ -28,7 +28,7 @@ from ..nn.layers import LSTM
 from .explain import explain
 from .inspect import inspect
 
-T, B, I, H = 64, 32, 64, 128  # instants, streams, embedded and hidden size
+T, B, I, H = 64, 32, 64, 128  # time steps, streams, embedded and hidden size
 LARGEST_TEXT = 1 << 24  # characters; there is no time to read more
 ALPHABET = 128
 RARE = "\N{REPLACEMENT CHARACTER}"  # stands for every character outside the alphabet
@@ -208,8 +208,8 @@ def check(device: torch.device, say: Callable) -> None:
         ours.load_state_dict(theirs.state_dict())
         x, h0, c0 = (torch.randn(n, B, size, device=device, dtype=dtype) for n, size in ((T, I), (1, H), (1, H)))
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            found, expected = everything(ours, x, h0, c0), everything(theirs, x, h0, c0)
-        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+            actual, expected = everything(ours, x, h0, c0), everything(theirs, x, h0, c0)
+        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
         differences.append(f"{difference:.1e} in {str(dtype).removeprefix('torch.')}")
         if not difference <= tolerance:
             raise RuntimeError(f"gpu_rnn.LSTM differs from torch.nn.LSTM by {differences[-1]}")
