@@ -164,7 +164,7 @@ def test_bits_depend_on_nothing_but_the_row(name, dtype, monkeypatch, rng):
             monkeypatch.setattr(native, "threads", lambda: count)  # noqa: B023
             y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=False, save=True)
             needs = {"x", "w_ih", "w_hh", "b_ih", "b_hh"}
-            gradients = calls.backward(native.backward, cell, x, weights, state, y, tape, y, last, reverse=False, needs=needs
+            gradients = calls.backward(native.backward, cell, x, weights, state, y, tape, y, last, needs=needs
             )  # fmt: skip
             found.append([y, *last, *gradients.pop("state"), *gradients.values()])
         for others in found[1:]:

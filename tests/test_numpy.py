@@ -115,8 +115,9 @@ def test_float32_is_as_good_as_torch(name, B, rng):
     y, last, _ = calls.forward(backend.forward, cell, x, weights, state, reverse=False, save=False)
     assert y.dtype == np.float32
     wide = [a.astype(np.float64) for a in (x, *state)]
-    exact, _, _ = calls.forward(backend.forward, cell, wide[0], Weights(*(None if w is None else w.astype(np.float64) for w in weights)), tuple(wide[1:]),
-        reverse=False, save=False,
+    exact, _, _ = calls.forward(
+        backend.forward, cell, wide[0], Weights(*(None if w is None else w.astype(np.float64) for w in weights)),
+        tuple(wide[1:]),
     )  # fmt: skip
     module = torch_module(name, weights).float()
     theirs = module(torch.from_numpy(x), tuple(torch.from_numpy(s)[None] for s in state) if cell.S > 1 else

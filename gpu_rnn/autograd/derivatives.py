@@ -33,8 +33,8 @@ def reference(problem: Problem, layout: FlatRuns, *tensors: Tensor) -> tuple[Ten
         steps = plain.run(problem.cell, step_graph(problem.cell), x.to(real), Weights(*weights), state, run.reverse)
         last, _ = steps[0 if run.reverse else -1]
         y, *history = (torch.stack(values).to(x.dtype) for values in zip(*(states for states, _ in steps)))
-        last = [after.to(x.dtype).reshape(initial.shape) for after, initial in zip(last, run.state)]
-        outputs += [y, *last, *(history if problem.history else ())]
+        after = [new.to(x.dtype).reshape(initial.shape) for new, initial in zip(last, run.state)]
+        outputs += [y, *after, *(history if problem.history else ())]
     return tuple(outputs)
 
 

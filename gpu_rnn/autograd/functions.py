@@ -49,7 +49,7 @@ def backward(
     S, n, names = problem.cell.S, layout.n, layout.needs(needs)
     runs = layout.unflatten(tensors)
     run_grads = [Grads(dy, tuple(rest[:S]), tuple(rest[S:])) for dy, *rest in chunks(grads, n)]
-    args = backend, problem, runs, chunks(saved, n), run_grads, names
+    args: Any = backend, problem, runs, chunks(saved, n), run_grads, names
     if not is_profiler_enabled():
         return layout.select(dispatch.backward(*args), needs)
     with torch.profiler.record_function(dispatch.call_name(backend, problem, backward=True)):

@@ -30,9 +30,11 @@ class CachedCall:
 
 CACHE: dict[tuple, CachedCall | None] = {}  # None: such calls are run otherwise
 MAX_CALLS, MISSING = 1024, object()
-SIGNATURE = {"numpy": attrgetter("__class__", "shape", "dtype")}
-SIGNATURE["cupy"] = lambda array: (array.__class__, array.shape, array.dtype, int(array.device))
-SIGNATURE["torch"] = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
+SIGNATURE: dict[str, Callable[[Any], tuple]] = {
+    "numpy": attrgetter("__class__", "shape", "dtype"),
+    "cupy": lambda array: (array.__class__, array.shape, array.dtype, int(array.device)),
+    "torch": attrgetter("__class__", "shape", "dtype", "device", "requires_grad"),
+}
 
 # os.environ raises and catches two errors to say that a name isn't there, which takes as long as a small matmul.
 _ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)

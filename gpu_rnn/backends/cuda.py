@@ -291,8 +291,10 @@ KERNELS = {per_step.Step: "stepwise_forward", per_step.Grad: "stepwise_backward"
 
 def bind(run: Runner, cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., None]:
     """Bind a per-step kernel to its arrays."""
-    forward = isinstance(buffers, per_step.Step)
-    gates, product = (buffers.Wx, buffers.Rh) if forward else (buffers.dWx, buffers.dh_recurrent)
+    if isinstance(buffers, per_step.Step):
+        gates, product = buffers.Wx, buffers.Rh
+    else:
+        gates, product = buffers.dWx, buffers.dh_recurrent
     _, B, _, H = gates.shape
     R = 1 if buffers.units is None else buffers.units.shape[1]
     return run(

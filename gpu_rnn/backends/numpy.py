@@ -138,7 +138,7 @@ def backward(
     if len(runs) > 1:
         return backward_in_turn(backward, problem, runs, saved, grads, needs)
     ((x, weights, state, reverse),), (grad,), (names,) = runs, grads, needs
-    numpy_grads = Grads(to_numpy(grad.y), [*map(as_matrix, grad.last)], [*map(to_numpy, grad.history)])
+    numpy_grads = Grads(to_numpy(grad.y), tuple(map(as_matrix, grad.last)), tuple(map(to_numpy, grad.history)))
     run = Run(to_numpy(x), *to_numpy_weights(weights, state), reverse)
     gradients = run_backward(problem, run, tuple(map(to_numpy, saved[0])), numpy_grads, names)
     pairs = zip(gradients.pop("state"), state, strict=True)
@@ -499,7 +499,8 @@ def make_step(problem: Problem, weights: Weights) -> tuple[np.ndarray, np.ndarra
     the states, and allocates nothing
     """
     weights, _ = to_numpy_weights(weights, ())
-    B, I, H, P, w_hr = problem.B, problem.I, problem.H, problem.P or problem.H, weights.w_hr
+    B, H, P, w_hr = problem.B, problem.H, problem.P or problem.H, weights.w_hr
+    I = weights.w_ih.shape[1]
     S, cell, n = problem.cell.S, problem.cell.run, 1 if problem.cell.phases is None else 2
     dtype = weights.w_ih.dtype
     order = choose_layout(cell, math.inf, B, H, I + P, dtype)

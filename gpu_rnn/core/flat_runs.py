@@ -37,7 +37,7 @@ class FlatRuns:
             flat += state
         return flat
 
-    def split(self, flat: Sequence[Any]) -> list[list[Any]]:
+    def split(self, flat: Sequence[Any]) -> list[Sequence[Any]]:
         """The entries of each run; that of x is None in a stack's upper layers."""
         if not self.linked:
             return chunks(flat, self.n)

@@ -39,7 +39,7 @@ def validate(
         problem = problem or this
     assert problem is not None
     n = len(runs)
-    return problem if n == 1 else replace(problem, **({"layers": n} if linked else {"directions": n}))
+    return replace(problem, layers=n) if linked else problem if n == 1 else replace(problem, directions=n)
 
 
 def signatures_of(name: str, run: Run) -> list[Signature | None]:

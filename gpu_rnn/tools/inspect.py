@@ -157,11 +157,11 @@ def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
 def inspect_function(function: Callable, *args: Any, **kwargs: Any) -> Inspection:
     bound = signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    args = bound.arguments
-    cell = get(cell_name(function, args))
-    weights = Weights(*(args.get(field) for field in Weights._fields))
-    initial = [args[letter + "0"] for letter in cell.states]
-    return Inspection(cell, ("",), run_recorded(cell.name, Run(args["x"], weights, initial, args["reverse"])))
+    values = bound.arguments
+    cell = get(cell_name(function, values))
+    weights = Weights(*(values.get(field) for field in Weights._fields))
+    initial = [values[letter + "0"] for letter in cell.states]
+    return Inspection(cell, ("",), run_recorded(cell.name, Run(values["x"], weights, initial, values["reverse"])))
 
 
 def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
