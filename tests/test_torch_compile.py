@@ -427,7 +427,7 @@ def test_the_operators_are_differentiated_twice_by_torch_func_and_autograd_alike
     for save in (True, False):
 
         def run(x, save=save):
-            options = "w_ih w_hh b_ih b_hh", [0], "auto", None, False, False, save
+            options = "w_ih w_hh b_ih b_hh", [0], False, "auto", None, False, False, save
             return torch.ops.gpu_rnn.forward("gru", [x, *weights, zeros], *options)[0].square().sum()
 
         def squared(x, run=run):

@@ -63,7 +63,7 @@ def backward(
     needs: Sequence[Needs],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`Backend.backward`, which recomputes what a run saved where that is empty."""
-    if not saved[0]:
+    if len(saved[0]) < 2:  # nothing, or y alone
         results = backend.forward(problem.variant(training=True, history=False), runs)
         saved = [(result.y, *result.saved) for result in results]
     return backend.backward(problem, runs, saved, grads, needs)
