@@ -45,12 +45,12 @@ def forgotten(monkeypatch):
 
 @pytest.fixture
 def mgu(tmp_path, monkeypatch):
-    """The cell "mgu", a page where pages stand."""
+    """The cell "mgu", defined in the folder of cell definitions."""
     (tmp_path / "mgu.py").write_text(custom_cells.PAGE)
     monkeypatch.setattr(cells, "__path__", [*cells.__path__, str(tmp_path)])
-    monkeypatch.setattr(cells, "NAMES", (*cells.NAMES, "mgu"))
-    cells.get.cache_clear()
     importlib.invalidate_caches()
+    monkeypatch.setattr(cells, "MODULES", cells.definitions())
+    cells.get.cache_clear()
     yield cells.get("mgu")
     cells.get.cache_clear()
     sys.modules.pop(f"{cells.__name__}.mgu")

@@ -1,34 +1,40 @@
-"""The cells: one page of mathematics each.
+"""The cell definitions: the mathematics of each cell, once.
 
-A page is a module of this folder with
+A cell definition is a module of this folder with
 
-    GATES, STATES           one letter each; the first state is h, the one that meets the recurrent weights
-    step(x, h, state)       -> new states, what the gradient needs
+    GATES, STATES           one letter each; the first state is h, which the recurrent weights are applied to
+    step(x, h, state)       -> new states, values saved for grad
     grad(dnew, new, state, saved)
-                            -> gradient of x, of h, of state
+                            -> gradients of x, of h, of state
 
-where every argument is a tuple over gates or states and every element stands for one unit of one batch row (or an
-array or tile of them). Who drives time, memory and hardware takes the page as a parameter: a module put here is found
-by name, and every backend runs it at once.
+Every argument is a tuple over gates or states: x the input projection and h the recurrent projection of each gate,
+state the states before the time step. An element stands for one hidden unit of one sequence, or for an array or tile of
+them. The time loop, memory and hardware are the backends' part, which take the definition as a parameter: a module put
+here is found by its name, and every backend runs it. A module of several cells has CELLS, {name: (step, grad)}.
 
-A page may name its CANDIDATE, the gate whose activation is what is written into the state. It may have weights of its
-own, one per unit: with UNITS, a tuple of their names, step takes a fourth argument, and
-grad, which then gives a fourth group, a fifth. A page without grad gives the new states alone and gets its gradient by
-`derive`.
+Optional are
 
-Every cell also has variants, in which states are reset, held or mixed from one instant to the next: `weave.py`. Their
-names are the cell's with what is woven in, as in "lstm+reset+zoneout(0.1,0.05)".
+    CANDIDATE               the gate whose activation is written into the state
+    UNITS                   names of trainable values, one per hidden unit each: step takes a fourth argument, grad a
+                            fifth, and grad returns a fourth tuple, their gradients
+    VARIANTS, variant(...)  names of variants, and what defines the cell with some of them
+    TOGETHER                gates that layer normalization takes together
 
-A page may also show the recurrent weights a value of its own, by `recurrent(gate, value)`. It has a step alone, and its
-instant takes two products: kernels then run another cell, in two instants for each (`phases.py`).
+Without grad, step returns the new states alone, and the gradient is derived (`autodiff.derive`). A definition may apply
+the recurrent weights to a value of its own, by `recurrent(gate, value)`. It has no grad then, each of its time steps
+takes two matmuls, and kernels run a lowered cell, which takes two steps for each (`two_pass.py`).
 
-A page that stands elsewhere is made a cell by `made` and found by its name after `define`.
+Modifiers reset, hold or mix the states of any cell from one time step to the next (`modifiers.py`). The name of a
+modified cell lists them, as in "lstm+reset+zoneout(0.1,0.05)".
+
+A cell defined elsewhere is made by `made`, and found by its name after `define`.
 """
 
 import importlib
 import pkgutil
 from dataclasses import replace
 from functools import cache
+from types import ModuleType
 
 from ..cell import Cell as Cell
 from ..cell import activation as activation
@@ -42,32 +48,45 @@ from ..cell import step_graph as step_graph
 from ..emit import assignments
 from ..modifiers import Option, named, read, woven
 
-NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-DEFINED: dict[str, "Cell"] = {}  # of pages from elsewhere
+DEFINED: dict[str, "Cell"] = {}  # elsewhere
+
+
+def definitions() -> dict[str, ModuleType]:
+    """{name of a cell of this folder: its module}."""
+    stems = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = {stem: importlib.import_module(f"{__name__}.{stem}") for stem in stems}
+    return {name: module for stem, module in modules.items() for name in getattr(module, "CELLS", [stem])}
+
+
+MODULES = definitions()
+NAMES = tuple(sorted(MODULES))
 
 
 @cache
 def get(name: str) -> Cell:
-    """The cell of that name, or a ValueError that names them all."""
+    """Return the cell of that name, modifiers included. ValueError, with all names, for an unknown one."""
     base, *parts = name.split("+")
-    if base not in NAMES and base not in DEFINED:
+    if base not in MODULES and base not in DEFINED:
         raise ValueError(f"unknown cell {base!r}; there are {', '.join((*NAMES, *DEFINED))}")
     if name in DEFINED:
         return DEFINED[name]
     options, own = read(parts), {}
     if base not in DEFINED:
-        page = importlib.import_module(f"{__name__}.{base}")
+        module = MODULES[base]
+        candidate = getattr(module, "CANDIDATE", "")
         if not parts:
-            grad, units = getattr(page, "grad", None), getattr(page, "UNITS", ())
-            cell = made(name, page.GATES, page.STATES, page.step, grad, units)
-            return replace(cell, candidate=getattr(page, "CANDIDATE", ""))
-        own = {word: options.pop(word) for word in getattr(page, "VARIANTS", ()) if word in options}
+            step, grad = (
+                module.CELLS[base] if hasattr(module, "CELLS") else (module.step, getattr(module, "grad", None))
+            )
+            cell = made(name, module.GATES, module.STATES, step, grad, getattr(module, "UNITS", ()))
+            return replace(cell, candidate=candidate)
+        own = {word: options.pop(word) for word in getattr(module, "VARIANTS", ()) if word in options}
     if own:
-        gates, units, step, *others = page.variant(**own)
-        (states,) = others or (page.STATES,)
-        cell = replace(made(name, gates, states, step, None, units), candidate=getattr(page, "CANDIDATE", ""))
+        gates, units, step, *others = module.variant(**own)
+        (states,) = others or (module.STATES,)
+        cell = replace(made(name, gates, states, step, None, units), candidate=candidate)
         if "norm" in own:
-            groups = ("".join(gate for gate in group if gate in gates) for group in page.TOGETHER)
+            groups = ("".join(gate for gate in group if gate in gates) for group in module.TOGETHER)
             cell = replace(cell, together=tuple(groups))
     else:
         cell = get(base)
@@ -75,11 +94,11 @@ def get(name: str) -> Cell:
 
 
 def define(cell: Cell) -> Cell:
-    """Have a cell of a page from elsewhere found by its name -> the cell, perhaps under a name with a number.
+    """Register a cell defined elsewhere, to be found by its name. Return the registered cell.
 
-    A name keeps its page: another page gets "mgu#2", so that layers and compiled programs with the one before stay what
-    they are. The same page again is the cell that is there already. ValueError for a name that isn't an identifier, or
-    that of a page in this folder.
+    A name keeps its definition: a different one gets "mgu#2", so that layers and compiled programs with the one before
+    stay what they are. An equal definition returns the cell that is registered already. ValueError for a name that
+    isn't an identifier, or that of a cell in this folder.
     """
     if not all(map(str.isidentifier, cell.name.split("."))) or cell.name.lower() in NAMES:
         raise ValueError(f"a cell can't be named {cell.name!r}; it takes an identifier, and not {', '.join(NAMES)}")
@@ -91,20 +110,20 @@ def define(cell: Cell) -> Cell:
 
 
 def written(cell: Cell) -> tuple:
-    """All that a page says."""
+    """All that a cell definition says, to compare by."""
     code = (assignments(graph, repr) for graph in (step_graph(cell.run), grad_graph(cell.run)))
     return cell.gates, cell.states, cell.units, *code
 
 
 def weave(cell: Cell, **options: Option) -> Cell:
-    """The cell with any of its page's own variants, and of
+    """Return the cell with any of its own variants, and of these modifiers:
 
-    reset    a flag by which states are replaced before the instant: by zero, or by one `given` for every unit
-    given    (with reset)
-    hold     a flag by which an instant leaves the states as they are
-    dropout  a factor for what the recurrent weights see of h
-    candidate  a factor for what the page writes into the state, in the place of that
-    zoneout  a probability per state by which it stays what it was; with `mean` by so much, as after training
-    mean     (with zoneout)
+    reset      a flag by which states are replaced before the time step: by zero, or by values `given` for every unit
+    given      (with reset)
+    hold       a flag by which a time step leaves the states as they are
+    dropout    a factor of h where the recurrent weights are applied to it
+    candidate  a factor of what is written into the state, instead of that of h
+    zoneout    a probability per state that it stays what it was; with `mean` its expectation, as after training
+    mean       (with zoneout)
     """
     return get("+".join([cell.name, *(named(word, value) for word, value in sorted(options.items()) if value)]))
