@@ -27,27 +27,28 @@ PROBLEMS = [  # cell, dtype, H, B
 Problem = tuple[str, str, int, int]
 
 
-def plans() -> Iterator[tuple[Problem, persistent.Residence]]:
+def plans() -> Iterator[tuple[Problem, persistent.PersistentConfig]]:
     """The most promising ones of each scope, forward and backward, in the order of the problems."""
     on = cuda.device()
     for problem in PROBLEMS:
         name, dtype, H, B = problem
         cell = cells.get(name)
         for backward in (False, True):
-            element, means = persistent.element(cell, backward=backward), persistent.meetings(cell, backward=backward)
-            cost = cell.G, element, persistent.SIZES[dtype], False, means
+            cost = persistent.cell_cost(cell, dtype, backward=backward)
             for scope in on.scopes:
                 found = persistent.candidates(scope, backward, cost, H, B, on)
-                best = sorted(found, key=lambda plan: plan.waves * plan.launches * plan.microseconds)
+                best = sorted(found, key=lambda plan: plan.waves * plan.launches * plan.predicted_us)
                 yield from ((problem, plan) for plan in best[:MOST])
 
 
 def units() -> list[Unit]:
     """What all of them compile."""
-    return list(dict.fromkeys(persistent.compiled(plan, cells.get(name), dtype) for (name, dtype, *_), plan in plans()))
+    return list(
+        dict.fromkeys(persistent.translation_unit(plan, cells.get(name), dtype) for (name, dtype, *_), plan in plans())
+    )
 
 
-def measure(problem: Problem, plan: persistent.Residence) -> float:
+def measure(problem: Problem, plan: persistent.PersistentConfig) -> float:
     """Microseconds of a step."""
     import torch
 
@@ -78,7 +79,7 @@ def run(emit: Callable[[dict[str, Any]], None], done: list[str]) -> None:
 
     with cuda.stream_of(torch.empty(1, device="cuda")):
         for problem, plan in plans():
-            line = {"problem": problem, "plan": asdict(plan), "predicted": plan.microseconds, "measured": None}
+            line = {"problem": problem, "plan": asdict(plan), "predicted": plan.predicted_us, "measured": None}
             if (name := key(line)) in done:
                 continue
             emit({"begin": name, **line})  # a plan without a time is where it hung
@@ -87,7 +88,7 @@ def run(emit: Callable[[dict[str, Any]], None], done: list[str]) -> None:
                 {"name": name, "outcome": "passed"},
             )
             try:
-                count, why = persistent.holds(plan, cuda.device(), held)
+                count, why = persistent.check_occupancy(plan, cuda.device(), held)
                 took = None if why else measure(problem, plan)
                 emit({**line, **outcome, "measured": took, "note": why, "held": count})
             except Exception as error:  # of one plan; after a trap all later calls fail, and a new process goes on
@@ -112,7 +113,7 @@ def table(path: Path) -> list[str]:
         plan = line["plan"]
         took = f"{line['measured']:6.2f}" if line["measured"] else "  -   "
         shape = "{scope:7} {blocks:3} x {threads:3}, {elements} each, k {k_splits} {k_registers:2}+{k_shared:2}, "
-        shape = (shape + "rows {rows:2}, pieces {pieces}").format(**plan)
+        shape = (shape + "rows {rows:2}, chunks {k_chunks}").format(**plan)
         name = "{} {} H={} B={}".format(*line["problem"]) + (" backward" if plan["backward"] else " forward")
         lines.append(f"{name:35} {shape}: {took} us, predicted {line['predicted']:.2f} {line.get('note') or ''}")
     return lines

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from gpu_rnn import cells
 from gpu_rnn.core.arrays import operations
 from gpu_rnn.kernels import cells as definitions
-from gpu_rnn.kernels.mathematics import PRODUCT
+from gpu_rnn.kernels.mathematics import RECURRENT_MATMUL
 
 from .results import describe
 
@@ -55,7 +55,7 @@ def compiled_loop(name: str, H: int) -> Callable:
             return linear(value, *blocks[int(g)])
 
         h = dict(zip(read, linear(state[0], *joined).split(H, -1))) if read else {}
-        return graph.run({**known, PRODUCT: recurrent}, x=x.split(H, -1), h=h, state=state, extra=units)[0]
+        return graph.run({**known, RECURRENT_MATMUL: recurrent}, x=x.split(H, -1), h=h, state=state, extra=units)[0]
 
     def run(x: Any) -> Any:
         given, state, y = layer.function_arguments(), (x.new_zeros(x.shape[1], H),) * cell.S, []

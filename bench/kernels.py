@@ -63,7 +63,7 @@ class KernelOnly:
         plan = None if self.part == "step" else self.persistent(case)[0]
         return plan.scope if plan else "stepwise"
 
-    def persistent(self, case: Case) -> tuple[persistent.Residence | None, Any]:
+    def persistent(self, case: Case) -> tuple[persistent.PersistentConfig | None, Any]:
         at = self.context()
         return cuda.persistent_config(case.problem(tf32(case)), at.device, self.backward, at.held)
 
@@ -144,8 +144,8 @@ def launch_plan(
     """A function that launches a persistent kernel over a sequence, on these arrays, with nothing else in Python."""
     step = plan.exchange_bytes(T)
     exchange = arrays.zeros((max(1, plan.launches * step),), like=like, dtype="uint8")
-    words = persistent.words([persistent.Member(arrays.pointers(args, like), reverse=False)])
-    launches = list(map(run, persistent.sequence(plan, cell, dtype, T, B, H, 1, save=save, only=only)))
+    words = persistent.kernel_params([persistent.Instance(arrays.pointers(args, like), reverse=False)])
+    launches = list(map(run, persistent.launches(plan, cell, dtype, T, B, H, 1, save=save, only=only)))
 
     def launch(alive: Any = args) -> None:  # the launches have addresses and keep nothing alive
         exchange.zero_()  # or the last call's stamps would let every block pass
@@ -163,7 +163,9 @@ def units(case: Case, names: Sequence[str]) -> set[Unit]:
     for backend, way, part in (problems.KERNELS[name] for name in names if name in problems.KERNELS):
         plan, _ = cuda.persistent_config(problem, cuda.device(), way == "backward")
         if backend == "cuda" and part != "step" and plan is not None:
-            compiled.add(persistent.compiled(plan, problem.cell, problem.dtype, None if part == "sequence" else part))
+            compiled.add(
+                persistent.translation_unit(plan, problem.cell, problem.dtype, None if part == "sequence" else part)
+            )
     return compiled
 
 

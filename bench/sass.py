@@ -169,7 +169,7 @@ class Kernel(NamedTuple):
         return "{} {} H={} {}".format(*self.key)
 
     @property
-    def plan(self) -> persistent.Residence:
+    def plan(self) -> persistent.PersistentConfig:
         problem = Problem(cells.get(self.cell), T, B, self.H, self.H, None, self.dtype, "cuda", "torch", tf32=True)
         plan, why = cuda.persistent_config(problem, DEVICE, self.backward)
         if plan is None:
@@ -177,8 +177,8 @@ class Kernel(NamedTuple):
         return plan
 
     def compiled(self) -> tuple[nvrtc.Resources, MachineCode]:
-        source, options = cuda.text(persistent.compiled(self.plan, cells.get(self.cell), self.dtype))
-        cubin, name = nvrtc.compile(source, ARCHITECTURE, options), persistent.name(self.plan)
+        source, options = cuda.text(persistent.translation_unit(self.plan, cells.get(self.cell), self.dtype))
+        cubin, name = nvrtc.compile(source, ARCHITECTURE, options), persistent.kernel_name(self.plan)
         return nvrtc.resources(cubin)[name], MachineCode(nvrtc.sass(cubin)[name])
 
 
@@ -190,9 +190,9 @@ def of_elements(one: Instruction) -> bool:
     return one.base in ("MUFU", "FMUL") or (one.base == "STG" and not one.shared)
 
 
-def paths(plan: persistent.Residence, code: MachineCode) -> list[list[Instruction]]:
+def paths(plan: persistent.PersistentConfig, code: MachineCode) -> list[list[Instruction]]:
     """What each warp of a block executes in a time step."""
-    words = plan.exchanged // 16 // plan.blocks if plan.scope == "grid" else plan.threads
+    words = plan.round_bytes // 16 // plan.blocks if plan.scope == "grid" else plan.threads
 
     @cache
     def path(elements: bool, publishes: bool) -> list[Instruction]:
@@ -223,11 +223,11 @@ def row(kernel: Kernel) -> Row:
         "scope": plan.scope, "blocks": str(plan.blocks), "threads": str(plan.threads),
         "registers": str(used.registers), "spills": str(used.spills),
         **{kind: str(count[kind]) for kind in CLASSES}, "issued": str(len(issued)),
-        "floor_us": f"{bound:.3f}", "predicted_us": f"{plan.microseconds:.3f}",
-        "predicted_of_floor": f"{plan.microseconds / bound:.2f}",
+        "floor_us": f"{bound:.3f}", "predicted_us": f"{plan.predicted_us:.3f}",
+        "predicted_of_floor": f"{plan.predicted_us / bound:.2f}",
         "measured_us": f"{took:.3f}" if took else "",
         "measured_of_floor": f"{took / bound:.2f}" if took else "",
-        "measured_of_predicted": f"{took / plan.microseconds:.2f}" if took else "",
+        "measured_of_predicted": f"{took / plan.predicted_us:.2f}" if took else "",
         "nvrtc": nvrtc.version(),
     }  # fmt: skip
 

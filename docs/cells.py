@@ -48,7 +48,7 @@ def table() -> str:
         cls = getattr(cells, name)
         cell = definitions.get(cls.cell_name)
         count = sum(parameter.numel() for parameter in cls(int(first["I"]), int(first["H"])).parameters())
-        matmuls = "2" if cell.phases else "1" if definitions.reads(cell)["h"] else "0"
+        matmuls = "2" if cell.lowered else "1" if definitions.reads(cell)["h"] else "0"
         line = [f"[{name}](#{name.lower()})", f"{count:,}", ", ".join(cell.states), matmuls]
         for by_cell in found.values():
             line.append(" / ".join(by_cell[name]["native"][mode] for mode in MODES))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 
 from .core.optional_imports import require
 from .core.problem import Weights
@@ -133,7 +133,7 @@ def page(name: str, found: Found, given: dict[str, Any]) -> str:
             + f", with H = units = {H}"
             * ("units" in found.config)
         )
-    return weave(cells.get(cell), before=found.cell == "GRU" and not config["reset_after"]).name
+    return apply_modifiers(cells.get(cell), before=found.cell == "GRU" and not config["reset_after"]).name
 
 
 # ---- to Keras -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 
 from .core.optional_imports import require
 from .core.problem import Weights
@@ -162,7 +162,7 @@ def read_layer(node: Node) -> Layer:
     dtypes = {slot: array.dtype.name for slot, array in every.items()}
     if len(set(dtypes.values())) > 1 or dtypes["W"] not in (*DTYPES, "bfloat16"):
         raise ValueError(f"{what} has {dtypes}; all must be alike, and one of {', '.join(DTYPES)}")
-    page = weave(
+    page = apply_modifiers(
         cells.get(cell), coupled=node.get("input_forget", "INT", 0) != 0, peephole="P" in arrays,
         before=op == "GRU" and node.get("linear_before_reset", "INT", 0) == 0,
     )  # fmt: skip
@@ -174,8 +174,8 @@ def read_layer(node: Node) -> Layer:
     for d in range(D):
         biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
         w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
-        if page.units:
-            w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.units)).reshape(-1, 1, H))
+        if page.per_unit_params:
+            w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.per_unit_params)).reshape(-1, 1, H))
         units.append(w)
     return Layer(page.name, direction, layout, tuple(units), states, lost)
 

@@ -1,15 +1,14 @@
-"""The gradient of a page, from its step alone: reverse mode on the page's graph.
+"""Reverse-mode differentiation of a cell definition that has a step alone, on its graph.
 
-A value that meets the gradient is taken from the states after the instant where it is one of them, computed again where
-the states before, and what is saved anyway, give it; only what is left is saved. For the LSTM that are its four gates,
-which is what the page written by hand saves.
+A value that the gradient reads is one of the states after the time step, or recomputed from the states before and from
+saved values; only the others are saved. For the LSTM these are its four gates, as in its definition written by hand.
 
-What is saved may be rounded to halves, and of differences of such values even the sign would be another. So what was
-decided by a sign, as which of two is the larger, is decided once and saved.
+Saved values may be rounded to half precision, and their differences could have another sign. So what a sign decides, as
+which of two values is the larger, is decided once and saved.
 
-A mean is what units wait for, so what follows from one is saved; a mean of what is there is taken again only where the
-gradient has to wait for means anyway. Its own means are pulled apart until they wait for each other as little as can be
-(`averaged`).
+A mean is a reduction that kernels wait for, so what follows from one is saved; a mean is recomputed only where the
+gradient has reductions anyway. The gradient's own means are rewritten until they wait for each other as little as can
+be (`push_mean_inside`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +18,17 @@ from math import prod
 from operator import add
 
 from . import mathematics
-from .trace import Graph, Symbol, ascending, operands, operated, trace
+from .trace import Graph, Symbol, ascending, is_op, operands, trace
 
-MOST_TERMS = 24  # of a mean that is pulled apart; of more, each round of a long loop would have as many again
+MAX_TERMS = 24  # of a mean; with more, each round of a long loop would multiply their number
 
-# Gradient d of a result y of operands a, b, ... -> gradients of the operands; None where there is none.
-PULL: dict[str, Callable] = {
+# (gradient d of a result y, y, its operands) -> gradients of the operands, None where there is none.
+VJP_RULES: dict[str, Callable] = {
     "add": lambda d, y, a, b: (d, d),
     "subtract": lambda d, y, a, b: (d, -d),
     "multiply": lambda d, y, a, b: (d * b, d * a),
     "divide": lambda d, y, a, b: (d / b, -(d / b * y)),
-    "maximum": lambda d, y, a, b: (d * above(y, b), d * (1 - above(y, b))),
+    "maximum": lambda d, y, a, b: (d * greater_mask(y, b), d * (1 - greater_mask(y, b))),
     "negative": lambda d, y, a: (-d,),
     "sigmoid": lambda d, y, a: (d * (y * (1 - y)),),
     "tanh": lambda d, y, a: (d * (1 - y * y),),
@@ -40,125 +39,125 @@ PULL: dict[str, Callable] = {
     "where": lambda d, y, c, a, b: (None, mathematics.where(c, d, 0.0), mathematics.where(c, 0.0, d)),
 }
 
-# What the operations are, on arrays and on symbols alike.
+# The operations, on arrays or on symbols.
 OPERATIONS: dict[str, Callable] = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
     "negative": lambda a: -a,
-    mathematics.PRODUCT: lambda value, gate: mathematics.recurrent(int(gate), value),
+    mathematics.RECURRENT_MATMUL: lambda value, gate: mathematics.recurrent(int(gate), value),
     **{name: getattr(mathematics, name) for name in ("maximum", "sigmoid", "tanh", "exp", "log", "rsqrt")},
     **{name: getattr(mathematics, name) for name in ("positive", "where", "mean")},
 }
 
 
-def above(y: Symbol, b: Symbol) -> Symbol:
-    """1 where y = max(a, b) is a and not b; where both are equal the gradient is b's, and a's where y is NaN."""
+def greater_mask(y: Symbol, b: Symbol) -> Symbol:
+    """Return 1 where y = max(a, b) is a and not b; where they are equal the gradient is b's, where y is NaN a's."""
     return mathematics.positive(y if b is y.graph.symbol(0.0) else y - b)
 
 
-def derive(step: Callable, gates: int, states: int, extra: int = 0, learned: int = 0) -> tuple[Callable, Callable]:
-    """-> step and grad of a page whose step gives the new states; what it gives beside them is not looked at.
+def derive(step: Callable, gates: int, states: int, extra: int = 0, trainable: int = 0) -> tuple[Callable, Callable]:
+    """Return step and grad of a cell whose step returns the new states; saved values of its own are ignored.
 
-    With `extra` values the page takes a fourth argument, and grad a fifth; grad then gives a fourth group, the
-    gradients of the first `learned` of them.
+    With `extra` values step takes a fourth argument and grad a fifth; grad then returns a fourth group, the gradients
+    of the first `trainable` of them.
     """
     sizes = {"x": gates, "h": gates, "state": states} | ({"extra": extra} if extra else {})
-    graph = trace(lambda *given: (new_states(step(*given), states),), **sizes)
+    graph = trace(lambda *args: (new_states(step(*args), states),), **sizes)
     (new,), order = graph.outputs, list(graph.nodes.values())
-    wanted = pulled(graph, sizes | ({"extra": learned} if extra else {}))
-    order += [node for node in graph.nodes.values() if node.op == "positive" and node not in order]  # of `above`
-    read = met(wanted, set(order))
-    saved, again = to_save(order, new, read), frozenset[Symbol]()
-    backward = looking_back(wanted, new, saved)
+    gradients = vjp(graph, sizes | ({"extra": trainable} if extra else {}))
+    order += [node for node in graph.nodes.values() if node.op == "positive" and node not in order]  # of greater_mask
+    read = used_values(gradients, set(order))
+    saved, again = choose_saved_values(order, new, read), frozenset[Symbol]()
+    backward = build_backward_graph(gradients, new, saved)
     for mean in (node for node in order if node.op == "mean"):
-        fewer = to_save(order, new, read, again | {mean})
-        if len(fewer) < len(saved) and depth(instead := looking_back(wanted, new, fewer)) <= depth(backward):
+        fewer = choose_saved_values(order, new, read, again | {mean})
+        if len(fewer) < len(saved) and depth(instead := build_backward_graph(gradients, new, fewer)) <= depth(backward):
             saved, again, backward = fewer, again | {mean}, instead
 
     forward = Graph()
     known: dict[Symbol, Symbol] = {}
     forward.outputs = tuple(tuple(forward.image(value, known) for value in group) for group in (new, saved))
     more = ("extra",) if extra else ()
-    return playing(forward, "x", "h", "state", *more), playing(backward, "dnew", "new", "state", "saved", *more)
+    return as_function(forward, "x", "h", "state", *more), as_function(backward, "dnew", "new", "state", "saved", *more)
 
 
-def looking_back(wanted: tuple, new: tuple[Symbol, ...], saved: tuple[Symbol, ...]) -> Graph:
-    """The gradient's graph, from what is saved and the states after."""
+def build_backward_graph(gradients: tuple, new: tuple[Symbol, ...], saved: tuple[Symbol, ...]) -> Graph:
+    """Return the graph of the gradients, as functions of saved values and of the states after the time step."""
     backward = Graph()
     known = {value: backward.node("input", "saved", k) for k, value in enumerate(saved)}
     for k, value in enumerate(new):
-        if operated(value):
+        if is_op(value):
             known.setdefault(value, backward.node("input", "new", k))
-    backward.outputs = tuple(tuple(backward.image(value, known) for value in group) for group in wanted)
+    backward.outputs = tuple(tuple(backward.image(value, known) for value in group) for group in gradients)
     return backward
 
 
 def depth(graph: Graph) -> int:
-    """How many means wait for one another."""
+    """Return the number of reductions one after the other."""
     return max(value.level for group in graph.outputs for value in group)
 
 
 def new_states(outputs: tuple, states: int) -> tuple:
-    """Of a step that gives (new, saved), or new alone."""
+    """Return the new states of a step that returns (new, saved), or new alone."""
     new = tuple(outputs[0] if len(outputs) == 2 and isinstance(outputs[0], (tuple, list)) else outputs)
     if len(new) != states:
-        raise ValueError(f"step gives {len(new)} new states; the page has {states}")
+        raise ValueError(f"step gives {len(new)} new states; the cell has {states}")
     return new
 
 
-def pullback(graph: Graph, sizes: Mapping[str, int]) -> Graph:
-    """The gradient of a graph whose one group of outputs is linear in what has a gradient: it needs none of it."""
+def linear_vjp(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """Return the vector-Jacobian product of a graph whose outputs are linear in the inputs with gradients."""
     copy = graph.pruned()
-    copy.outputs = pulled(copy, sizes)
+    copy.outputs = vjp(copy, sizes)
     return copy.pruned()
 
 
-def pulled(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Symbol, ...], ...]:
-    """The gradients of the inputs, given those of the outputs: inputs named "dnew". Added to the graph."""
+def vjp(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Symbol, ...], ...]:
+    """Return the gradients of the inputs, from those of the outputs, inputs "dnew". They are added to the graph."""
     gradients: dict[Symbol, Symbol] = {}
 
-    def arrive(value: Symbol, d: Symbol) -> None:
+    def accumulate(value: Symbol, d: Symbol) -> None:
         gradients[value] = gradients[value] + d if value in gradients else d
 
     order, (outputs,) = list(graph.nodes.values()), graph.outputs
-    waiting = dict.fromkeys(order, False)  # for means that aren't the page's
+    waiting = dict.fromkeys(order, False)  # by value, whether it depends on means that aren't the cell's
 
-    def waits(value: Symbol) -> bool:
+    def depends_on_reduction(value: Symbol) -> bool:
         for each in ascending([value], lambda symbol: () if symbol in waiting else operands(symbol)):
             if each not in waiting:
                 waiting[each] = each.op == "mean" or any(waiting[operand] for operand in operands(each))
         return waiting[value]
 
     for k, value in enumerate(outputs):
-        arrive(value, graph.node("input", "dnew", k))
+        accumulate(value, graph.node("input", "dnew", k))
     for node in reversed(order):
-        if node in gradients and operated(node):
+        if node in gradients and is_op(node):
             if node.op == "mean":
-                pulls = (averaged(gradients[node], waits),)
+                pulls = (push_mean_inside(gradients[node], depends_on_reduction),)
             else:
-                pulls = PULL[node.op](gradients[node], node, *node.operands)
+                pulls = VJP_RULES[node.op](gradients[node], node, *node.operands)
             for operand, d in zip(node.operands, pulls, strict=True):
                 if d is not None and operand.op != "constant":
-                    arrive(operand, d)
+                    accumulate(operand, d)
     inputs = {name: [graph.node("input", name, k) for k in range(n)] for name, n in sizes.items()}
     return tuple(tuple(gradients.get(v, graph.symbol(0.0)) for v in group) for group in inputs.values())
 
 
-def averaged(d: Symbol, waits: Callable[[Symbol], bool]) -> Symbol:
-    """The mean of d: what is the same for all units stands before a mean, and that of a sum is the sum of means.
+def push_mean_inside(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]) -> Symbol:
+    """Return the mean of d: factors that are the same for all units stand outside, the mean of a sum is a sum of means.
 
-    So a mean waits for others only where d isn't linear in them. `waits` for them is what isn't the page's own.
+    So a mean depends on others only where d isn't linear in them.
     """
     uniform: list[Symbol] = []
     while d.op == "multiply" and any(operand.uniform for operand in d.operands):
         a, b = d.operands
         uniform, d = ([*uniform, a], b) if a.uniform else ([*uniform, b], a)
     sums: dict[Symbol, Symbol] = {}
-    for factor, value in terms(d, waits):
+    for factor, value in as_sum_of_products(d, depends_on_reduction):
         sums[factor] = sums[factor] + value if factor in sums else value
-    means = [times(factor, mathematics.mean(value)) for factor, value in sums.items() if not is_centred(value)]
+    means = [mul(factor, mathematics.mean(value)) for factor, value in sums.items() if not has_zero_mean(value)]
     return reduce(lambda found, factor: factor * found, reversed(uniform), sum_of(means, d.graph))
 
 
@@ -169,24 +168,25 @@ def sum_of(values: list[Symbol], graph: Graph) -> Symbol:
 Terms = list[tuple[Symbol, Symbol]]
 
 
-def terms(d: Symbol, waits: Callable[[Symbol], bool]) -> Terms:
-    """d as a sum of products, each of what is the same for all units and what doesn't wait, as far as it is one."""
+def as_sum_of_products(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]) -> Terms:
+    """Return d as a sum of (factor, value), as far as it is one: a factor is the same for all units, a value depends on
+    no reduction."""
     one = d.graph.symbol(1.0)
     found: dict[Symbol, Terms] = {}
 
     def summed(symbol: Symbol) -> Sequence[Symbol]:
-        """The operands that a symbol's terms follow from."""
-        if symbol.uniform or not waits(symbol):
+        """The operands whose terms a symbol's terms follow from."""
+        if symbol.uniform or not depends_on_reduction(symbol):
             return ()
         if symbol.op in ("add", "subtract", "multiply", "negative"):
             return symbol.operands
-        return symbol.operands[1:] if symbol.op == "where" and not waits(symbol.operands[0]) else ()
+        return symbol.operands[1:] if symbol.op == "where" and not depends_on_reduction(symbol.operands[0]) else ()
 
     for symbol in ascending([d], summed):
-        alone = (symbol, one) if symbol.uniform and waits(symbol) else (one, symbol)
+        alone = (symbol, one) if symbol.uniform and depends_on_reduction(symbol) else (one, symbol)
         parts = [found[operand] for operand in summed(symbol)]
         sizes = [len(part) for part in parts]
-        many = (prod if symbol.op == "multiply" else sum)(sizes) > MOST_TERMS
+        many = (prod if symbol.op == "multiply" else sum)(sizes) > MAX_TERMS
         found[symbol] = combined(symbol, parts) if parts and not many else [alone]
     return found[d]
 
@@ -195,7 +195,7 @@ def combined(symbol: Symbol, parts: list[Terms]) -> Terms:
     """The terms of an operation, from those of its operands."""
     if symbol.op == "multiply":
         a, b = parts
-        return [(times(f, g), times(v, w)) for f, v in a for g, w in b]
+        return [(mul(f, g), mul(v, w)) for f, v in a for g, w in b]
     if symbol.op == "where":
         condition, (a, b) = symbol.operands[0], parts
         taken = [(factor, mathematics.where(condition, value, 0.0)) for factor, value in a]
@@ -204,13 +204,13 @@ def combined(symbol: Symbol, parts: list[Terms]) -> Terms:
     return [*chain(*first), *((factor, value if symbol.op == "add" else -value) for factor, value in last)]
 
 
-def times(a: Symbol, b: Symbol) -> Symbol:
+def mul(a: Symbol, b: Symbol) -> Symbol:
     one = a.graph.symbol(1.0)
     return b if a is one else a if b is one else a * b
 
 
-def is_centred(value: Symbol) -> bool:
-    """Whether it is what it is less its mean, or sums of such: its mean is zero."""
+def has_zero_mean(value: Symbol) -> bool:
+    """Whether it is a value less its own mean, or a sum of such."""
     summed = ascending([value], lambda symbol: symbol.operands if symbol.op in ("add", "negative") else ())
     return all(
         symbol.op in ("add", "negative")
@@ -219,48 +219,48 @@ def is_centred(value: Symbol) -> bool:
     )
 
 
-def met(wanted: tuple, page: set[Symbol]) -> set[Symbol]:
-    """The page's own values that the gradient's formulas read."""
-    found, waiting = set(), [value for group in wanted for value in group]
+def used_values(gradients: tuple, values: set[Symbol]) -> set[Symbol]:
+    """Return the cell's values that the gradients read."""
+    found, waiting = set(), [value for group in gradients for value in group]
     seen = set(waiting)
     while waiting:
         value = waiting.pop()
-        if value in page:
+        if value in values:
             found.add(value)
-        elif operated(value):
+        elif is_op(value):
             waiting += (fresh := [operand for operand in value.operands if operand not in seen])
             seen |= set(fresh)
     return found
 
 
-def to_save(
+def choose_saved_values(
     order: list[Symbol], new: tuple[Symbol, ...], read: set[Symbol], again: frozenset[Symbol] = frozenset()
 ) -> tuple[Symbol, ...]:
-    """Those of the values read that nothing else gives; of means, only those in `again` are taken again."""
+    """Return the values read that can't be recomputed; of means, those in `again` are recomputed."""
     saved: list[Symbol] = []
     deciding = {value.operands[0] for value in order if value.op == "where"}
-    exact: dict[Symbol, bool] = {}  # whether it is there and not even rounded, as h is
-    there: dict[Symbol, bool] = {}
-    candidates, after = set(order), set(filter(operated, new))
+    exact: dict[Symbol, bool] = {}  # whether it is available without the rounding of storage, which h has
+    available: dict[Symbol, bool] = {}
+    candidates, after = set(order), set(filter(is_op, new))
 
-    def given(value: Symbol, known: Mapping[Symbol, bool]) -> bool:
-        if operated(value):
+    def is_recomputable(value: Symbol, known: Mapping[Symbol, bool]) -> bool:
+        if is_op(value):
             return (value.op != "mean" or value in again) and all(known[operand] for operand in value.operands)
         return value.op == "constant" or value.operands[0] not in ("x", "h")
 
     for value in ascending(order):
-        exact[value] = value in new[1:] or given(value, exact)
+        exact[value] = value in new[1:] or is_recomputable(value, exact)
         if value.op == "positive":
-            there[value] = value.operands[0] in new or exact[value]
+            available[value] = value.operands[0] in new or exact[value]
         else:
-            there[value] = exact[value] if value in deciding else given(value, there)
-        there[value] = there[value] or value in after
-        if value in read and value in candidates and not there[value]:
-            there[value] = True
+            available[value] = exact[value] if value in deciding else is_recomputable(value, available)
+        available[value] = available[value] or value in after
+        if value in read and value in candidates and not available[value]:
+            available[value] = True
             saved.append(value)
     return tuple(saved)
 
 
-def playing(graph: Graph, *names: str) -> Callable:
-    """A graph as a function of tuples of arrays or of symbols, one for each name."""
-    return lambda *given: graph.run(OPERATIONS, **dict(zip(names, given, strict=True)))
+def as_function(graph: Graph, *names: str) -> Callable:
+    """Return a function of tuples of arrays or of symbols, one for each name."""
+    return lambda *args: graph.run(OPERATIONS, **dict(zip(names, args, strict=True)))

@@ -1,9 +1,8 @@
-"""The functions a cell's page may use, beside ``+ - * /``.
+"""The functions that a cell definition may use, in addition to ``+ - * /``.
 
-Each works on NumPy arrays, units on the last axis (the oracle runs a page as it stands), and on `trace.Symbolic`
-values, from which the backends get the page. Triton has them in `kernels/triton/mathematics.py` and CUDA in
-`kernels/cuda/mathematics.cuh`. A page's own functions are made of these; a new operation is added to `trace.ARITY`, to
-all three files, and to `derive.PULL`.
+Each takes NumPy arrays, with hidden units on the last axis, or `trace.Symbolic` values, of which the graph is made.
+Triton has them in `kernels/triton/mathematics.py` and CUDA in `kernels/cuda/mathematics.cuh`. A new operation is added
+to `trace.ARITY`, to all three files, and to `autodiff.VJP_RULES`.
 """
 
 from functools import reduce
@@ -18,7 +17,7 @@ __all__ = [
     "scaled", "sigmoid", "tanh", "where",
 ]  # fmt: skip
 EPSILON = 1e-5  # of a variance, as torch.nn.LayerNorm has it
-PRODUCT = "recurrent"  # an operation that no kernel meets: `phases` cuts a page there
+RECURRENT_MATMUL = "recurrent"  # an operation of no kernel: `two_pass` splits the cell there
 
 
 def sigmoid(a):
@@ -55,19 +54,19 @@ def rsqrt(a):
 
 
 def mean(a):
-    """Over all units of the batch row, and the same for each of them: the only way for units to meet in a page."""
+    """Return the mean over all hidden units of a batch row: the only reduction in a cell."""
     if isinstance(a, Symbolic):
         return a.apply("mean")
     return np.mean(a, -1, keepdims=True) if np.ndim(a) else a
 
 
 def centred(a):
-    """a less its mean over the units."""
+    """Subtract the mean over the units."""
     return a - mean(a)
 
 
 def scaled(*values):
-    """The values, whose mean over all of them and all units is zero, divided by their standard deviation: a tuple."""
+    """Divide values, whose mean over all of them and all units must be zero, by their standard deviation -> a tuple."""
     squares = reduce(add, (a * a for a in values))
     r = rsqrt(mean(squares * (1 / len(values)) if len(values) > 1 else squares) + EPSILON)
     return tuple(a * r for a in values)
@@ -80,10 +79,10 @@ def log_sigmoid(a):
 
 
 def recurrent(gate, value):
-    """Row block `gate` of w_hh value + b_hh: as h[gate], but of a value of the page's own in the place of h_{t-1}."""
+    """Return row block `gate` of w_hh value + b_hh: as h[gate], of a value of the cell's own instead of h_{t-1}."""
     if not isinstance(value, Symbolic):
         raise TypeError(f"recurrent() takes a traced value of a cell definition, got {type(value).__name__}")
-    return value.apply(PRODUCT, gate)
+    return value.apply(RECURRENT_MATMUL, gate)
 
 
 def maximum(a, b):

@@ -169,12 +169,12 @@ def number(value: Any) -> float:
     return float(value) + 0.0
 
 
-def operated(symbol: Symbol) -> bool:
+def is_op(symbol: Symbol) -> bool:
     return symbol.op not in ("input", "constant")
 
 
 def operands(symbol: Symbol) -> Sequence[Symbol]:
-    return symbol.operands if operated(symbol) else ()
+    return symbol.operands if is_op(symbol) else ()
 
 
 def ascending(values: Iterable[Symbol], below: Callable[[Symbol], Sequence[Symbol]] = operands) -> Iterator[Symbol]:

@@ -106,7 +106,7 @@ def derivative(cell: Cell) -> None:
             sums.append(sum((d * new).sum(-1) for d, new in zip(dnew, cell.step(*changed)[0])))
         return np.array(sums)
 
-    groups = {"x of gate": cell.gates, "h of gate": cell.gates, "state": cell.states, "unit": cell.units}
+    groups = {"x of gate": cell.gates, "h of gate": cell.gates, "state": cell.states, "unit": cell.per_unit_params}
     wrong = []
     for which, (what, letters) in enumerate(list(groups.items())[: len(given)]):
         for k, letter in enumerate(letters):

@@ -58,9 +58,9 @@ def published(name, x, h, state, *more):
 
 def define(monkeypatch):
     """Known as "constants" until the end of the test, also to the judge."""
-    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
+    monkeypatch.setattr(cells, "REGISTERED", dict(cells.REGISTERED))
     monkeypatch.setattr(reference_modifiers, "published", published)
-    cells.define(cells.made("constants", GATES, STATES, step))
+    cells.register(cells.make_cell("constants", GATES, STATES, step))
     cells.get.cache_clear()
 
 

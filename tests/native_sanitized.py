@@ -10,7 +10,7 @@ import numpy as np
 from gpu_rnn.backends import native
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 
 from . import calls
 from .conftest import sequence_arrays
@@ -28,10 +28,10 @@ CASES = [  # cell, modifiers, T, B, I, H, P
 def run(name, options, T, B, I, H, P, reverse):
     rng = np.random.default_rng(0)
     x, weights, state = sequence_arrays(rng, name, T, B, I, H, P, dtype=np.float32)
-    cell = weave(cells.get(name), **options)
+    cell = apply_modifiers(cells.get(name), **options)
     weights = Weights(
         *weights[:5],
-        rng.standard_normal((len(cell.units), B, H)).astype("f") if cell.units else None,
+        rng.standard_normal((len(cell.per_unit_params), B, H)).astype("f") if cell.per_unit_params else None,
         rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8) if cell.flags else None,
         np.array([7]) if cell.uniforms else None,
     )

@@ -1,4 +1,4 @@
-"""Runs the resident kernels on the CPU, with their launch plans, beside the oracle. The tests' common ground, and by
+"""Run the persistent kernels on the CPU, with their configurations, beside the oracle. What tests share, and by
 
     python -m tests.persistent --sanitizer thread lstm bfloat16 grid
 
@@ -7,21 +7,25 @@ what a sanitizer watches.
 
 import argparse
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bench import nvrtc
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.codegen import cpp as pages
 from gpu_rnn.kernels.cuda import persistent
+from gpu_rnn.kernels.cuda.launch import HERE, OPTIONS
 
 from . import calls, cuda_on_cpu
 from .cuda_emulator import runtime
 
-CUDA = Path(persistent.__file__).parent
+CUDA = HERE
 SOURCE = "".join(file.read_text() for file in (*persistent.HEADERS, persistent.KERNELS))
 EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8, "ieee": 2.0**-22}  # of an operand
 
@@ -77,7 +81,7 @@ class Case(NamedTuple):
         return "float32" if self.ieee else self.dtype
 
 
-Plans = tuple[persistent.Residence, ...]  # forward and, if the case saves anything, backward
+Plans = tuple[persistent.PersistentConfig, ...]  # forward and, if the case saves anything, backward
 
 
 def planned(case: Case, device: persistent.Device = persistent.DEVICES["h200"]) -> Plans:
@@ -85,28 +89,28 @@ def planned(case: Case, device: persistent.Device = persistent.DEVICES["h200"]) 
     made = []
     for backward in (False, True) if case.save else (False,):
         options = {"backward": backward, "ieee": case.ieee, "scope": case.scope}
-        options["meetings"] = persistent.meetings(cell, backward=backward)
-        element = persistent.element(cell, backward=backward)
-        plan, reasons = persistent.plan(cell.G, element, case.storage, case.H, case.B, device, **options)
+        options["reductions"] = persistent.reductions(cell, backward=backward)
+        element = persistent.registers_per_element(cell, backward=backward)
+        plan, reasons = persistent.select(cell.G, element, case.storage, case.H, case.B, device, **options)
         assert plan is not None, reasons
         made.append(plan)
     return tuple(made)
 
 
-def forced(case: Case, *, pieces=(1, 1), blocks, unit_tiles, k_splits, k_shared=0, batch_tiles=1) -> Plans:
+def forced(case: Case, *, k_chunks=(1, 1), blocks, unit_tiles, k_splits, k_shared=0, batch_tiles=1) -> Plans:
     """Plans that the planner gives to a larger problem."""
-    size = persistent.SIZES[case.storage]
+    size = persistent.ITEMSIZE[case.storage]
     k_tiles = -(-blocks * 16 * unit_tiles * size // (32 * k_splits))
     held = {"k_registers": k_tiles - k_shared, "k_shared": k_shared}
     shape = {"blocks": blocks, "unit_tiles": unit_tiles, "k_splits": k_splits, "batch_tiles": batch_tiles, **held}
     cell = cells.get(case.cell)
-    stored = {"gates": cell.G, "size": size, "ieee": case.ieee}
+    stored = {"gates": cell.G, "itemsize": size, "ieee": case.ieee}
     rows = batch_tiles * (2 if case.ieee else 8)
     launch = {"groups": -(-case.B // rows), "launches": 1, "waves": 1}
     return tuple(
-        persistent.Residence(
-            backward, case.scope, pieces=pieces[backward], meetings=persistent.meetings(cell, backward=backward),
-            **shape, **stored, **launch,
+        persistent.PersistentConfig(
+            backward, case.scope, **shape, **stored, **launch, k_chunks=k_chunks[backward],
+            reductions=persistent.reductions(cell, backward=backward),
         )
         for backward in (False, True)
     )  # fmt: skip
@@ -117,20 +121,43 @@ def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
     case = Case(cell, dtype, scope, T=4, B=5, H=40)
     found = [(case, planned(case))]
     if scope == "grid":  # a team of several warps, and of one; the operand in pieces
-        found.append((case, forced(case, pieces=(2, 4), blocks=2, unit_tiles=2, k_splits=2)))
+        found.append((case, forced(case, k_chunks=(2, 4), blocks=2, unit_tiles=2, k_splits=2)))
         case = case._replace(dtype="ieee")
-        found.append((case, forced(case, pieces=(2, 4), blocks=3, unit_tiles=1, k_splits=2)))
+        found.append((case, forced(case, k_chunks=(2, 4), blocks=3, unit_tiles=1, k_splits=2)))
     return found
 
 
+def check_machine_code(plan: persistent.PersistentConfig, cell: cells.Cell, dtype: str, arch: str) -> nvrtc.Resources:
+    """Compile for a GPU: it fits the registers, spills none, and exchanges words of data and flag in one access each.
+
+    ptxas loads a word in parts where the kernel needs only some of it; data may then be older than their flag.
+    """
+    unit = persistent.translation_unit(plan, cell, dtype)
+    cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
+    assert not cubin.log
+    name = persistent.kernel_name(plan)
+    kernel, code = nvrtc.resources(cubin)[name], nvrtc.sass(cubin)[name]
+    assert (kernel.stack, kernel.spills, kernel.trap) == (0, 0, False), (kernel, str(plan))
+    assert kernel.registers * plan.threads <= persistent.REGISTER_FILE
+    words = {"block": [], "cluster": ["STAS.128"], "grid": ["LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"]}[plan.scope]
+    dx = ["LDG.E.64.STRONG.GPU", "STG.E.64.STRONG.GPU"] if plan.layers > 1 and plan.backward else []
+    means = ["STAS"] if plan.scope == "cluster" and plan.reductions else []  # counted by an mbarrier, without a flag
+    if plan.blocks == 1 and plan.backward:
+        words = []
+    accesses = Counter(re.findall(r"\b(?:(?:LD|ST)G?\.\S*STRONG|STAS)\S*", code))
+    assert {*accesses} == {*words, *dx, *means}, (accesses, str(plan))
+    assert all(accesses[access] <= 4 * plan.elements for access in dx), (accesses, "a word in two parts")
+    return kernel
+
+
 def sources(cell: str, kernel: runtime.Source | None = None) -> list:
-    page = runtime.Source(f"cell {cell}", pages.page(cells.get(cell)))
+    page = runtime.Source(f"cell {cell}", pages.render_cell(cells.get(cell)))
     kernels = [kernel] if kernel else [*persistent.HEADERS, persistent.KERNELS]
     return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, CUDA / "cell_inputs.cuh", *kernels]
 
 
 def libraries(case: Case, plans: Plans, sanitizer=None, kernel=None) -> list[runtime.Library]:
-    units = [persistent.compiled(plan, cells.get(case.cell), case.storage) for plan in plans]
+    units = [persistent.translation_unit(plan, cells.get(case.cell), case.storage) for plan in plans]
     return [runtime.compile(sources(case.cell, kernel), dict(unit.defines), sanitizer) for unit in units]
 
 
@@ -146,14 +173,14 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     xg, R, b_hh = draw(T, B, G, H), draw(G * H, H, scale=H**-0.5), draw(G * H)
     h0, others0 = draw(B, H), draw(S - 1, B, H)
     dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
-    units = (1 + 0.3 * draw(len(cell.units), 1, H)).astype(np.float32) if cell.units else None
+    units = (1 + 0.3 * draw(len(cell.per_unit_params), 1, H)).astype(np.float32) if cell.per_unit_params else None
 
     def run(arrays, *, backward):
         plan = plans[backward]
         exchange = zeros(plan.launches * plan.exchange_bytes(T))
         addresses = tuple(0 if a is None else a.ctypes.data for a in arrays)
-        words = persistent.words([persistent.Member(addresses, case.reverse)])
-        for k, launch in enumerate(persistent.sequence(plan, cell, dtype, T, B, H, 1, save=case.save)):
+        words = persistent.kernel_params([persistent.Instance(addresses, case.reverse)])
+        for k, launch in enumerate(persistent.launches(plan, cell, dtype, T, B, H, 1, save=case.save)):
             at = exchange.ctypes.data + k * plan.exchange_bytes(T)
             cuda_on_cpu.execute(kernels[backward], launch, words, at, seed=seed, **options)
 
@@ -181,7 +208,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
     tape_before = [a.copy() for a in (y, others, saved)]
     back = [encode(dy, dtype), dh_ours, dothers_ours, stored, y, encode(h0, dtype), others, saved]
-    dunits = np.zeros((cell.learned, B, H), np.float32)
+    dunits = np.zeros((cell.num_trainable, B, H), np.float32)
     run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
 
@@ -196,7 +223,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         dy,
         (dh, *dothers),
         reverse=case.reverse,
-        needs={"x", "b_hh"} | ({"units"} if cell.units else set()),
+        needs={"x", "b_hh"} | ({"units"} if cell.per_unit_params else set()),
     )
     bound = 8 * scale * max(1.0, np.abs(gradients["x"]).max())
     found["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
@@ -205,7 +232,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     if dhg is not None:
         total = decode(dhg, dtype).sum((0, 1)).ravel()
         found["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
-    if cell.units:
+    if cell.per_unit_params:
         found["dunits"] = np.abs(dunits.sum(1) - gradients["units"][:, 0]).max() / (bound * math.sqrt(T * B))
     return found
 

@@ -7,7 +7,7 @@ import torch
 
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.philox import uniforms
 
 from .sequences import Case, draw, wide
@@ -40,9 +40,13 @@ def drawn(name, options, dtype, T, B, I, H, P=None, *, rows=None, reverse=False,
     case, rng = draw(name, dtype, T, B, I, H, P, reverse=reverse, seed=seed), np.random.default_rng([seed, 9])
     if "zoneout" in options:
         options = options | {"zoneout": options["zoneout"][: case.cell.S]}
-    cell = weave(case.cell, **options)
+    cell = apply_modifiers(case.cell, **options)
     real = getattr(torch, dtype)
-    units = torch.from_numpy(rng.standard_normal((len(cell.units), rows or B, H))).to(real) if cell.units else None
+    units = (
+        torch.from_numpy(rng.standard_normal((len(cell.per_unit_params), rows or B, H))).to(real)
+        if cell.per_unit_params
+        else None
+    )
     if units is not None and {"dropout", "candidate"} & options.keys():
         units[-1] = torch.from_numpy(rng.integers(0, 2, units.shape[1:]) * 2.0)
     flags = torch.from_numpy(rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8)) if cell.flags else None
@@ -63,7 +67,7 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
     initial = [leaf(s) for s in case.state]
     w_ih, w_hh, b_ih, b_hh, w_hr, units = weights
     P = initial[0].shape[1]
-    rows = dict(zip(case.cell.units, () if units is None else units))
+    rows = dict(zip(case.cell.per_unit_params, () if units is None else units))
     flags = {name: (case.weights.flags >> k & 1).bool() for k, name in enumerate(case.cell.flags)}
     given = [rows.get(f"{letter}_reset", torch.zeros(1, H, dtype=dtype)) for letter in plain.states]
     given[0] = given[0][:, :P]
@@ -82,17 +86,17 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
             return value @ w_hh.chunk(plain.G)[gate].T + (0 if b_hh is None else b_hh.chunk(plain.G)[gate])
 
         instant = plain.name, a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
-        more = [recurrent] if plain.phases else []
+        more = [recurrent] if plain.lowered else []
         if "candidate" in options:
             more = [recurrent, lambda candidate: candidate * rows["dropout"]]
-        own = {"units": [rows[name] for name in plain.units]} if plain.units else {}
+        own = {"units": [rows[name] for name in plain.per_unit_params]} if plain.per_unit_params else {}
         new = list(normalized(*instant, rows) if "norm" in options else published(*instant, *more, **own))
         zoneout = options.get("zoneout", ())
         if options.get("mean"):
             new = [p * old + (1 - p) * n for p, old, n in zip(zoneout, s, new)]
         elif zoneout:
             b, unit = torch.arange(B)[:, None], torch.arange(H)
-            drawn_at = t if plain.phases is None else 2 * t + (not case.reverse)
+            drawn_at = t if plain.lowered is None else 2 * t + (not case.reverse)
             u = uniforms(case.weights.seed, torch.tensor([drawn_at]), b, unit, len(zoneout))
             new = [torch.where(v.to(dtype) < p, old, n) for v, p, old, n in zip(u, zoneout, s, new)]
         if w_hr is not None:
@@ -110,7 +114,7 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
     names = [name for name, w in zip(Weights._fields, weights) if w is not None]
     results |= {f"d{name}": w.grad for name, w in zip(names, filter(lambda w: w is not None, weights))}
     if units is not None:
-        learned = torch.arange(len(units)) < case.cell.learned
+        learned = torch.arange(len(units)) < case.cell.num_trainable
         results["dunits"] = torch.where(learned[:, None, None], units.grad, torch.zeros(()))
     results |= {f"d{letter}0": s.grad for letter, s in zip(plain.states, initial)} | {"dx": x.grad}
     return {name: wide(array) for name, array in results.items()}

@@ -13,10 +13,10 @@ from gpu_rnn.backends import cuda, dispatch, gpu_common, protocol
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
-from gpu_rnn.kernels.cuda.launch import OPTIONS
 
 from . import calls, cuda_on_cpu, reference_modifiers, sequences
 from .cuda_emulator import runtime
+from .persistent import check_machine_code
 from .test_persistent_config import ARCHITECTURES, COMPILATIONS, DEVICES, any_plan, launches, planned, problems, stored
 
 ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
@@ -84,7 +84,7 @@ def test_numbers_are_those_of_a_launch_for_each(name, dtype, device, size):
     walks.launched.clear()
     both = walks.run(cases, tf32, together=True)
     kernels = [kernel for kernel, directions in walks.launched if directions == "2"]
-    n, ways = len(kernels) // 3, ("resident_forward", "resident_forward", "resident_backward")
+    n, ways = len(kernels) // 3, ("persistent_forward", "persistent_forward", "persistent_backward")
     assert kernels == [way for way in ways for _ in range(n)], "one launch for two directions, and a part of the batch"
     for one, other in zip(alone, both, strict=True):
         assert one.keys() == other.keys()
@@ -104,7 +104,7 @@ def test_what_is_woven_in_stays_each_directions_own(option, device, size):
         options = (reference_modifiers.OPTIONS | reference_modifiers.NORMED)[option]
         made.append(reference_modifiers.drawn("lstm", options, "float32", *size, reverse=reverse, seed=seed))
     both = walks.run([each.case for each in made], False, together=True)
-    assert ("resident_backward", "2") in walks.launched
+    assert ("persistent_backward", "2") in walks.launched
     for each, results in zip(made, both):
         reference_modifiers.check(each, results)
 
@@ -115,9 +115,9 @@ def test_a_batch_that_does_not_fit_beside_itself_takes_several_launches():
     small, cases = persistent.Device((9, 0), 24, 232448), pair("gru", "float16", 4, 40, 3, 140)
     walks = Walks(small)
     both, alone = (walks.run(cases, False, together=together) for together in (True, False))
-    count = sum(kernel == "resident_forward" and directions == "2" for kernel, directions in walks.launched)
+    count = sum(kernel == "persistent_forward" and directions == "2" for kernel, directions in walks.launched)
     plan, _ = planned("gru", "float16", 140, 40, small, False)
-    both_ways, _ = persistent.together(plan, 40, small)
+    both_ways, _ = persistent.fuse_directions(plan, 40, small)
     assert (plan.scope, both_ways.launches > 1, count) == ("grid", True, 2 * both_ways.launches)
     for one, other in zip(alone, both, strict=True):
         assert all(torch.equal(one[what], other[what]) for what in one)
@@ -143,7 +143,7 @@ def test_every_plan_for_both_fits_and_covers(problem):
     alone, _ = planned(cell, dtype, H, B, device, backward, scope)
     if alone is None:
         return
-    both, reasons = persistent.together(alone, B, device)
+    both, reasons = persistent.fuse_directions(alone, B, device)
     if both is None:
         assert reasons
         assert alone.scope == "grid" or 2 * alone.waves < -(-2 * -(-B // alone.rows) // device.multiprocessors)
@@ -158,7 +158,7 @@ def test_every_plan_for_both_fits_and_covers(problem):
     assert both.grid == 2 * both.groups * both.blocks
     if both.scope == "grid":
         assert both.grid <= device.multiprocessors
-        assert both.exchange_bytes(T=9) == both.grid // both.blocks * 2 * both.exchanged
+        assert both.exchange_bytes(T=9) == both.grid // both.blocks * 2 * both.round_bytes
     for part, launch in enumerate(launches(both, cell, stored(dtype), B, H)):
         assert launch.grid == (both.grid, 1, 1)
         assert launch.arguments[4] == part * both.groups * both.rows, "no row is left out between launches"
@@ -195,15 +195,10 @@ def test_compiles_without_spills(problem, arch, backward):
     """As many registers are enough as for one: each direction has code of its own."""
     cell, dtype, _, B = problem
     alone = any_plan(problem, arch, backward)
-    plan, _ = persistent.together(alone, B, DEVICES[ARCHITECTURES[arch]])
+    plan, _ = persistent.fuse_directions(alone, B, DEVICES[ARCHITECTURES[arch]])
     if plan is None:
         pytest.skip("both don't fit")
-    unit = persistent.compiled(plan, cells.get(cell).run, stored(dtype))
-    cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
-    assert not cubin.log
-    kernel = nvrtc.resources(cubin)[persistent.name(plan)]
-    assert (kernel.stack, kernel.spills, kernel.trap) == (0, 0, False), (kernel, str(plan))
-    assert kernel.registers * plan.threads <= persistent.REGISTER_FILE
+    check_machine_code(plan, cells.get(cell).kernel_cell, stored(dtype), arch)
 
 
 # ---- Autograd -------------------------------------------------------------------------------------------------------

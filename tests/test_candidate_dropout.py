@@ -12,7 +12,7 @@ from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.cuda import persistent
 
 from . import cuda_on_cpu, reference_modifiers
@@ -26,7 +26,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 def check(made, forward, backward):
     backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
-    backend = TwoPass(backend) if made.case.cell.phases else backend
+    backend = TwoPass(backend) if made.case.cell.lowered else backend
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
@@ -82,6 +82,6 @@ def test_derivatives_and_vjp(rng, name):
 
 def test_a_cell_without_a_candidate_is_refused():
     with pytest.raises(ValueError, match="rnn_tanh has no candidate gate"):
-        weave(cells.get("rnn_tanh"), candidate=True)
+        apply_modifiers(cells.get("rnn_tanh"), candidate=True)
     with pytest.raises(ValueError, match="recurrent_dropout_on must be 'h' or 'candidate', got 1"):
         gpu_rnn.gru(torch.ones(2, 1, 2), torch.ones(6, 2), torch.ones(6, 2), recurrent_dropout_on=1)

@@ -38,7 +38,7 @@ def _published(monkeypatch):
 def check(made, forward, backward):
     """A case by a backend, against the paper's equations in a loop."""
     backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
-    backend = TwoPass(backend) if made.plain.phases else backend
+    backend = TwoPass(backend) if made.plain.lowered else backend
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
@@ -146,7 +146,7 @@ def test_cuda_per_step(name):
 @REPRESENTATIVE
 @pytest.mark.parametrize("scope", ["block", "grid"])
 def test_cuda_persistent(name, scope, monkeypatch):
-    monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
+    monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     cuda.config_of.cache_clear()
     walks = (

@@ -106,7 +106,7 @@ def test_the_compiled_grad_is_the_page(name, rng):
 )  # fmt: skip
 def test_numbers_of_calls_do_not_grow(name, expected):
     """Forward, forward with the gates as torch has them, the gradient's coefficients, the gradient."""
-    cell = cells.get(name).run
+    cell = cells.get(name).kernel_cell
     compiled, backward = numpy.step_program(cell), numpy.gradient(cell)
     in_torch_order = numpy.step_program(cell, numpy.torch_layout(cell))
     programs = compiled, in_torch_order, backward.coefficients, backward.grad

@@ -11,7 +11,7 @@ import torch
 import gpu_rnn
 from gpu_rnn.backends import cuda, gpu_common, numpy, per_step
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.codegen.cpp import page as cuda_text
+from gpu_rnn.kernels.codegen.cpp import render_cell as cuda_text
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.mathematics import centred, mean, positive, recurrent, scaled, tanh, where
 
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
+    monkeypatch.setattr(cells, "REGISTERED", dict(cells.REGISTERED))
     yield
     cells.get.cache_clear()
 
@@ -141,7 +141,7 @@ def test_any_value_is_a_new_state(name, forgotten):
 @HOST
 @pytest.mark.parametrize("name", ["a constant", "a constant output", "the same for all units"])
 def test_a_persistent_kernel_hands_on_any_state(name, forgotten, monkeypatch):
-    cells.define(cells.made("mine", "a", "hc", STATES[name]))
+    cells.register(cells.make_cell("mine", "a", "hc", STATES[name]))
 
     def published(_, *given):
         return [value + 0 * sum(map(sum, given)) for value in SAME[name](*given)]
@@ -216,7 +216,7 @@ def test_many_means_in_a_row_take_no_exponential_time(forgotten):
             a = scaled(centred(a))[0] * 0.7 + tanh(a)
         return (a,)
 
-    cell = cells.made("rows", "a", "h", step)
+    cell = cells.make_cell("rows", "a", "h", step)
     assert len(cells.grad_graph(cell).nodes) < 1500, "and 12 times as many each round"
 
 

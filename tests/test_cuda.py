@@ -97,7 +97,7 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
         sequences.check(case, given.run(forward, backward, tf32), tf32=tf32)
-        assert set(launches) == {"resident_forward", "resident_backward"}
+        assert set(launches) == {"persistent_forward", "persistent_backward"}
 
 
 @EVERY

@@ -25,7 +25,7 @@ MOST_REGISTERS = 128  # 16 warps on a multiprocessor, each with ten wide loads u
 def check(arch, name, storage, product, H, record_property, most=MOST_REGISTERS):
     """H decides how many units a thread has."""
     launch = stepwise.launch(
-        "stepwise_forward", cells.get(name).run, B=4, H=H, R=1, storage=storage, product=product, addresses=()
+        "stepwise_forward", cells.get(name).kernel_cell, B=4, H=H, R=1, storage=storage, product=product, addresses=()
     )
     options = [*OPTIONS, *(f"-D{macro}={value}" for macro, value in launch.unit.defines)]
     cubin = nvrtc.compile(launch.unit.source, arch, options)
@@ -111,12 +111,12 @@ def test_as_cupy_compiles_it(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
     monkeypatch.setattr(compiler, "function", SimpleNamespace(Module=lambda: takes))
     monkeypatch.setattr(compiler, "_kernel_cache_backend", compiler._DiskKernelCacheBackend(str(tmp_path)))
-    cell, on = cells.get("lstm").run, persistent.DEVICES["h100"]
+    cell, on = cells.get("lstm").kernel_cell, persistent.DEVICES["h100"]
+    plans = [persistent.select(4, 16, "bfloat16", H, 8, on, backward=True)[0] for H in (64, 512, 1024)]
     units = [
         stepwise.launch("", cell, B=4, H=64, R=1, storage="bfloat16", product="float32", addresses=()).unit,
-        *(persistent.compiled(persistent.plan(4, 16, "bfloat16", H, 8, on, backward=True)[0], cell, "bfloat16")
-          for H in (64, 512, 1024)),
-    ]  # fmt: skip
+        *(persistent.translation_unit(plan, cell, "bfloat16") for plan in plans),
+    ]
     for raw in (*map(cuda.module.__wrapped__, units), cuda.cluster_probe_module()):
         log = StringIO()
         options = core.assemble_cupy_compiler_options(raw.options)

@@ -66,7 +66,7 @@ def test_cuda_stepwise(option, reverse):
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 @pytest.mark.parametrize("option", ["plain", "given", "all"])
 def test_cuda_resident(option, scope, monkeypatch):
-    monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
+    monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)
     cuda.config_of.cache_clear()
     on = persistent.DEVICES["h200"]
@@ -87,11 +87,11 @@ def test_the_cut():
     """What the second phase needs is handed on; what it can make again isn't; gates are saved in one place."""
     cell = cells.get(NAME)
     assert (cell.states, cell.flags, cell.E, cell.grad) == ("h", (), 0, None)
-    run = cell.phases
+    run = cell.lowered
     assert (run.states, run.flags) == ("h01", ("phase",))
     assert (run.K, run.separate) == (1, (False,) * 3), "r or n; z is a state by then"
-    whole = reference_modifiers.weave(cell, **reference_modifiers.OPTIONS["all"] | {"zoneout": (0.3,)})
-    assert whole.phases.states == "h01", "a reset h is made again"
+    whole = reference_modifiers.apply_modifiers(cell, **reference_modifiers.OPTIONS["all"] | {"zoneout": (0.3,)})
+    assert whole.lowered.states == "h01", "a reset h is made again"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_cut():
 )
 def test_pages_that_can_not_be_cut(step, what):
     with pytest.raises(ValueError, match=what):
-        cells.made("bad", "ab", "h", step)
+        cells.make_cell("bad", "ab", "h", step)
 
 
 def test_only_a_page_has_such_a_product():

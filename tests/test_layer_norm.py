@@ -11,7 +11,7 @@ import gpu_rnn
 from gpu_rnn.functional import ShapeError
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.autodiff import depth
-from gpu_rnn.kernels.cells import grad_graph, step_graph, weave
+from gpu_rnn.kernels.cells import apply_modifiers, grad_graph, step_graph
 
 from .reference_layers import B, H, I, T, as_tuple, by_the_rules, inputs, layer
 
@@ -189,7 +189,7 @@ def test_the_gradient_waits_for_means_once():
     for name, expected in {"lstm": (3, 1, 10), "gru": (1, 1, 7)}.items():
         plain = cells.get(name)
         for options in ({}, {"hold": True, "reset": True, "given": True, "zoneout": (0.1, 0.1)[: plain.S]}):
-            cell = weave(plain, norm=True, **options)
+            cell = apply_modifiers(plain, norm=True, **options)
             assert (depth(step_graph(cell)), depth(grad_graph(cell)), cell.K) == expected
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.autodiff import derive
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.mathematics import exp, log, maximum, minimum, sigmoid, tanh, where
 
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
@@ -25,12 +25,12 @@ def woven(name, options):
     cell = cells.get(name)
     if "zoneout" in options:
         options = options | {"zoneout": options["zoneout"][: cell.S]}
-    return cell, weave(cell, **options)
+    return cell, apply_modifiers(cell, **options)
 
 
 def drawn(rng, cell, n=60):
     """x, h, state, extra of n elements."""
-    extra = [rng.standard_normal(n) for _ in cell.units]
+    extra = [rng.standard_normal(n) for _ in cell.per_unit_params]
     extra += [rng.integers(0, 2, n).astype(float) for _ in cell.flags]
     extra += [rng.uniform(size=n) for _ in range(cell.uniforms)]
     x, h, state = ([rng.standard_normal(n) for _ in range(width)] for width in (cell.G, cell.G, cell.S))
@@ -42,7 +42,7 @@ def more(cell, extra):
 
 
 def by_the_rules(plain, options, x, h, state, extra):
-    """Element by element, as weave.py's text has it."""
+    """Element by element, as modifiers.py has it."""
     extra, S, after = list(extra), plain.S, []
     resets = [extra.pop(0) for _ in range(S)] if "given" in options else [np.zeros_like(x[0])] * S
     if "dropout" in options:
@@ -69,11 +69,11 @@ def test_the_rules(name, options, rng):
     given = drawn(rng, cell)
     new, _ = cell.step(*given[:3], *more(cell, given[3]))
     np.testing.assert_allclose(new, by_the_rules(plain, options, *given), rtol=1e-14)
-    if cell.operand is not None:
+    if cell.recurrent_input is not None:
         _, _, state, extra = given
-        names = dict(zip((*cell.units, *cell.flags), extra))
+        names = dict(zip((*cell.per_unit_params, *cell.flags), extra))
         seen = np.where(names.get("reset", np.zeros(60)) > 0, names.get("h_reset", 0.0), state[0])
-        np.testing.assert_array_equal(cell.operand(state[0], extra), seen * names.get("dropout", 1.0))
+        np.testing.assert_array_equal(cell.recurrent_input(state[0], extra), seen * names.get("dropout", 1.0))
 
 
 @EVERY
@@ -87,7 +87,7 @@ def check_gradient(cell, rng):
     new, saved = cell.step(x, h, state, *more(cell, extra))
     dnew = [rng.standard_normal(60) for _ in new]
     gradients = cell.grad(dnew, new, state, saved, *more(cell, extra))
-    assert [len(group) for group in gradients] == [cell.G, cell.G, cell.S] + [cell.learned] * bool(cell.E)
+    assert [len(group) for group in gradients] == [cell.G, cell.G, cell.S] + [cell.num_trainable] * bool(cell.E)
     inputs, delta = [x, h, state, *more(cell, extra)], 1e-6
     for group, (values, found) in enumerate(zip(inputs, gradients)):
         for k, gradient in enumerate(found):
@@ -103,7 +103,7 @@ def check_gradient(cell, rng):
 @EVERY
 def test_a_held_or_reset_past_may_be_anything(name, rng):
     """What a flag discards may be NaN."""
-    cell = weave(cells.get(name), reset=True, hold=True)
+    cell = apply_modifiers(cells.get(name), reset=True, hold=True)
     x, h, state, _ = drawn(rng, cell)
     lost, on, off = [np.full(60, np.nan)] * cell.G, np.ones(60), np.zeros(60)
     new, _ = cell.step(lost, lost, state, [off, on])
@@ -142,9 +142,9 @@ VARIANTS = [
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "+".join(options))
 def test_variants_of_the_lstm(options, rng):
-    cell = weave(cells.get("lstm"), **options)
+    cell = apply_modifiers(cells.get("lstm"), **options)
     x, h, (h0, c), extra = drawn(rng, cell)
-    s, p = (lambda a: 1 / (1 + np.exp(-a))), dict(zip(cell.units, extra))
+    s, p = (lambda a: 1 / (1 + np.exp(-a))), dict(zip(cell.per_unit_params, extra))
     a = {gate: x[k] + h[k] for k, gate in enumerate(cell.gates)}
     i = s(a["i"] + p.get("i", 0) * c)
     f = 1 - i if "coupled" in options else s(a["f"] + p.get("f", 0) * c)
@@ -152,13 +152,13 @@ def test_variants_of_the_lstm(options, rng):
     o = s(a["o"] + p.get("o", 0) * c_new)
     new, _ = cell.step(x, h, (h0, c), *more(cell, extra))
     np.testing.assert_allclose(new, (o * np.tanh(c_new), c_new), rtol=1e-13)
-    assert cell.units == (tuple(g for g in cell.gates if g != "g") if "peephole" in options else ())
+    assert cell.per_unit_params == (tuple(g for g in cell.gates if g != "g") if "peephole" in options else ())
     check_gradient(cell, rng)
 
 
 def test_a_variant_can_be_woven(rng):
-    cell = weave(cells.get("lstm+coupled+peephole"), reset=True, given=True)
-    assert (cell.gates, cell.units, cell.learned) == ("igo", ("i", "o", "h_reset", "c_reset"), 4)
+    cell = apply_modifiers(cells.get("lstm+coupled+peephole"), reset=True, given=True)
+    assert (cell.gates, cell.per_unit_params, cell.num_trainable) == ("igo", ("i", "o", "h_reset", "c_reset"), 4)
     check_gradient(cell, rng)
 
 
@@ -169,7 +169,7 @@ def test_every_operation_has_its_derivative(rng):
         d = maximum(a, b) * minimum(b, 0.2) + where(a - b, tanh(a), sigmoid(-b))
         return (c + d * state[0],)
 
-    cell = cells.made("every", "a", "h", step)
+    cell = cells.make_cell("every", "a", "h", step)
     x, h, state, _ = drawn(rng, cell)
     new, saved = cell.step(x, h, state)
     one, delta = [np.ones(60)], 1e-6
@@ -180,5 +180,5 @@ def test_every_operation_has_its_derivative(rng):
 
 
 def test_a_step_that_gives_too_few_states_is_refused():
-    with pytest.raises(ValueError, match="step gives 1 new states; the page has 2"):
-        cells.made("short", "a", "hc", lambda x, h, state: (x[0] + h[0],))
+    with pytest.raises(ValueError, match="step gives 1 new states; the cell has 2"):
+        cells.make_cell("short", "a", "hc", lambda x, h, state: (x[0] + h[0],))

@@ -30,7 +30,7 @@ def by_steps(case):
 @pytest.fixture(params=persistent.SCOPES)
 def resident(request, monkeypatch):
     """A case's `run` by the resident kernels of a scope."""
-    monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=request.param))
+    monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=request.param))
     on = persistent.DEVICES["h200"]
     cuda.config_of.cache_clear()
     yield lambda case: case.run(

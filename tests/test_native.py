@@ -15,7 +15,7 @@ import gpu_rnn
 from gpu_rnn.backends import compiler, native
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.native import isa
 
 from . import calls, custom_cells, reference_modifiers, sequences
@@ -137,7 +137,7 @@ def test_any_number_of_gates(G, threads):
             total = total * tanh(a + b) + a * b
         return (total,)
 
-    cell = cells.made(f"gates{G}", "abcdefghi"[:G], "h", step)
+    cell = cells.make_cell(f"gates{G}", "abcdefghi"[:G], "h", step)
     rng = np.random.default_rng(G)
     x, w, r, b = (rng.standard_normal(s) * 0.3 for s in ((4, 3, 5), (G * 11, 5), (G * 11, 11), G * 11))
     h = np.zeros((3, 11))
@@ -433,7 +433,7 @@ def test_it_says_what_it_does():
     found = native.instruction_set()
     assert f"float32, {found.name}, {found.lanes('float32')} lanes, tiles of {found.tile(4)}" in text
     assert "at most" in text
-    assert native.warmup(gpu_rnn.core.problem.Problem(weave(cells.get("lstm"), hold=True), 1, 1, 1, 1))
+    assert native.warmup(gpu_rnn.core.problem.Problem(apply_modifiers(cells.get("lstm"), hold=True), 1, 1, 1, 1))
 
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------

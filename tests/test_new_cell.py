@@ -38,7 +38,7 @@ def _published(monkeypatch):
 @pytest.fixture
 def forgotten(monkeypatch):
     """What a test defines isn't there after it."""
-    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
+    monkeypatch.setattr(cells, "REGISTERED", dict(cells.REGISTERED))
     yield
     cells.get.cache_clear()
 
@@ -148,7 +148,7 @@ def test_cuda_stepwise(name, dtype):
 @EVERY
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_cuda_resident(name, scope, monkeypatch):
-    monkeypatch.setattr(persistent, "plan", partial(persistent.plan, scope=scope))
+    monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     cuda.config_of.cache_clear()
     walks = (
@@ -357,7 +357,7 @@ def test_a_gradient_is_checked_on_request(forgotten):
     gpu_rnn.cell(step, grad=half, gates="a", states="h", name="unchecked")
     with pytest.raises(ValueError, match=r"halved: grad gives a wrong gradient of x of gate 'a': \S+, but .* is \S+$"):
         gpu_rnn.cell(step, grad=half, gates="a", states="h", name="halved", check=True)
-    assert "halved" not in cells.DEFINED
+    assert "halved" not in cells.REGISTERED
     with pytest.raises(ValueError, match="aren't finite"), np.errstate(divide="ignore"):
         gpu_rnn.cell(lambda x, h, s: (log(s[0]),), gates="a", states="h", name="nowhere", check=True)
 
@@ -387,7 +387,7 @@ def test_what_is_no_page_is_refused(step, why):
         gpu_rnn.cell(step, gates="a", states="h", name="mine")
     with pytest.raises(TypeError, match=r"step must be a function of .* got 5"):
         gpu_rnn.cell(5, gates="a", states="h")
-    assert "mine" not in cells.DEFINED
+    assert "mine" not in cells.REGISTERED
 
 
 LOOKS = {
@@ -448,7 +448,7 @@ def test_a_numpy_number_stands_on_either_side(forgotten):
         a = np.float64(0.5) * x[0] + np.float32(0.25) - h[0] / np.int64(2)
         return (np.float64(1) - a + np.array(0.5) * a,)
 
-    cell = cells.made("mine", "a", "h", step)
+    cell = cells.make_cell("mine", "a", "h", step)
     assert cell.step((3.0,), (1.0,), (0.0,))[0] == (1 - 1.25 + 0.5 * 1.25,)
 
 
@@ -506,7 +506,7 @@ def test_what_was_decided_by_a_sign_survives_the_rounding_of_what_is_saved(rng):
         c = maximum(tanh(x[0] + h[0]), tanh(x[1] + h[1]))
         return where(c - tanh(x[1]), c, state[0]), c
 
-    derived = cells.made("derived", "ab", "hc", largest)
+    derived = cells.make_cell("derived", "ab", "hc", largest)
     x, h, state, dnew = ([rng.standard_normal(500) for _ in range(2)] for _ in range(4))
     new, saved = derived.step(x, h, state)
     kept = [value.astype(np.float16).astype(np.float64) for value in saved]
@@ -520,7 +520,7 @@ def test_log_sigmoid(rng):
     a = np.array([-1e4, -100, -1, -1e-3, 0, 1e-3, 1, 100, 1e4])
     exact = torch.nn.functional.logsigmoid(torch.from_numpy(a)).numpy()
     np.testing.assert_allclose(log_sigmoid(a), exact, rtol=1e-15, atol=2e-16)
-    derived = cells.made("derived", "a", "h", lambda x, h, state: (log_sigmoid(x[0]),))
+    derived = cells.make_cell("derived", "a", "h", lambda x, h, state: (log_sigmoid(x[0]),))
     new, saved = derived.step((a,), (a,), (a,))
     (dx,), _, _ = derived.grad((np.ones_like(a),), new, (a,), saved)
     np.testing.assert_allclose(dx, sigmoid(-a), rtol=1e-12, atol=1e-15)

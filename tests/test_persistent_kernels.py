@@ -14,7 +14,7 @@ from .persistent import SOURCE, Case, errors, forced, libraries, planned, source
 
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 EVERY_CELL = pytest.mark.parametrize("cell", cells.NAMES)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", [*persistent.SIZES, "ieee"])
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [*persistent.ITEMSIZE, "ieee"])
 EVERY_SCOPE = pytest.mark.parametrize("scope", persistent.SCOPES)
 
 
@@ -80,7 +80,7 @@ def test_groups_that_meet_of_many_tiles_and_rows(scope):
 def test_weights_in_shared_memory_many_rows_a_group_and_operands_in_pieces(dtype, shape):
     for scope, pieces in (("cluster", (1, 1)), ("grid", (1, 2)), ("grid", (2, 4))):
         case = Case("lstm", dtype, scope, T=3, B=20, H=48)
-        plans = forced(case, pieces=pieces, **shape)
+        plans = forced(case, k_chunks=pieces, **shape)
         if plans[0].k_tiles < pieces[0]:
             continue
         found = errors(case, plans, libraries(case, plans), seed=2)
@@ -126,9 +126,9 @@ def test_sanitizers_find_nothing(scope, sanitizer):
     assert outcome.returncode == 0, outcome.output
 
 
-NAMES = (*mutate.BARRIERS, "await", "home.publish", "team_sync")
+NAMES = (*mutate.BARRIERS, "receive", "recurrent.send", "team_sync")
 BARRIERS = mutate.barriers(SOURCE, NAMES)
-MEETING = "take"  # the function in which units meet
+REDUCTION = "mean"  # the function that reduces over hidden units
 
 
 def scopes_of(barrier: mutate.Barrier) -> list[str]:
@@ -146,8 +146,8 @@ def scopes_of(barrier: mutate.Barrier) -> list[str]:
             active.append(persistent.SCOPES)
         elif line.startswith("#endif"):
             active.pop()
-    if barrier.text.startswith("await"):
-        active.append(("cluster", "grid"))  # a block alone has nothing to wait for
+    if barrier.text.startswith("receive"):
+        active.append(("cluster", "grid"))  # a single block has nothing to wait for
     if "team_sync" in (barrier.function, barrier.text.split("(")[0]):
         active.append(("grid",))
     return [scope for scope in persistent.SCOPES if all(scope in allowed for allowed in active)]
@@ -158,7 +158,7 @@ def test_every_barrier_is_needed(n, tmp_path):
     """Without it some schedule gives wrong numbers, hangs, or races, in every scope that has it."""
     broken = runtime.Source("persistent.cu", mutate.without(SOURCE, n, NAMES))
     for scope in scopes_of(BARRIERS[n]):
-        cell = "lstm+norm" if BARRIERS[n].function == MEETING else "lstm"
+        cell = "lstm+norm" if BARRIERS[n].function == REDUCTION else "lstm"
         assert caught(cell, scope, broken, tmp_path), f"{scope} doesn't need {BARRIERS[n]}"
 
 
@@ -204,7 +204,7 @@ def test_the_exchange_alone_and_the_product_alone_run(scope):
     for only in ("exchange", "product"):
         case = Case("lstm", "float16", scope, T=4, B=5, H=40, save=False)
         (plan,) = planned(case)
-        unit = persistent.compiled(plan, cells.get(case.cell), "float16", only)
+        unit = persistent.translation_unit(plan, cells.get(case.cell), "float16", only)
         kernels = runtime.compile(sources(case.cell), dict(unit.defines))
         launch, given, _ = inference(case, plan, np.random.default_rng(0), only)
         waits = plan.blocks if only == "exchange" or scope == "cluster" else 1
@@ -215,15 +215,15 @@ def test_the_exchange_alone_and_the_product_alone_run(scope):
 
 TOGETHER = """
 struct Layer {
-    long long T; int B, H, rows, first_row, save; Members members; uint4* exchange;
+    long long T; int B, H, rows, first_row, save; KernelParams params; uint4* exchange;
 };
 
-extern "C" __global__ void RESIDENT_KERNEL resident_together(Layer one, Layer other, unsigned blocks) {
+extern "C" __global__ void PERSISTENT_KERNEL persistent_together(Layer one, Layer other, unsigned blocks) {
     const Layer l = blockIdx.x < blocks ? one : other;
     blockIdx.x %= blocks;
-    resident_forward(l.T, l.B, l.H, l.rows, l.first_row, l.save, l.members, l.exchange);
+    persistent_forward(l.T, l.B, l.H, l.rows, l.first_row, l.save, l.params, l.exchange);
 }
-EXPORT(resident_together)
+EXPORT(persistent_together)
 """
 
 
@@ -233,7 +233,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("T", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("B", "H", "rows", "first_row", "save")),
-        ("members", ctypes.c_ulonglong * 13),
+        ("params", ctypes.c_ulonglong * 13),
         ("exchange", ctypes.c_void_p),
     )
 
@@ -260,7 +260,7 @@ def two_layers(seed: int, *, share_exchange: bool = False) -> None:
     launch, *_ = inputs[0]
     arguments = [*layers, np.uint32(plan.grid)]
     grid = (2 * plan.grid, 1, 1)
-    kernels.launch("resident_together", grid, launch.block, arguments, shared=launch.shared, seed=seed)
+    kernels.launch("persistent_together", grid, launch.block, arguments, shared=launch.shared, seed=seed)
     for y, (*_, arrays) in zip(alone, inputs):
         np.testing.assert_array_equal(arrays["y"], y)
 
@@ -289,8 +289,8 @@ def inference(case, plan, rng, only=None):
     }
     at = {name: array.ctypes.data for name, array in arrays.items()}
     addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0, 0, 0)
-    words = persistent.words([persistent.Member(addresses, reverse=False)])
-    (launch,) = persistent.sequence(plan, cell, "float16", T, B, H, 1, save=False, only=only)
+    words = persistent.kernel_params([persistent.Instance(addresses, reverse=False)])
+    (launch,) = persistent.launches(plan, cell, "float16", T, B, H, 1, save=False, only=only)
     return launch, (words, at["exchange"]), arrays
 
 

@@ -199,7 +199,7 @@ def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
     for _ in reverse:
         weights = {name: draw(*shape) for name, shape in shapes.items()}
         if known.E:
-            weights["units"] = draw(len(known.units), B, H)
+            weights["units"] = draw(len(known.per_unit_params), B, H)
             weights["flags"] = torch.randint(0, 2, (T, B), device=device).to(torch.uint8)
             weights["seed"] = torch.tensor([5], device=device)
         given += [draw(T, B, I), *weights.values(), draw(B, P or H), *(draw(B, H) for _ in known.states[1:])]

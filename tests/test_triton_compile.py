@@ -31,16 +31,16 @@ LARGE = 1 << 33  # elements: more than int32 counts
 def extra(cell, real):
     """units, flags, seed, where the cell takes them."""
     return (
-        real if cell.units else None,
+        real if cell.per_unit_params else None,
         MockTensor(torch.uint8) if cell.flags else None,
         MockTensor(torch.int64) if cell.uniforms else None,
     )
 
 
 def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
-    cell, array = cells.get(name).run, STORED[dtype]
+    cell, array = cells.get(name).kernel_cell, STORED[dtype]
     real = STORED["float64" if dtype == "float64" else "float32"]
-    block_b, block_h, num_warps, maxnreg = plans.instant(H, dtype, whole=cell.meets)
+    block_b, block_h, num_warps, maxnreg = plans.instant(H, dtype, whole=cell.has_reduction)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
         kernel, page = stepwise.grad_kernel, backend.backward_constexprs(cell)
@@ -49,7 +49,7 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
         given = (*given, *extra(cell, real), 5, 4, 5, 6, 6)
     else:
         kernel, page = stepwise.step_kernel, backend.forward_constexprs(cell)
-        operand = array if cell.operand else None
+        operand = array if cell.recurrent_input else None
         given = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
     constants = (*page, language, block_b, block_h)
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
@@ -57,7 +57,7 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
 
 
 def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precision="ieee"):
-    cell, array, real = cells.get(name).run, STORED[dtype], STORED["float32"]
+    cell, array, real = cells.get(name).kernel_cell, STORED[dtype], STORED["float32"]
     chosen, _ = plans.sequence(cell, H, dtype, fake_gpu.SHARED_MEMORY[capability], backward=backward)
     if backward:
         kernel, page = persistent.backward_kernel, backend.backward_constexprs(cell)
@@ -164,8 +164,8 @@ def test_a_sequence_with_a_state_that_is_no_tile(monkeypatch, shared, backward):
     def step(x, h, state):
         return tanh(x[0] + h[0] + state[1]), mean(tanh(x[0])) if shared else 0.7
 
-    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
-    name = cells.define(cells.made("flat" if shared else "fixed", "a", "hc", step)).name
+    monkeypatch.setattr(cells, "REGISTERED", dict(cells.REGISTERED))
+    name = cells.register(cells.make_cell("flat" if shared else "fixed", "a", "hc", step)).name
     binary = compiled_sequence(monkeypatch, 90, name, "float32", 32, backward)
     fake_gpu.check(binary, 90, products=False)
 
@@ -207,7 +207,9 @@ def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
 def test_the_largest_sequences_of_a_woven_cell(monkeypatch, name, dtype, capability, backward):
     """The largest H that the plan takes, and the largest that is ragged; larger ones spill."""
     memory = fake_gpu.SHARED_MEMORY[capability]
-    fits = [H for H in range(1, 600) if plans.sequence(cells.get(name).run, H, dtype, memory, backward=backward)[0]]
+    fits = [
+        H for H in range(1, 600) if plans.sequence(cells.get(name).kernel_cell, H, dtype, memory, backward=backward)[0]
+    ]
     for H in (max(fits), max(H for H in fits if H % 16)):
         binary = compiled_sequence(monkeypatch, capability, name, dtype, H, backward)
         fake_gpu.check(binary, capability, products=dtype != "float32")
@@ -244,7 +246,7 @@ def test_what_a_gpu_can_hold():
 
 def test_what_a_gpu_can_hold_beside_the_gates():
     def largest(name, dtype):
-        cell = cells.get(name).run
+        cell = cells.get(name).kernel_cell
         fits = [n for n in range(1, 600) if plans.sequence(cell, n, dtype, 232448, backward=True)[0]]
         step = 16 // plans.ITEM_BYTES[dtype]
         assert fits == [*range(step, max(fits, default=0) + 1, step)]

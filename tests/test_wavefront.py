@@ -18,16 +18,15 @@ from gpu_rnn.core import arrays
 from gpu_rnn.core.problem import Problem, Result, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
-from gpu_rnn.kernels.cuda.launch import OPTIONS
 
 from . import calls, cuda_on_cpu, sequences
 from .cuda_emulator import runtime, sanitize
-from .persistent import EPSILON, SOURCE, decode, encode, poison, sources, zeros
+from .persistent import EPSILON, SOURCE, check_machine_code, decode, encode, poison, sources, zeros
 from .tolerance import assert_close
 
 ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 DEVICES = persistent.DEVICES
-DTYPES = (*sorted(persistent.SIZES), "ieee")  # which is float32 not as TF32
+DTYPES = (*sorted(persistent.ITEMSIZE), "ieee")  # which is float32 not as TF32
 
 
 def stored(dtype):
@@ -36,9 +35,9 @@ def stored(dtype):
 
 def planned(cell, dtype, H, T, B, layers, device, backward=False):
     page = cells.get(cell)
-    element = persistent.element(page, backward=backward)
-    options = {"backward": backward, "apart": sum(page.separate), "ieee": dtype == "ieee"}
-    return persistent.stack(page.G, element, stored(dtype), H, T, B, layers, device, **options)
+    element = persistent.registers_per_element(page, backward=backward)
+    options = {"backward": backward, "separate_gates": sum(page.separate), "ieee": dtype == "ieee"}
+    return persistent.select_wavefront(page.G, element, stored(dtype), H, T, B, layers, device, **options)
 
 
 class Run:
@@ -69,9 +68,9 @@ class Run:
         for k, each in enumerate(given):
             for place, weights in zip(places, (self.R[k], self.W[k] if k else None)):
                 each[place] = None if weights is None else encode(weights, self.dtype)
-        members = [persistent.Member(tuple(0 if a is None else a.ctypes.data for a in each), False) for each in given]
-        words, exchange = persistent.words(members), zeros(plan.launches * plan.exchange_bytes(T))
-        for k, launch in enumerate(persistent.sequence(plan, self.cell, self.dtype, T, B, H, 1, save=save)):
+        members = [persistent.Instance(tuple(0 if a is None else a.ctypes.data for a in each), False) for each in given]
+        words, exchange = persistent.kernel_params(members), zeros(plan.launches * plan.exchange_bytes(T))
+        for k, launch in enumerate(persistent.launches(plan, self.cell, self.dtype, T, B, H, 1, save=save)):
             at = exchange.ctypes.data + k * plan.exchange_bytes(T)
             cuda_on_cpu.execute(kernels, launch, words, at, seed=seed, **options)
 
@@ -147,7 +146,7 @@ def wrong(found):
 
 
 def libraries(name, dtype, plans, sanitizer=None, kernel=None):
-    units = [persistent.compiled(plan, cells.get(name), stored(dtype)) for plan in plans]
+    units = [persistent.translation_unit(plan, cells.get(name), stored(dtype)) for plan in plans]
     return [runtime.compile(sources(name, kernel), dict(unit.defines), sanitizer) for unit in units]
 
 
@@ -162,11 +161,10 @@ def forced(name, dtype, H, B, layers, device=DEVICE, alone=False):
     """The best plans, forward and backward, whether or not they pay; alone: of those with a block for each layer."""
     page, best = cells.get(name), []
     for backward in (False, True):
-        size, element = persistent.SIZES[stored(dtype)], persistent.element(page, backward=backward)
-        sizes = (page.G, element, size, dtype == "ieee", ()), H, B, device, layers, sum(page.separate)
-        made = persistent.candidates("grid", backward, *sizes)
+        cost = persistent.cell_cost(page, stored(dtype), backward=backward, ieee=dtype == "ieee")
+        made = persistent.candidates("grid", backward, cost, H, B, device, layers, sum(page.separate))
         made = [plan for plan in made if (plan.blocks == 1) == alone]
-        best.append(min(made, key=lambda plan: plan.waves * plan.microseconds))
+        best.append(min(made, key=lambda plan: plan.waves * plan.predicted_us))
     return best
 
 
@@ -245,32 +243,35 @@ def test_no_race():
 
 MUTATIONS = {
     "the layer above doesn't wait for the one below": (
-        "if (ABOVE) below.multiply_all(n + 1);", "if (ABOVE) below.multiply_all(n > 1 ? n - 1 : n);"),
-    "publications share two places": ("return KEEPS ? n : n & 1;", "return n & 1;"),
-    "the last instant isn't published": ("if (STACK || n + 1 < T) home.publish(n + 1);",
-                                        "if (n + 1 < T) home.publish(n + 1);"),
-    "it receives its own": ("group() - ABOVE, T", "group(), T"),
-    "a word is taken as it comes": ("if (late == 0) break;", "break;"),
+        "input.receive_and_multiply(n + 1);", "input.receive_and_multiply(n > 1 ? n - 1 : n);"),
+    "rounds share two buffers": ("return KEEPS_ALL_ROUNDS ? n : n & 1;", "return n & 1;"),
+    "the last round isn't sent": ("if (WAVEFRONT || n + 1 < T) recurrent.send(n + 1);",
+                                 "if (n + 1 < T) recurrent.send(n + 1);"),
+    "it receives its own": ("group() - HAS_LOWER_LAYER, T", "group(), T"),
+    "a word is taken without its flag": ("if (late == 0) break;", "break;"),
 }  # fmt: skip
 BACKWARD_MUTATIONS = {
-    "what is handed down is taken as it comes": ("handed[k].y != Handed::stamp(turn);", "false;"),
-    "the last is not handed down": ("if (!Residence::ALONE) hand_down(T - 1);", ""),
-    "all instants share a place": ("words + ((turn * BLOCKS", "words + ((turn % 2 * BLOCKS"),
-    "the operand is already the next": ("turn > 1) hand_down(turn - 2);", "turn > 1) hand_down(turn - 1);"),
+    "a gradient from above is taken without its flag": ("received_dx[k].y != LayerGradChannel::flag(turn);", "false;"),
+    "the last isn't sent down": ("if (!PersistentBlock::SINGLE_BLOCK) send_dx(T - 1);", ""),
+    "all time steps share a word": ("words + ((turn * BLOCKS", "words + ((turn % 2 * BLOCKS"),
+    "the operand is already the next": ("turn > 1) send_dx(turn - 2);", "turn > 1) send_dx(turn - 1);"),
     "what is multiplied twice is overwritten": (
-        "        lay_out(sums, others);\n",
-        "        float* to = others;\n        sums.finish(lane, [&](int r, int row, int column, float sum) {\n"
-        "            to[((warp % K_SPLITS * ROWS + r) * NB + column) * PITCH + warp / K_SPLITS * 16 + row] = sum;\n"
+        "        store_partial_sums(sums, others);\n",
+        "        const Corner at = Sums<GATE_SETS>::corner(lane);\n"
+        "        float* to = others + (warp % K_SPLITS * GATE_SETS * BATCH_ROWS + at.column) * SUMS_PITCH;\n"
+        "        to += warp / K_SPLITS * 16 + at.row;\n"
+        "        sums.finish(lane, [&](int r, int row, int column, float sum) {\n"
+        "            to[(r * BATCH_ROWS + column) * SUMS_PITCH + row] = sum;\n"
         "        });\n"),
-    "it takes from its own layer": ("from_above(exchange, T, member())", "from_above(exchange, T, member() - 1)"),
-    "both parts have one gradient": ("-1 : value;", "value : value;"),
+    "it takes from its own layer": ("dx_in(exchange, T, instance())", "dx_in(exchange, T, instance() - 1)"),
+    "both projections have one gradient": ("-1 : value;", "value : value;"),
 }  # fmt: skip
-ALONE_MUTATIONS = {  # where a block alone has a layer
-    "it is handed down too late": ("if (Residence::ALONE && turn > 0) hand_down(turn - 1);",
-                                  "if (Residence::ALONE && turn > 1) hand_down(turn - 2);"),
-    "it waits for nobody": ("waits(!ALONE || from != group())", "waits(!ALONE)"),
-    "it sends nothing": ("SCOPE == GRID && (!ALONE || KEEPS)", "SCOPE == GRID && !ALONE"),
-    "its own is not where it multiplies": ("if (SCOPE == GRID && !ALONE) return;", "if (SENDS) return;"),
+ALONE_MUTATIONS = {  # where a single block has a layer
+    "it is sent down too late": ("if (PersistentBlock::SINGLE_BLOCK && turn > 0) send_dx(turn - 1);",
+                                "if (PersistentBlock::SINGLE_BLOCK && turn > 1) send_dx(turn - 2);"),
+    "it never waits": ("needs_wait(!SINGLE_BLOCK || from != group())", "needs_wait(!SINGLE_BLOCK)"),
+    "it sends nothing": ("SCOPE == GRID && (!SINGLE_BLOCK || KEEPS_ALL_ROUNDS)", "SCOPE == GRID && !SINGLE_BLOCK"),
+    "its own is not where it multiplies": ("if (SCOPE == GRID && !SINGLE_BLOCK) return;", "if (SENDS) return;"),
 }  # fmt: skip
 
 
@@ -279,7 +280,7 @@ ALONE_MUTATIONS = {  # where a block alone has a layer
 def test_what_makes_it_right_is_needed(what):
     right, broken = (MUTATIONS | BACKWARD_MUTATIONS | ALONE_MUTATIONS)[what]
     assert SOURCE.count(right) == 1
-    backward = what in BACKWARD_MUTATIONS or what == "it is handed down too late"
+    backward = what in BACKWARD_MUTATIONS or what == "it is sent down too late"
     name = "gru" if backward else "lstm"
     plans = forced(name, "bfloat16", 40, 3, 3, alone=what in ALONE_MUTATIONS)
     kernel = runtime.Source("persistent.cu", SOURCE.replace(right, broken))
@@ -357,7 +358,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
     found = stacked(save=True)
     ours = back(found)
     resident = launched
-    assert resident == [("resident_forward", "3"), ("resident_backward", "3")]
+    assert resident == [("persistent_forward", "3"), ("persistent_backward", "3")]
     truth, _ = in_turn(oracle.forward, oracle.backward, [case.mapped(sequences.wide) for case in cases])
     over_the_other = back(recorded)
     for what in ours:
@@ -366,16 +367,16 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
 
     def at_most(instants, backward):
         plan, _ = cuda.wavefront_config(stack, device, backward)
-        monkeypatch.setattr(persistent, "MOST_PUBLISHED", plan.launches * plan.exchange_bytes(instants))
+        monkeypatch.setattr(persistent.launch, "MAX_EXCHANGE_BYTES", plan.launches * plan.exchange_bytes(instants))
 
     launched.clear()
     at_most(4, backward=True)
     in_parts = back(found)
-    assert launched.count(("resident_backward", "3")) == 2, "cut over time"
+    assert launched.count(("persistent_backward", "3")) == 2, "cut over time"
     assert all(np.array_equal(in_parts[what], ours[what]) for what in ours), "back it makes no difference"
     at_most(2, backward=False)
     again = stacked(save=True)
-    assert launched.count(("resident_forward", "3")) == 3
+    assert launched.count(("persistent_forward", "3")) == 3
     for what, array in named({}, again).items():
         assert_close(array, truth[what], peer[what], dtype, what)
     unsaved = stacked(save=False)
@@ -399,7 +400,7 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
 
     assert plan(512).count("4 layers as a wavefront in one launch") == 2, "forward and back"
     assert "the driver" not in plan(512)
-    monkeypatch.setattr(persistent, "MOST_PUBLISHED", 1 << 20)
+    monkeypatch.setattr(persistent.launch, "MAX_EXCHANGE_BYTES", 1 << 20)
     assert "layer by layer: grid scope: the buffer between layers takes 0.1 MiB per time step, and may" in plan(512)
     assert "layer by layer: grid scope: the weights don't fit on-chip: [W | R] of 4 layers" in plan(1024)
     assert "layer by layer: the wavefront kernel does not support modifiers (lstm[lengths])" in plan(512, "lstm+hold")
@@ -621,13 +622,13 @@ def test_every_plan_fits_and_covers(name, dtype, H, B, layers, device, backward)
     assert plan.grid == layers * plan.groups * plan.blocks <= device.multiprocessors, "all layers are resident"
     assert (plan.blocks - 1) * plan.units < H <= plan.blocks * plan.units, "every unit of a layer once"
     assert (plan.launches - 1) * plan.groups * plan.rows < B <= plan.launches * plan.groups * plan.rows
-    k, columns = plan.k_splits * plan.k_tiles * (32 // plan.size), plan.blocks * plan.values * plan.units
+    k, columns = plan.k_splits * plan.k_tiles * (32 // plan.itemsize), plan.blocks * plan.values * plan.units
     assert k >= columns, "all rows of both matrices"
-    assert plan.threads * 8 * plan.row_sets * plan.values * plan.k_registers <= persistent.REGISTER_FILE
+    assert plan.threads * 8 * plan.gate_sets * plan.values * plan.k_registers <= persistent.REGISTER_FILE
     assert plan.shared_bytes <= device.shared_bytes
-    assert plan.pieces == 1 or (not backward and plan.blocks > 1), "what is multiplied twice, or made here, is whole"
+    assert plan.k_chunks == 1 or (not backward and plan.blocks > 1), "what is multiplied twice, or made here, is whole"
     handed = (layers - 1) * plan.groups * 7 * plan.blocks * plan.units * plan.rows * 8
-    kept = layers * plan.groups * plan.exchanged
+    kept = layers * plan.groups * plan.round_bytes
     assert plan.exchange_bytes(7) == (kept * 2 + handed if backward else kept * 8)
     assert "as a wavefront" in str(plan)
 
@@ -646,13 +647,15 @@ def test_it_is_taken_where_it_is_predicted_to_pay():
     assert "layer by layer" in reason
     for backward, parts in ((False, 4), (True, 7)):
         plan, _ = planned("lstm", "bfloat16", 512, 16384, 8, 4, device, backward)
-        found = persistent.cuts(plan, 16384)
+        found = persistent.time_slices(plan, 16384)
         assert len(found) == parts
         assert sorted(t for cut in found for t in range(*cut)) == list(range(16384)), "every instant once"
         assert found == sorted(found, reverse=backward)
         assert plan.launches * max(plan.exchange_bytes(end - begin) for begin, end in found) <= 256 << 20
-        assert persistent.cuts(plan, 1000) == [(0, 1000)]
-    assert persistent.cuts(persistent.plan(4, 20, "bfloat16", 512, 8, device, backward=False)[0], 10**6) == [(0, 10**6)]
+        assert persistent.time_slices(plan, 1000) == [(0, 1000)]
+    assert persistent.time_slices(persistent.select(4, 20, "bfloat16", 512, 8, device, backward=False)[0], 10**6) == [
+        (0, 10**6)
+    ]
     assert planned("lstm", "bfloat16", 512, 1000, 8, 4, device, backward=True)[0].layers == 4
     (reason,) = planned("lstm", "bfloat16", 1024, 1000, 8, 2, device, backward=True)[1]
     assert "the weights don't fit on-chip: [W | R] of 2 layers" in reason
@@ -684,12 +687,7 @@ def test_compiles_without_spills(problem, arch, backward):
         plan = forced(name, dtype, H, B, layers, DEVICES[ARCHITECTURES[arch]], alone=H <= 128)[backward]
     except ValueError:
         pytest.skip("it doesn't fit this device")
-    unit = persistent.compiled(plan, cells.get(name), stored(dtype))
-    cubin = nvrtc.compile(unit.source, arch, [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)])
-    assert not cubin.log
-    kernel = nvrtc.resources(cubin)[persistent.name(plan)]
-    assert (kernel.stack, kernel.spills, kernel.trap) == (0, 0, False), (kernel, str(plan))
-    assert kernel.registers * plan.threads <= persistent.REGISTER_FILE
+    check_machine_code(plan, cells.get(name), stored(dtype), arch)
 
 
 def main():

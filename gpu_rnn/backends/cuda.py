@@ -116,7 +116,7 @@ def kernels_of(problem: Problem, query: "Query | None" = None) -> Iterator[tuple
         fused = [wavefront_config(problem, device(), backward, query)[0] for backward in passes(problem)]
         configs = [wavefront or config for wavefront, config in zip(fused, configs)]
     for config in filter(None, configs):
-        yield persistent.compiled(config, problem.cell, problem.dtype), persistent.name(config)
+        yield persistent.translation_unit(config, problem.cell, problem.dtype), persistent.kernel_name(config)
     if all(configs):
         return
     product = arrays.product_dtype(problem.library, problem.dtype)
@@ -131,8 +131,8 @@ def kernels_of(problem: Problem, query: "Query | None" = None) -> Iterator[tuple
 
 
 # How many clusters of a configuration, or blocks of its grid, are co-resident: of its kernel for a cell and a dtype.
-Query = Callable[[Cell, str, persistent.Residence], int]
-Choice = tuple[persistent.Residence | None, Sequence[str]]
+Query = Callable[[Cell, str, persistent.PersistentConfig], int]
+Choice = tuple[persistent.PersistentConfig | None, Sequence[str]]
 
 
 def persistent_config(problem: Problem, on: persistent.Device, backward: bool, query: Query | None = None) -> Choice:
@@ -159,15 +159,17 @@ def wavefront_config(problem: Problem, on: persistent.Device, backward: bool, qu
     cell, dtype, ieee = problem.cell, problem.dtype, not problem.tf32
     if problem.B == 0 or problem.P is not None or problem.T < MIN_STEPS:
         return None, persistent_config(problem, on, backward)[1]
-    if cell.meets:
+    if cell.has_reduction:
         return None, ("it reduces over hidden units, which the wavefront kernel does not support",)
     if cell.E:
         return None, (f"the wavefront kernel does not support modifiers ({cell.label})",)
     sizes = problem.H, problem.T, problem.B, problem.layers
-    element, apart = persistent.element(cell, backward=backward), sum(cell.separate)
-    config, why = persistent.stack(cell.G, element, dtype, *sizes, on, backward=backward, apart=apart, ieee=ieee)
+    element, apart = persistent.registers_per_element(cell, backward=backward), sum(cell.separate)
+    config, why = persistent.select_wavefront(
+        cell.G, element, dtype, *sizes, on, backward=backward, separate_gates=apart, ieee=ieee
+    )
     if config is not None and query is not None:
-        _, fewer = persistent.holds(config, on, partial(query, cell, dtype))
+        _, fewer = persistent.check_occupancy(config, on, partial(query, cell, dtype))
         if fewer is not None:
             return None, (fewer,)
     return config, why
@@ -182,14 +184,18 @@ def config_of(
         single, why = config_of(cell, dtype, H, B, 1, on, backward, ieee, query)
         if single is None:
             return None, why
-        fused, why = persistent.together(single, B, on, query and partial(query, cell, dtype))
+        fused, why = persistent.fuse_directions(single, B, on, query and partial(query, cell, dtype))
         return fused or single, why
-    element, meetings = (of(cell, backward=backward) for of in (persistent.element, persistent.meetings))
-    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "meetings": meetings}
-    predicted = persistent.plan(cell.G, element, dtype, H, B, on, **how)
+    element, reductions = (
+        of(cell, backward=backward) for of in (persistent.registers_per_element, persistent.reductions)
+    )
+    how: dict[str, Any] = {"backward": backward, "ieee": ieee, "reductions": reductions}
+    predicted = persistent.select(cell.G, element, dtype, H, B, on, **how)
     if query is None:
         return predicted
-    config, why = persistent.settled(cell.G, element, dtype, H, B, on, held=partial(query, cell, dtype), **how)
+    config, why = persistent.select_verified(
+        cell.G, element, dtype, H, B, on, occupancy=partial(query, cell, dtype), **how
+    )
     if config != predicted[0]:
         what = f"{cell.label}, H={H} B={B} {dtype}: {'; '.join(why)}; using {config or 'per-step kernels'} instead"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
@@ -225,7 +231,7 @@ def run_backward(
 
 def config_for(
     problem: Problem, on: persistent.Device, backward: bool, query: Query | None
-) -> persistent.Residence | None:
+) -> persistent.PersistentConfig | None:
     """The configuration of a pass, decided once for a problem."""
     kind, choose = ("wavefront", wavefront_config) if problem.layers > 1 else ("persistent", persistent_config)
     config, why = problem.decide((kind, on, backward, query), choose, problem, on, backward, query)
@@ -234,7 +240,7 @@ def config_for(
 
 
 def launch_batches(
-    config: persistent.Residence | None, problem: Problem, buffers: Sequence[Any]
+    config: persistent.PersistentConfig | None, problem: Problem, buffers: Sequence[Any]
 ) -> list[Sequence[Any]]:
     """The buffers of the runs, split by launch: a stack is one, and so are two directions that are fused."""
     n = len(buffers) if problem.layers > 1 else 1 if config is None else config.directions
@@ -242,22 +248,23 @@ def launch_batches(
 
 
 def forward_args(buffers: ForwardBuffers) -> tuple:
-    """The arrays of `resident_forward`, in its order."""
+    """The arrays of `persistent_forward`, in its order."""
     b = buffers
     from_below = b.w_ih, None if b.w_ih is None else b.b_ih
     return b.Wx, b.w_hh, b.b_hh, b.h0, b.cell_states, b.saved, b.y, *b.aux, *from_below
 
 
 def backward_args(buffers: BackwardBuffers) -> tuple:
-    """The arrays of `resident_backward`, in its order."""
+    """The arrays of `persistent_backward`, in its order."""
     b = buffers
     read, written = (b.y, b.h0, b.cell_states, b.saved), (b.dWx, b.dRh, b.dhistory, b.dunits)
     return b.dy, b.dh, b.dcell_states, b.w_hh, *read, *written, *b.aux, b.w_ih
 
 
 def launch_persistent(
-    run: Runner, config: persistent.Residence, problem: Problem, buffers: Sequence[Any], args_of: Callable[[Any], tuple]
-) -> None:
+    run: Runner, config: persistent.PersistentConfig, problem: Problem, buffers: Sequence[Any],
+    args_of: Callable[[Any], tuple],
+) -> None:  # fmt: skip
     """Run the persistent kernel for some of a problem's runs. args_of: see `forward_args`."""
     like, rows = buffers[0].w_hh, gpu_common.aux_rows(buffers[0].aux)
     parts, bytes_ = problem.decide(("launches", config, run, rows), launches, run, config, problem, rows)
@@ -267,21 +274,21 @@ def launch_persistent(
         if n > 0 and exchange is not None:
             exchange[...] = 0  # or the sequence numbers of the part before would let every wait pass
         these = buffers if len(parts) == 1 else [one.time_slice(begin, end) for one in buffers]
-        members = [persistent.Member(arrays.pointers(args_of(one), like), one.reverse) for one in these]
-        words = persistent.words(members)
+        members = [persistent.Instance(arrays.pointers(args_of(one), like), one.reverse) for one in these]
+        words = persistent.kernel_params(members)
         for k, launch in enumerate(launched):
             launch(words, address + k * bytes_)
 
 
 def launches(
-    run: Runner, config: persistent.Residence, problem: Problem, rows: int
+    run: Runner, config: persistent.PersistentConfig, problem: Problem, rows: int
 ) -> tuple[list[tuple[int, int, tuple]], int]:
     """The launches of each part of the sequence, with its first and last time step; and the bytes of their exchange."""
     sizes = problem.B, problem.H, rows
     save = problem.saves or config.backward
     parts = []
-    for begin, end in persistent.cuts(config, problem.T):
-        sequence = persistent.sequence(config, problem.cell, problem.dtype, end - begin, *sizes, save=save)
+    for begin, end in persistent.time_slices(config, problem.T):
+        sequence = persistent.launches(config, problem.cell, problem.dtype, end - begin, *sizes, save=save)
         parts.append((begin, end, tuple(map(run, sequence))))
     return parts, config.exchange_bytes(max(end - begin for begin, end, _ in parts))
 
@@ -375,14 +382,14 @@ CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter mu
 # ---- What fits the device at once, as the driver knows it -----------------------------------------------------------
 
 
-def max_coresident(cell: Cell, dtype: str, config: persistent.Residence) -> int:
+def max_coresident(cell: Cell, dtype: str, config: persistent.PersistentConfig) -> int:
     """`Query` of the current device."""
     optional_imports.require(
         "cupy", "the cuda backend"
     ).cuda.Device().use()  # gives a thread that is new to it its context
     in_cluster = config.blocks if config.scope == "cluster" else 1
-    unit, shared = persistent.compiled(config, cell, dtype), config.shared_bytes
-    kernel = prepare_kernel(unit, persistent.name(config), shared, in_cluster).kernel
+    unit, shared = persistent.translation_unit(config, cell, dtype), config.shared_bytes
+    kernel = prepare_kernel(unit, persistent.kernel_name(config), shared, in_cluster).kernel
     if config.scope == "cluster":
         return driver().clusters(kernel.ptr, config.blocks, config.threads, shared)
     return coresident(kernel.ptr, config.threads, shared)

@@ -41,7 +41,7 @@ def priority(problem: Problem) -> tuple[str, ...]:
 
 def backend_for(name: str, problem: Problem) -> Backend:
     """A backend as it runs the problem's cell."""
-    return backend(name) if problem.cell.phases is None else TwoPass(backend(name))
+    return backend(name) if problem.cell.lowered is None else TwoPass(backend(name))
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:

@@ -16,7 +16,7 @@ from t+1 to t.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gpu_rnn.kernels.cells import Cell, operand_graph
+from gpu_rnn.kernels.cells import Cell, recurrent_input_graph
 
 from ..core import arrays
 from ..core.cell_inputs import NO_AUX, AuxInputs
@@ -178,7 +178,7 @@ def allocate_backward(
     (h_unprojected,) = unprojected or (y,)
     if problem.P is not None:
         dy = to_storage(dy, like=x)  # the time loop writes to it
-    dunits = arrays.zeros((cell.learned, B, H), like=x, dtype=real)
+    dunits = arrays.zeros((cell.num_trainable, B, H), like=x, dtype=real)
     dhistory = arrays.stack(grads.history, 1) if grads.history else None
     return BackwardBuffers(
         dy, dh, dcell_states, weights.w_hh, weights.w_hr, state[0], cell_states, activations, h_unprojected, y, dWx,
@@ -206,7 +206,9 @@ def weight_gradients(problem: Problem, buffers: BackwardBuffers, run: Run, needs
     if "units" in needs:
         gradients["units"] = arrays.zeros(tuple(weights.units.shape), like=x)
         dunits = buffers.dunits
-        gradients["units"][: cell.learned] = dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
+        gradients["units"][: cell.num_trainable] = (
+            dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
+        )
     return gradients
 
 
@@ -276,7 +278,7 @@ def memory(problem: Problem, forward: int, backward: int) -> Memory:
     if not problem.training:
         return Memory(0, whole, 0)
     back = gates * (1 + any(cell.separate)) + (y if problem.P else 0) + history
-    back += (problem.state_elements + cell.learned * row) * r + states + backward
+    back += (problem.state_elements + cell.num_trainable * row) * r + states + backward
     gradients = (problem.weight_elements + (problem.input_elements if projection else 0)) * s
     return Memory(y + saved + cell_states + unprojected, whole, back + gradients)
 
@@ -289,7 +291,7 @@ def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
 def recurrent_inputs(cell: Cell, y: Any, h0: Any, aux: AuxInputs, reverse: bool) -> tuple[Any, Any]:
     """The inputs of the recurrent matmuls: at the first time step [B, P], at the later ones [T-1, B, P], by t."""
     first, later, before = (-1, slice(None, -1), slice(1, None)) if reverse else (0, slice(1, None), slice(None, -1))
-    if cell.operand is None:
+    if cell.recurrent_input is None:
         return h0, y[before]
     return recurrent_input(cell, h0, aux, first), recurrent_input(cell, y[before], aux, later)
 
@@ -306,7 +308,7 @@ def recurrent_weight_grad(dRh: Any, h_in: tuple[Any, Any], reverse: bool) -> Any
 
 def recurrent_input(cell: Cell, h: Any, aux: AuxInputs, t: Any) -> Any:
     """What is multiplied by the recurrent weights instead of h [.., B, P], at the time step or time steps t."""
-    ((h_in,),) = operand_graph(cell).run(arrays.operations(h), h=[h], extra=aux.at(cell, t, h.shape[-1]))
+    ((h_in,),) = recurrent_input_graph(cell).run(arrays.operations(h), h=[h], extra=aux.at(cell, t, h.shape[-1]))
     return arrays.astype(h_in, arrays.dtype(h))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpu_rnn import kernels
 from gpu_rnn.kernels.cells import Cell
-from gpu_rnn.kernels.codegen.cpp import page as render_cell
+from gpu_rnn.kernels.codegen.cpp import render_cell as render_cell
 from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.native import isa as instruction_sets
 
@@ -84,7 +84,7 @@ def memory(problem: Problem) -> Memory:
     forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
     if not problem.training:
         return Memory(0, forward * r, 0)
-    back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.learned * B * H + states
+    back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.num_trainable * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
     converted = copies + 2 * y + gradients // 2 if halves else 0
     if problem.library == "numpy" and T > 1:
@@ -138,7 +138,7 @@ def backward(
     dWx = empty((T, B, GH))
     dRh = empty((T, B, GH)) if any(cell.separate) else dWx
     total: Any = empty((T, B, P)) if projected else None
-    dunits = arrays.zeros((cell.learned, B, H), like=x)
+    dunits = arrays.zeros((cell.num_trainable, B, H), like=x)
     dfirst = [empty(array.shape) for array in first]
     values = BACKWARD.pack(
         code(cell, real), T, B, 0, H, P, run.reverse, useful_threads(T, B, B * GH * P), pointer(w.w_hh),
@@ -160,7 +160,7 @@ def backward(
         gradients["w_hr"] = gpu_common.matmul(total.reshape(T * B, P).T, unprojected[0].reshape(T * B, H), like=x)
     if "units" in names:
         gradients["units"] = arrays.zeros(tuple(w.units.shape), like=x)
-        gradients["units"][: cell.learned] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
+        gradients["units"][: cell.num_trainable] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
     dstate = tuple([to_caller(d, run.x).reshape(shape) for d, shape in zip(dfirst, state_shapes)])
     return [{name: to_caller(array, run.x) for name, array in gradients.items()} | {"state": dstate}]
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels.autodiff import OPERATIONS
-from gpu_rnn.kernels.cells import Cell, operand_grad_graph, operand_graph
+from gpu_rnn.kernels.cells import Cell, recurrent_input_grad_graph, recurrent_input_graph
 from gpu_rnn.kernels.codegen.numpy import GateLayout, gradient, layout, step_program, torch_layout, with_exp_sigmoid
 from gpu_rnn.kernels.codegen.schedule import Program
 from gpu_rnn.kernels.modifiers import HOLD
@@ -103,8 +103,8 @@ def memory(problem: Problem) -> Memory:
     pool.release(back)
     turned = [list(gates) != sorted(gates) for gates in (order.inputs, order.recurrent)]  # what is no view then
     turned_rows = G * H * (inputs * turned[0] + P * (turned[1] + (T >= MIN_STEPS_FOR_TRANSPOSED_R)))
-    base = back.bytes + x + (temporaries(program_back.grad, H, B) + turned_rows + cell.learned * H * B) * r
-    base += (T + 1) * B * P * r * (1 if cell.operand is None else 2) + (n * B * P * r if problem.P else 0)
+    base = back.bytes + x + (temporaries(program_back.grad, H, B) + turned_rows + cell.num_trainable * H * B) * r
+    base += (T + 1) * B * P * r * (1 if cell.recurrent_input is None else 2) + (n * B * P * r if problem.P else 0)
     base += 2 * problem.state_elements * r + copies + (y if halves else 0)
     blocks = max(1, BACKWARD_BLOCK // max(H * B, 1)) * temporaries(program_back.coefficients, H, B)
     in_order = G * H * (inputs + P + 2) + (problem.input_elements if problem.reverse else 0)
@@ -209,7 +209,7 @@ def run_forward(problem: Problem, run: Run) -> Result:
     workspace = pool.acquire()
     W, recur = workspace.load(weights, state)
     h, Rh, record, unprojected = workspace.h, workspace.Rh, workspace.record, workspace.unprojected
-    n, K, dropped = len(workspace.views), cell.K, cell.operand is not None
+    n, K, dropped = len(workspace.views), cell.K, cell.recurrent_input is not None
     aux: Any = Aux(cell, weights, T, reverse) if P is not None or workspace.aux.shape[1] else None
 
     y = np.empty((T, B, P or problem.H), x.dtype)
@@ -260,14 +260,14 @@ def run_backward(problem: Problem, run: Run, saved: tuple, grads: Grads, needs: 
     W = None if weights.w_ih is None else by_gate(weights.w_ih, order.inputs).reshape(G * H, -1)
     R = np.ascontiguousarray(by_gate(weights.w_hh, order.recurrent)).reshape(G * H, P)
     times_R = matmul_fn(R.T if T < MIN_STEPS_FOR_TRANSPOSED_R else np.ascontiguousarray(R.T), B)
-    dunits, aux = np.zeros((cell.learned, H, B), x.dtype), Aux(cell, weights, T, reverse)
+    dunits, aux = np.zeros((cell.num_trainable, H, B), x.dtype), Aux(cell, weights, T, reverse)
     dh, dh_unprojected, run_step = grads.last[0].T.copy(), workspace.dh_unprojected, workspace.run  # dh: of later steps
     direct_row = program.asked[0]  # of the gradient of h past the weights, if there is one
 
     x, y, dy, *dhistory = flip_if(reverse, x, y, grads.y, *grads.history)
     dx = np.empty((T, B, G * H if W is None else W.shape[1]), x.dtype)
     h = np.concatenate((state[0][None], y))
-    h_in = h if cell.operand is None else np.empty_like(h)  # the inputs of the recurrent matmuls
+    h_in = h if cell.recurrent_input is None else np.empty_like(h)  # the inputs of the recurrent matmuls
 
     sums: dict[str, Any] = dict.fromkeys(needs, 0)
     dlast = [d_last.T for d_last in grads.last[1:]]
@@ -277,7 +277,7 @@ def run_backward(problem: Problem, run: Run, saved: tuple, grads: Grads, needs: 
         workspace.load(h[first : first + m + 1], dy[chunk])
         if cell.E:
             aux.load(first, workspace.aux[:m])
-        for k in range(m) if cell.operand is not None else ():
+        for k in range(m) if cell.recurrent_input is not None else ():
             h_in[first + k] = aux.recurrent_input(workspace.aux[k], workspace.h[k]).T
         workspace.compute_coefficients(record[first : first + m + 1], *(array[chunk] for array in unprojected))
         for states, d_last in zip(workspace.state_grads, dlast):
@@ -501,7 +501,7 @@ def make_step(problem: Problem, weights: Weights) -> tuple[np.ndarray, np.ndarra
     weights, _ = to_numpy_weights(weights, ())
     B, H, P, w_hr = problem.B, problem.H, problem.P or problem.H, weights.w_hr
     I = weights.w_ih.shape[1]
-    S, cell, n = problem.cell.S, problem.cell.run, 1 if problem.cell.phases is None else 2
+    S, cell, n = problem.cell.S, problem.cell.kernel_cell, 1 if problem.cell.lowered is None else 2
     dtype = weights.w_ih.dtype
     order = choose_layout(cell, math.inf, B, H, I + P, dtype)
     workspace = ForwardWorkspace(cell, order, n, True, B, I, H, P, dtype)
@@ -541,13 +541,13 @@ class BackwardWorkspace(Workspace):
         self.h, self.dy = rows(n + 1, P, B), rows(n, P, B)
         self.aux = rows(n, cell.E, H, B)
         self.own = rows(n, H, B) if self.projected else self.h[:-1]  # a cell with a projection doesn't take its own h
-        self.c, self.dunits = rows(n, program.rows, H, B), rows(cell.learned, H, B)
+        self.c, self.dunits = rows(n, program.rows, H, B), rows(cell.num_trainable, H, B)
         self.dh_unprojected = rows(H, B)
         self.d, self.ds = rows(n + 1, gates + program.width, H, B), rows(gates * H * n * B)
         self.zero_state_grads = [rows(n + 1, H, B) for row in program.asked[1:] if row is None]
         zeros = iter(self.zero_state_grads)
         self.state_grads = [next(zeros) if row is None else self.d[:, row] for row in program.asked[1:]]
-        fixed = {"q0": self.dh_unprojected} | ({"g": self.dunits} if cell.learned else {})
+        fixed = {"q0": self.dh_unprojected} | ({"g": self.dunits} if cell.num_trainable else {})
         view, self.run = program.grad.bind(self.row, dtype, **fixed)
         direct = self.d if program.asked[0] is None else self.d[:, program.asked[0]]
         recurrent = self.d[:, gates - cell.G : gates].reshape(n + 1, cell.G * H, B)
@@ -587,13 +587,13 @@ class Aux:
 
     def __init__(self, cell: Cell, weights: Weights, T: int, reverse: bool):
         self.cell, self.inputs = cell, AuxInputs.of(weights)
-        self.units = weights.units.swapaxes(1, 2) if cell.units else None
+        self.units = weights.units.swapaxes(1, 2) if cell.per_unit_params else None
         self.at = range(T)[::-1] if reverse else range(T)
 
     def load(self, first: int, m: np.ndarray) -> None:
         """Load the time steps from `first` on into m [n, E, H, B], by blocks that stay in the cache."""
-        cell, (n, _, H, B), row = self.cell, m.shape, len(self.cell.units)
-        if cell.units:
+        cell, (n, _, H, B), row = self.cell, m.shape, len(self.cell.per_unit_params)
+        if cell.per_unit_params:
             m[:, :row] = self.units
         block = max(1, BACKWARD_BLOCK // max(H * B, 1))
         for start in range(0, n, block) if cell.flags or cell.uniforms else ():
@@ -610,14 +610,14 @@ class Aux:
 
     def recurrent_input(self, m: np.ndarray, h: np.ndarray) -> np.ndarray:
         """h [P, B] -> the input of the recurrent matmul."""
-        ((h_in,),) = operand_graph(self.cell).run(OPERATIONS, h=[h], extra=list(m[:, : len(h)]))
+        ((h_in,),) = recurrent_input_graph(self.cell).run(OPERATIONS, h=[h], extra=list(m[:, : len(h)]))
         return h_in
 
     def recurrent_input_grad(self, m: np.ndarray, dh: np.ndarray, dunits: np.ndarray) -> None:
         """Pull dh back through `recurrent_input`, in place; add the gradients of per-unit parameters to dunits."""
-        if self.cell.operand is not None:
+        if self.cell.recurrent_input is not None:
             P = len(dh)
-            (dh_in,), parts = operand_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=list(m[:, :P]))
+            (dh_in,), parts = recurrent_input_grad_graph(self.cell).run(OPERATIONS, dnew=[dh], extra=list(m[:, :P]))
             for total, part in zip(dunits, parts):
                 total[:P] += part
             dh[...] = dh_in
@@ -637,7 +637,7 @@ class Aux:
 
     @property
     def mask_index(self) -> int:
-        return len(self.cell.units) + self.cell.flags.index(HOLD)
+        return len(self.cell.per_unit_params) + self.cell.flags.index(HOLD)
 
     def per_unit_grad(self, dunits: np.ndarray) -> np.ndarray:
         """[learned, H, B] -> [N, R, H]."""

@@ -22,7 +22,7 @@ library can.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from gpu_rnn.kernels.cells import Cell, operand_grad_graph
+from gpu_rnn.kernels.cells import Cell, recurrent_input_grad_graph
 from gpu_rnn.kernels.modifiers import HOLD
 
 from ..core import arrays
@@ -91,7 +91,9 @@ def memory(problem: Problem) -> tuple[int, int]:
     """Return the bytes that `run_forward` and `run_backward` take for themselves."""
     cell, B, H, P = problem.cell, problem.B, problem.H, problem.P or problem.H
     product = 4 if arrays.product_dtype(problem.library, problem.dtype) == "float32" else problem.itemsize
-    forward = B * H * (cell.G * product + problem.real_itemsize) + (B * P * problem.itemsize if cell.operand else 0)
+    forward = B * H * (cell.G * product + problem.real_itemsize) + (
+        B * P * problem.itemsize if cell.recurrent_input else 0
+    )
     projected = B * H * (problem.real_itemsize + product + problem.itemsize) if problem.P else 0
     return forward, B * P * product + projected
 
@@ -108,7 +110,7 @@ def forward_loop(bind: Bind, problem: Problem, buffers: ForwardBuffers) -> None:
     Rh = arrays.empty((B, cell.G, H), like=Wx, dtype=product_dtype(Wx))
     h = arrays.empty((B, H), like=Wx, dtype=arrays.real_dtype(Wx))
     h[...] = 0 if projected else buffers.h0  # a cell with a projection can't take its own h
-    dropped = None if cell.operand is None else arrays.empty((B, P), like=Wx)
+    dropped = None if cell.recurrent_input is None else arrays.empty((B, P), like=Wx)
     step = bind(
         cell,
         Step(
@@ -198,10 +200,10 @@ def split_masked_grad(cell: Cell, aux: AuxInputs, t: int, dh: Any) -> Any:
 
 def recurrent_input_grad(cell: Cell, dh: Any, aux: AuxInputs, t: int, dunits: Any) -> Any:
     """The gradient of `recurrent_input` at time step t: that of h is returned, per-unit ones are added to dunits."""
-    if cell.operand is None:
+    if cell.recurrent_input is None:
         return dh
     P = dh.shape[1]
-    (dh_in,), parts = operand_grad_graph(cell).run(arrays.operations(dh), dnew=[dh], extra=aux.at(cell, t, P))
+    (dh_in,), parts = recurrent_input_grad_graph(cell).run(arrays.operations(dh), dnew=[dh], extra=aux.at(cell, t, P))
     for total, part in zip(dunits, parts):
         total[:, :P] += part
     return dh_in

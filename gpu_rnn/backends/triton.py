@@ -128,7 +128,7 @@ def warmup(problem: Problem) -> tuple[str, ...]:
     weights = Weights(
         None if I is None else zeros(cell.G * H, I), zeros(cell.G * H, P), zeros(cell.G * H), zeros(cell.G * H),
         w_hr=zeros(P, H) if problem.P else None,
-        units=zeros(len(cell.units), 1, H) if cell.units else None,
+        units=zeros(len(cell.per_unit_params), 1, H) if cell.per_unit_params else None,
         flags=zeros(T, B, dtype="uint8") if cell.flags else None,
         seed=zeros(1, dtype="int64") if cell.uniforms else None,
     )  # fmt: skip
@@ -208,24 +208,24 @@ def launch(
 @cache
 def forward_constexprs(cell: Cell) -> tuple:
     """What a forward kernel is specialized on: functions and sizes of the cell."""
-    from gpu_rnn.kernels.triton.cell_functions import page as compile_cell
+    from gpu_rnn.kernels.triton.cell_functions import compile_cell as compile_cell
 
     functions = compile_cell(cell)
-    return functions.step, functions.step_level, functions.step_means, functions.operand, *sizes(cell)
+    return functions.step, functions.step_level, functions.step_means, functions.recurrent_input, *sizes(cell)
 
 
 @cache
 def backward_constexprs(cell: Cell) -> tuple:
     """What a backward kernel is specialized on: functions and sizes of the cell."""
-    from gpu_rnn.kernels.triton.cell_functions import page as compile_cell
+    from gpu_rnn.kernels.triton.cell_functions import compile_cell as compile_cell
 
     functions = compile_cell(cell)
-    operand_grad = None if cell.operand is None else functions.operand_grad
-    return functions.grad, functions.grad_level, functions.grad_means, operand_grad, *sizes(cell), cell.learned
+    operand_grad = None if cell.recurrent_input is None else functions.recurrent_input_grad
+    return functions.grad, functions.grad_level, functions.grad_means, operand_grad, *sizes(cell), cell.num_trainable
 
 
 def sizes(cell: Cell) -> tuple[int, ...]:
-    return cell.G, cell.S, cell.K, len(cell.units), len(cell.flags), cell.uniforms
+    return cell.G, cell.S, cell.K, len(cell.per_unit_params), len(cell.flags), cell.uniforms
 
 
 def persistent_config(problem: Problem, backward: bool) -> tuple[config.Sequence | None, str]:
@@ -271,8 +271,8 @@ def bind(cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., No
         kernel, constexprs, gates, real = grad_kernel, backward_constexprs(cell), buffers.dWx, buffers.dh_direct
     _, B, _, H = gates.shape
     R = 1 if buffers.units is None else buffers.units.shape[1]
-    block_b, block_h, num_warps, maxnreg = config.instant(H, arrays.dtype(real), whole=cell.meets)
-    grid = (-(-B // block_b), 1 if cell.meets else -(-H // block_h), 1)
+    block_b, block_h, num_warps, maxnreg = config.instant(H, arrays.dtype(real), whole=cell.has_reduction)
+    grid = (-(-B // block_b), 1 if cell.has_reduction else -(-H // block_h), 1)
     constants = (*constexprs, getattr(tl, arrays.dtype(real)), block_b, block_h)
     binary = None
 

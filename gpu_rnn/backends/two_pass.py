@@ -115,17 +115,17 @@ class TwoPass:
 
 def inner(problem: Problem) -> Problem:
     """The problem that the backend below is given."""
-    return problem.variant(cell=problem.cell.phases, T=2 * problem.T, I=None)
+    return problem.variant(cell=problem.cell.lowered, T=2 * problem.T, I=None)
 
 
 def inner_run(problem: Problem, run: Run, x: Any) -> Run:
     """A run of it. x: its input projection, [2*T, B, G*H]."""
     cell, T, B, weights = problem.cell, problem.T, problem.B, run.weights
-    assert cell.phases is not None
+    assert cell.lowered is not None
     flags = arrays.zeros((T, B), like=run.x, dtype="uint8") if weights.flags is None else weights.flags
     pair = flags, flags | 1 << len(cell.flags)
     flags = arrays.stack(pair[::-1] if run.reverse else pair, 1).reshape(2 * T, B)
-    carried = (arrays.zeros((B, problem.H), like=run.x),) * (cell.phases.S - cell.S)
+    carried = (arrays.zeros((B, problem.H), like=run.x),) * (cell.lowered.S - cell.S)
     weights = weights._replace(w_ih=None, b_ih=None, flags=flags)
     return Run(x, weights, (*run.state, *carried), run.reverse)
 

@@ -7,8 +7,8 @@ looks into, and what tests judge optimized code by; it is judged by torch.nn.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpu_rnn.kernels.cells import Cell, operand_graph
-from gpu_rnn.kernels.mathematics import PRODUCT
+from gpu_rnn.kernels.cells import Cell, recurrent_input_graph
+from gpu_rnn.kernels.mathematics import RECURRENT_MATMUL
 from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.trace import Graph
 from gpu_rnn.kernels.two_pass import second
@@ -46,14 +46,16 @@ def run(
         """As of h, of a value of the cell's own."""
         return linear(value, w_hh[gate(g)], None if b_hh is None else b_hh[gate(g)])
 
-    operations: dict[str, Callable] = {**arrays.operations(x), PRODUCT: recurrent}
+    operations: dict[str, Callable] = {**arrays.operations(x), RECURRENT_MATMUL: recurrent}
     projected, (h, *others) = by_gate(linear(x, w_ih, b_ih)), state
     steps = []
     for t in range(T)[:: -1 if reverse else 1]:
-        t_random = t if cell.phases is None else second(t, reverse)
+        t_random = t if cell.lowered is None else second(t, reverse)
         fixed = [arrays.astype(value, real) for value in aux.at(cell, t, H)]
         random = [arrays.astype(value, real) for value in aux.uniforms_at(cell, t_random, B, H)]
-        ((h_in,),) = operand_graph(cell).run(operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed])
+        ((h_in,),) = recurrent_input_graph(cell).run(
+            operations, h=[h], extra=[value[..., : h.shape[-1]] for value in fixed]
+        )
         new, observed = step.run(
             operations, x=[part[t] for part in projected], h=by_gate(linear(h_in, w_hh, b_hh)),
             state=(h if w_hr is None else blank, *others), extra=[*fixed, *random],
@@ -62,7 +64,7 @@ def run(
         if w_hr is not None:
             h = linear(h, w_hr, None)
             if HOLD in cell.flags:
-                h = operations["where"](fixed[len(cell.units) + cell.flags.index(HOLD)], before, h)
+                h = operations["where"](fixed[len(cell.per_unit_params) + cell.flags.index(HOLD)], before, h)
         steps.append(((h, *others), observed))
     return steps[:: -1 if reverse else 1]
 

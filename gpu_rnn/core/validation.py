@@ -118,7 +118,7 @@ def make_problem(
     H = rows // G
     P, out = (shapes["w_hr"][0], "P") if "w_hr" in shapes else (H, "H")
     h, *others = first_states(cell)
-    N, R = len(cell.units), shapes["units"][1] if len(shapes.get("units", ())) == 3 else 1
+    N, R = len(cell.per_unit_params), shapes["units"][1] if len(shapes.get("units", ())) == 3 else 1
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "x": ("[T, B, I]", (T, B, size)) if "w_ih" in shapes else (f"[T, B, {G}*H]", (T, B, G * H)),
         "w_ih": (f"[{G}*H, I]", (G * H, size)),

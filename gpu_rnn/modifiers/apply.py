@@ -22,7 +22,7 @@ from operator import eq
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.philox import uniforms
 
 from ..core import arrays
@@ -78,13 +78,13 @@ class ModifiedCall(NamedTuple):
 
 
 class CellInfo(NamedTuple):
-    """What has to be known of a cell here."""
+    """The facts of a cell that the modifiers need."""
 
     name: str
     G: int
     gates: str
     states: str
-    units: tuple[str, ...]
+    per_unit_params: tuple[str, ...]
     norm_groups: tuple[str, ...]
     uniforms: int
 
@@ -95,8 +95,8 @@ class CellInfo(NamedTuple):
 
 def cell_info(name: str, **options: Any) -> CellInfo:
     """Of a cell with modifiers. torch.compile takes it for a constant (`custom_ops`)."""
-    cell = weave(cells.get(name), **options)
-    return CellInfo(cell.name, cell.G, cell.gates, cell.states, cell.units, cell.together, cell.uniforms)
+    cell = apply_modifiers(cells.get(name), **options)
+    return CellInfo(cell.name, cell.G, cell.gates, cell.states, cell.per_unit_params, cell.norm_groups, cell.uniforms)
 
 
 def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bool) -> ModifiedCall:
@@ -127,9 +127,9 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
     units: list[Any] = []
     for label, own in {"peephole": m.peephole, "units": m.units}.items():
         if own is not None:
-            check_array(label, own, [(len(cell.units) * H,)], x, arrays.dtype(x))
+            check_array(label, own, [(len(cell.per_unit_params) * H,)], x, arrays.dtype(x))
             sources[label] = own
-            units += list(own.reshape(len(cell.units), 1, H))
+            units += list(own.reshape(len(cell.per_unit_params), 1, H))
     if m.layer_norm is not None:
         options["norm"] = True
         sources["layer_norm"] = norm = make_norm(cell_info(name, **options), x, weights, m.layer_norm)
@@ -239,7 +239,7 @@ def check_bound(label: str, bound: Any, sizes: tuple[int, ...], T: int, x: Any) 
 def make_norm(cell: CellInfo, x: Any, weights: Weights, gains: Any) -> Norm:
     """The normalization of a call, all of whose arrays are checked, since they are used up before it."""
     rows, sizes = arrays.sizes(weights.w_hh)[0], tuple(x.shape)
-    others = [name for name in cell.units if name in ("c_gain", "c_bias")]
+    others = [name for name in cell.per_unit_params if name in ("c_gain", "c_bias")]
     labels = "of the input projection", "of the recurrent projection", *(name.replace("_", "'s ") for name in others)
     if not isinstance(gains, (tuple, list)) or len(gains) != len(labels):
         actual = f"{len(gains)} arrays" if isinstance(gains, (tuple, list)) else type(gains).__name__
@@ -253,7 +253,7 @@ def make_norm(cell: CellInfo, x: Any, weights: Weights, gains: Any) -> Norm:
     for label, size in {"w_ih": (rows, sizes[2]), "b_ih": (rows,), "b_hh": (rows,)}.items():
         if (array := getattr(weights, label)) is not None:
             check_array(label, array, [size], x, arrays.dtype(x))
-    return Norm.of(x, weights, tuple(gains), cell.gates, cell.norm_groups, cell.units)
+    return Norm.of(x, weights, tuple(gains), cell.gates, cell.norm_groups, cell.per_unit_params)
 
 
 # ---- values per unit ------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def cell(
     for what, given in {"transforms": transforms, "initial": initial}.items():
         if unknown := {key for key in given if key.partition(".")[0] not in known}:
             raise ValueError(f"{label}: {what} are of {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
-    new = cells.define(new)  # last: what is refused leaves nothing behind
+    new = cells.register(new)  # last: what is refused leaves nothing behind
     CELLS[new.name] = new
     own = {
         "cell_name": new.name, "function": staticmethod(function(new)), "layout": layout,
@@ -266,9 +266,9 @@ def checked_cell(
     validation.form(name, gates, states, units, step, grad)
     if reserved := set(units) & set(RESERVED):
         raise ValueError(f"{name}: units can't be named {', '.join(sorted(reserved))}, as other weights are")
-    new = cells.made(name, gates, states, step, grad, units)
+    new = cells.make_cell(name, gates, states, step, grad, units)
     if checked:
-        validation.derivative(new.run)
+        validation.derivative(new.kernel_cell)
     return new
 
 
@@ -291,8 +291,9 @@ def function(cell: cells.Cell) -> Callable:
         **modifiers,
     ):
         state = tuple(modifiers.pop(label, None) for label in initial)
-        if cell.units and modifiers.get("units") is None:
-            raise TypeError(f"{cell.name} has weights per unit ({', '.join(cell.units)}): units=[{len(cell.units)}*H]")
+        if cell.per_unit_params and modifiers.get("units") is None:
+            names = cell.per_unit_params
+            raise TypeError(f"{cell.name} has weights per unit ({', '.join(names)}): units=[{len(names)}*H]")
         parsed = parse_keywords(
             Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
             modifiers,

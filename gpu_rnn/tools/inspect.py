@@ -210,7 +210,7 @@ def run_recorded(name: str, run: Run) -> dict[str, np.ndarray]:
     """Run the reference -> every gate and state of every time step, by letter: [T, B, H]."""
     problem = validate(name, [run], Options(), training=False)
     zeros, cell = zero_states(problem, [run]), problem.cell
-    if set(cell.flags) - {HOLD} or cell.uniforms or cell.operand:
+    if set(cell.flags) - {HOLD} or cell.uniforms or cell.recurrent_input:
         raise ValueError(
             f"inspect supports cells, their variants and lengths, but no other modifiers; got {cell.label}"
         )

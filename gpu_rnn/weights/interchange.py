@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.cells import weave
+from gpu_rnn.kernels.cells import apply_modifiers
 
 from ..core.optional_imports import require
 from ..core.problem import Weights
@@ -146,7 +146,7 @@ class Stack:
         if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:
             raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
         variant = {"coupled": layer.coupled, "peephole": layer.peephole, "before": not layer.reset_after}
-        D, cell = layer._directions, weave(cells.get(layer._cell), **variant)
+        D, cell = layer._directions, apply_modifiers(cells.get(layer._cell), **variant)
         stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))
         return cls(cell.name, stacked, batch_first=layer.batch_first)
 

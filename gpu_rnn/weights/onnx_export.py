@@ -29,7 +29,7 @@ import torch
 from onnxscript import evaluator
 
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.mathematics import PRODUCT
+from gpu_rnn.kernels.mathematics import RECURRENT_MATMUL
 from gpu_rnn.kernels.modifiers import HOLD
 
 from ..autograd.custom_ops import layout_of
@@ -112,7 +112,7 @@ class Nodes:
             "rsqrt": lambda a: self.add("Reciprocal", self.add("Sqrt", a)),
             "positive": lambda a: self.cast(self.add("Not", self.add("LessOrEqual", a, 0.0)), self.real),  # 1 of NaN
             "mean": lambda a: a if isinstance(a, float) else self.add("ReduceMean", a, [-1], keepdims=1),
-            PRODUCT: recurrent,
+            RECURRENT_MATMUL: recurrent,
         }
 
 
@@ -214,7 +214,7 @@ def recurrent(
         return nodes.add("Concat", *[reordered(b, cell.gates, gates) for b in filled], axis=0)
 
     def peepholes(direction: Run) -> ir.Value:
-        return reordered(nodes.add("Reshape", direction.weights.units, [-1]), "".join(cell.units), PEEPHOLES)
+        return reordered(nodes.add("Reshape", direction.weights.units, [-1]), "".join(cell.per_unit_params), PEEPHOLES)
 
     first = [each(lambda d, k=k: d.state[k]) for k in range(cell.S)]  # type: ignore[misc]
     lengths = None if weights.flags is None else nodes.cast(weights.flags, ir.DataType.INT32)
@@ -227,7 +227,7 @@ def recurrent(
         x, each(lambda d: reordered(d.weights.w_ih, cell.gates, gates, d.weights.w_ih.shape[1])),
         each(lambda d: reordered(d.weights.w_hh, cell.gates, gates, H)),
         None if weights.b_ih is weights.b_hh is None else each(biases), lengths, *first,
-        *([each(peepholes)] if cell.units else []),
+        *([each(peepholes)] if cell.per_unit_params else []),
     ]  # fmt: skip
     while inputs[-1] is None:
         inputs.pop()
@@ -256,7 +256,7 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
     part = nodes.cast(x, real)
     part = part if w_ih is None else nodes.add("MatMul", part, w_ih)
     scanned = [part if b_ih is None else nodes.add("Add", part, b_ih), *flags_of(nodes, cell, x, weights.flags)]
-    own = [] if units is None else nodes.split(units, [1] * len(cell.units), 0)
+    own = [] if units is None else nodes.split(units, [1] * len(cell.per_unit_params), 0)
     fixed = [nodes.add("Squeeze", unit, [0]) for unit in own]  # [1 or B, H]
     of_h = [nodes.split(unit, [P, H - P], -1)[0] for unit in fixed] if P < H else fixed
 
@@ -270,7 +270,7 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
         return body.linear(seen, nodes.split(w_hh, blocks, -1)[int(gate)], bias)
 
     operations = body.operations(product)
-    ((seen,),) = cells.operand_graph(cell).run(operations, h=states[:1], extra=[*of_h, *now[1:]])
+    ((seen,),) = cells.recurrent_input_graph(cell).run(operations, h=states[:1], extra=[*of_h, *now[1:]])
     graph = cells.step_graph(cell)
     graph = replace(graph, outputs=graph.outputs[:1]).pruned()
     (after,) = graph.run(

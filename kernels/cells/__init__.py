@@ -27,7 +27,7 @@ takes two matmuls, and kernels run a lowered cell, which takes two steps for eac
 Modifiers reset, hold or mix the states of any cell from one time step to the next (`modifiers.py`). The name of a
 modified cell lists them, as in "lstm+reset+zoneout(0.1,0.05)".
 
-A cell defined elsewhere is made by `made`, and found by its name after `define`.
+A cell defined elsewhere is made by `make_cell`, and found by its name after `register`.
 """
 
 import importlib
@@ -40,15 +40,15 @@ from ..cell import Cell as Cell
 from ..cell import activation as activation
 from ..cell import grad_graph as grad_graph
 from ..cell import label as label
-from ..cell import made as made
-from ..cell import operand_grad_graph as operand_grad_graph
-from ..cell import operand_graph as operand_graph
+from ..cell import make_cell as make_cell
 from ..cell import reads as reads
+from ..cell import recurrent_input_grad_graph as recurrent_input_grad_graph
+from ..cell import recurrent_input_graph as recurrent_input_graph
 from ..cell import step_graph as step_graph
 from ..emit import assignments
-from ..modifiers import Option, named, read, woven
+from ..modifiers import Option, build_modified, format_option, parse_options
 
-DEFINED: dict[str, "Cell"] = {}  # elsewhere
+REGISTERED: dict[str, "Cell"] = {}  # cells defined elsewhere
 
 
 def definitions() -> dict[str, ModuleType]:
@@ -66,34 +66,34 @@ NAMES = tuple(sorted(MODULES))
 def get(name: str) -> Cell:
     """Return the cell of that name, modifiers included. ValueError, with all names, for an unknown one."""
     base, *parts = name.split("+")
-    if base not in MODULES and base not in DEFINED:
-        raise ValueError(f"unknown cell {base!r}; there are {', '.join((*NAMES, *DEFINED))}")
-    if name in DEFINED:
-        return DEFINED[name]
-    options, own = read(parts), {}
-    if base not in DEFINED:
+    if base not in MODULES and base not in REGISTERED:
+        raise ValueError(f"unknown cell {base!r}; there are {', '.join((*NAMES, *REGISTERED))}")
+    if name in REGISTERED:
+        return REGISTERED[name]
+    options, own = parse_options(parts), {}
+    if base not in REGISTERED:
         module = MODULES[base]
         candidate = getattr(module, "CANDIDATE", "")
         if not parts:
             step, grad = (
                 module.CELLS[base] if hasattr(module, "CELLS") else (module.step, getattr(module, "grad", None))
             )
-            cell = made(name, module.GATES, module.STATES, step, grad, getattr(module, "UNITS", ()))
+            cell = make_cell(name, module.GATES, module.STATES, step, grad, getattr(module, "UNITS", ()))
             return replace(cell, candidate=candidate)
         own = {word: options.pop(word) for word in getattr(module, "VARIANTS", ()) if word in options}
     if own:
         gates, units, step, *others = module.variant(**own)
         (states,) = others or (module.STATES,)
-        cell = replace(made(name, gates, states, step, None, units), candidate=candidate)
+        cell = replace(make_cell(name, gates, states, step, None, units), candidate=candidate)
         if "norm" in own:
             groups = ("".join(gate for gate in group if gate in gates) for group in module.TOGETHER)
-            cell = replace(cell, together=tuple(groups))
+            cell = replace(cell, norm_groups=tuple(groups))
     else:
         cell = get(base)
-    return woven(name, cell, **options) if options else cell
+    return build_modified(name, cell, **options) if options else cell
 
 
-def define(cell: Cell) -> Cell:
+def register(cell: Cell) -> Cell:
     """Register a cell defined elsewhere, to be found by its name. Return the registered cell.
 
     A name keeps its definition: a different one gets "mgu#2", so that layers and compiled programs with the one before
@@ -103,19 +103,19 @@ def define(cell: Cell) -> Cell:
     if not all(map(str.isidentifier, cell.name.split("."))) or cell.name.lower() in NAMES:
         raise ValueError(f"a cell can't be named {cell.name!r}; it takes an identifier, and not {', '.join(NAMES)}")
     named, number = cell, 1
-    while written(there := DEFINED.setdefault(named.name, named)) != written(cell):
+    while fingerprint(registered := REGISTERED.setdefault(named.name, named)) != fingerprint(cell):
         number += 1
         named = replace(cell, name=f"{cell.name}#{number}")
-    return there
+    return registered
 
 
-def written(cell: Cell) -> tuple:
+def fingerprint(cell: Cell) -> tuple:
     """All that a cell definition says, to compare by."""
-    code = (assignments(graph, repr) for graph in (step_graph(cell.run), grad_graph(cell.run)))
-    return cell.gates, cell.states, cell.units, *code
+    code = (assignments(graph, repr) for graph in (step_graph(cell.kernel_cell), grad_graph(cell.kernel_cell)))
+    return cell.gates, cell.states, cell.per_unit_params, *code
 
 
-def weave(cell: Cell, **options: Option) -> Cell:
+def apply_modifiers(cell: Cell, **options: Option) -> Cell:
     """Return the cell with any of its own variants, and of these modifiers:
 
     reset      a flag by which states are replaced before the time step: by zero, or by values `given` for every unit
@@ -126,4 +126,4 @@ def weave(cell: Cell, **options: Option) -> Cell:
     zoneout    a probability per state that it stays what it was; with `mean` its expectation, as after training
     mean       (with zoneout)
     """
-    return get("+".join([cell.name, *(named(word, value) for word, value in sorted(options.items()) if value)]))
+    return get("+".join([cell.name, *(format_option(word, value) for word, value in sorted(options.items()) if value)]))

@@ -1,16 +1,16 @@
-"""A cell's page as a C++ struct, written from its graph: what the CUDA and the native kernels call `Cell`."""
+"""Renders a cell as a C++ struct: what the CUDA and the native kernels call `Cell`."""
 
 from functools import cache
 from math import copysign, isfinite, isnan
 
-from ..cells import Cell, operand_grad_graph, operand_graph
+from ..cells import Cell, recurrent_input_grad_graph, recurrent_input_graph
 from ..emit import assignments
 from ..trace import Graph
-from .reductions import Cut, grad_cut, step_cut
+from .reductions import ReductionSplit, grad_split, step_split
 
 
 @cache
-def page(cell: Cell) -> str:
+def render_cell(cell: Cell) -> str:
     """The LSTM's begins
 
     struct Cell {
@@ -21,31 +21,40 @@ def page(cell: Cell) -> str:
                                 const real* extra = nullptr, const real* means = nullptr) {
             const real x_0 = x[0];
     """
-    sizes = {"G": cell.G, "S": cell.S, "K": cell.K, "PER_UNIT": len(cell.units), "LEARNED": cell.learned}
-    sizes |= {"FLAGS": len(cell.flags), "UNIFORMS": cell.uniforms, "OPERAND": int(cell.operand is not None)}
-    apart = {"SEPARATE": sum(1 << gate for gate, own in enumerate(cell.separate) if own)}  # a bit for each gate
-    apart["COUNT_SEPARATE"] = sum(cell.separate)
-    step, grad = step_cut(cell), grad_cut(cell)
-    meeting = {"STEP_LEVELS": len(step.levels), "STEP_MEANS": step.before[-1]}
-    meeting |= {"GRAD_LEVELS": len(grad.levels), "GRAD_MEANS": grad.before[-1]}
-    operand, operand_grad = body(operand_graph(cell), "h"), body(operand_grad_graph(cell), "dnew", "dunits")
+    sizes = {
+        "G": cell.G,
+        "S": cell.S,
+        "K": cell.K,
+        "PER_UNIT": len(cell.per_unit_params),
+        "LEARNED": cell.num_trainable,
+    }
+    sizes |= {"FLAGS": len(cell.flags), "UNIFORMS": cell.uniforms, "OPERAND": int(cell.recurrent_input is not None)}
+    separate = {"SEPARATE": sum(1 << gate for gate, own in enumerate(cell.separate) if own)}  # a bit for each gate
+    separate["COUNT_SEPARATE"] = sum(cell.separate)
+    step, grad = step_split(cell), grad_split(cell)
+    levels = {"STEP_LEVELS": len(step.levels), "STEP_MEANS": step.means_before[-1]}
+    levels |= {"GRAD_LEVELS": len(grad.levels), "GRAD_MEANS": grad.means_before[-1]}
+    operand, operand_grad = (
+        body(recurrent_input_graph(cell), "h"),
+        body(recurrent_input_grad_graph(cell), "dnew", "dunits"),
+    )
     lines = [
         "struct Cell {",
         *(
             f"    enum {{ {', '.join(f'{name} = {size}' for name, size in numbers.items())} }};"
-            for numbers in (sizes, apart, meeting)
+            for numbers in (sizes, separate, levels)
         ),
         "    DEVICE static void step(const real* x, const real* h, real* state, real* saved,",
         "                            const real* extra = nullptr, const real* means = nullptr) {",
-        *(line.replace("tanh(", "forward_tanh(") for line in body(step.page, "state", "saved")),
+        *(line.replace("tanh(", "forward_tanh(") for line in body(step.graph, "state", "saved")),
         "    }",
         "    DEVICE static void grad(const real* dnew, const real* next, const real* state, const real* saved,",
         "                            real* dx, real* dh, real* dstate, real* dunits = nullptr,",
         "                            const real* extra = nullptr, const real* means = nullptr) {",
-        *body(grad.page, "dx", "dh", "dstate", "dunits"),
+        *body(grad.graph, "dx", "dh", "dstate", "dunits"),
         "    }",
-        *meeting_units("step", "const real* x, const real* h, const real* state", step),
-        *meeting_units("grad", "const real* dnew, const real* next, const real* state, const real* saved", grad),
+        *reduction_levels("step", "const real* x, const real* h, const real* state", step),
+        *reduction_levels("grad", "const real* dnew, const real* next, const real* state, const real* saved", grad),
         "    DEVICE static void operand(real* h, const real* extra) {",
         *operand,
         "    }",
@@ -57,14 +66,14 @@ def page(cell: Cell) -> str:
     return "\n".join(lines)
 
 
-def meeting_units(name: str, arguments: str, cut: Cut) -> list[str]:
-    """A level's values, and how many means there are before it."""
+def reduction_levels(name: str, arguments: str, split: ReductionSplit) -> list[str]:
+    """Of a cell's step or grad: the values of a level, and the number of means before it."""
     lines = [f"    DEVICE static constexpr int {name}_before(int level) {{"]
-    lines += [f"        if (level == {level}) return {count};" for level, count in enumerate(cut.before[:-1])]
-    lines += [f"        return {cut.before[-1]};", "    }"]
+    lines += [f"        if (level == {level}) return {count};" for level, count in enumerate(split.means_before[:-1])]
+    lines += [f"        return {split.means_before[-1]};", "    }"]
     lines += [f"    DEVICE static void {name}_level(int level, {arguments},"]
     lines += ["                                  const real* extra, const real* means, real* values) {"]
-    for level, graph in enumerate(cut.levels):
+    for level, graph in enumerate(split.levels):
         lines += [f"        if (level == {level}) {{", *(f"    {line}" for line in body(graph, "values")), "        }"]
     return [*lines, "    }"]
 

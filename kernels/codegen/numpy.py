@@ -154,7 +154,7 @@ def gradient(cell: Cell) -> Gradient:
     coefficients = {("c", row): factor for row, factor in enumerate(factors)}
     return Gradient(
         schedule(coefficients, ("n", "s", "v", "r", *"m" * bool(cell.E), "c")),
-        schedule(outputs, (*upstream, "c", "d", *"g" * bool(cell.learned))),
+        schedule(outputs, (*upstream, "c", "d", *"g" * bool(cell.num_trainable))),
         len(factors),
         asked,
     )

@@ -1,7 +1,7 @@
-"""A page cut where units meet, for kernels that spread the units of a batch row over threads.
+"""A cell split at its reductions over hidden units, for kernels that spread the units of a batch row over threads.
 
-A level is a function of the page's arguments and of the means of the levels before. Its values are summed over all
-units, and the means are the next level's, at last the page's own. Each level computes again what it needs of the page;
+A level is a function of the cell's arguments and of the means of the levels before. Its values are summed over all
+units, and the means are arguments of the next level, at last of the cell itself. Each level recomputes what it needs;
 where that is cheaper a compiler keeps it.
 """
 
@@ -13,41 +13,43 @@ from ..cells import Cell, grad_graph, step_graph
 from ..trace import MEANS, Graph, Symbol
 
 
-class Cut(NamedTuple):
+class ReductionSplit(NamedTuple):
     levels: tuple[Graph, ...]  # -> the values whose means are taken, in one group
-    page: Graph  # with means for an argument
+    graph: Graph  # of the cell, with means for an argument
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many means there are of each level."""
+        """The number of means of each level."""
         return tuple(len(level.outputs[0]) for level in self.levels)
 
     @property
-    def before(self) -> tuple[int, ...]:
-        """How many means there are before each level, and before the page."""
+    def means_before(self) -> tuple[int, ...]:
+        """The number of means before each level, and in all."""
         return 0, *accumulate(self.counts)
 
 
 @cache
-def step_cut(cell: Cell) -> Cut:
-    return cut(step_graph(cell))
+def step_split(cell: Cell) -> ReductionSplit:
+    return split_at_reductions(step_graph(cell))
 
 
 @cache
-def grad_cut(cell: Cell) -> Cut:
-    return cut(grad_graph(cell))
+def grad_split(cell: Cell) -> ReductionSplit:
+    return split_at_reductions(grad_graph(cell))
 
 
-def cut(graph: Graph) -> Cut:
+def split_at_reductions(graph: Graph) -> ReductionSplit:
     graph = graph.pruned()
     means = sorted((node for node in graph.nodes.values() if node.op == "mean"), key=lambda node: node.level)
-    by_level = {level: [node for node in means if node.level == level] for level in sorted({n.level for n in means})}
-    levels = [without(means, level, (tuple(node.operands[0] for node in met),)) for level, met in by_level.items()]
-    return Cut(tuple(levels), without(means, len(means) + 1, graph.outputs))
+    levels = []
+    for level in sorted({node.level for node in means}):
+        values = tuple(node.operands[0] for node in means if node.level == level)
+        levels.append(with_mean_inputs(means, level, (values,)))
+    return ReductionSplit(tuple(levels), with_mean_inputs(means, len(means) + 1, graph.outputs))
 
 
-def without(means: list[Symbol], depth: int, outputs: tuple[tuple[Symbol, ...], ...]) -> Graph:
-    """The graph of the outputs, in which the means below a depth are inputs."""
+def with_mean_inputs(means: list[Symbol], depth: int, outputs: tuple[tuple[Symbol, ...], ...]) -> Graph:
+    """Return the graph of the outputs, in which the means below a depth are inputs."""
     graph = Graph()
     known = {node: graph.node("input", MEANS, k) for k, node in enumerate(means) if node.level < depth}
     graph.outputs = tuple(tuple(graph.image(value, known) for value in group) for group in outputs)

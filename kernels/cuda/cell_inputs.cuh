@@ -1,5 +1,6 @@
-// cell_inputs.cuh: what a cell's page takes beside x, h and states, `extra`: values that an element (unit, batch row) has for
-// the whole sequence, flags that a batch row has at an instant, random numbers that an element has at an instant.
+// cell_inputs.cuh: what a cell's page takes beside x, h and states, `extra`: values that an element (unit, batch row)
+// has for the whole sequence, flags that a batch row has at an instant, random numbers that an element has at an
+// instant.
 //
 // Random numbers are Philox4x32-10's (Salmon et al. 2011), a function of seed, instant, batch row and unit: forward,
 // recomputed and backward they are the same, and those of kernels/philox.py.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cells import Cell
-from ..codegen.cpp import page
+from ..codegen.cpp import render_cell
 
 HERE = Path(__file__).parent
 C_TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -28,7 +28,7 @@ class Unit(NamedTuple):
         """The text to compile. Files are joined, not included: CuPy's cache sees only the text that it is given."""
         device, mathematics = HERE / "device.cuh", HERE / "mathematics.cuh"
         parts = {file.name: file.read_text() for file in (device, mathematics)}
-        parts[f"cell {self.cell.name}"] = page(self.cell)
+        parts[f"cell {self.cell.name}"] = render_cell(self.cell)
         parts |= {file.name: file.read_text() for file in (HERE / "cell_inputs.cuh", *self.headers, self.kernels)}
         return "".join(f'#line 1 "{name}"\n{text}' for name, text in parts.items())
 

@@ -43,8 +43,8 @@ DEVICE double reciprocal(double a) { return 1 / a; }
 // exp overflows to infinity for a < -88, and the result is 0, as it should be.
 DEVICE real sigmoid(real a) { return reciprocal(1 + exp(-a)); }
 
-// tanh on the way forward: one instruction where results are stored as bfloat16, whose rounding is four times as large as
-// its error of 2^-11. A gradient shows it where tanh is near 1, as 1 - tanh^2, so it isn't for the way back.
+// tanh on the way forward: one instruction where results are stored as bfloat16, whose rounding is four times as large
+// as its error of 2^-11. A gradient shows it where tanh is near 1, as 1 - tanh^2, so it isn't for the way back.
 template <class Stored>
 DEVICE real tanh_for(real a, Stored) {
     return tanh(a);

@@ -22,12 +22,12 @@ def launch(
     real = "float64" if storage == "float64" else "float32"
     wide = {"float64": 2, "float32": 4}[real]  # units whose `real` fill 16 bytes, the widest load
     aligned = H % wide == 0 and all(address % 16 == 0 for address in addresses)
-    units = 1 if not aligned else wide // 2 if cell.meets else wide
+    units = 1 if not aligned else wide // 2 if cell.has_reduction else wide
     types = {"SCALAR": storage, "PRODUCT": product, "REAL": real}
     defines = {name: C_TYPES[dtype] for name, dtype in types.items()} | {"UNITS": units}
     across = max(1, -(-H // units))  # threads that a row needs
-    threads = MEETING_THREADS if cell.meets else THREADS
+    threads = MEETING_THREADS if cell.has_reduction else THREADS
     x = min(threads, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows
     y = threads // x
-    grid = (1 if cell.meets else -(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)
+    grid = (1 if cell.has_reduction else -(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)
     return Launch(unit(KERNELS, cell, defines), kernel, grid, (x, y, 1), (*addresses, B, H, R))

@@ -1,47 +1,49 @@
-// unit_reduction.cuh: means over the units of a batch row, for the group of blocks that shares them.
+// unit_reduction.cuh: means over the hidden units of a batch row, across the blocks of a group.
 //
-// The group meets once for each level of them (kernels/codegen/reductions.py) within an instant: sums by half warps, by block
-// through shared memory, and at the scope of the group's exchange by group, in a fixed order.
+// A time step has one cross-block reduction for each level of means (kernels/codegen/reductions.py): sums by half
+// warps, by block through shared memory, and by group at the scope of its exchange, in a fixed order.
 #pragma once
 
-// The levels of a page's means, in one direction of time.
+// The levels of the cell's means, in one direction of time.
 struct Levels {
     static constexpr int COUNT = BACKWARD ? Cell::GRAD_LEVELS : Cell::STEP_LEVELS;
     static constexpr int MEANS = BACKWARD ? Cell::GRAD_MEANS : Cell::STEP_MEANS, MEANS_OR_1 = MEANS > 0 ? MEANS : 1;
-    DEVICE static constexpr int before(int level) {
+    DEVICE static constexpr int means_before(int level) {
         return BACKWARD ? Cell::grad_before(level) : Cell::step_before(level);
     }
-    DEVICE static constexpr int width() {  // of the widest
+    DEVICE static constexpr int max_means() {  // of a level, at most
         int most = 0;
-        for (int level = 0; level < COUNT; ++level) most = max_of(most, before(level + 1) - before(level));
+        for (int level = 0; level < COUNT; ++level) most = max_of(most, means_before(level + 1) - means_before(level));
         return most;
     }
     DEVICE static constexpr int max_of(int a, int b) { return a > b ? a : b; }
 };
 
-struct Meeting {
-    static constexpr int WIDTH = Levels::width(), SUMS = WIDTH * NB;     // of a level: means, rows of them
-    static constexpr int WORDS = (SUMS + 2) / 3;                         // GRID: stamped words of a block
-    static constexpr int SEGMENTS = BLOCKS < 16 ? BLOCKS : 16;           // GRID: parts of the group added up by threads
-    static constexpr int LOCAL = 2 * SUMS * UNIT_TILES;                  // floats
-    static constexpr int SHARED = SCOPE == CLUSTER ? 2 * SUMS * BLOCKS : SCOPE == GRID ? SEGMENTS * WORDS * 3 : 0;
-    static constexpr int BARRIERS = SCOPE == CLUSTER ? 16 : 0;           // bytes
-    static constexpr int BYTES = WIDTH > 0 ? ((LOCAL + SHARED) * 4 + BARRIERS + 15) / 16 * 16 : 0;
-    static constexpr int EXCHANGED = SCOPE == GRID ? 2 * BLOCKS * WORDS : 0;  // words of a group
+struct UnitReduction {
+    static constexpr int MAX_MEANS = Levels::max_means(), SUMS = MAX_MEANS * BATCH_ROWS;  // of a level
+    static constexpr int WORDS = (SUMS + 2) / 3;                                          // GRID: of a block
+    static constexpr int SEGMENTS = BLOCKS < 16 ? BLOCKS : 16;  // GRID: of the group, each added up by other threads
+    static constexpr int LOCAL_FLOATS = 2 * SUMS * UNIT_TILES;
+    static constexpr int SHARED_FLOATS = SCOPE == CLUSTER ? 2 * SUMS * BLOCKS
+                                         : SCOPE == GRID  ? SEGMENTS * WORDS * 3
+                                                          : 0;
+    static constexpr int BARRIERS = SCOPE == CLUSTER ? 16 : 0;  // bytes
+    static constexpr int BYTES = MAX_MEANS > 0 ? ((LOCAL_FLOATS + SHARED_FLOATS) * 4 + BARRIERS + 15) / 16 * 16 : 0;
+    static constexpr int EXCHANGE_WORDS = SCOPE == GRID ? 2 * BLOCKS * WORDS : 0;  // words of a group
 
-    float* local;   // [2][WIDTH][NB][UNIT_TILES] sums of the block
-    float* shared;  // CLUSTER: [2][WIDTH][NB][BLOCKS] sums of the blocks; GRID: [SEGMENTS][WORDS][3] sums of several
+    float* local;   // [2][MAX_MEANS][BATCH_ROWS][UNIT_TILES] sums of the block
+    float* shared;  // CLUSTER: [2][MAX_MEANS][BATCH_ROWS][BLOCKS] sums of the blocks; GRID: [SEGMENTS][WORDS][3]
 #if SCOPE == CLUSTER
     Mbarrier* received;  // [2]
 #elif SCOPE == GRID
-    uint4* exchange;     // of this group: two of [BLOCKS][WORDS]
+    uint4* exchange;  // of this group: two of [BLOCKS][WORDS]
 #endif
 
-    DEVICE Meeting(unsigned char* arena, uint4* exchanges)
-        : local(reinterpret_cast<float*>(arena)), shared(local + LOCAL) {
+    DEVICE UnitReduction(unsigned char* arena, uint4* exchanges)
+        : local(reinterpret_cast<float*>(arena)), shared(local + LOCAL_FLOATS) {
 #if SCOPE == CLUSTER
         received = reinterpret_cast<Mbarrier*>(arena + BYTES - BARRIERS);
-        if (WIDTH > 0 && threadIdx.x == 0) {
+        if (MAX_MEANS > 0 && threadIdx.x == 0) {
             mbarrier_init(&received[0], 1);
             mbarrier_init(&received[1], 1);
         }
@@ -50,44 +52,45 @@ struct Meeting {
 #endif
     }
 
-    // Means `first` to `last`, from each element's own values in their places. e is the meeting's number, from 0. Two
-    // meetings in a row have places of their own: what one leaves has been read by all before the one after the next
-    // comes, as everyone has to be seen at the one between.
-    DEVICE void take(long long e, float (&means)[OWN][Levels::MEANS_OR_1], int first, int last, int H) {
+    // Replace each element's own values `first` to `last` by their means. e is the number of the reduction, from 0. Two
+    // successive reductions have memory of their own: a block starts the one after the next when all have sent to the
+    // one between, so after all have read the first.
+    DEVICE void mean(long long e, float (&means)[ELEMENTS][Levels::MEANS_OR_1], int first, int last, int H) {
         float* mine = local + e % 2 * SUMS * UNIT_TILES;
 #pragma unroll
-        for (int k = 0; k < OWN; ++k) {
-            const int at = threadIdx.x + k * THREADS, unit = at % U, row = at / U;
+        for (int k = 0; k < ELEMENTS; ++k) {
+            const int at = threadIdx.x + k * THREADS, unit = at % BLOCK_UNITS, row = at / BLOCK_UNITS;
             for (int n = first; n < last; ++n) {
                 float sum = means[k][n];
                 for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-                if (row < NB && unit % 16 == 0) mine[((n - first) * NB + row) * UNIT_TILES + unit / 16] = sum;
+                if (row < BATCH_ROWS && unit % 16 == 0)
+                    mine[((n - first) * BATCH_ROWS + row) * UNIT_TILES + unit / 16] = sum;
             }
         }
-        __syncthreads();  // the half warps' sums are there
-        auto of_block = [&](int i) {
+        __syncthreads();  // the half warps' sums are stored
+        auto block_sum = [&](int i) {
             float sum = 0;
             for (int tile = 0; tile < UNIT_TILES; ++tile) sum += mine[i * UNIT_TILES + tile];
             return sum;
         };
-        if (ONLY != PRODUCT) {
+        if (PROFILE_ONLY != PRODUCT) {
 #if SCOPE == CLUSTER
-            const int count = (last - first) * NB, rank = blockIdx.x % BLOCKS;
+            const int count = (last - first) * BATCH_ROWS, rank = blockIdx.x % BLOCKS;
             float* theirs = shared + e % 2 * SUMS * BLOCKS;
             if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[e % 2], count * BLOCKS * 4);
             for (int i = threadIdx.x; i < count * BLOCKS; i += THREADS)
                 st_async(reinterpret_cast<unsigned*>(theirs + i / BLOCKS * BLOCKS + rank),
-                         __float_as_uint(of_block(i / BLOCKS)), &received[e % 2], i % BLOCKS);
+                         __float_as_uint(block_sum(i / BLOCKS)), &received[e % 2], i % BLOCKS);
             mbarrier_wait_cluster(&received[e % 2], e / 2 % 2);
 #elif SCOPE == GRID
-            const unsigned stamp = static_cast<unsigned>(e + 1);
-            const int count = (last - first) * NB, rank = blockIdx.x % BLOCKS;
+            const unsigned flag = static_cast<unsigned>(e + 1);
+            const int count = (last - first) * BATCH_ROWS, rank = blockIdx.x % BLOCKS;
             const int words = (count + 2) / 3;
             uint4* at = exchange + e % 2 * BLOCKS * WORDS;
             for (int i = threadIdx.x; i < words; i += THREADS) {
                 unsigned three[3];
-                for (int j = 0; j < 3; ++j) three[j] = __float_as_uint(3 * i + j < count ? of_block(3 * i + j) : 0.0f);
-                st_relaxed_gpu(at + rank * WORDS + i, make_uint4(three[0], three[1], three[2], stamp));
+                for (int j = 0; j < 3; ++j) three[j] = __float_as_uint(3 * i + j < count ? block_sum(3 * i + j) : 0.0f);
+                st_relaxed_gpu(at + rank * WORDS + i, make_uint4(three[0], three[1], three[2], flag));
             }
             constexpr int IN_FLIGHT = (BLOCKS + SEGMENTS - 1) / SEGMENTS;
             for (int i = threadIdx.x; i < words * SEGMENTS; i += THREADS) {
@@ -102,7 +105,7 @@ struct Meeting {
                 for (int f = 0; f < IN_FLIGHT; ++f) {
                     const int block = segment + f * SEGMENTS;
                     if (block >= BLOCKS) break;
-                    for (Watchdog watchdog; got[f].w != stamp; watchdog.turn())
+                    for (Watchdog watchdog; got[f].w != flag; watchdog.turn())
                         got[f] = ld_relaxed_gpu(at + block * WORDS + word);
                     sums[0] += __uint_as_float(got[f].x);
                     sums[1] += __uint_as_float(got[f].y);
@@ -110,24 +113,25 @@ struct Meeting {
                 }
                 for (int j = 0; j < 3; ++j) shared[(segment * WORDS + word) * 3 + j] = sums[j];
             }
-            __syncthreads();  // the segments' sums are there
+            __syncthreads();  // the segments' sums are stored
 #endif
         }
-        auto of_group = [&](int i) {
+        auto group_sum = [&](int i) {
             float sum = 0;
 #if SCOPE == CLUSTER
             for (int block = 0; block < BLOCKS; ++block) sum += shared[(e % 2 * SUMS + i) * BLOCKS + block];
 #elif SCOPE == GRID
             for (int segment = 0; segment < SEGMENTS; ++segment) sum += shared[segment * WORDS * 3 + i];
 #else
-            sum = of_block(i);
+            sum = block_sum(i);
 #endif
             return sum;
         };
 #pragma unroll
-        for (int k = 0; k < OWN; ++k) {
-            const int row = (threadIdx.x + k * THREADS) / U;
-            for (int n = first; n < last; ++n) means[k][n] = row < NB ? of_group((n - first) * NB + row) / H : 0.0f;
+        for (int k = 0; k < ELEMENTS; ++k) {
+            const int row = (threadIdx.x + k * THREADS) / BLOCK_UNITS;
+            for (int n = first; n < last; ++n)
+                means[k][n] = row < BATCH_ROWS ? group_sum((n - first) * BATCH_ROWS + row) / H : 0.0f;
         }
     }
 };

@@ -1,4 +1,4 @@
-"""A cell's page as Triton functions, written from its graph."""
+"""Renders a cell as Triton functions."""
 
 import linecache
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..cells import Cell, operand_grad_graph, operand_graph
-from ..codegen.reductions import Cut, grad_cut, step_cut
+from ..cells import Cell, recurrent_input_grad_graph, recurrent_input_graph
+from ..codegen.reductions import ReductionSplit, grad_split, step_split
 from ..emit import assignments
 from ..trace import ARITY, Graph
 from . import mathematics
@@ -20,48 +20,47 @@ NUMBERS = count()
 STEP, GRAD = ("x", "h", "state", "extra", "means"), ("dnew", "new", "state", "saved", "extra", "means")
 
 
-class Page(NamedTuple):
-    """Functions of tuples of tiles, and to such; a constant is a scalar, and what is the same for all units one column.
-    But new states are tiles, as loops over time hand them on.
+class CellFunctions(NamedTuple):
+    """Functions from tuples of tiles to tuples of tiles; a constant is a scalar, a value that is the same for all units
+    one column. New states are always tiles, as loops over time carry them.
 
-    Where the cell has reductions over units, its graph is cut there (`gpu_rnn.kernels.codegen.reductions`). A level
-    gives the parts of its means that a tile's columns have: those of them that are `inside` [1, columns],
-    units of the layer, which are H in all. The caller adds up the parts, and they are `means` [rows, 1] for the next
-    level, at last for the whole cell.
+    A cell with reductions over hidden units is split there (`kernels.codegen.reductions`). A level returns the part of
+    its means that a tile's columns contribute, those `inside` [1, columns] the layer, of H units in all. The caller
+    adds up the parts, and they are `means` [rows, 1] for the next level, at last for the cell.
     """
 
     step: Callable  # x [G], h [G], state [S], extra, means -> new states [S], saved [K]
     grad: Callable  # dnew [S], new [S], state [S], saved [K], extra, means
-    #                 -> dx [G], dh [G], dstate [S], dunits [learned]
+    #                 -> dx [G], dh [G], dstate [S], dunits [num_trainable]
     step_level: Callable | None  # level, x, h, state, extra, means, inside, H -> parts
     grad_level: Callable | None  # level, dnew, new, state, saved, extra, means, inside, H -> parts
-    step_means: tuple[int, ...]  # how many there are at each level
+    step_means: tuple[int, ...]  # of each level
     grad_means: tuple[int, ...]
-    operand: Callable  # h [1], extra -> [1]
-    operand_grad: Callable  # dnew [1], extra -> dh [1], dunits [learned]
+    recurrent_input: Callable  # h [1], extra -> [1]
+    recurrent_input_grad: Callable  # dnew [1], extra -> dh [1], dunits [num_trainable]
 
 
 @cache
-def page(cell: Cell) -> Page:
-    step, grad = step_cut(cell), grad_cut(cell)
-    return Page(
-        function("step", STEP, body(step.page, "x", tiles=1)),
-        function("grad", GRAD, body(grad.page, "dnew")),
-        meeting("step_level", STEP, step),
-        meeting("grad_level", GRAD, grad),
+def compile_cell(cell: Cell) -> CellFunctions:
+    step, grad = step_split(cell), grad_split(cell)
+    return CellFunctions(
+        function("step", STEP, body(step.graph, "x", tiles=1)),
+        function("grad", GRAD, body(grad.graph, "dnew")),
+        reduction_levels("step_level", STEP, step),
+        reduction_levels("grad_level", GRAD, grad),
         step.counts,
         grad.counts,
-        function("operand", ("h", "extra"), body(operand_graph(cell), "h")),
-        function("operand_grad", ("dnew", "extra"), body(operand_grad_graph(cell), "dnew")),
+        function("operand", ("h", "extra"), body(recurrent_input_graph(cell), "h")),
+        function("operand_grad", ("dnew", "extra"), body(recurrent_input_grad_graph(cell), "dnew")),
     )
 
 
 def body(graph: Graph, like: str, tiles: int = 0) -> list[str]:
-    """The lines of a function; the first so many groups that it returns are made tiles, if they aren't."""
+    """The lines of a function; the values of the first `tiles` groups are broadcast to tiles."""
     lines, groups = assignments(graph, typed(like))
     for values, names in list(zip(graph.outputs, groups))[:tiles]:
         names[:] = [f"tile({name}, {like}[0])" if value.uniform else name for value, name in zip(values, names)]
-    return [*lines, f"return {''.join(f'{together(group)}, ' for group in groups)}"]
+    return [*lines, f"return {''.join(f'{as_tuple(group)}, ' for group in groups)}"]
 
 
 def typed(like: str) -> Callable[[float], str]:
@@ -75,19 +74,19 @@ def typed(like: str) -> Callable[[float], str]:
     return constant
 
 
-def meeting(name: str, arguments: tuple[str, ...], cut: Cut) -> Callable | None:
-    if not cut.levels:
+def reduction_levels(name: str, arguments: tuple[str, ...], split: ReductionSplit) -> Callable | None:
+    if not split.levels:
         return None
     text = []
-    for level, graph in enumerate(cut.levels):
+    for level, graph in enumerate(split.levels):
         lines, (values,) = assignments(graph, typed(arguments[0]))
-        lines.append(f"parts = {together([f'mean({value}, inside, H)' for value in values])}")
+        lines.append(f"parts = {as_tuple([f'mean({value}, inside, H)' for value in values])}")
         text += [f"if level == {level}:", *(f"    {line}" for line in lines)]
     return function(name, ("level", *arguments, "inside", "H"), [*text, "return parts"])
 
 
-def together(values: list[str]) -> str:
-    """As a tuple."""
+def as_tuple(values: list[str]) -> str:
+    """The text of a tuple."""
     return "({})".format("".join(f"{value}, " for value in values))
 
 

@@ -64,7 +64,7 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
     """
     if dtype not in ITEM_BYTES:
         return None, f"{dtype} matmuls have no tensor cores and need too many registers"
-    rows, tile = 16, max(32 if cell.meets else 16, power_of_two(H))
+    rows, tile = 16, max(32 if cell.has_reduction else 16, power_of_two(H))
     why = spilling(cell, H, tile, dtype)
     if why is not None:
         return None, f"too many registers: {why}"
@@ -88,7 +88,7 @@ def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
     there may be 21 such values, and half as many for twice the units. In float32, too, there may be half as many, and
     in a page that takes means, as all gates are at hand until these are known: in a tile of 16 it would spill even so.
     """
-    more = cell.E > 0 or cell.meets
+    more = cell.E > 0 or cell.has_reduction
     weights = cell.G * tile * tile * ITEM_BYTES[dtype]
     if dtype == "float32" and weights > FLOAT32_WEIGHTS // (1 + more):
         return f"a matmul with {weights >> 10} KiB of float32 weights"
@@ -96,10 +96,12 @@ def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
         return f"H = {H} is above 64 and no multiple of 4"
     if more and H * ITEM_BYTES[dtype] % 16:
         return f"{cell.label} with rows of {H} {dtype} numbers, no multiple of 16 bytes"
-    values = 2 * cell.S + cell.learned + 3 * (cell.E - cell.learned)
-    most = 10 if cell.meets or dtype == "float32" else 21
+    values = 2 * cell.S + cell.num_trainable + 3 * (cell.E - cell.num_trainable)
+    most = 10 if cell.has_reduction or dtype == "float32" else 21
     if values * max(tile, 64) > most * 64:
-        return f"{cell.label} has {values} live values per time step{' plus reductions' * cell.meets} at H = {H}"
+        return (
+            f"{cell.label} has {values} live values per time step{' plus reductions' * cell.has_reduction} at H = {H}"
+        )
     return None
 
 

@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels import mathematics as numpy_mathematics
 from gpu_rnn.kernels.triton import mathematics
-from gpu_rnn.kernels.triton.cell_functions import page
+from gpu_rnn.kernels.triton.cell_functions import compile_cell
 from gpu_rnn.kernels.triton.tiles import load_tiles, store_tiles
 
 SPECIAL = np.array([0.0, -0.0, 1, -1, np.nan])  # with infinities an almost closed gate isn't like a closed one
@@ -145,10 +145,10 @@ def test_step_and_grad(name, dtype):
 
     x, h, state, dnew = drawn(G, EXTREME), drawn(G, LARGE), drawn(S, SPECIAL), drawn(S, SPECIAL)
     exact = [np.stack(rows) if rows else np.empty((0, 300)) for rows in cell.step(x, h, state)]
-    ours = run(step_kernel, page(cell).step, (x, h, state), (S, K))
+    ours = run(step_kernel, compile_cell(cell).step, (x, h, state), (S, K))
     new, saved = (array.astype(dtype) for array in exact)
     exact += [np.stack([np.broadcast_to(row, 300) for row in rows]) for rows in cell.grad(dnew, new, state, saved)]
-    ours += run(grad_kernel, page(cell).grad, (dnew, new, state, saved), (G, G, S))
+    ours += run(grad_kernel, compile_cell(cell).grad, (dnew, new, state, saved), (G, G, S))
     few = 16 * np.finfo(dtype).eps
     for got, wanted in zip(ours, exact, strict=True):
         np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))

@@ -31,7 +31,7 @@ def test_published_cells(name, how, monkeypatch):
     if how == "stepwise":
         monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
     made = library.case(name, {}, "float32", 4, 3, 4, 6, reverse=how == "stepwise")
-    backend = TwoPass(triton) if made.plain.phases else triton
+    backend = TwoPass(triton) if made.plain.lowered else triton
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 
@@ -43,8 +43,8 @@ def test_units_that_meet_are_those_of_numpy(how, monkeypatch):
         e = exp(tanh(x[0] + h[0]))
         return (e / mean(e) + 0.5 * state[0],)
 
-    monkeypatch.setattr(cells, "DEFINED", dict(cells.DEFINED))
-    cells.define(cells.made("competing", "a", "h", step))
+    monkeypatch.setattr(cells, "REGISTERED", dict(cells.REGISTERED))
+    cells.register(cells.make_cell("competing", "a", "h", step))
     if how == "stepwise":
         monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
     case = draw("competing", "float32", 4, 3, 2, 5)
