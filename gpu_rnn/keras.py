@@ -72,13 +72,14 @@ def weights(source: Any, name: str | Iterable[str] | None = None, **config: Any)
     path = fspath(source) if isinstance(source, (str, PathLike)) else None
     with reading(path, "a Keras file"), layers_in(source) as (found, sequential):
         layers = picked(found, sequential, name, path or type(source).__name__)
-        pages = {name: page(name, found, config) for name, found in layers.items()}
-        if len(set(pages.values())) > 1:
-            raise ValueError(f"layers of one stack must be alike, got {pages}")
+        cell_names = {name: cell_name(name, found, config) for name, found in layers.items()}
+        if len(set(cell_names.values())) > 1:
+            raise ValueError(f"layers of one stack must be alike, got {cell_names}")
         units = tuple(
-            tuple(ours(found, pages[name], *arrays) for arrays in found.directions()) for name, found in layers.items()
+            tuple(ours(found, cell_names[name], *arrays) for arrays in found.directions())
+            for name, found in layers.items()
         )
-        return Stack(next(iter(pages.values())), units, batch_first=True)
+        return Stack(next(iter(cell_names.values())), units, batch_first=True)
 
 
 def known(config: dict[str, Any]) -> None:
@@ -95,7 +96,9 @@ def picked(found: dict[str, Found], sequential: bool, name: str | Iterable[str] 
     return chosen(recurrent, name, sequence, where, refused)
 
 
-def ours(found: Found, page: str, kernel: np.ndarray, recurrent: np.ndarray, bias: np.ndarray | None = None) -> Weights:
+def ours(
+    found: Found, cell_name: str, kernel: np.ndarray, recurrent: np.ndarray, bias: np.ndarray | None = None
+) -> Weights:
     """One direction: kernel [I, G*H], recurrent [H, G*H], bias [G*H], or [2, G*H] of a GRU, in Keras's gate order."""
     gates = GATES[found.cell]
     if found.cudnn:
@@ -106,10 +109,10 @@ def ours(found: Found, page: str, kernel: np.ndarray, recurrent: np.ndarray, bia
     else:
         w_ih, w_hh = kernel.T, recurrent.T
     both = () if bias is None else bias if bias.ndim == 2 else (bias, np.zeros_like(bias))
-    return Weights(*(reordered(array, gates, cells.get(page).gates) for array in (w_ih, w_hh, *both)))
+    return Weights(*(reordered(array, gates, cells.get(cell_name).gates) for array in (w_ih, w_hh, *both)))
 
 
-def page(name: str, found: Found, given: dict[str, Any]) -> str:
+def cell_name(name: str, found: Found, given: dict[str, Any]) -> str:
     """The cell that the layer computes; or an error that says why there is none."""
     config = FREE | COMPUTED | found.config | given
     cell = CELLS.get((found.cell, str(config["activation"])))
@@ -173,7 +176,7 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
         if not found.layer.built:
             found.layer.build((None, None, directions[0].w_ih.shape[1]))
             found = found._replace(arrays=found.layer.get_weights())
-        if (cell := page(name, found, config)) != stack.cell:
+        if (cell := cell_name(name, found, config)) != stack.cell:
             raise ValueError(f"{name!r} is {found}, a {cell}, not {stack.cell}")
         arrays = theirs(stack, directions)
         if [array.shape for array in arrays] != [array.shape for array in found.arrays]:
@@ -217,7 +220,7 @@ def model(layer: Any) -> Any:
     """
     stack = plain(layer)
     if stack.reverse:
-        raise NotImplementedError("Keras has no layer that reads backwards and leaves the outputs at their instants")
+        raise NotImplementedError("Keras has no layer that reads backwards and leaves the outputs at their time steps")
     keras = require("keras", "making a Keras model")
     kind, activation = kind_of(stack)
     form = {"reset_after": stack.reset_after} if kind == "GRU" else {}

@@ -162,22 +162,24 @@ def read_layer(node: Node) -> Layer:
     dtypes = {slot: array.dtype.name for slot, array in every.items()}
     if len(set(dtypes.values())) > 1 or dtypes["W"] not in (*DTYPES, "bfloat16"):
         raise ValueError(f"{what} has {dtypes}; all must be alike, and one of {', '.join(DTYPES)}")
-    page = apply_modifiers(
+    definition = apply_modifiers(
         cells.get(cell), coupled=node.get("input_forget", "INT", 0) != 0, peephole="P" in arrays,
         before=op == "GRU" and node.get("linear_before_reset", "INT", 0) == 0,
     )  # fmt: skip
 
     def ours(array: np.ndarray) -> np.ndarray:
-        return reordered(array, GATES[op], page.gates)
+        return reordered(array, GATES[op], definition.gates)
 
     units = []
     for d in range(D):
         biases = map(ours, np.split(arrays["B"][d], 2)) if "B" in arrays else (None, None)
         w = Weights(ours(arrays["W"][d]), ours(arrays["R"][d]), *biases)
-        if page.per_unit_params:
-            w = w._replace(units=reordered(arrays["P"][d], PEEPHOLES, "".join(page.per_unit_params)).reshape(-1, 1, H))
+        if definition.per_unit_params:
+            w = w._replace(
+                units=reordered(arrays["P"][d], PEEPHOLES, "".join(definition.per_unit_params)).reshape(-1, 1, H)
+            )
         units.append(w)
-    return Layer(page.name, direction, layout, tuple(units), states, lost)
+    return Layer(definition.name, direction, layout, tuple(units), states, lost)
 
 
 def read_states(

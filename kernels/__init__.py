@@ -1,4 +1,4 @@
-"""Mathematics and hardware: the cells' pages, and the kernels that drive them through time.
+"""Mathematics and hardware: the cell definitions, and the kernels that drive them through time.
 
 Installed and imported as ``gpu_rnn.kernels``. Nothing in here imports torch or CuPy.
 """

@@ -1,4 +1,4 @@
-"""A page as straight-line code: one assignment for every operation, in a form that Python and C++ read alike."""
+"""A cell as straight-line code: one assignment for every operation, in a form that Python and C++ read alike."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,7 @@
 """Random numbers that are a function of where they are used: Philox4x32-10 (Salmon et al. 2011).
 
-Seed, instant, batch row and unit decide a number, so that a seed gives the same masks forward, recomputed and backward,
-on every backend: `kernels/cuda/cell_inputs.cuh` and Triton's `tl.philox` have the same function.
+Seed, time step, batch row and unit decide a number, so that a seed gives the same masks forward, recomputed and
+backward, on every backend: `kernels/cuda/cell_inputs.cuh` and Triton's `tl.philox` have the same function.
 """
 
 from typing import Any

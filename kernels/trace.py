@@ -1,11 +1,11 @@
-"""Reads a cell's page: runs it once on symbols and keeps what it did, as a graph of operations.
+"""Trace a cell: run its functions once on symbols and keep what they did, as a graph of operations.
 
 All are elementwise but one: a mean is that over all units of a batch row, the same for each of them. What waits for
 means, and for how many of them one after the other, every symbol knows.
 
 From that graph follow the NumPy backend's preallocated calls (`program.py`), the Triton functions and the CUDA struct
-(`emit.py`), a gradient for a page without one (`derive.py`), facts about a cell that its page need not repeat, such as
-which gates' two parts have different gradients, and the page on arrays of any library (`Graph.run`).
+(`emit.py`), a gradient for a cell without one (`autodiff.py`), facts that a definition need not repeat, such as
+which gates' two parts have different gradients, and the cell on arrays of any library (`Graph.run`).
 """
 
 import operator
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-# Every operation a page can be made of, and how many operands it has.
+# Every operation a cell can be made of, and how many operands it has.
 ARITY = {
     "add": 2, "subtract": 2, "multiply": 2, "divide": 2, "maximum": 2,
     "negative": 1, "sigmoid": 1, "tanh": 1, "exp": 1, "log": 1, "rsqrt": 1, "positive": 1, "where": 3, "mean": 1,
@@ -73,7 +73,7 @@ class Symbolic:
 
 
 class Symbol(Symbolic):
-    """A value of the page while it is traced. Equal operations on equal operands are one symbol."""
+    """A value of the cell while it is traced. Equal operations on equal operands are one symbol."""
 
     __slots__ = ("graph", "level", "op", "operands", "uniform")
 
@@ -196,7 +196,7 @@ def ascending(values: Iterable[Symbol], below: Callable[[Symbol], Sequence[Symbo
 
 @dataclass
 class Graph:
-    """What a page did. `outputs` has the page's own nesting; `nodes` is in an order that computes."""
+    """What a cell did. `outputs` has the cell's own nesting; `nodes` is in an order that computes."""
 
     nodes: dict[tuple, Symbol] = field(default_factory=dict)
     outputs: tuple = ()

@@ -1,6 +1,6 @@
-"""Whether a page is one: what is said to whoever wrote one of their own, before anything runs.
+"""Check a cell definition before anything runs, with errors for the person who wrote it.
 
-`form` runs the page on symbols and looks at what comes back; `derivative` holds its grad against finite differences.
+`form` runs the cell on symbols and looks at what comes back; `derivative` holds its grad against finite differences.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ DELTA = 1e-6  # of a central difference: in float64 its error is about 1e-10
 def form(
     name: str, gates: str, states: str, units: Sequence[str], step: Callable, grad: Callable | None = None
 ) -> None:
-    """TypeError or ValueError if this isn't a page (`gpu_rnn.kernels.cells`), with what it has and what it should."""
+    """TypeError or ValueError if this isn't a cell definition (`gpu_rnn.kernels.cells`), with what it has and what it should."""
     for what, letters in {"gates": gates, "states": states}.items():
         if not isinstance(letters, str):
             raise TypeError(f"{name}: {what} must be a string of one letter each, got {letters!r}")
@@ -81,7 +81,7 @@ def derivative(cell: Cell) -> None:
     Central differences in float64, of a random sum of the new states, where a few steps from zero states lead.
     """
     rng = np.random.default_rng(0)
-    sizes = (64, 3)  # batch rows; units, which a page can let meet
+    sizes = (64, 3)  # batch rows; units, which a cell can reduce over
 
     def drawn(count: int) -> list[np.ndarray]:
         return [rng.standard_normal(sizes) for _ in range(count)]

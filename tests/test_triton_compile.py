@@ -40,7 +40,7 @@ def extra(cell, real):
 def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
     cell, array = cells.get(name).kernel_cell, STORED[dtype]
     real = STORED["float64" if dtype == "float64" else "float32"]
-    block_b, block_h, num_warps, maxnreg = plans.instant(H, dtype, whole=cell.has_reduction)
+    block_b, block_h, num_warps, maxnreg = plans.step_config(H, dtype, whole=cell.has_reduction)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
         kernel, page = stepwise.grad_kernel, backend.backward_constexprs(cell)
@@ -271,7 +271,7 @@ def test_the_threads_of_an_instant_hold_16_bytes(H, dtype):
     """Or half of that, where rows are whole."""
     item = {"float64": 8, "float32": 4}[dtype]
     for whole in (False, True):
-        block_b, block_h, num_warps, _ = plans.instant(H, dtype, whole=whole)
+        block_b, block_h, num_warps, _ = plans.step_config(H, dtype, whole=whole)
         assert block_b * block_h * item == (8 if whole else 16) * 32 * num_warps
         assert block_h < 2 * H
 

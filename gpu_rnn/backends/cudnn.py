@@ -30,12 +30,12 @@ def algorithm(
 
     `capability` and `multiprocessors` describe the GPU (default: H100 and H200).
     """
-    (cell, *woven), H, dtype = problem.cell.name.split("+"), problem.H, problem.dtype
-    packed = packed or HOLD in woven  # what lengths are here
+    (cell, *modifiers), H, dtype = problem.cell.name.split("+"), problem.H, problem.dtype
+    packed = packed or HOLD in modifiers  # what lengths are here
     if (
         problem.I is None
         or cell not in SMALL_H
-        or set(woven) - {HOLD}
+        or set(modifiers) - {HOLD}
         or dtype not in ("float64", "float32", "float16", "bfloat16")
     ):
         return "none"

@@ -271,7 +271,7 @@ def bind(cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., No
         kernel, constexprs, gates, real = grad_kernel, backward_constexprs(cell), buffers.dWx, buffers.dh_direct
     _, B, _, H = gates.shape
     R = 1 if buffers.units is None else buffers.units.shape[1]
-    block_b, block_h, num_warps, maxnreg = config.instant(H, arrays.dtype(real), whole=cell.has_reduction)
+    block_b, block_h, num_warps, maxnreg = config.step_config(H, arrays.dtype(real), whole=cell.has_reduction)
     grid = (-(-B // block_b), 1 if cell.has_reduction else -(-H // block_h), 1)
     constants = (*constexprs, getattr(tl, arrays.dtype(real)), block_b, block_h)
     binary = None

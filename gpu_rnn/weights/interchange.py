@@ -79,7 +79,7 @@ class Stack:
 
     cell: str  # one of CELLS, perhaps "lstm+coupled", "lstm+peephole", "lstm+coupled+peephole" or "gru+before"
     weights: tuple[tuple[Weights, ...], ...]  # [L][D], forward before reverse; peepholes are their units, [N, 1, H]
-    reverse: bool = False  # D = 1, from the last instant to the first
+    reverse: bool = False  # D = 1, from the last time step to the first
     batch_first: bool = False  # of input and output where they come from
     hx: Any = None  # constant initial states, as a layer's hx: h0 or (h0, c0), [L*D, B, H]; B = 1 where all rows agree
 

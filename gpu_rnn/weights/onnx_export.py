@@ -125,8 +125,8 @@ def translate(
     Backend and precision are the runtime's choice. Raises NotImplementedError, naming the keyword, for what ONNX can't
     express.
     """
-    page = cells.get(cell)
-    if page.uniforms:
+    definition = cells.get(cell)
+    if definition.uniforms:
         raise NotImplementedError(
             f"{cell} draws random numbers at every time step, by zoneout in training mode, for which ONNX has no "
             "operator; call model.eval() before the export"
@@ -136,13 +136,13 @@ def translate(
         real = ir.DataType.DOUBLE
     recorder: Any = evaluator.default()
     nodes = Nodes(recorder.nodes, recorder.opset.version, real)
-    key = operator_of(page, directions, history)
+    key = operator_of(definition, directions, history)
     if key is None:
-        found = [loop(nodes, page, direction, history) for direction in directions]
+        found = [loop(nodes, definition, direction, history) for direction in directions]
     elif alike(directions):
-        found = recurrent(nodes, page, directions, *key)
+        found = recurrent(nodes, definition, directions, *key)
     else:
-        found = [result for direction in directions for result in recurrent(nodes, page, [direction], *key)]
+        found = [result for direction in directions for result in recurrent(nodes, definition, [direction], *key)]
     return [value for result in found for value in result]
 
 

@@ -43,7 +43,7 @@ def grad(dnew, new, state, saved):
 
 
 def variant(before=False, norm=False, projected=False):
-    """The page with one of the first two, and the last
+    """Make a variant: one of the first two, and the last
 
     before    the reset gate before the recurrent product, as Cho et al. had it: n = tanh(x_n + R_n (r h_{t-1}) + b_hn)
     norm      layer normalization (Ba, Kiros & Hinton 2016): each unit's h over the standard deviation of all units',

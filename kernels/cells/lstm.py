@@ -49,7 +49,7 @@ def grad(dnew, new, state, saved):
 
 
 def variant(peephole=False, coupled=False, clip=(), norm=False):
-    """The page with any of
+    """Make a variant, with any of
 
     peephole  gates that see the cell state (Gers & Schmidhuber 2000), by weights p of which every unit has its own:
               i = sigmoid(x_i + h_i + p_i c), f = sigmoid(x_f + h_f + p_f c), o = sigmoid(x_o + h_o + p_o c')

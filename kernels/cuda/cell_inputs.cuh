@@ -1,8 +1,8 @@
-// cell_inputs.cuh: what a cell's page takes beside x, h and states, `extra`: values that an element (unit, batch row)
-// has for the whole sequence, flags that a batch row has at an instant, random numbers that an element has at an
-// instant.
+// cell_inputs.cuh: what a cell takes beside x, h and states, `extra`: values that an element (unit, batch row)
+// has for the whole sequence, flags that a batch row has at a time step, random numbers that an element has at a
+// time step.
 //
-// Random numbers are Philox4x32-10's (Salmon et al. 2011), a function of seed, instant, batch row and unit: forward,
+// Random numbers are Philox4x32-10's (Salmon et al. 2011), a function of seed, time step, batch row and unit: forward,
 // recomputed and backward they are the same, and those of kernels/philox.py.
 #pragma once
 
@@ -32,7 +32,7 @@ struct Extra {
         for (int n = 0; n < EXTRA_UNITS; ++n) extra[n] = units[(n * rows + (rows > 1 ? b : 0)) * H + unit];
     }
 
-    // The flags of an instant, all in one: to be fetched ahead.
+    // The flags of a time step, all in one: to be fetched ahead.
     DEVICE unsigned bits(long long t, long long b) const { return EXTRA_FLAGS > 0 ? flags[t * B + b] : 0; }
 
     DEVICE static void flags_of(real extra[EXTRA_OR_1], unsigned bits) {

@@ -1,6 +1,6 @@
-// stepwise.cu: everything of one instant but its matrix product, forward and backward, for any cell, size and dtype.
+// stepwise.cu: everything of one time step but its matrix product, forward and backward, for any cell, size and dtype.
 //
-// A recurrent layer that reads its weights anew at every instant: a library's product gives the recurrent part of the
+// A recurrent layer that reads its weights anew at every time step: a library's product gives the recurrent part of the
 // gates, and one of these kernels does the rest in one pass over memory: bias, gates, states, what is saved for the
 // gradient; and the mirror of that. gpu_rnn/backends/per_step.py walks through time.
 //
@@ -9,18 +9,18 @@
 // UNITS is 16 bytes of `real`, where H is a multiple of that and all arrays are aligned: states, histories and
 // products then move as 128 bits. Wider halves would leave too few threads in the small batches that this serves.
 //
-// Where the page takes means, a block owns whole rows, with as many turns as it takes, and goes through them once for
-// each level of means and once more for the page. What an instant needs is then read again, from the nearest cache: in
-// registers it would limit H. The sums are added up in a fixed order. UNITS is half of that, as such a page has more
+// Where the cell takes means, a block owns whole rows, with as many turns as it takes, and goes through them once for
+// each level of means and once more for the cell. What a time step needs is then read again, from the nearest cache: in
+// registers it would limit H. The sums are added up in a fixed order. UNITS is half of that, as such a cell has more
 // values at hand.
 //
 // Not the obvious: the weights could stay on the chip (persistent.cu) and the product could be fused with this; both
 // need sizes that fit. Limits: none but memory; offsets are 64 bits.
 //
-// What a cell's page takes beside gates and states, `extra`, is explained in cell_inputs.cuh.
+// What a cell takes beside gates and states, `extra`, is explained in cell_inputs.cuh.
 //
 // Compiled with -D: SCALAR (stored), PRODUCT (what the matrix products give: SCALAR, or float for halves), REAL
-// (computed in), UNITS. An instant t is an index into [T, ...]; boundary t lies between the instants t-1 and t.
+// (computed in), UNITS. A time step t is an index into [T, ...]; boundary t lies between the time steps t-1 and t.
 
 using scalar = SCALAR;
 using product = PRODUCT;
@@ -135,16 +135,16 @@ DEVICE bool left(long long b, long long B) { return (MEETS ? b - threadIdx.y : b
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_forward(
     const scalar* xg,    // [T, B, G, H] input part, b_ih included
-    const product* hg,   // [B, G, H] recurrent part of this instant
+    const product* hg,   // [B, G, H] recurrent part of this time step
     const scalar* b_hh,  // [G, H] or null
     real* h,             // [B, H] h as the cell sees it, overwritten
     real* others,        // [boundaries, S-1, B, H] the other states: `after` written; it may be `before`
     scalar* saved,       // [T, B, K, H] written, or null; it may be xg where K = G
     scalar* y,           // [T, B, H] written
-    scalar* operand,     // [B, H] what the next instant's product sees, written; null where that is y
+    scalar* operand,     // [B, H] what the next time step's product sees, written; null where that is y
     const real* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
     long long B, long long H, long long rows, long long t, long long before, long long after,
-    long long following) {  // the instant computed after t, or -1
+    long long following) {  // the time step computed after t, or -1
     const Extra extra{units, flags, seed, B, H, rows};
     struct Given {
         real x[UNITS][G], r[UNITS][G], state[UNITS][S];
@@ -226,11 +226,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_backward(
     const scalar* saved,   // [T, B, K, H]
     scalar* dxg,           // [T, B, G, H] written
     scalar* dhg,           // [T, B, G, H] written, or null where it equals dxg
-    const scalar* dhistory,  // [T, S-1, B, H] gradients of the other states after each instant, or null for zero
+    const scalar* dhistory,  // [T, S-1, B, H] gradients of the other states after each time step, or null for zero
     real* dunits,          // [LEARNED, B, H] added to
     const real* units, const unsigned char* flags, const unsigned long long* seed,  // see Extra
     long long B, long long H, long long rows, long long t,
-    long long previous,    // the instant computed before t; -1: none, and h was h0
+    long long previous,    // the time step computed before t; -1: none, and h was h0
     long long before, long long after,
     long long following) {  // the one after t, whose product gave `back`, or -1
     const Extra extra{units, flags, seed, B, H, rows};

@@ -14,7 +14,7 @@ MAX_GRID_Y = 65535  # what the hardware takes; beyond, a thread does several row
 def launch(
     kernel: str, cell: Cell, *, B: int, H: int, R: int, storage: str, product: str, addresses: Sequence[int]
 ) -> Launch:
-    """Of `stepwise_forward` or `stepwise_backward`, without the arguments of the instant.
+    """Of `stepwise_forward` or `stepwise_backward`, without the arguments of the time step.
 
     storage, product: dtypes of what the caller has and of the recurrent products. addresses: of the kernel's arrays. R:
     batch rows of the values per unit, B or 1.

@@ -10,7 +10,7 @@ REAL_BYTES = 4  # of what it computes in
 FLOAT32_WEIGHTS = 64 << 10  # bytes; see `spilling`
 
 
-class Instant(NamedTuple):
+class StepConfig(NamedTuple):
     """Of a stepwise kernel. T and B don't matter, so that new ones compile nothing."""
 
     block_b: int
@@ -19,20 +19,20 @@ class Instant(NamedTuple):
     maxnreg: int | None  # registers per thread, where ptxas would rather spill some, or its own choice
 
 
-def instant(H: int, dtype: str, *, whole: bool = False) -> Instant:
+def step_config(H: int, dtype: str, *, whole: bool = False) -> StepConfig:
     """16 bytes of what is computed in for each of 128 threads, side by side: one access.
 
     Fewer would leave the memory waiting, more would leave multiprocessors empty: 64 rows of 512 units are 64 programs.
     At most a warp's units of a row, so that a ragged H wastes little.
 
-    A page that takes means has more values at hand, and gets half of that for each thread; of a row up to the units of
+    A cell that takes means has more values at hand, and gets half of that for each thread; of a row up to the units of
     8 warps, as the threads of more have too few registers. Through a longer row a program goes tile by tile.
     """
     each = (8 if whole else 16) // (8 if dtype == "float64" else REAL_BYTES)
     warp = 32 * each
     block_h = min(power_of_two(H), 8 * warp if whole else warp)
     maxnreg = 255 if whole else None
-    return Instant(max(1, 4 * warp // block_h), block_h, max(4, block_h // warp), maxnreg)
+    return StepConfig(max(1, 4 * warp // block_h), block_h, max(4, block_h // warp), maxnreg)
 
 
 class Sequence(NamedTuple):
@@ -40,7 +40,7 @@ class Sequence(NamedTuple):
 
     rows: int
     tile: int
-    stages: int  # instants whose input is on its way or in use at the same time
+    stages: int  # time steps whose input is on its way or in use at the same time
     num_warps: int
     maxnreg: int  # registers per thread
 
@@ -50,7 +50,7 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
 
     rows       16, the height of a tensor core's product. More would use fewer multiprocessors.
     tile       at least 16, the shortest sum of a tensor core's product.
-    stages     3, so that an instant's input is asked for two instants ahead; fewer where shared memory is scarce.
+    stages     3, so that a time step's input is asked for two time steps ahead; fewer where shared memory is scarce.
     num_warps  as many as there are 8 columns, the width of a tensor core's product, up to 8: with more, each would read
                all of h again. IEEE float32 products have no tensor cores; split twice as far, operands don't spill.
     maxnreg    all that there are: one program per multiprocessor is the rule. Left to itself ptxas prefers to spill.
@@ -80,13 +80,13 @@ def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
     """What takes more registers than there are, or None. Nothing else was seen to spill with Triton 3.6.0 and 3.7.1.
 
     In float32 it is the product, all of it unrolled: with 64 KiB of weights it takes 96 registers of 128, with 96 KiB
-    it spills; and with more than 32 KiB where a page takes anything beside gates and states. Else it is the addresses,
+    it spills; and with more than 32 KiB where a cell takes anything beside gates and states. Else it is the addresses,
     one for each small access: above 64 units rows must be made of fours, and with anything beside, of 16 bytes.
 
-    What an instant has to keep fills registers, too: a state twice, as it was and as it is made, what is learned once,
+    What a time step has to keep fills registers, too: a state twice, as it was and as it is made, what is learned once,
     and three values for a flag, a mask or a random number, with which a state is one thing or another. Up to 64 units
     there may be 21 such values, and half as many for twice the units. In float32, too, there may be half as many, and
-    in a page that takes means, as all gates are at hand until these are known: in a tile of 16 it would spill even so.
+    in a cell that takes means, as all gates are at hand until these are known: in a tile of 16 it would spill even so.
     """
     more = cell.E > 0 or cell.has_reduction
     weights = cell.G * tile * tile * ITEM_BYTES[dtype]
@@ -106,7 +106,7 @@ def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
 
 
 def sequence_bytes(cell: Cell, tile: int, dtype: str, rows: int, stages: int, *, backward: bool) -> int:
-    """The most shared memory that a sequence kernel takes; less if the page ignores some of its arguments."""
+    """The most shared memory that a sequence kernel takes; less if the cell ignores some of its arguments."""
     item = ITEM_BYTES[dtype]
     weights = cell.G * tile * tile * item
     streamed = cell.G * item  # xg

@@ -2,16 +2,16 @@
 
 A program owns 16 rows of the batch, the least that a tensor-core product takes, and all H units of them: it never waits
 for another one. The recurrent weights are read from global memory once and stay on the chip as G square tiles; the
-states stay in registers. Per instant a program reads the input part, which depends on nothing and is therefore loaded
+states stay in registers. Per time step a program reads the input part, which depends on nothing and is therefore loaded
 ahead, and writes what the caller and the backward pass need. Backwards the same, with the gradients of the states in
 registers; dW, dR, dx and db are large products that come afterwards.
 
-Compared with a product and a launch per instant, an instant costs about as much as its arithmetic on one
+Compared with a product and a launch per time step, a time step costs about as much as its arithmetic on one
 multiprocessor, G products of [16, H] by [H, H] and a dozen barriers, instead of two launches.
 
 Limits: tiles are padded to a power of two, TILE >= H, so that the weights take G * TILE^2 elements on the chip; see
 `plan.py` for what fits. float32 and halves; what meets the weights is rounded to the storage dtype, as everywhere.
-T and B are plain arguments: a new length or batch compiles nothing. Offsets to an instant or a row are int64.
+T and B are plain arguments: a new length or batch compiles nothing. Offsets to a time step or a row are int64.
 
 What is written in place, `saved` over `xg` and states at the end over those at the beginning, may have been read by
 another thread. The products lie between: none of them begins before all threads have come to it.
@@ -71,7 +71,7 @@ def forward_kernel(
     state = state + load_tiles(others + (first * (S - 1) * B + top) * H, B * H, at, mask, tl.float32, S - 1)
 
     for _ in tl.range(0, T, num_stages=STAGES):
-        here = t * B + top  # the row among those of all instants
+        here = t * B + top  # the row among those of all time steps
         x_part = load_tiles(xg + here * G * H, H, row * G * H + column, mask, tl.float32, G)
         extra = per_unit + flag_tiles(flags, t, B, top, row, tl.float32, FLAGS)
         seen = OPERAND((state[0],), extra)
@@ -107,7 +107,7 @@ def backward_kernel(
     saved,  # [T, B, K, H] storage
     dxg,  # [T, B, G, H] storage, written
     dhg,  # [T, B, G, H] storage, written, or None where it equals dxg
-    dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each instant, or None for zero
+    dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each time step, or None for zero
     dunits,  # [learned, B, H] float32, added to
     units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see extra.py
     T, B, R, reverse,
@@ -130,11 +130,11 @@ def backward_kernel(
     if LEARNED > 0:
         sums = load_tiles(dunits + top * H, B * H, at, mask, tl.float32, LEARNED)
     t = (1 - reverse) * (T - 1)
-    asked = load_tiles(dh + top * H, 0, at, mask, tl.float32, 1)  # of the states, by the later instants
+    asked = load_tiles(dh + top * H, 0, at, mask, tl.float32, 1)  # of the states, by the later time steps
     asked = asked + load_tiles(dothers + top * H, B * H, at, mask, tl.float32, S - 1)
 
     for i in tl.range(0, T, num_stages=STAGES):
-        here = t * B + top  # the row among those of all instants
+        here = t * B + top  # the row among those of all time steps
         previous = t + 2 * reverse - 1
         before = t + reverse
         after = t + 1 - reverse

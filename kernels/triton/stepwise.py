@@ -1,16 +1,16 @@
-"""One instant of any cell in one launch: everything but the products.
+"""One time step of any cell in one launch: everything but the products.
 
-The recurrent product of this instant, R h_{t-1}, has been made by a library; the kernel adds the input part, runs the
-cell's page and writes states, outputs and what the gradient needs; the mirror of it backwards. It reads and writes
+The recurrent product of this time step, R h_{t-1}, has been made by a library; the kernel adds the input part, runs the
+cell and writes states, outputs and what the gradient needs; the mirror of it backwards. It reads and writes
 every element once, so its time is that of the memory, or of the launch. A program owns a tile of rows and hidden
 units; nothing is shared between programs. Within one, the thread that writes an element in place needn't be the one
 that read it, as a load and a store may be spread over the threads differently; so all wait in between.
 
-Where a page takes means, a program owns whole rows, and goes through their tiles once for each level of means and once
-more for the page. What an instant needs is then read again, from the nearest cache: in registers it would limit H.
+Where a cell takes means, a program owns whole rows, and goes through their tiles once for each level of means and once
+more for the cell. What a time step needs is then read again, from the nearest cache: in registers it would limit H.
 Hoisted out of these loops, what is the same for all tiles would take registers, too.
 
-T and B are plain arguments: a new length or batch compiles nothing. Offsets to an instant or a row are int64.
+T and B are plain arguments: a new length or batch compiles nothing. Offsets to a time step or a row are int64.
 """
 
 import triton
@@ -61,9 +61,9 @@ def step_arguments(
     G: tl.constexpr, S: tl.constexpr, UNITS: tl.constexpr, FLAGS: tl.constexpr, UNIFORMS: tl.constexpr,
     REAL: tl.constexpr,
 ):  # fmt: skip
-    """What the page takes: x, h, state, extra."""
+    """What the cell takes: x, h, state, extra."""
     size = B.to(tl.int64) * H
-    here = t * B.to(tl.int64) + top  # the row among those of all instants
+    here = t * B.to(tl.int64) + top  # the row among those of all time steps
     at = row * H + column
     gate = row * G * H + column
     x_part = load_tiles(xg + here * G * H, H, gate, mask, REAL, G)
@@ -81,13 +81,13 @@ def step_arguments(
 @triton.jit(do_not_specialize=["t", "before", "after", "following", "B", "R"])
 def step_kernel(
     xg,  # [T, B, G, H] storage; input part, b_ih included
-    hg,  # [B, G, H] product; recurrent part of this instant, without b_hh
+    hg,  # [B, G, H] product; recurrent part of this time step, without b_hh
     b_hh,  # [G, H] storage, or None
     h,  # [B, H] real; the h that the cell itself sees, updated in place
     others,  # [boundaries, S-1, B, H] real; reads boundary `before`, writes `after`
     saved,  # [T, B, K, H] storage, written, or None; may be xg itself
     y,  # [T, B, H] storage, written; h after
-    operand,  # [B, H] storage, written: what the next instant's product sees; None where that is y
+    operand,  # [B, H] storage, written: what the next time step's product sees; None where that is y
     units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see extra.py
     t, before, after, following, B, H, R,
     STEP: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND: tl.constexpr,
@@ -141,9 +141,9 @@ def grad_arguments(
     OPERAND_GRAD: tl.constexpr, S: tl.constexpr, K: tl.constexpr, UNITS: tl.constexpr, FLAGS: tl.constexpr,
     UNIFORMS: tl.constexpr, LEARNED: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """What the page takes: dnew, new, state, saved, extra; and what `operand` adds to dunits."""
+    """What the cell takes: dnew, new, state, saved, extra; and what `operand` adds to dunits."""
     size = B.to(tl.int64) * H
-    here = t * B.to(tl.int64) + top  # the row among those of all instants
+    here = t * B.to(tl.int64) + top  # the row among those of all time steps
     at = row * H + column
     per_unit = unit_tiles(units, R, top, row, column, mask, H, UNITS)
     arrived = tl.load(back + top * H + at, mask=mask, other=0.0).to(REAL)
@@ -189,7 +189,7 @@ def grad_kernel(
     saved,  # [T, B, K, H] storage
     dxg,  # [T, B, G, H] storage, written
     dhg,  # [T, B, G, H] storage, written, or None where it equals dxg
-    dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each instant, or None for zero
+    dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each time step, or None for zero
     dunits,  # [learned, B, H] real, added to
     units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see extra.py
     t, previous, before, after, following, B, H, R,

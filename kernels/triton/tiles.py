@@ -1,4 +1,4 @@
-"""Tiles as a cell's page wants them: tuples of [rows, columns], batch rows by hidden units, one per gate or state."""
+"""Tiles as a cell wants them: tuples of [rows, columns], batch rows by hidden units, one per gate or state."""
 
 import triton
 import triton.language as tl

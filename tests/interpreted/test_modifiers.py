@@ -48,5 +48,5 @@ def test_layer_normalization_of_rows_of_several_tiles(how):
     if how == "sequence":
         pytest.skip("a row is one tile there")
     made = reference_modifiers.drawn("lstm", reference_modifiers.NORMED["norm"], "float32", 2, 2, 2, 515)
-    assert config.instant(515, "float32", whole=True).block_h < 515
+    assert config.step_config(515, "float32", whole=True).block_h < 515
     reference_modifiers.check(made, made.case.run(triton.forward, triton.backward))
