@@ -48,8 +48,9 @@ def in_forward_mode() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether anything watches a call, so that a backend can't just compute."""
-    return is_capturing() or in_transform()
+    """Whether anything watches a call, so that a backend can't just compute: `is_capturing` or `in_transform`."""
+    watched = torch.compiler.is_compiling() or is_jit_tracing() or num_dispatch_modes() > 0
+    return watched or are_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_meta_or_fake(x: Tensor) -> bool:

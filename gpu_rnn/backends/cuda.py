@@ -69,8 +69,10 @@ def memory_on(problem: Problem, on: persistent.Device) -> Memory:
     workspace, own = per_step.memory(problem), []
     for backward in (False, True):
         config, _ = persistent_config(problem, on, backward)
-        exchange = config and config.launches * config.exchange_bytes(problem.T) // config.directions
-        own.append(workspace[backward] if exchange is None else exchange)
+        if config is None:
+            own.append(workspace[backward])
+        else:
+            own.append(config.launches * config.exchange_bytes(problem.T) // config.directions)
     return gpu_common.memory(problem, *own)
 
 
@@ -186,9 +188,8 @@ def config_of(
             return None, why
         fused, why = persistent.fuse_directions(single, B, on, query and partial(query, cell, dtype))
         return fused or single, why
-    element, reductions = (
-        of(cell, backward=backward) for of in (persistent.registers_per_element, persistent.reductions)
-    )
+    element = persistent.registers_per_element(cell, backward=backward)
+    reductions = persistent.reductions(cell, backward=backward)
     how: dict[str, Any] = {"backward": backward, "ieee": ieee, "reductions": reductions}
     predicted = persistent.select(cell.G, element, dtype, H, B, on, **how)
     if query is None:
