@@ -43,6 +43,8 @@ def test_a_forced_backend_raises_all_its_reasons(monkeypatch):
     with pytest.raises(gpu_rnn.BackendError, match="backend 'triton' was requested"):
         dispatch.choose(problem())
     assert dispatch.choose(problem(), "numpy").NAME == "numpy", "an argument overrules the environment"
+    with pytest.raises(gpu_rnn.BackendError, match="backend 'triton' was requested"):
+        dispatch.choose(problem(), "auto")  # as captured calls name it
     monkeypatch.setenv("GPU_RNN_BACKEND", "fast")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         gpu_rnn.lstm(np.ones((1, 1, 1)), np.ones((4, 1)), np.ones((4, 1)))

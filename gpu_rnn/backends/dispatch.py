@@ -29,8 +29,8 @@ def backend(name: str) -> Backend:
 
 def requested_backend(name: str | None = None) -> str | None:
     """The backend that the caller or the environment selects, if any."""
-    name = name or os.environ.get(VARIABLE)
-    return None if not name or name == "auto" else backend(name).NAME
+    name = os.environ.get(VARIABLE) if name in (None, "auto") else name
+    return None if name in (None, "", "auto") else backend(name).NAME
 
 
 def priority(problem: Problem) -> tuple[str, ...]:
