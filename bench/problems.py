@@ -169,7 +169,7 @@ def among_goals(row: Any) -> bool:
 
 
 def cpu() -> list[Group]:
-    """Native code and NumPy against torch.nn; modifiers, and sizes far from the usual ones, with one number of threads."""
+    """Native code and NumPy against torch.nn; modifiers; sizes far from the usual ones, with one number of threads."""
     cells, both, step = "lstm gru rnn_tanh", "lstm gru", {"modes": ("step",)}
     peers = grid(both, (32,), (8,), (128,))
     far = scaling(
