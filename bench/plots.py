@@ -14,13 +14,13 @@ import matplotlib
 import numpy as np
 from pandas import DataFrame
 
-from .problems import CUDA, KERNELS, LAYER, MATMULS, MODIFIERS, NN, NUMPY, TRITON
+from .problems import CUDA, KERNELS, LAYER, MATMULS, MODIFIERS, NATIVE, NN, NUMPY, TRITON
 
 matplotlib.use("agg")
 matplotlib.rcParams |= {"svg.hashsalt": "gpu_rnn", "svg.fonttype": "none", "font.size": 9}
 from matplotlib import pyplot
 
-OURS = (CUDA, TRITON, NUMPY)
+OURS = (CUDA, TRITON, NATIVE, NUMPY)
 MODES = {"forward": "forward", "training": "forward + backward"}
 SCALED = (*OURS, LAYER)  # whose cost is drawn over sizes
 LEAST_SIZES, LEAST_POINTS = 4, 3  # fewer make no figure, and no curve in one

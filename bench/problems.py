@@ -157,34 +157,34 @@ def scaling(name: str, names: tuple[str, ...], centre: Case, once: bool = False,
     return [Group(name, one, names, once), Group(f"{name}, layers", with_one, (NN, LAYER), once)]
 
 
-GOALS = ((32, 256, 1024), (1, 8, 64), (32, 128, 512))  # T, B, H of the NumPy backend's goals
+GOALS = ((32, 256, 1024), (1, 8, 64), (32, 128, 512))  # T, B, H of the CPU backends' goals
 MIDDLE = 256  # the T at which its matmuls are timed, too
 
 
 def among_goals(row: Any) -> bool:
-    """Whether a row is of a case that the NumPy backend's goals are about."""
+    """Whether a row is of a case that the CPU backends' goals are about."""
     T, B, H = GOALS
     sizes = row["T"] in (1,) if row["mode"] == "step" else row["T"] in T
     return sizes and row["B"] in B and row["H"] in H and row["I"] == row["H"] and row["L"] == 1
 
 
 def cpu() -> list[Group]:
-    """NumPy against torch.nn; modifiers, and sizes far from the usual ones, with one number of threads."""
+    """Native code and NumPy against torch.nn; modifiers; sizes far from the usual ones, with one number of threads."""
     cells, both, step = "lstm gru rnn_tanh", "lstm gru", {"modes": ("step",)}
     peers = grid(both, (32,), (8,), (128,))
     far = scaling(
-        "scaling", (NN, NUMPY), Case("lstm", 16, 8, 128, 128), once=True, T=(16, 1, 64, 256, 1024, 4096, 16384),
+        "scaling", (NN, NATIVE, NUMPY), Case("lstm", 16, 8, 128, 128), once=True, T=(16, 1, 64, 256, 1024, 4096, 16384),
         B=(1, 64, 256, 1024), H=(32, 64, 256, 512, 1024, 2048, 4096), L=(2, 4, 8),
     )  # fmt: skip
     return [
-        Group("one step", grid(cells, (1,), *GOALS[1:], **step), (NN, NUMPY)),
+        Group("one step", grid(cells, (1,), *GOALS[1:], **step), (NN, NATIVE, NUMPY)),
         Group("call overhead", grid(cells, (1,), (1,), (64,), **step), (NN, NN_KERNEL, LAYER, KERNEL, STREAM)),
-        Group("peers", peers, (NN, NUMPY, *(name for name in PEERS if name != COMPILED))),
-        Group("compiled loop", peers[:1], (NN, NUMPY, COMPILED), once=True),
+        Group("peers", peers, (NN, NATIVE, NUMPY, *(name for name in PEERS if name != COMPILED))),
+        Group("compiled loop", peers[:1], (NN, NATIVE, NUMPY, COMPILED), once=True),
         Group("modifiers", grid(both, (64,), (16,), (128,)), (NN, *MODIFIERS), once=True),
         *far,
-        Group("sequences and their matmuls", grid(cells, (MIDDLE,), *GOALS[1:]), (NN, NUMPY, MATMULS)),
-        Group("sequences", tuple(case for case in grid(cells, *GOALS) if case.T != MIDDLE), (NN, NUMPY)),
+        Group("sequences and their matmuls", grid(cells, (MIDDLE,), *GOALS[1:]), (NN, NATIVE, NUMPY, MATMULS)),
+        Group("sequences", tuple(case for case in grid(cells, *GOALS) if case.T != MIDDLE), (NN, NATIVE, NUMPY)),
     ]
 
 
@@ -192,8 +192,8 @@ def quick() -> list[Group]:
     """A look at the CPU in less than a minute."""
     steps, sequences = ((1,), (1,), (128,)), ((32, 256), (1, 8), (32, 128))
     return [
-        Group("one step", grid("lstm gru rnn_tanh", *steps, modes=("step",)), (NN, NUMPY)),
-        Group("sequences", grid("lstm gru rnn_tanh", *sequences), (NN, NUMPY)),
+        Group("one step", grid("lstm gru rnn_tanh", *steps, modes=("step",)), (NN, NATIVE, NUMPY)),
+        Group("sequences", grid("lstm gru rnn_tanh", *sequences), (NN, NATIVE, NUMPY)),
     ]
 
 

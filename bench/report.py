@@ -19,7 +19,7 @@ import pandas
 from pandas import DataFrame
 
 from . import plots, problems
-from .problems import KERNEL_OF, MATMULS, NN, NUMPY, PEERS, PLAIN, STREAM
+from .problems import KERNEL_OF, MATMULS, NATIVE, NN, NUMPY, PEERS, PLAIN, STREAM
 from .results import CASE, FIELDS, FOLDER, where
 
 PUBLISHED = {  # end of a name -> copy
@@ -141,8 +141,8 @@ def by_mode(rows: DataFrame, name: Callable[[tuple], str], modes: Sequence[str])
 
 
 def overview(rows: DataFrame) -> Block:
-    """NumPy on one thread, CUDA on a GPU."""
-    ours = {NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
+    """Native code and NumPy on one thread, CUDA on a GPU."""
+    ours = {NATIVE: "native, 1 thread", NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
     rows = rows[rows["contender"].isin(ours) & rows["threads"].isin((0, 1))]
     rows = rows[(rows["device"] == "cuda") | rows.apply(problems.among_goals, axis=1).astype(bool)]
     order = {"device": {"cuda": 0, "cpu": 1}, "cell": {cell: n for n, cell in enumerate(CELLS)}}

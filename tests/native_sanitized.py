@@ -22,6 +22,7 @@ CASES = [  # cell, modifiers, T, B, I, H, P
     ("lstm", EVERYTHING, 3, 2, 4, 19, None), ("lstm", {"norm": True}, 2, 3, 4, 21, None),
     ("gru", {}, 3, 1, 4, 35, None),
     ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
+    ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
 ]  # fmt: skip
 
 

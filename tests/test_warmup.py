@@ -11,7 +11,11 @@ from torch import nn
 
 import gpu_rnn
 from gpu_rnn import ShapeError
-from gpu_rnn.backends import dispatch
+from gpu_rnn.backends import dispatch, native
+from gpu_rnn.core.problem import Problem
+from gpu_rnn.kernels import cells
+
+LSTM = Problem(cells.get("lstm"), 1, 1, 1, 1)
 
 
 @pytest.fixture
@@ -23,10 +27,16 @@ def asked(monkeypatch):
     return problems
 
 
-def test_on_a_cpu_nothing_is_compiled():
-    assert gpu_rnn.warmup(gpu_rnn.LSTM(3, 4, num_layers=2), T=5, B=2, training=True) == []
-    assert gpu_rnn.warmup(nn.GRUCell(3, 4), B=2) == []
-    assert gpu_rnn.warmup(gpu_rnn.rnn, T=5, B=2, I=3, H=4, device="cpu") == []
+def test_numpy_compiles_nothing():
+    assert gpu_rnn.warmup(gpu_rnn.LSTM(3, 4, num_layers=2), T=5, B=2, training=True, backend="numpy") == []
+    assert gpu_rnn.warmup(nn.GRUCell(3, 4), B=2, backend="numpy") == []
+    assert gpu_rnn.warmup(gpu_rnn.rnn, T=5, B=2, I=3, H=4, device="cpu", backend="numpy") == []
+
+
+@pytest.mark.skipif(native.reasons(LSTM) != [], reason=str(native.reasons(LSTM)))
+def test_by_default_a_cpu_has_native_code_compiled():
+    (line,) = gpu_rnn.warmup(nn.GRUCell(3, 4), B=2)
+    assert line.startswith("gru T=1 B=2 I=3 H=4 float32 on cpu (torch): native, gru, compiled for ")
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

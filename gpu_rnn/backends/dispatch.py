@@ -29,13 +29,13 @@ def backend(name: str) -> Backend:
 
 def requested_backend(name: str | None = None) -> str | None:
     """The backend that the caller or the environment selects, if any."""
-    name = name or os.environ.get(VARIABLE)
-    return None if not name or name == "auto" else backend(name).NAME
+    name = os.environ.get(VARIABLE) if name in (None, "auto") else name
+    return None if name in (None, "", "auto") else backend(name).NAME
 
 
 def priority(problem: Problem) -> tuple[str, ...]:
-    """Fastest first; on the CPU NumPy before those whose library would be imported to ask them."""
-    on_cpu = ("numpy", "native", "triton", "cuda")
+    """Fastest first; on the CPU those come last whose library would be imported to ask them."""
+    on_cpu = ("native", "numpy", "triton", "cuda")
     return tuple(name for name in on_cpu if name in ORDER) if problem.device == "cpu" else ORDER
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-FORWARD, BACKWARD = struct.Struct(f"{23 + 2 * MAX_STATES}Q"), struct.Struct(f"{24 + 3 * MAX_STATES}Q")
+FORWARD, BACKWARD = struct.Struct(f"{24 + 2 * MAX_STATES}Q"), struct.Struct(f"{24 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 SOURCES = Path(kernels.__path__[0]) / "native"
 
@@ -104,22 +104,55 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
         return forward_in_turn(forward, problem, runs)
     ((caller_x, weights, state, reverse),), cell, save = runs, problem.cell, problem.saves
     x, w, first = as_plain(caller_x), [as_plain(w) for w in weights], [as_plain(s) for s in state]
-    (T, B, I), (GH, P) = x.shape, w[1].shape
-    real, empty = real_of(x), allocator(x)
-    y, last = empty((T, B, P)), [empty(s.shape) for s in first]
-    saved = [empty(shape) for shape, _ in saved_shapes(problem)] if save else []
-    values = FORWARD.pack(
-        code(cell, real), T, B, I, problem.H, P, reverse, useful_threads(T, B, B * GH * (I + P)), save,
-        *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
-        *[pointer(array) for array in (y, *(*saved, None, None, None)[:3])], *pointers(first), *pointers(last),
-    )  # fmt: skip
-    call(library(real).forward, values)
+    empty = allocator(x)
+    y, last = empty((problem.T, problem.B, problem.P or problem.H)), [empty(s.shape) for s in first]
+    saved = [empty(shape) for shape, _ in problem.decide(saved_shapes, saved_shapes, problem)] if save else []
+    call(entries(problem).forward, forward_arguments(problem, x, w, first, y, last, saved, reverse=reverse))
     history: tuple = ()
     if problem.history:
         after = arrays.flip(saved[1][1:]) if reverse else saved[1][1:]
         history = tuple([gpu_common.to_storage(after[:, k], caller_x) for k in range(cell.S - 1)])
     last = [to_caller(array, caller_x) for array in last]
     return [Result(to_caller(y, caller_x), tuple(last), history, tuple(saved) if problem.training else ())]
+
+
+def forward_arguments(
+    problem: Problem, x: Any, w: Sequence[Any], first: Sequence[Any], y: Any, last: Sequence[Any],
+    saved: Sequence[Any] = (), packed: Any = None, *, reverse: bool = False,
+) -> bytes:  # fmt: skip
+    """The struct Forward of plain arrays."""
+    T, B, I, H, P = problem.T, problem.B, x.shape[2], problem.H, problem.P or problem.H
+    return FORWARD.pack(
+        entries(problem).code, T, B, I, H, P, reverse, useful_threads(T, B, B * problem.cell.G * H * (I + P)),
+        problem.saves, *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
+        *[pointer(array) for array in (y, *(*saved, None, None, None)[:3], packed)], *pointers(first), *pointers(last),
+    )  # fmt: skip
+
+
+def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[Any], Callable[[], None]]:
+    """Make one layer that runs a time step per call, with weights that are packed once.
+
+    -> its states, [B, .] each and zero; and what goes from x [B, I] and the states to y [B, P] and the states. Of half
+    precision states are float32, as within a sequence. x, y: torch tensors.
+    """
+    w, entry = Weights(*map(as_plain, weights)), entries(problem)
+    given, found = (as_plain(array).view(1, *array.shape) for array in (x, y))
+    sizes = [problem.P or problem.H, *[problem.H] * (problem.cell.S - 1)]
+    states = [given.new_zeros(problem.B, size) for size in sizes]
+    size = entry.pack(forward_arguments(problem, given, w, states, found, states), None)
+    packed = given.new_empty(size)
+    values = forward_arguments(problem, given, w, states, found, states, packed=packed)
+    entry.pack(values, pointer(packed))
+    run = partial(call, entry.forward, values, (given, w, found, states, packed))
+    if given.dtype == x.dtype:
+        return states, run
+
+    def converting() -> None:
+        given[0].copy_(x)
+        run()
+        y.copy_(found[0])
+
+    return states, converting
 
 
 def backward(
@@ -133,7 +166,7 @@ def backward(
     x, w, first = as_plain(leaf.x), Weights(*map(as_plain, leaf.weights)), [*map(as_plain, leaf.state)]
     y, activations, cell_states, *unprojected = map(as_plain, saved[0])
     (T, B, P), H, projected = y.shape, problem.H, w.w_hr is not None
-    GH, real, empty = cell.G * H, real_of(x), allocator(x)
+    GH, entry, empty = cell.G * H, entries(problem), allocator(x)
     dy, dlast, dhistory = as_plain(grads[0].y), [*map(as_plain, grads[0].last)], [*map(as_plain, grads[0].history)]
     dWx = empty((T, B, GH))
     dRh = empty((T, B, GH)) if any(cell.separate) else dWx
@@ -141,12 +174,12 @@ def backward(
     dunits = arrays.zeros((cell.num_trainable, B, H), like=x)
     dfirst = [empty(array.shape) for array in first]
     values = BACKWARD.pack(
-        code(cell, real), T, B, 0, H, P, run.reverse, useful_threads(T, B, B * GH * P), pointer(w.w_hh),
+        entry.code, T, B, 0, H, P, run.reverse, useful_threads(T, B, B * GH * P), pointer(w.w_hh),
         pointer(w.w_hr), *auxiliary(w),
         *map(pointer, (y, activations, cell_states, *(unprojected or [None]), first[0], dy, dWx, dRh, total, dunits)),
         *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
     )  # fmt: skip
-    call(library(real).backward, values)
+    call(entry.backward, values)
 
     gradients = gpu_common.input_projection_grad(dWx, x, w, {*names} - {"b_ih"})
     if "w_hh" in names:
@@ -155,7 +188,7 @@ def backward(
     for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
         if name in names:
             gradients[name] = empty((GH,))
-            library(real).sum_rows(pointer(gradient), T * B, GH, pointer(gradients[name]))
+            entry.sum_rows(pointer(gradient), T * B, GH, pointer(gradients[name]))
     if projected and "w_hr" in names:
         gradients["w_hr"] = gpu_common.matmul(total.reshape(T * B, P).T, unprojected[0].reshape(T * B, H), like=x)
     if "units" in names:
@@ -244,7 +277,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def call(function: Callable[[bytes], int], values: bytes) -> None:
+def call(function: Callable[[bytes], int], values: bytes, _alive: Any = None) -> None:
+    """_alive: the arrays that `values` points to, for a partial to keep."""
     if function(values):
         raise MemoryError("there is no memory for packed weights")
 
@@ -273,12 +307,33 @@ def text(*names: str) -> str:
     return "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in names)
 
 
+class Entries(NamedTuple):
+    """What a problem calls: the address of its cell's `Code`, and the functions that are the same for every cell."""
+
+    code: int
+    forward: Callable[[bytes], int]
+    backward: Callable[[bytes], int]
+    pack: Callable[[bytes, int | None], int]
+    sum_rows: Callable[[int, int, int, int], None]
+
+
+def entries(problem: Problem) -> Entries:
+    return problem.decide(NAME, load_entries, problem)
+
+
+def load_entries(problem: Problem) -> Entries:
+    real = real_of(problem)
+    loaded = library(real)
+    return Entries(code(problem.cell, real), loaded.forward, loaded.backward, loaded.pack, loaded.sum_rows)
+
+
 @lru_cache(16)
 def library(real: str) -> Any:
     """Matmuls and time loop."""
     loaded = compiler.load(f"sequence-{real}", text("simd.h", "sequence.h", "sequence.cpp"), flags(real))
     for function in (loaded.forward, loaded.backward):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    loaded.pack.argtypes, loaded.pack.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int64
     loaded.sum_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     loaded.sum_rows.restype = None
     return loaded

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.custom_ops import refuse_if_observed
-from ..backends import numpy
+from ..backends import native, numpy
 from ..backends.dispatch import choose
 from ..core.problem import Options, Problem, Run, Weights
 from ..core.validation import shape, validate
@@ -94,7 +94,7 @@ class Stream:
         if torch.compiler.is_compiling():
             return step_layers(self._layer, x, self._y, self._states)
         refuse_if_observed("a stream", "use layer.step, which takes the states and returns them")
-        self._x.copy_(x.detach())
+        self._x.copy_(x.detach() if x.requires_grad else x)
         self._advance()
         return self._y
 
@@ -141,7 +141,11 @@ def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[
         return [(y, (y[0], *[x.new_zeros(problem.B, problem.H)] * (problem.cell.S - 1)))]
 
     record(shallow_copy(layer), recorder, x.unsqueeze(1 if layer.batch_first else 0), None)
-    if all(choose(p, layer.backend).NAME == "numpy" and weights.w_ih is not None for p, weights in calls):
+    names = {choose(problem, layer.backend).NAME for problem, _ in calls}
+    simple = all(weights.w_ih is not None for _, weights in calls)
+    if names == {"native"} and simple and all(problem.cell.phases is None for problem, _ in calls):
+        return on_native(calls, x, y)
+    if names <= {"native", "numpy"} and simple:
         return on_numpy([numpy.make_step(problem, weights) for problem, weights in calls], x, y)
     sizes = [y.shape[1], *[layer.hidden_size] * (calls[0][0].cell.S - 1)]
     states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]
@@ -171,6 +175,21 @@ def with_own_weights(layer: RecurrentLayer) -> RecurrentLayer:
     own.__dict__ |= {name: value.detach().clone() for name, value in made_of_others.items()}
     own._parameters, own._modules = deepcopy(layer._parameters), deepcopy(layer._modules)
     return own
+
+
+def on_native(calls: list[tuple[Problem, Weights]], x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+    """The layers by native code, each on the output of the one below, where it is."""
+    outputs = [*(torch.empty_like(y) for _ in calls[1:]), y]
+    pairs = zip([x, *outputs], outputs)
+    states, steps = zip(*(native.make_step(*call, *pair) for call, pair in zip(calls, pairs)))
+    if len(steps) == 1:
+        return steps[0], [*zip(*states)]
+
+    def advance() -> None:
+        for step in steps:
+            step()
+
+    return advance, [*zip(*states)]
 
 
 def on_numpy(layers: list, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:

@@ -166,8 +166,8 @@ def warmup(
         training: whether the backward pass is included. backend: selects one, as for `gpu_rnn.lstm`.
 
     Returns:
-        A line for each problem for which something was compiled, with the backend and its kernels; empty on a CPU,
-        where NumPy compiles nothing. Raises as `explain`, and BackendError where nothing can run.
+        A line for each problem for which something was compiled, with the backend and its kernels; empty where
+        NumPy runs, which compiles nothing. Raises as `explain`, and BackendError where nothing can run.
     """
     check_words(backend=backend)
     check_flags(training=training)

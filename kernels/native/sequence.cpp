@@ -198,21 +198,24 @@ DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
 #endif
 }
 
-// Weights as a product reads them, `panels` [blocks][K][G][V], further lanes zero.
+// Weights, and panels of them as a product reads them: [blocks][K][G][V] from block `begin` on, further lanes zero.
+// Element (g, unit, k) lies at from + g * of_gate + unit * of_unit + k * of_k.
 struct Matrix {
     Index units, K, G;
-    Scratch panels;
-    Matrix(Index units, Index K, Index G, bool there = true)
-        : units(units), K(K), G(G), panels(there ? blocks_of(units) * K * G * V : 0) {}
-    const scalar* panel(Index u) const { return panels.data + u * K * G * V; }
+    const scalar* from;  // null: there are none
+    Index of_gate, of_unit, of_k;
+    scalar* panels = nullptr;
+    Index begin = 0;
 
-    // Blocks [u0, u1) from weights whose element (g, unit, k) lies at g * of_gate + unit * of_unit + k * of_k.
-    void pack(const scalar* from, Index of_gate, Index of_unit, Index of_k, Index u0, Index u1) {
-        for (Index u = u0; u < u1; ++u) {
+    Index size(Index blocks) const { return from ? blocks * K * G * V : 0; }
+    scalar* panel(Index u) const { return panels + (u - begin) * K * G * V; }
+
+    void pack(Index u0, Index u1) {
+        for (Index u = u0; from && u < u1; ++u) {
             const int lanes = lanes_of(u, units);
             for (Index g = 0; g < G; ++g) {
                 const scalar* source = from + g * of_gate + u * V * of_unit;
-                scalar* to = panels.data + (u * K * G + g) * V;
+                scalar* to = panel(u) + g * V;
                 if (of_unit == 1) {
                     for (Index k = 0; k < K; ++k) store(to + k * G * V, load(source + k * of_k, lanes));
                     continue;
@@ -223,6 +226,12 @@ struct Matrix {
                     for (int i = 0; i < V; ++i) to[k * G * V + i] = i < lanes ? source[i * of_unit + k * of_k] : 0;
             }
         }
+    }
+
+    // Panels [u0, u1) in the place of those before: weights that are used once go no further than the cache.
+    void repack(Index u0, Index u1) {
+        begin = u0;
+        pack(u0, u1);
     }
 };
 
@@ -316,12 +325,12 @@ static void compute(const Matrix& w, const scalar* const* rows, int count, Index
     }
 }
 
-// How R rows of a product are cut: into tiles of about as many rows each, and so many blocks of units side by side.
+// How R rows of a product of G gates are cut: into tiles of about as many rows each, and so many blocks of units side by side.
 struct Cut {
     Index rows, turns;
     int blocks;
-    Cut(const Matrix& w, Index R) : rows(R) {
-        const int columns = static_cast<int>(least(w.G, COLUMNS)), full = full_rows(columns);
+    Cut(Index G, Index R) : rows(R) {
+        const int columns = static_cast<int>(least(G, COLUMNS)), full = full_rows(columns);
         turns = (R + full - 1) / full;
         blocks = MOST_BLOCKS;
         tile_for(turns ? static_cast<int>((R + turns - 1) / turns) : full, columns, blocks);
@@ -350,7 +359,7 @@ DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
 }
 
 // `out` needs so much for R rows of which nothing is kept.
-DEVICE Index passing(const Matrix& w, Index R) { return R * Cut(w, R).blocks * w.G * V; }
+DEVICE Index passing(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
 
 // [G, units] -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
 static void pack_bias(const scalar* bias, Index G, Index units, Index gates, scalar* to, bool add) {
@@ -364,6 +373,30 @@ static void pack_bias(const scalar* bias, Index G, Index units, Index gates, sca
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
+struct Matrices {
+    Matrix W, R, W_hr;
+    explicit Matrices(const Forward& f)
+        : W{f.H, f.I, f.cell->G, f.W, f.H * f.I, f.I, 1}, R{f.H, f.P, f.cell->G, f.R, f.H * f.P, f.P, 1},
+          W_hr{f.P, f.H, 1, f.W_hr, 0, f.H, 1} {}
+
+    // Of so many blocks of H and of P; `place` puts their panels one after the other.
+    Index size(Index blocks, Index outputs) const { return W.size(blocks) + R.size(blocks) + W_hr.size(outputs); }
+    void place(scalar* at, Index blocks) {
+        W.panels = at, R.panels = W.panels + W.size(blocks), W_hr.panels = R.panels + R.size(blocks);
+    }
+};
+
+// How many elements the packed weights have; where `to` is, they go there. For calls that have the same weights.
+extern "C" Index pack(const Forward& f, scalar* to) {
+    Matrices weights(f);
+    const Index blocks = blocks_of(f.H), outputs = blocks_of(f.P);
+    if (to) {
+        weights.place(to, blocks);
+        weights.W.pack(0, blocks), weights.R.pack(0, blocks), weights.W_hr.pack(0, outputs);
+    }
+    return weights.size(blocks, outputs);
+}
+
 // 0, or 1 where there is no memory.
 extern "C" int forward(const Forward& f) {
     const Code& cell = *f.cell;
@@ -373,61 +406,68 @@ extern "C" int forward(const Forward& f) {
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
 
-    Matrix W(H, f.I, G, f.W != nullptr), R(H, P, G), W_hr(P, H, 1, f.W_hr != nullptr);
+    Matrices weights(f);
+    const bool once = T == 1 && sharing == threads && !f.packed;
     Scratch bias_x(blocks * GV), bias_h(blocks * GV), zero(outputs * V), seen(cell.OPERAND ? B * P : 0);
     Scratch unprojected(f.W_hr && !f.save ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
     const Index chunk = rows < CHUNK_ROWS ? least(T, CHUNK_ROWS / most(rows, 1)) : 0;
-    const Index inputs = chunk || cell.REDUCES ? most(chunk, 1) * rows * width * GV : passing(R, rows);
-    const Index gates = cell.REDUCES ? rows * blocks * GV : passing(R, rows);
-    const Index own = inputs + gates + passing(W_hr, rows);
-    Scratch scratch(threads * own);
-    if (!W.panels.data || !R.panels.data || !W_hr.panels.data || !bias_x.data || !bias_h.data || !zero.data ||
-        !seen.data || !unprojected.data || !scratch.data) {
+    const Index inputs = chunk || cell.REDUCES ? most(chunk, 1) * rows * width * GV : passing(G, rows);
+    const Index gates = cell.REDUCES ? rows * blocks * GV : passing(G, rows), projected = passing(1, rows);
+    const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
+    const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
+    Scratch scratch(threads * own), packed(once || f.packed ? 0 : weights.size(blocks, outputs));
+    if (!bias_x.data || !bias_h.data || !zero.data || !seen.data || !unprojected.data || !scratch.data || !packed.data) {
         release(threads);
         return 1;
     }
+    weights.place(f.packed ? const_cast<scalar*>(f.packed) : packed.data, blocks);
     // Where a gate's parts just meet as a sum, the recurrent bias goes with the other one.
     pack_bias(f.b_x, G, H, every, bias_x.data, false);
     pack_bias(f.b_h, G, H, every & ~cell.SEPARATE, bias_x.data, true);
     pack_bias(f.b_h, G, H, cell.SEPARATE, bias_h.data, false);
     pack_bias(nullptr, 1, P, 0, zero.data, false);
-    for (Index s = 1; s < cell.S; ++s) memcpy(f.save ? f.cell_states + (s - 1) * B * H : f.last[s], f.first[s], B * H * sizeof(scalar));
+    for (Index s = 1; s < cell.S; ++s) memmove(f.save ? f.cell_states + (s - 1) * B * H : f.last[s], f.first[s], B * H * sizeof(scalar));
 
     const auto time_of = [&](Index n) { return f.reverse ? T - 1 - n : n; };
     const auto h_before = [&](Index n) { return n == 0 ? f.first[0] : f.y + time_of(n - 1) * B * P; };
-    Barrier packed{threads}, barrier{sharing};
+    Barrier ready{threads}, barrier{sharing};
     auto body = [&](int thread) {
         const Part all_of{0, 0, thread, threads}, part = part_of(thread, threads, B, by_rows);
-        if (f.W) W.pack(f.W, H * f.I, f.I, 1, all_of.first(blocks), all_of.last(blocks));
-        R.pack(f.R, H * P, P, 1, all_of.first(blocks), all_of.last(blocks));
-        if (f.W_hr) W_hr.pack(f.W_hr, 0, H, 1, all_of.first(outputs), all_of.last(outputs));
-        packed.wait();
+        Matrix W = weights.W, R = weights.R, W_hr = weights.W_hr;
+        if (!once && !f.packed) {
+            W.pack(all_of.first(blocks), all_of.last(blocks));
+            R.pack(all_of.first(blocks), all_of.last(blocks));
+            W_hr.pack(all_of.first(outputs), all_of.last(outputs));
+            ready.wait();
+        }
 
         const Index b0 = part.b0, b1 = part.b1, mine = b1 - b0, u0 = part.first(blocks), u1 = part.last(blocks), some = u1 - u0;
         const Index p0 = part.first(outputs), p1 = part.last(outputs);
         scalar* Wx = scratch.data + thread * own;  // of a chunk: [chunk][mine][some][G][V]; else as Rh
         scalar* Rh = Wx + inputs;                  // [mine][blocks][G][V], or a few blocks for the time being
         scalar* h = Rh + gates;                    // a few blocks for the time being
+        if (once) W.panels = h + projected, R.panels = W.panels + W.size(some_blocks), W_hr.panels = R.panels + R.size(some_blocks);
 
         // Blocks [u, end) of the input part of `steps` time steps from n on.
         const auto project = [&](Index n, Index steps, Index u, Index end, scalar* out, Index out_row) {
             const auto input = [&](Index r) {
                 return f.x + (time_of(n + r / mine) * B + b0 + r % mine) * (f.W ? f.I : G * H);
             };
-            if (f.W) return multiply(W, Cut(W, steps * mine), u, end, input, bias_x.data, out, out_row);
+            if (once) W.repack(u, end);
+            if (f.W) return multiply(W, Cut(G, steps * mine), u, end, input, bias_x.data, out, out_row);
             for (Index r = 0; r < steps * mine; ++r)
                 for (Index block = u; block < end; ++block)
                     for (Index g = 0; g < G; ++g)
                         store(out + r * out_row + (block - u) * GV + g * V,
                               load(input(r) + g * H + block * V, lanes_of(block, H)) + load(bias_x.data + block * GV + g * V));
         };
-        const Cut recurrent(R, mine), output(W_hr, mine);
+        const Cut recurrent(G, mine), output(1, mine);
         for (Index n = 0; n < T; ++n) {
             if (chunk && n % chunk == 0) {
                 const Index steps = least(chunk, T - n);
-                each_blocks(Cut(W, steps * mine), u0, u1, [&](Index u, Index end) {
+                each_blocks(Cut(G, steps * mine), u0, u1, [&](Index u, Index end) {
                     project(n, steps, u, end, Wx + (u - u0) * GV, some * GV);
                 });
             }
@@ -444,6 +484,7 @@ extern "C" int forward(const Forward& f) {
             each_blocks(recurrent, u0, u1, [&](Index u, Index end) {
                 const Index across = cell.REDUCES ? blocks : recurrent.blocks;
                 const auto row = [&](Index r) { return seen_by_weights + (b0 + r) * P; };
+                if (once) R.repack(u, end);
                 multiply(R, recurrent, u, end, row, bias_h.data, cell.REDUCES ? Rh + u * GV : Rh, across * GV);
                 Gates input{x + (u - u0) * GV, some * GV};
                 if (!chunk) {
@@ -457,6 +498,7 @@ extern "C" int forward(const Forward& f) {
             if (!f.W_hr) continue;
             each_blocks(output, p0, p1, [&](Index u, Index end) {
                 const Index out_row = output.blocks * V;
+                if (once) W_hr.repack(u, end);
                 multiply(W_hr, output, u, end, [&](Index r) { return to + (b0 + r) * H; }, zero.data, h, out_row);
                 for (Index b = b0; b < b1; ++b) {
                     // Where states are held, a projected h stays what it was before.
@@ -490,29 +532,30 @@ extern "C" int backward(const Backward& f) {
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
 
-    Matrix R(P, G * H, 1), W_hr(H, P, 1, f.W_hr != nullptr);  // both the other way round
+    Matrix R_back{P, G * H, 1, f.R, 0, 1, P}, W_hr_back{H, P, 1, f.W_hr, 0, 1, H};  // both the other way round
     const Index rows = by_rows ? (B + threads - 1) / threads : B;
-    const Index unprojected = cell.REDUCES ? rows * blocks * V : passing(W_hr, rows), own = unprojected + passing(R, rows);
-    Scratch zero(most(blocks, outputs) * V), scratch(threads * own);
-    if (!R.panels.data || !W_hr.panels.data || !zero.data || !scratch.data) {
+    const Index unprojected = cell.REDUCES ? rows * blocks * V : passing(1, rows), own = unprojected + passing(1, rows);
+    Scratch zero(most(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
+    if (!zero.data || !scratch.data || !packed.data) {
         release(threads);
         return 1;
     }
+    R_back.panels = packed.data, W_hr_back.panels = packed.data + R_back.size(outputs);
     memset(zero.data, 0, most(blocks, outputs) * V * sizeof(scalar));
     for (Index s = 0; s < cell.S; ++s) memcpy(f.dfirst[s], f.dlast[s], B * (s ? H : P) * sizeof(scalar));
 
-    Barrier packed{threads}, barrier{sharing};
+    Barrier ready{threads}, barrier{sharing};
     auto body = [&](int thread) {
         const Part all_of{0, 0, thread, threads}, part = part_of(thread, threads, B, by_rows);
-        R.pack(f.R, 0, 1, P, all_of.first(outputs), all_of.last(outputs));
-        if (f.W_hr) W_hr.pack(f.W_hr, 0, 1, H, all_of.first(blocks), all_of.last(blocks));
-        packed.wait();
+        R_back.pack(all_of.first(outputs), all_of.last(outputs));
+        W_hr_back.pack(all_of.first(blocks), all_of.last(blocks));
+        ready.wait();
 
         const Index b0 = part.b0, b1 = part.b1, u0 = part.first(blocks), u1 = part.last(blocks);
         const Index p0 = part.first(outputs), p1 = part.last(outputs);
         scalar* dh = scratch.data + thread * own;  // of h before its projection: [mine][blocks][V], or for the time being
         scalar* back = dh + unprojected;           // through the recurrent weights, for the time being
-        const Cut recurrent(R, b1 - b0), output(W_hr, b1 - b0);
+        const Cut cut(1, b1 - b0);
         for (Index n = T - 1; n >= 0; --n) {
             const Index t = f.reverse ? T - 1 - n : n;
             if (!f.W_hr) {
@@ -530,19 +573,19 @@ extern "C" int backward(const Backward& f) {
                     }
                 }
                 barrier.wait();
-                each_blocks(output, u0, u1, [&](Index u, Index end) {
-                    const Index across = cell.REDUCES ? blocks : output.blocks;
+                each_blocks(cut, u0, u1, [&](Index u, Index end) {
+                    const Index across = cell.REDUCES ? blocks : cut.blocks;
                     const auto row = [&](Index r) { return total + (b0 + r) * P; };
-                    multiply(W_hr, output, u, end, row, zero.data, cell.REDUCES ? dh + u * V : dh, across * V);
+                    multiply(W_hr_back, cut, u, end, row, zero.data, cell.REDUCES ? dh + u * V : dh, across * V);
                     if (!cell.REDUCES) cell.grad(f, n, {b0, b1, u, end}, {dh, across * V});
                     else if (end == blocks) cell.grad(f, n, {b0, b1, 0, blocks}, {dh, blocks * V});
                 });
             }
             barrier.wait();
-            each_blocks(recurrent, p0, p1, [&](Index u, Index end) {
+            each_blocks(cut, p0, p1, [&](Index u, Index end) {
                 const auto row = [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; };
-                multiply(R, recurrent, u, end, row, zero.data, back, recurrent.blocks * V);
-                cell.operand_grad(f, n, {b0, b1, u, end}, {back, recurrent.blocks * V});
+                multiply(R_back, cut, u, end, row, zero.data, back, cut.blocks * V);
+                cell.operand_grad(f, n, {b0, b1, u, end}, {back, cut.blocks * V});
             });
             barrier.wait();
         }

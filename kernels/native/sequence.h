@@ -36,6 +36,7 @@ struct Forward {
     scalar* saved;          // [T, B, blocks of H, K, V] by n, written if save
     scalar* cell_states;    // [T+1, S-1, B, H] by state index, written if save
     scalar* h_unprojected;  // [T, B, H] written if save; only with W_hr
+    const scalar* packed;   // what `pack` made of W, R and W_hr; or null, and the call packs them itself
     const scalar* first[MAX_STATES];  // [B, P], then [B, H]: the states before
     scalar* last[MAX_STATES];         // the same, written: the states after
 };
