@@ -20,7 +20,7 @@ DELTA = 1e-6  # of a central difference: in float64 its error is about 1e-10
 def form(
     name: str, gates: str, states: str, units: Sequence[str], step: Callable, grad: Callable | None = None
 ) -> None:
-    """Raise TypeError or ValueError if this is no cell definition (`gpu_rnn.kernels.cells`): what it has, what it should."""
+    """Raise TypeError or ValueError where this is no cell definition: what it has, and what it should have."""
     for what, letters in {"gates": gates, "states": states}.items():
         if not isinstance(letters, str):
             raise TypeError(f"{name}: {what} must be a string of one letter each, got {letters!r}")
