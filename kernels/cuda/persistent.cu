@@ -71,14 +71,21 @@ struct Element {
     long long hidden, b;  // in the layer
     bool valid;           // inside H and B; others compute on zeros, even NaN, store nothing and send zeros
 
-    DEVICE Element(int k, int first_row, int B, int H) {
-        unit = threadIdx.x % BLOCK_UNITS, row = threadIdx.x / BLOCK_UNITS + k * ROW_STRIDE;
-        hidden = blockIdx.x % BLOCKS * BLOCK_UNITS + unit;
-        b = first_row + static_cast<long long>(batch_tile()) * BATCH_ROWS + row;
+    DEVICE Element(int k, int first_row, int B, int H) : Element(k, first_row, B, H, threadIdx.x, blockIdx.x) {}
+    DEVICE Element(int k, int first_row, int B, int H, unsigned thread, unsigned block) {
+        unit = thread % BLOCK_UNITS, row = thread / BLOCK_UNITS + k * ROW_STRIDE;
+        hidden = block % BLOCKS * BLOCK_UNITS + unit;
+        b = first_row + static_cast<long long>(block / BLOCKS / INSTANCES) * BATCH_ROWS + row;
         valid = in_tile() && hidden < H && b < B;
     }
     DEVICE bool in_tile() const { return FULL_THREADS || row < BATCH_ROWS; }
 };
+
+// An element after the time loop, computed anew: kept through the loop, some configurations would have to spill it.
+DEVICE Element element_anew(int k, int first_row, int B, int H) {
+    const unsigned thread = in_register(threadIdx.x), block = in_register(blockIdx.x);
+    return Element(k, in_register(first_row), in_register(B), in_register(H), thread, block);
+}
 
 // Which of a thread's elements are valid, a bit each, in a register: comparing with B and H takes ten instructions.
 DEVICE int valid_elements(int first_row, int B, int H) {
@@ -288,12 +295,13 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
         y_at.go(), saved_at.go(), cell_states_at.go();
     }
     if (save) return;
+    const TimeIndex end{T, in_register(B), in_register(H), S, false};
 #pragma unroll
     for (int k = 0; k < ELEMENTS; ++k) {
-        const Element e(k, first_row, B, H);
-        if (!e.valid) continue;
+        const Element e = element_anew(k, first_row, B, H);
+        if (!valid(k)) continue;
 #pragma unroll
-        for (int s = 1; s < S; ++s) p.cell_states[at.cell_state(0, s, e)] = state[k][s];
+        for (int s = 1; s < S; ++s) p.cell_states[end.cell_state(0, s, e)] = state[k][s];
     }
 }
 
@@ -548,14 +556,15 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
 #if LAYERS > 1
     if (!PersistentBlock::SINGLE_BLOCK) send_dx(T - 1);
 #endif
+    const TimeIndex end{T, in_register(B), in_register(H), S, false};
 #pragma unroll
     for (int k = 0; k < ELEMENTS; ++k) {
-        const Element e(k, first_row, B, H);
-        if (!e.valid) continue;
-        for (int j = 0; j < LEARNED; ++j) p.dunits[(j * at.B + e.b) * H + e.hidden] = sums[k][j];
-        p.dh[at.initial(e)] = dstate[k][0];
+        const Element e = element_anew(k, first_row, B, H);
+        if (!valid(k)) continue;
+        for (int j = 0; j < LEARNED; ++j) p.dunits[(j * end.B + e.b) * H + e.hidden] = sums[k][j];
+        p.dh[end.initial(e)] = dstate[k][0];
 #pragma unroll
-        for (int s = 1; s < S; ++s) p.dcell_states[at.cell_state(0, s, e)] = dstate[k][s];
+        for (int s = 1; s < S; ++s) p.dcell_states[end.cell_state(0, s, e)] = dstate[k][s];
     }
 }
 
