@@ -28,7 +28,7 @@ VJP_RULES: dict[str, Callable] = {
     "subtract": lambda d, y, a, b: (d, -d),
     "multiply": lambda d, y, a, b: (d * b, d * a),
     "divide": lambda d, y, a, b: (d / b, -(d / b * y)),
-    "maximum": lambda d, y, a, b: (d * greater_mask(y, b), d * (1 - greater_mask(y, b))),
+    "maximum": lambda d, y, a, b: maximum_vjp(d, y, a, b),
     "negative": lambda d, y, a: (-d,),
     "sigmoid": lambda d, y, a: (d * (y * (1 - y)),),
     "tanh": lambda d, y, a: (d * (1 - y * y),),
@@ -52,9 +52,25 @@ OPERATIONS: dict[str, Callable] = {
 }
 
 
-def greater_mask(y: Symbol, b: Symbol) -> Symbol:
-    """Return 1 where y = max(a, b) is a and not b; where they are equal the gradient is b's, where y is NaN a's."""
-    return mathematics.positive(y if b is y.graph.symbol(0.0) else y - b)
+def maximum_vjp(d: Symbol, y: Symbol, a: Symbol, b: Symbol) -> tuple[Symbol | None, Symbol | None]:
+    """Give all of d to the larger operand, or to both where y is NaN; nothing to the smaller, not even NaN; half to each
+    of two that are equal: as torch does. An operand that equals a constant gets nothing, as the rectifier at 0.
+    """
+    if b.op == "constant":
+        return mathematics.where(greater_mask(y, b), d, 0.0), None
+    if a.op == "constant":
+        return None, mathematics.where(greater_mask(y, a), d, 0.0)
+    over_b, over_a = greater_mask(y, b), greater_mask(y, a)
+    half = 0.5 * d
+    return (
+        mathematics.where(over_b, d, mathematics.where(over_a, 0.0, half)),
+        mathematics.where(over_a, d, mathematics.where(over_b, 0.0, half)),
+    )
+
+
+def greater_mask(y: Symbol, operand: Symbol) -> Symbol:
+    """Return 1 where y, the larger of two, is larger than this one of them, or NaN."""
+    return mathematics.positive(y if operand is y.graph.symbol(0.0) else y - operand)
 
 
 def derive(step: Callable, gates: int, states: int, extra: int = 0, trainable: int = 0) -> tuple[Callable, Callable]:

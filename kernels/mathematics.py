@@ -86,7 +86,11 @@ def recurrent(gate, value):
 
 
 def maximum(a, b):
-    """The larger of the two; NaN wins. At most one of them may be a plain number."""
+    """The larger of the two; NaN wins. At most one of them may be a plain number.
+
+    Gradient: that of the result goes to the larger, half to each of two that are equal, all of it to both where the
+    result is NaN, as in torch.maximum; but none to what equals a number, as to torch.relu at 0.
+    """
     if isinstance(a, Symbolic):
         return a.apply("maximum", b)
     return b.apply("maximum", a) if isinstance(b, Symbolic) else np.maximum(a, b)

@@ -219,12 +219,20 @@ def of_torch(name: str) -> Callable:
 
 TORCH_OPERATIONS: Mapping[str, Callable] = OPERATIONS | {
     **{name: of_torch(name) for name in ("sigmoid", "tanh", "exp", "log", "rsqrt")},
-    # NaN wins; where both are equal the gradient is the second's
-    "maximum": lambda a, b: module("torch").where((a > b) | (a != a), a, b),
+    "maximum": lambda a, b: torch_maximum(a, b),
     "mean": lambda a: a.mean(-1, keepdim=True),
     "positive": lambda a: (a <= 0).logical_not().to(a.dtype),
     "where": lambda condition, a, b: torch_where(condition, a, b),
 }
+
+
+def torch_maximum(a: Any, b: Any) -> Any:
+    """The larger of the two, one of which may be a number; NaN wins. What equals a number has gradient 0."""
+    torch = module("torch")
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.maximum(a, b)
+    tensor, number = (a, b) if isinstance(a, torch.Tensor) else (b, a)
+    return torch.where((tensor > number) | (tensor != tensor), tensor, number)
 
 
 def torch_where(condition: Any, a: Any, b: Any) -> Any:

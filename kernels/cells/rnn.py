@@ -14,7 +14,7 @@ Backwards, with dh' arriving:
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import positive, relu, tanh
+from ..mathematics import positive, relu, tanh, where
 
 GATES, STATES = "a", "h"
 
@@ -33,7 +33,7 @@ def step_relu(x, h, state):
 
 
 def grad_relu(dnew, new, state, saved):
-    da = dnew[0] * positive(new[0])
+    da = where(positive(new[0]), dnew[0], 0.0)
     return (da,), (da,), (0.0,)
 
 

@@ -264,12 +264,13 @@ def compile_program(program: Program, fixed: tuple[str, ...], batched: bool) -> 
     return names["bind"]
 
 
+ZERO = np.zeros((), np.float32)  # of a Python number NumPy would make an array at every call
 CALLABLES: dict[str, Callable] = {  # operands first, the result's place last
     **{name: getattr(np, name) for name in ("add", "subtract", "multiply", "divide", "negative", "tanh", "exp", "log")},
     "maximum": lambda a, b, out: np.maximum(a, b, out=out),  # the only one that NumPy wants to be told by keyword
     "positive": lambda a, out: np.subtract(1, np.less_equal(a, 0, out=out), out=out),  # NaN isn't <= 0
     "rsqrt": lambda a, out: np.divide(1, np.sqrt(a, out), out),
     "mean": lambda a, out: np.divide(np.add.reduce(a, -2, keepdims=True), a.shape[-2], out),
-    "where": lambda c, a, b, out: np.copyto(out, np.where(np.greater(c, 0), a, b)),
+    "where": lambda c, a, b, out: np.copyto(out, np.where(np.greater(c, ZERO), a, b)),
     "copy": lambda a, out: np.copyto(out, a),
 }

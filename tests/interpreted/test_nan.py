@@ -1,7 +1,6 @@
 """NaN on its way forward and back, in Triton."""
 
 import pytest
-import torch
 
 from gpu_rnn.kernels.triton import config
 
@@ -13,5 +12,6 @@ from .. import nan
 def test_bounds(place, how, monkeypatch):
     if how == "stepwise":
         monkeypatch.setattr(config, "sequence", lambda *_, **__: (None, "told not to"))
-    nan.compare(*nan.relu(place, "stacked", torch.float32, backend="triton"))
-    nan.compare(*nan.bounds(place, torch.float32, "triton"))
+    nan.relu(place, backend="triton").compare(place, "float32")
+    nan.bounds(place, "triton").compare(place, "float32")
+    nan.pairs(place, "triton").compare(place, "float32")
