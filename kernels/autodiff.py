@@ -53,8 +53,8 @@ OPERATIONS: dict[str, Callable] = {
 
 
 def maximum_vjp(d: Symbol, y: Symbol, a: Symbol, b: Symbol) -> tuple[Symbol | None, Symbol | None]:
-    """Give all of d to the larger operand, or to both where y is NaN; nothing to the smaller, not even NaN; half to each
-    of two that are equal: as torch does. An operand that equals a constant gets nothing, as the rectifier at 0.
+    """Give all of d to the larger operand, or to both where y is NaN; nothing to the smaller, not even NaN; half to
+    each of two that are equal: as torch does. An operand that equals a constant gets nothing, as the rectifier at 0.
     """
     if b.op == "constant":
         return mathematics.where(greater_mask(y, b), d, 0.0), None
