@@ -63,6 +63,7 @@ def in_place_of_numpy(monkeypatch, device, run=None) -> None:
     def backward(problem, *args):
         return gpu_common.backward(partial(cuda.run_backward, run, device), problem, *args)
 
+    monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
     monkeypatch.setattr(call_cache, "CACHE", {})  # of calls that NumPy serves
     for function in (forward, backward, gpu_common.saved_shapes, gpu_common.gemm_operands):
         monkeypatch.setattr(numpy, function.__name__, function)

@@ -25,6 +25,14 @@ WITH_NVRTC = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def on_numpy():
+    """NumPy stands for the backend that runs several at once, whatever is undone in between."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPU_RNN_BACKEND", "numpy")
+        yield
+
+
 # ---- The kernels, as the backend walks ------------------------------------------------------------------------------
 
 

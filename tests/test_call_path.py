@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.backends import call_cache, numpy, triton
+from gpu_rnn.backends import call_cache, dispatch, numpy, triton
+from gpu_rnn.core.problem import Problem
+from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 
 from . import cuda_on_cpu
@@ -53,8 +55,11 @@ def path_of(kind, T=8):
 
 
 @LAYERS
-def test_numpy(kind, monkeypatch):
-    monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_on_a_cpu(backend, kind, monkeypatch):
+    if why := dispatch.backend(backend).reasons(Problem(cells.get("gru"), 8, 2, 16, 16, library="torch")):
+        pytest.skip("; ".join(why))
+    monkeypatch.setenv("GPU_RNN_BACKEND", backend)
     path = path_of(kind)
     assert len(set(path.files)) <= 8, path
     assert path.moves <= 16, path
@@ -82,6 +87,7 @@ def test_triton(kind, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launches.append(grid)
 
+    monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
     monkeypatch.setattr(call_cache, "CACHE", {})
     monkeypatch.setattr(triton, "shared_memory", lambda: triton.LARGEST_SHARED_MEMORY)
     monkeypatch.setattr(triton, "forward_constexprs", lambda cell: ())
@@ -98,6 +104,7 @@ def test_triton(kind, monkeypatch):
 
 def test_the_goal_is_for_a_cached_call(monkeypatch):
     """The first call goes further: it checks, and chooses a backend."""
+    monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
     monkeypatch.setattr(call_cache, "CACHE", {})
     layer, x = gpu_rnn.LSTM(16, 16), torch.randn(8, 2, 16)
     with torch.no_grad():

@@ -29,6 +29,14 @@ DEVICES = persistent.DEVICES
 DTYPES = (*sorted(persistent.ITEMSIZE), "ieee")  # which is float32 not as TF32
 
 
+@pytest.fixture(autouse=True)
+def on_numpy():
+    """NumPy stands for the backend that runs several at once, whatever is undone in between."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPU_RNN_BACKEND", "numpy")
+        yield
+
+
 def stored(dtype):
     return "float32" if dtype == "ieee" else dtype
 

@@ -123,6 +123,8 @@ class Problem:
         except KeyError:
             result = self.decisions[key] = decision(*args)
             return result
+        except TypeError:  # symbolic sizes can't be looked up
+            return decision(*args)
 
     def variant(self, **changes: Any) -> "Problem":
         """The problem with other values; the same object for the same changes, so that it keeps its decisions."""
