@@ -217,8 +217,11 @@ KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: Mod
 
 def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Options, Modifiers]:
     """Check a caller's keywords, and sort them into options and modifiers."""
-    check_flags(reverse=options.reverse, recompute=options.recompute, step_exact=options.step_exact)
+    flags = {"reverse": options.reverse, "recompute": options.recompute, "step_exact": options.step_exact}
+    check_flags(**flags)
     check_words(backend=options.backend, precision=options.precision)
+    if not all(type(flag) is bool for flag in flags.values()):  # NumPy's, which neither C++ nor an operator takes
+        options = options._replace(**{name: bool(flag) for name, flag in flags.items()})
     if not keywords:
         return options, NO_MODIFIERS
     values = dict(keywords)
