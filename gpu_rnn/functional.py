@@ -8,8 +8,9 @@ computes.
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Integral
-from typing import Any, TypedDict, Unpack
+from typing import Any, NoReturn, TypedDict, Unpack
 
 import numpy as np
 
@@ -211,7 +212,25 @@ def rnn(
     )
 
 
-KEYWORDS: dict[Callable, type] = {lstm: LSTMKeywords, gru: GRUKeywords, rnn: ModifierKeywords}  # of what vjp takes
+KEYWORDS: dict[Callable, type] = {}  # of what vjp takes
+
+
+def add_function(function: Callable, keywords: type, name: str) -> None:
+    """Have vjp take a function, and torch.jit.script refuse it."""
+    KEYWORDS[function] = keywords
+    function.__prepare_scriptable__ = partial(refuse_script, name, "call")  # type: ignore[attr-defined]
+
+
+def refuse_script(name: str, what: str) -> NoReturn:
+    """Tell what to do instead: torch.jit.script calls `__prepare_scriptable__` of whatever it is to compile."""
+    raise NotImplementedError(
+        f"torch.jit.script compiles Python, but gpu_rnn.{name} calls kernels that aren't Python. "
+        f"Record the {what} by torch.jit.trace, and script what is around the traced one; or use torch.export"
+    )
+
+
+for _function, _keywords in ((lstm, LSTMKeywords), (gru, GRUKeywords), (rnn, ModifierKeywords)):
+    add_function(_function, _keywords, _function.__name__)
 
 
 def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Options, Modifiers]:

@@ -131,6 +131,33 @@ def test_script_is_refused_by_name_and_takes_a_traced_layer():
     close(torch.jit.script(model)(x), theirs(x))
 
 
+@gpu_rnn.cell(gates="a", states="h")
+def plain(x, h, state):
+    return (x[0] + h[0],)
+
+
+def test_a_function_is_refused_by_script_by_name_and_can_be_traced_for_it():
+    _, theirs = pair("GRU", {})
+    weights, x = [parameter.detach() for parameter in theirs.parameters()], torch.randn(7, 3, 3)
+
+    def calls_it(x: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor):
+        return gpu_rnn.gru(x, w_ih, w_hh)
+
+    refused = {
+        "lstm": gpu_rnn.lstm, "gru": calls_it, "rnn": gpu_rnn.rnn, "cell's plain.function": plain.function,
+        "stream": gpu_rnn.stream(gpu_rnn.GRU(3, 4)),
+    }  # fmt: skip
+    for name, what in refused.items():
+        with pytest.raises(NotImplementedError, match=rf"gpu_rnn\.{name} .*torch\.jit\.trace"):
+            torch.jit.script(what)
+    traced = torch.jit.trace(lambda x, *weights: gpu_rnn.gru(x, *weights)[0], (torch.zeros(5, 2, 3), *weights))
+
+    def calls_the_traced(x, w_ih, w_hh, b_ih, b_hh):
+        return traced(2 * x, w_ih, w_hh, b_ih, b_hh)
+
+    close(torch.jit.script(calls_the_traced)(x, *weights), theirs(2 * x)[0])
+
+
 def test_the_old_onnx_exporter_is_refused_by_name():
     with pytest.raises(NotImplementedError, match=r"dynamo=True.*gpu_rnn\.restore_"):
         torch.onnx.export(pair("GRU", {})[0], (torch.zeros(5, 2, 3),), io.BytesIO(), dynamo=False)

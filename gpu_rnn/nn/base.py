@@ -230,10 +230,7 @@ class Recurrent(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Tell what to do instead: torch.jit.script asks here for a module whose source it can compile."""
-        raise NotImplementedError(
-            f"torch.jit.script compiles Python, but gpu_rnn.{self._get_name()} calls kernels that aren't Python. "
-            "Record the layer by torch.jit.trace, and script what is around the traced module; or use torch.export"
-        )
+        functional.refuse_script(self._get_name(), "layer")
 
     def _leaf(self, forward: Callable, input: fx.Proxy, hx: Any, **keywords: Any) -> fx.Proxy:
         """Record a call as one node of a torch.fx graph, as torch.fx does it for a layer of torch.nn.

@@ -305,5 +305,5 @@ def function(cell: cells.Cell) -> Callable:
     plain = list(inspect.signature(run).parameters.values())
     first = [inspect.Parameter(label, inspect.Parameter.KEYWORD_ONLY, default=None) for label in initial]
     run.__signature__ = inspect.Signature([*plain[:5], *first, *plain[5:]])  # type: ignore[attr-defined]
-    functional.KEYWORDS[run] = FunctionKeywords
+    functional.add_function(run, FunctionKeywords, f"cell's {cell.name}.function")
     return run

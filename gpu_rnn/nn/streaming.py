@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..backends import native, numpy
 from ..backends.dispatch import choose
 from ..core.problem import Options, Problem, Run, Weights
 from ..core.validation import shape, validate
-from ..functional import ShapeError
+from ..functional import ShapeError, refuse_script
 from .base import record
 from .conversion import as_gpu_rnn_layer, shallow_copy
 from .layers import RecurrentLayer, as_hx
@@ -75,6 +75,10 @@ class Stream:
         self._x = like.new_zeros(batch, layer.input_size)
         self._y = like.new_zeros(batch, layer.proj_size or layer.hidden_size)
         self._advance, self._states = make_advance(layer, self._x, self._y)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Tell what to do instead of torch.jit.script."""
+        refuse_script("stream", "layer's step, which takes the states and returns them,")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of, also one that is pickled: its arrays are its own."""
