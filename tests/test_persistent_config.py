@@ -367,7 +367,7 @@ NORMED = "lstm+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)"
 COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared memory, one and more batch tiles
     ("lstm", "bfloat16", 64, 8), ("lstm", "bfloat16", 128, 8), ("lstm", "bfloat16", 512, 16),
     ("lstm", "bfloat16", 1024, 8), ("lstm", "bfloat16", 1024, 64), ("lstm", "float16", 512, 128),
-    ("lstm", "float32", 768, 64),  # in chunks
+    ("lstm", "float32", 768, 64), ("lstm", "bfloat16", 2048, 32),  # in chunks
     ("lstm", "float32", 256, 8), ("lstm", "float32", 512, 32), ("gru", "bfloat16", 128, 8),
     ("gru", "bfloat16", 2048, 1), ("gru", "float16", 768, 32), ("gru", "float32", 1024, 64),
     ("rnn_tanh", "bfloat16", 1024, 8), ("rnn_tanh", "float32", 512, 64), ("rnn_relu", "float16", 256, 1),

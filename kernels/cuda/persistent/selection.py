@@ -22,6 +22,7 @@ MAX_REGISTERS = 255  # of a thread
 # memory, by `ieee`. Tests compile configurations, and fail where one spills.
 WORK_REGISTERS = {"block": 84, "cluster": 80, "grid": 96}
 LOAD_REGISTERS = {False: 16, True: 20}
+CHUNK_REGISTERS = 12  # of each further element, where chunks of the operand are received while sums are held
 WAVEFRONT_REGISTERS = 24  # for the second matrix of a wavefront, without its weights
 MAX_ELEMENTS = 4  # of a thread: the registers of more are hard to foresee
 MAX_WARPS = 16
@@ -250,10 +251,7 @@ def fit(
     fragments = 4 * (gates + separate_gates)  # registers of a k tile
     if layers > 1:  # two matrices; the bias of the input, or a received gradient
         fragments, room = 2 * fragments, room - WAVEFRONT_REGISTERS - elements * (2 if backward else gates)
-    k_registers = min(k_tiles, room // fragments)
-    if k_registers < k_tiles:
-        k_registers = (room - LOAD_REGISTERS[ieee]) // fragments
-    if k_registers < 0 or elements > MAX_ELEMENTS:
+    if elements > MAX_ELEMENTS:
         return None
     tiles = -(-B // rows)
     at_once = concurrent_groups(scope, blocks, device) // layers
@@ -266,6 +264,12 @@ def fit(
     # An operand in chunks was wrong on a GPU, too (LSTM, bf16, H = 1024, B = 64, backward): see UNPROVEN.
     chunked = scope == "grid" and blocks > 1 and not (backward and layers > 1) and not device.proven_only
     for k_chunks in K_CHUNKS if chunked else (1,):
+        left = room - CHUNK_REGISTERS * (elements - 1) * (k_chunks > 1)
+        k_registers = min(k_tiles, left // fragments)
+        if k_registers < k_tiles:
+            k_registers = (left - LOAD_REGISTERS[ieee]) // fragments
+        if k_registers < 0:
+            return None
         config = PersistentConfig(
             backward, scope, blocks, unit_tiles, k_splits, k_registers, k_tiles - k_registers, batch_tiles, k_chunks,
             gates, itemsize, ieee, groups, launches, waves,
