@@ -235,11 +235,11 @@ for _function, _keywords in ((lstm, LSTMKeywords), (gru, GRUKeywords), (rnn, Mod
 
 def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Options, Modifiers]:
     """Check a caller's keywords, and sort them into options and modifiers."""
-    flags = {"reverse": options.reverse, "recompute": options.recompute, "step_exact": options.step_exact}
-    check_flags(**flags)
+    reverse, recompute, step_exact = options.reverse, options.recompute, options.step_exact
+    check_flags(reverse=reverse, recompute=recompute, step_exact=step_exact)
     check_words(backend=options.backend, precision=options.precision)
-    if not all(type(flag) is bool for flag in flags.values()):  # NumPy's, which neither C++ nor an operator takes
-        options = options._replace(**{name: bool(flag) for name, flag in flags.items()})
+    if np.bool_ in map(type, (reverse, recompute, step_exact)):  # which neither C++ nor an operator takes
+        options = options._replace(reverse=bool(reverse), recompute=bool(recompute), step_exact=bool(step_exact))
     if not keywords:
         return options, NO_MODIFIERS
     values = dict(keywords)
