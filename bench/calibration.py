@@ -83,10 +83,8 @@ def run(emit: Callable[[dict[str, Any]], None], done: list[str]) -> None:
             if (name := key(line)) in done:
                 continue
             emit({"begin": name, **line})  # a plan without a time is where it hung
-            held, outcome = (
-                partial(cuda.max_coresident, cells.get(problem[0]), problem[1]),
-                {"name": name, "outcome": "passed"},
-            )
+            held = partial(cuda.max_coresident, cells.get(problem[0]), problem[1])
+            outcome = {"name": name, "outcome": "passed"}
             try:
                 count, why = persistent.check_occupancy(plan, cuda.device(), held)
                 took = None if why else measure(problem, plan)
@@ -110,10 +108,10 @@ def table(path: Path) -> list[str]:
     lines = []
     for line in sorted(read(path).values(), key=lambda line: (line["problem"], line["plan"]["backward"],
                                                               line["measured"] or float("inf"))):  # fmt: skip
-        plan = line["plan"]
+        plan = persistent.PersistentConfig(**line["plan"] | {"reductions": tuple(line["plan"]["reductions"])})
         took = f"{line['measured']:6.2f}" if line["measured"] else "  -   "
-        shape = "{scope:7} {blocks:3} x {threads:3}, {elements} each, k {k_splits} {k_registers:2}+{k_shared:2}, "
-        shape = (shape + "rows {rows:2}, chunks {k_chunks}").format(**plan)
-        name = "{} {} H={} B={}".format(*line["problem"]) + (" backward" if plan["backward"] else " forward")
+        shape = f"{plan.scope:7} {plan.blocks:3} x {plan.threads:3}, {plan.elements} each, k {plan.k_splits} "
+        shape += f"{plan.k_registers:2}+{plan.k_shared:2}, rows {plan.rows:2}, chunks {plan.k_chunks}"
+        name = "{} {} H={} B={}".format(*line["problem"]) + (" backward" if plan.backward else " forward")
         lines.append(f"{name:35} {shape}: {took} us, predicted {line['predicted']:.2f} {line.get('note') or ''}")
     return lines

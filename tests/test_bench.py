@@ -14,7 +14,19 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import device_checks, gpu, kernels, modifiers, nvrtc, problems, results, roofline, timing, worker
+from bench import (
+    calibration,
+    device_checks,
+    gpu,
+    kernels,
+    modifiers,
+    nvrtc,
+    problems,
+    results,
+    roofline,
+    timing,
+    worker,
+)
 from bench.data import Data
 from bench.implementations import IMPLEMENTATIONS, Implementation, plan_of
 from bench.problems import NN, NUMPY, Case
@@ -700,6 +712,18 @@ def test_a_session_needs_nothing_that_only_reports_need():
     script = f"import sys, {', '.join(f'bench.{name}' for name in modules)}; print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", script], cwd=worker.ROOT, capture_output=True, text=True, check=True)
     assert not {"pandas", "rich", "click", "matplotlib"} & {*told.stdout.split()}
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*-plans.jsonl")), ids=lambda path: path.stem)
+def test_measured_configurations_are_listed_fastest_first(path):
+    lines, measured = calibration.table(path), {}
+    assert len(lines) == len(calibration.read(path)) > 0
+    for line in lines:
+        problem, times = line[:35], re.search(r": +([\d.]+) us, predicted", line)
+        if times:
+            measured.setdefault(problem, []).append(float(times[1]))
+    assert measured
+    assert all(times == sorted(times) for times in measured.values())
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="there is a GPU")
