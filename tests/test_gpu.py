@@ -61,6 +61,13 @@ def moved(library, case):
     return case.mapped(lambda tensor: cupy.asarray(tensor.numpy()))
 
 
+def trained(case, x, needs):
+    """y and the gradients of a case with another x, by the CUDA backend."""
+    given = case.cell, x, case.weights, case.state
+    y, _, saved = calls.forward(cuda.forward, *given, save=True)
+    return y, calls.backward(cuda.backward, *given, y, saved, case.dy, case.dlast, needs=needs)
+
+
 def problem_of(name, dtype, size, **options):
     """float32 is multiplied as TF32 in one direction, and as IEEE's in two."""
     tf32 = dtype == "float32" and options.get("directions", 1) == 1
@@ -390,20 +397,7 @@ def test_runs_on_the_callers_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.copy_(case.x)
-        y, _, tape = calls.forward(cuda.forward, case.cell, x, case.weights, case.state, reverse=False, save=True)
-        gradients = calls.backward(
-            cuda.backward,
-            case.cell,
-            x,
-            case.weights,
-            case.state,
-            y,
-            tape,
-            case.dy,
-            case.dlast,
-            reverse=False,
-            needs={"x"},
-        )
+        y, gradients = trained(case, x, {"x"})
     stream.synchronize()
     assert torch.equal(y, expected["y"])
     assert torch.equal(gradients["x"], expected["dx"])
@@ -435,20 +429,7 @@ def test_waits_for_nothing_and_takes_no_foreign_memory():
     held = cupy.get_default_memory_pool().total_bytes()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y, _, tape = calls.forward(cuda.forward, case.cell, case.x, case.weights, case.state, reverse=False, save=True)
-        calls.backward(
-            cuda.backward,
-            case.cell,
-            case.x,
-            case.weights,
-            case.state,
-            y,
-            tape,
-            case.dy,
-            case.dlast,
-            reverse=False,
-            needs=case.needs,
-        )
+        trained(case, case.x, case.needs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert cupy.get_default_memory_pool().total_bytes() == held
@@ -461,20 +442,7 @@ def test_captured_in_a_graph():
     x = case.x.clone()
 
     def both():
-        y, _, tape = calls.forward(cuda.forward, case.cell, x, case.weights, case.state, reverse=False, save=True)
-        return y, calls.backward(
-            cuda.backward,
-            case.cell,
-            x,
-            case.weights,
-            case.state,
-            y,
-            tape,
-            case.dy,
-            case.dlast,
-            reverse=False,
-            needs={"x", "w_hh"},
-        )
+        return trained(case, x, {"x", "w_hh"})
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
