@@ -52,32 +52,43 @@ def passed(kind: str, value):
     return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
 
 
-def in_place_of_numpy(monkeypatch, device, run=None) -> None:
+def per_step_passes(run=prepare_launch):
+    """A backend's forward and backward by the per-step kernels."""
+    bind = partial(cuda.bind, run)
+    return (
+        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
+        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
+    )
+
+
+def passes(device, run=prepare_launch):
+    """A backend's forward and backward by the kernels that the CUDA backend selects for a device."""
+    return (
+        partial(gpu_common.forward, partial(cuda.run_forward, run, device)),
+        partial(gpu_common.backward, partial(cuda.run_backward, run, device)),
+    )
+
+
+def in_place_of_numpy(monkeypatch, device, run=prepare_launch) -> None:
     """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
-
-    run = run or prepare_launch
-
-    def forward(problem, runs):
-        return gpu_common.forward(partial(cuda.run_forward, run, device), problem, runs)
-
-    def backward(problem, *args):
-        return gpu_common.backward(partial(cuda.run_backward, run, device), problem, *args)
+    forward, backward = passes(device, run)
 
     monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
     monkeypatch.setattr(call_cache, "CACHE", {})  # of calls that NumPy serves
-    for function in (forward, backward, gpu_common.saved_shapes, gpu_common.gemm_operands):
+    monkeypatch.setattr(numpy, "forward", forward)
+    monkeypatch.setattr(numpy, "backward", backward)
+    for function in (gpu_common.saved_shapes, gpu_common.gemm_operands):
         monkeypatch.setattr(numpy, function.__name__, function)
 
 
 def main() -> None:
     """The LSTM, ragged and aligned, under the sanitizer named; without torch, which is slow to load there."""
-    bind = partial(cuda.bind, partial(prepare_launch, sanitizer=sys.argv[1]))
+    forward, backward = per_step_passes(partial(prepare_launch, sanitizer=sys.argv[1]))
     cell = cells.get("lstm")
     for H in (3, 8):
         x, weights, state = sequence_arrays(np.random.default_rng(1), "lstm", 2, 3, 2, H, dtype=np.float32)
-        step, grad = partial(per_step.run_forward, bind), partial(per_step.run_backward, bind)
-        y, last, saved = calls.forward(partial(gpu_common.forward, step), cell, x, weights, state, save=True)
-        calls.backward(partial(gpu_common.backward, grad), cell, x, weights, state, y, saved, y, last, needs={"w_hh"})
+        y, last, saved = calls.forward(forward, cell, x, weights, state, save=True)
+        calls.backward(backward, cell, x, weights, state, y, saved, y, last, needs={"w_hh"})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Dropout of the candidate (Semeniuta et al. 2016) by every backend; the layers' is in test_around."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.backends import gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
@@ -39,11 +38,9 @@ def test_numpy(name, options):
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         reference_modifiers.drawn(name, OPTIONS, "float32", 5, 3, 4, 6, reverse=name == "gru"),
-        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
-        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
+        *cuda_on_cpu.per_step_passes(),
     )
 
 
@@ -54,8 +51,7 @@ def test_cuda_resident(name, monkeypatch):
     on = persistent.DEVICES["h200"]
     check(
         reference_modifiers.drawn(name, OPTIONS, "bfloat16", 5, 9, 4, 20),
-        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
-        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
+        *cuda_on_cpu.passes(on),
     )
 
 

@@ -134,11 +134,9 @@ def test_modifiers(name, option):
 @on_host_runtime
 @REPRESENTATIVE
 def test_cuda_per_step(name):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         library.case(name, {}, "float32", 4, 5, 3, 7),
-        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
-        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
+        *cuda_on_cpu.per_step_passes(),
     )
 
 
@@ -149,12 +147,7 @@ def test_cuda_persistent(name, scope, monkeypatch):
     monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     cuda.config_of.cache_clear()
-    walks = (
-        partial(walk, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])
-        for walk in (cuda.run_forward, cuda.run_backward)
-    )
-    run = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
-    check(library.case(name, {}, "float16", 4, 9, 3, 20), *run)
+    check(library.case(name, {}, "float16", 4, 9, 3, 20), *cuda_on_cpu.passes(persistent.DEVICES["h200"]))
     cuda.config_of.cache_clear()
 
 

@@ -3,13 +3,11 @@
 Triton's part: `tests/interpreted/test_constants.py`, and `tests/test_triton_compile.py`.
 """
 
-from functools import partial
-
 import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, gpu_common, numpy, per_step
+from gpu_rnn.backends import numpy
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.codegen.cpp import render_cell as cuda_text
 from gpu_rnn.kernels.cuda import persistent
@@ -41,12 +39,7 @@ def test_every_operation_in_numpy(dtype, forgotten, monkeypatch):
 def test_every_operation_in_cuda(dtype, forgotten, monkeypatch):
     constants.define(monkeypatch)
     made = reference_modifiers.drawn("constants", {}, dtype, 5, 3, 4, 6)
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
-    forward, backward = (
-        partial(whole, partial(walk, bind))
-        for whole, walk in ((gpu_common.forward, per_step.run_forward), (gpu_common.backward, per_step.run_backward))
-    )
-    constants.check(made, made.case.mapped(torch.Tensor.numpy).run(forward, backward), dtype)
+    constants.check(made, made.case.mapped(torch.Tensor.numpy).run(*cuda_on_cpu.per_step_passes()), dtype)
 
 
 def test_every_operation_in_second_derivatives(forgotten, monkeypatch):
@@ -149,13 +142,8 @@ def test_a_persistent_kernel_hands_on_any_state(name, forgotten, monkeypatch):
         return [value + 0 * sum(map(sum, given)) for value in SAME[name](*given)]
 
     monkeypatch.setattr(reference_modifiers, "published", published)
-    walks = (
-        partial(walk, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])
-        for walk in (cuda.run_forward, cuda.run_backward)
-    )
-    forward, backward = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
     made = reference_modifiers.drawn("mine", {}, "float32", 4, 3, 5, 20)
-    constants.check(made, made.case.run(forward, backward), "float32")
+    constants.check(made, made.case.run(*cuda_on_cpu.passes(persistent.DEVICES["h200"])), "float32")
 
 
 # ---- deep definitions -----------------------------------------------------------------------------------------------

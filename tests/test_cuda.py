@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.backends import cuda
 from gpu_rnn.core import arrays, optional_imports
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
@@ -33,9 +33,7 @@ SIZES = [  # T, B, I, H: aligned, ragged and degenerate
     (1, 1, 1, 1), (3, 2, 5, 3), (3, 5, 4, 31), (2, 2, 3, 64), (1, 5, 2, 100), (3, 1, 7, 8),
 ]  # fmt: skip
 
-BIND = partial(cuda.bind, cuda_on_cpu.prepare_launch)
-forward = partial(gpu_common.forward, partial(per_step.run_forward, BIND))
-backward = partial(gpu_common.backward, partial(per_step.run_backward, BIND))
+forward, backward = cuda_on_cpu.per_step_passes()
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +88,7 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
             launches.append(launch.kernel)  # noqa: B023
             return cuda_on_cpu.prepare_launch(launch)
 
-        walks = (partial(walk, ready, persistent.DEVICES[device]) for walk in (cuda.run_forward, cuda.run_backward))
-        forward, backward = (
-            partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks)
-        )
+        forward, backward = cuda_on_cpu.passes(persistent.DEVICES[device], ready)
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
         given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
         sequences.check(case, given.run(forward, backward, tf32), tf32=tf32)
@@ -110,8 +105,7 @@ def test_an_empty_batch(dtype):
     """It trains, as in torch.nn: there are no rows, and the weights' gradients are zero."""
     case, on = sequences.draw("lstm", dtype, 5, 0, 3, 8), persistent.DEVICES["h200"]
     ran = case.run(
-        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
-        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
+        *cuda_on_cpu.passes(on),
     )
     assert ran["y"].shape == (5, 0, 8)
     assert ran["dx"].shape == case.x.shape
@@ -140,7 +134,7 @@ def test_arrays_that_are_not_aligned(monkeypatch):
         launches.append(launch)
         return cuda_on_cpu.prepare_launch(launch)
 
-    backward = partial(gpu_common.backward, partial(per_step.run_backward, partial(cuda.bind, ready)))
+    _, backward = cuda_on_cpu.per_step_passes(ready)
     sequences.check(case, case._replace(dy=odd).run(forward, backward))
     assert {dict(launch.unit.defines)["UNITS"] for launch in launches} == {"1"}
 

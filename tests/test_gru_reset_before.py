@@ -52,13 +52,11 @@ def test_numpy_in_other_sizes(dtype, T, B):
 @on_host_runtime
 @pytest.mark.parametrize(("option", "reverse"), list(zip(["plain", *reference_modifiers.OPTIONS], [False, True] * 4)))
 def test_cuda_stepwise(option, reverse):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         reference_modifiers.drawn(
             NAME, reference_modifiers.OPTIONS.get(option, {}), "float32", 5, 3, 4, 6, reverse=reverse
         ),
-        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
-        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
+        *cuda_on_cpu.per_step_passes(),
     )
 
 
@@ -74,8 +72,7 @@ def test_cuda_resident(option, scope, monkeypatch):
         reference_modifiers.drawn(
             NAME, reference_modifiers.OPTIONS.get(option, {}), "bfloat16", 5, 9, 4, 20, reverse=option == "given"
         ),
-        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
-        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
+        *cuda_on_cpu.passes(on),
     )
     cuda.config_of.cache_clear()
 

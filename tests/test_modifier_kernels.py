@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.backends import cuda, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
@@ -20,10 +20,8 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def by_steps(case):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     return case.run(
-        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
-        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
+        *cuda_on_cpu.per_step_passes(),
     )
 
 
@@ -34,8 +32,7 @@ def resident(request, monkeypatch):
     on = persistent.DEVICES["h200"]
     cuda.config_of.cache_clear()
     yield lambda case: case.run(
-        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
-        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
+        *cuda_on_cpu.passes(on),
     )
     cuda.config_of.cache_clear()
 
@@ -123,7 +120,7 @@ def test_rows_longer_than_a_block_can_see_at_once():
 @on_host_runtime
 @pytest.mark.parametrize("H", [6, 40])
 def test_more_rows_than_blocks(H, monkeypatch):
-    """A block takes several rows one after the other; nobody reads the sums of another one."""
+    """A block takes several rows one after the other; no row reads the sums of another one."""
     monkeypatch.setattr(plans, "MAX_GRID_Y", 1)
     made = reference_modifiers.drawn("gru", {"norm": True}, "float32", 2, 70, 3, H)
     reference_modifiers.check(made, by_steps(made.case))

@@ -14,7 +14,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import functional
-from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.backends import cuda, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.core.problem import Options, Weights
 from gpu_rnn.functional import ShapeError
@@ -137,11 +137,8 @@ def test_numpy(name, option):
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_cuda_stepwise(name, dtype):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
-    forward = partial(gpu_common.forward, partial(per_step.run_forward, bind))
-    backward = partial(gpu_common.backward, partial(per_step.run_backward, bind))
     made = custom_cells.case(name, {}, dtype, 4, 5, 3, 7)
-    reference_modifiers.check(made, made.case.run(forward, backward))
+    reference_modifiers.check(made, made.case.run(*cuda_on_cpu.per_step_passes()))
 
 
 @on_host_runtime
@@ -151,13 +148,8 @@ def test_cuda_resident(name, scope, monkeypatch):
     monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     cuda.config_of.cache_clear()
-    walks = (
-        partial(walk, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])
-        for walk in (cuda.run_forward, cuda.run_backward)
-    )
     made = custom_cells.case(name, {}, "bfloat16", 4, 9, 3, 20)
-    run = (partial(whole, walk) for whole, walk in zip((gpu_common.forward, gpu_common.backward), walks))
-    reference_modifiers.check(made, made.case.run(*run))
+    reference_modifiers.check(made, made.case.run(*cuda_on_cpu.passes(persistent.DEVICES["h200"])))
     cuda.config_of.cache_clear()
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_rnn
 from gpu_rnn import ShapeError
-from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.backends import gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
@@ -72,11 +72,9 @@ def test_numpy_with_everything():
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     check(
         draw(name, "float32", 5, 3, 4, 6, reverse=name == "gru"),
-        partial(gpu_common.forward, partial(per_step.run_forward, bind)),
-        partial(gpu_common.backward, partial(per_step.run_backward, bind)),
+        *cuda_on_cpu.per_step_passes(),
     )
 
 
@@ -88,8 +86,7 @@ def test_cuda_resident(name, monkeypatch):
     on = persistent.DEVICES["h200"]
     check(
         draw(name, "bfloat16", 5, 3, 4, 20),
-        partial(gpu_common.forward, partial(cuda.run_forward, cuda_on_cpu.prepare_launch, on)),
-        partial(gpu_common.backward, partial(cuda.run_backward, cuda_on_cpu.prepare_launch, on)),
+        *cuda_on_cpu.passes(on),
     )
 
 

@@ -1,7 +1,6 @@
 """Projections of the GRU's and Elman's outputs: our definition, in a loop in torch; and every backend against it."""
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
 
 from . import cuda_on_cpu, reference_modifiers
@@ -35,13 +33,9 @@ def test_numpy(name, options):
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    bind = partial(cuda.bind, cuda_on_cpu.prepare_launch)
     options = {"reset": True, "given": True, "hold": True, "dropout": True}
     made = reference_modifiers.drawn(name, options, "float32", 6, 4, 3, 5, P=2, reverse=name == "rnn_relu")
-    forward = partial(gpu_common.forward, partial(per_step.run_forward, bind))
-    reference_modifiers.check(
-        made, made.case.run(forward, partial(gpu_common.backward, partial(per_step.run_backward, bind)))
-    )
+    reference_modifiers.check(made, made.case.run(*cuda_on_cpu.per_step_passes()))
 
 
 @pytest.mark.parametrize("feature", [None, "reset state", "both ends", "recurrent dropout", "everything"])
