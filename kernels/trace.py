@@ -3,9 +3,10 @@
 All are elementwise but one: a mean is that over all units of a batch row, the same for each of them. What waits for
 means, and for how many of them one after the other, every symbol knows.
 
-From that graph follow the NumPy backend's preallocated calls (`program.py`), the Triton functions and the CUDA struct
-(`emit.py`), a gradient for a cell without one (`autodiff.py`), facts that a definition need not repeat, such as
-which gates' two parts have different gradients, and the cell on arrays of any library (`Graph.run`).
+From that graph follow the NumPy backend's preallocated calls (`codegen/numpy.py`), the Triton functions
+(`triton/cell_functions.py`) and the C++ struct (`codegen/cpp.py`), a gradient for a cell without one (`autodiff.py`),
+facts that a definition need not repeat, such as which gates' two parts have different gradients, and the cell on arrays
+of any library (`Graph.run`).
 """
 
 import operator

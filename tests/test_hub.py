@@ -129,7 +129,7 @@ def test_build_toml(edition):
 
 
 def test_every_import_is_relative_or_of_what_the_hub_has(package):
-    """compat.py looks for CuPy, and functions that are given NumPy's arrays ask for it."""
+    """optional_imports.py looks for CuPy, and functions that are given NumPy's arrays ask for it."""
     for path, tree in sources(package).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:

@@ -1,4 +1,7 @@
-"""torch.compile and torch.export: one operator per layer, and nothing lost on the way. Plain stacks: test_stack.py."""
+"""torch.compile and torch.export: one operator per layer, and nothing lost on the way.
+
+Plain stacks: test_wavefront.py.
+"""
 
 import shutil
 import subprocess

@@ -375,9 +375,9 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
 
     config_of = cuda.wavefront_config
 
-    def at_most(instants, backward):
+    def at_most(steps, backward):
         plan, _ = config_of(stack, device, backward)
-        monkeypatch.setattr(persistent.launch, "MAX_EXCHANGE_BYTES", plan.launches * plan.exchange_bytes(instants))
+        monkeypatch.setattr(persistent.launch, "MAX_EXCHANGE_BYTES", plan.launches * plan.exchange_bytes(steps))
         monkeypatch.setattr(cuda, "wavefront_config", lambda *_: (plan, ()))  # whose prediction is for longer ones
 
     launched.clear()

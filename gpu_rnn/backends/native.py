@@ -31,7 +31,7 @@ from .protocol import Needs, backward_in_turn, forward_in_turn
 from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "native"
-MAX_STATES = 16  # as in gpu_common.h
+MAX_STATES = 16  # as in sequence.h
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",

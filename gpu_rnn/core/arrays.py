@@ -68,7 +68,7 @@ def advice(kind: type) -> str:
 
 
 def module(kind: str) -> Any:
-    """NumPy, torch or CuPy itself. Whoever has an array has it loaded; and this torch.compile can look up."""
+    """NumPy, torch or CuPy itself. It is loaded where there is an array of it, and torch.compile can look this up."""
     return sys.modules[kind]
 
 
@@ -106,7 +106,7 @@ TORCH_PRIVATE = __name__.removesuffix("core.arrays") + "autograd.torch_private" 
 
 
 def torch_private() -> Any:
-    """What is private in torch. Whoever computes on tensors has it loaded."""
+    """What is private in torch, which is loaded where there are tensors."""
     return sys.modules[TORCH_PRIVATE]
 
 

@@ -17,9 +17,7 @@ class Weights(NamedTuple):
     b_hh: Any = None  # [G*H]
     w_hr: Any = None  # [P, H] projects the output h; without it P = H
     # The cell's auxiliary inputs (gpu_rnn.kernels.cells), if it has them:
-    units: Any = (
-        None  # [N, R, H] per-unit parameters; R = B, or 1 for the whole batch. With a projection h has the first P
-    )
+    units: Any = None  # [N, R, H] per-unit parameters; R = B, or 1 for the whole batch; h projected has the first P
     flags: Any = None  # [T, B] uint8; bit k is flag k
     seed: Any = None  # [1] int64, of its random numbers
 
@@ -113,7 +111,7 @@ class Problem:
     directions: int = 1  # runs that differ in weights, states and the direction of time
     layers: int = 1  # runs that each take the y of the one before: a stack's; I is that of the first
     step_exact: bool = False  # a sequence equals its time steps one at a time, bit for bit
-    # What was decided for this problem, by whoever decides it; it lives and dies with the problem.
+    # What backends decided for this problem; it lives and dies with it.
     decisions: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def decide(self, key: Any, decision: Callable[..., Any], *args: Any) -> Any:

@@ -57,16 +57,9 @@ def signatures_of(name: str, run: Run) -> list[Signature | None]:
 def zero_states(problem: Problem, runs: Sequence[Run]) -> tuple[tuple[tuple[int, int] | None, ...], ...]:
     """The shapes of the states that are missing, for each run; empty where all are there."""
     H = problem.H
-    shapes = [
-        tuple(
-            [
-                None if state is not None else (problem.B, H if k else problem.P or H)
-                for k, state in enumerate(run.state)
-            ]
-        )
-        for run in runs
-    ]
-    return tuple(shapes) if any(shape for of_run in shapes for shape in of_run) else ()
+    whole = (problem.B, problem.P or H), *[(problem.B, H)] * (problem.cell.S - 1)
+    shapes = [tuple([shape if s is None else None for s, shape in zip(run.state, whole)]) for run in runs]
+    return tuple(shapes) if any(map(any, shapes)) else ()
 
 
 def with_zeros(runs: Sequence[Run], zeros: Sequence[Sequence[tuple[int, ...] | None]], like: Any) -> list[Run]:

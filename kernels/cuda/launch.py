@@ -38,7 +38,7 @@ def unit(kernels: Path, cell: Cell, defines: Mapping[str, Any], headers: tuple[P
 
 
 class Launch(NamedTuple):
-    """One kernel launch, whoever executes it."""
+    """One kernel launch, for a GPU or the emulator."""
 
     unit: Unit
     kernel: str

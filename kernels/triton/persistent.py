@@ -10,7 +10,7 @@ Compared with a product and a launch per time step, a time step costs about as m
 multiprocessor, G products of [16, H] by [H, H] and a dozen barriers, instead of two launches.
 
 Limits: tiles are padded to a power of two, TILE >= H, so that the weights take G * TILE^2 elements on the chip; see
-`plan.py` for what fits. float32 and halves; what meets the weights is rounded to the storage dtype, as everywhere.
+`config.py` for what fits. float32 and halves; what meets the weights is rounded to the storage dtype, as everywhere.
 T and B are plain arguments: a new length or batch compiles nothing. Offsets to a time step or a row are int64.
 
 What is written in place, `saved` over `xg` and states at the end over those at the beginning, may have been read by
@@ -43,7 +43,7 @@ def forward_kernel(
     others,  # [T+1, S-1, B, H] float32; reads the first boundary, writes the later ones; or [1, ...], updated in place
     saved,  # [T, B, K, H] storage, written, or None; may be xg itself
     y,  # [T, B, H] storage, written; every h
-    units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see extra.py
+    units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see cell_inputs.py
     T, B, R, reverse,
     STEP: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
@@ -109,7 +109,7 @@ def backward_kernel(
     dhg,  # [T, B, G, H] storage, written, or None where it equals dxg
     dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each time step, or None for zero
     dunits,  # [learned, B, H] float32, added to
-    units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see extra.py
+    units, flags, seed,  # [N, R, H] float32, [T, B] uint8, [1] int64, or None: see cell_inputs.py
     T, B, R, reverse,
     GRAD: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND_GRAD: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,

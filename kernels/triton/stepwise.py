@@ -88,7 +88,7 @@ def step_kernel(
     saved,  # [T, B, K, H] storage, written, or None; may be xg itself
     y,  # [T, B, H] storage, written; h after
     operand,  # [B, H] storage, written: what the next time step's product sees; None where that is y
-    units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see extra.py
+    units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see cell_inputs.py
     t, before, after, following, B, H, R,
     STEP: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
@@ -191,7 +191,7 @@ def grad_kernel(
     dhg,  # [T, B, G, H] storage, written, or None where it equals dxg
     dhistory,  # [T, S-1, B, H] storage; gradients of the other states after each time step, or None for zero
     dunits,  # [learned, B, H] real, added to
-    units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see extra.py
+    units, flags, seed,  # [N, R, H] real, [T, B] uint8, [1] int64, or None: see cell_inputs.py
     t, previous, before, after, following, B, H, R,
     GRAD: tl.constexpr, LEVEL: tl.constexpr, MEANS: tl.constexpr, OPERAND_GRAD: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, K: tl.constexpr,

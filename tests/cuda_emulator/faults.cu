@@ -1,4 +1,4 @@
-// faults.cu: kernels that are wrong on purpose. test_host_runtime.py says how the runtime or a sanitizer must
+// faults.cu: kernels that are wrong on purpose. test_cuda_emulator.py says how the runtime or a sanitizer must
 // notice.
 
 extern "C" __global__ void half_a_barrier(float* y) {  // [64]
