@@ -179,7 +179,7 @@ def test_the_library_lists_its_cells():
 
 
 def test_a_cell_of_a_users_own_keeps_its_name(monkeypatch):
-    monkeypatch.setattr(definitions, "DEFINED", dict(definitions.DEFINED))
+    monkeypatch.setattr(definitions, "REGISTERED", dict(definitions.REGISTERED))
     assert cells.JANET.cell_name == "cells.JANET"
     mine = gpu_rnn.cell(lambda x, h, s: (x[0] + h[0],), gates="a", states="h", name="JANET")
     assert mine.cell_name == "JANET"

@@ -84,7 +84,7 @@ def test_what_is_no_library_is_made_again(cache):
 
 PROGRAM = f"""
 from pathlib import Path
-from gpu_rnn import compiler
+from gpu_rnn.backends import compiler
 Path("GARBAGE").write_text("nothing that can be loaded")
 print(compiler.load("answer", {SOURCE!r}, {FLAGS!r}).answer())
 """
@@ -127,7 +127,7 @@ def test_a_folder_that_is_deleted_meanwhile(cache):
 
 @needs_compiler
 def test_processes_race(cache):
-    program = f"from gpu_rnn import compiler; print(compiler.load('answer', {SOURCE!r}, {FLAGS!r}).answer())"
+    program = f"from gpu_rnn.backends import compiler; print(compiler.load('answer', {SOURCE!r}, {FLAGS!r}).answer())"
     racing = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(3)]
     assert [process.communicate()[0] for process in racing] == [b"42\n"] * 3
     assert [path.suffix for path in cache.iterdir()] == [".so"]
@@ -176,7 +176,7 @@ def test_an_interrupt_leaves_nothing_and_is_not_remembered(cache, tmp_path, monk
     slow = command(tmp_path, f"touch {tmp_path}/started; sleep 60")
     program = f"""
 import os, signal, sys
-from gpu_rnn import compiler
+from gpu_rnn.backends import compiler
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     compiler.load("answer", {SOURCE!r}, {FLAGS!r})
