@@ -259,9 +259,9 @@ MUTATIONS = {
     "a word is taken without its flag": ("if (late == 0) break;", "break;"),
 }  # fmt: skip
 BACKWARD_MUTATIONS = {
-    "a gradient from above is taken without its flag": ("received_dx[k].y != LayerGradChannel::flag(turn);", "false;"),
+    "a gradient from above is taken without its flag": ("received_dx[k].y != LayerGradChannel::flag(round);", "false;"),
     "the last isn't sent down": ("if (!PersistentBlock::SINGLE_BLOCK) send_dx(T - 1);", ""),
-    "all time steps share a word": ("words + ((turn * BLOCKS", "words + ((turn % 2 * BLOCKS"),
+    "all time steps share a word": ("words + ((round * BLOCKS", "words + ((round % 2 * BLOCKS"),
     "the operand is already the next": ("turn > 1) send_dx(turn - 2);", "turn > 1) send_dx(turn - 1);"),
     "what is multiplied twice is overwritten": (
         "        store_partial_sums(sums, others);\n",

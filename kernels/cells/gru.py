@@ -13,7 +13,7 @@ Backwards, with dh' arriving:
     da_r = da_n h_n r (1 - r)
     da_z = dh' (h_{t-1} - n) z (1 - z)
     the recurrent part of the candidate gets r da_n, so its two parts differ
-    dh_{t-1} = dh' z, and R^T (da_r, da_z, r da_n), which is the driver's part
+    dh_{t-1} = dh' z, and R^T (da_r, da_z, r da_n), added by the time loop
 
 Derived in docs/derivation.md.
 """

@@ -13,7 +13,7 @@ Backwards, with dh' and dc' arriving:
 
     dc = dc' + dh' o (1 - tanh(c')^2)
     da_i = dc g i (1 - i)     da_f = dc c f (1 - f)     da_g = dc i (1 - g^2)     da_o = dh' tanh(c') o (1 - o)
-    dc_{t-1} = dc f           dh_{t-1} = R^T da, which is the driver's part
+    dc_{t-1} = dc f           dh_{t-1} = R^T da, added by the time loop
 
 Derived in docs/derivation.md.
 """

@@ -57,8 +57,9 @@
 // several launches, one after the other in time; these hand on what calls hand on, so that forward h is rounded to
 // SCALAR there.
 //
-// Not the obvious: one launch and one GEMM per time step (stepwise.cu) reads R from L2 every time and pays for two
-// launches. Limits: H <= BLOCK_UNITS * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, multiplied as TF32 or IEEE's.
+// Why not the simpler way: one launch and one GEMM per time step (stepwise.cu) reads R from L2 every time and pays for
+// two launches. Limits: H <= BLOCK_UNITS * BLOCKS; SCALAR is __half, __nv_bfloat16, or float, multiplied as TF32 or
+// IEEE's.
 //
 // Read before it: persistent_params.cuh, the configuration; matmul_tile.cuh; unit_reduction.cuh; persistent_block.cuh,
 // the weights of a block and the exchange of a group.
@@ -89,21 +90,21 @@ DEVICE Element element_anew(int k, int first_row, int B, int H) {
 
 // Which of a thread's elements are valid, a bit each, in a register: comparing with B and H takes ten instructions.
 DEVICE int valid_elements(int first_row, int B, int H) {
-    int found = 0;
-    for (int k = 0; k < ELEMENTS; ++k) found |= Element(k, first_row, B, H).valid << k;
-    return in_register(found);
+    int bits = 0;
+    for (int k = 0; k < ELEMENTS; ++k) bits |= Element(k, first_row, B, H).valid << k;
+    return in_register(bits);
 }
 
 // The address of a thread's first element in an array over time steps, the pitch to its next elements and the step to
 // the next time step. To advance is an addition; a multiplication of 64 bits takes five instructions, for every gate.
 template <class T>
 struct Cursor {
-    T* at;
+    T* pointer;
     long long step;
     int pitch;  // to the thread's next element
 
-    DEVICE T* of(int k) const { return at + k * pitch; }
-    DEVICE void go() { at += step; }
+    DEVICE T* of(int k) const { return pointer + k * pitch; }
+    DEVICE void advance() { pointer += step; }
 };
 
 // Offsets of a time step's elements. States have T + 1 indices: time step t goes from index t to t + 1, in reverse from
@@ -164,7 +165,7 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
     static_assert(!Cell::OPERAND, "what is sent is h, the input of the layer above");
 #endif
 
-    const TimeIndex at{T, B, H, S, p.reverse != 0};
+    const TimeIndex index{T, B, H, S, p.reverse != 0};
     const Extra extra{p.units, p.flags, p.seed, B, H, rows};
     float state[ELEMENTS][S], bias[ELEMENTS][G], saved[ELEMENTS][K > 0 ? K : 1], aux[ELEMENTS][EXTRA_OR_1];
     unsigned flag_bits[ELEMENTS];  // flags of the time step after the next
@@ -172,14 +173,16 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
     const Element mine(0, first_row, B, H);
     const long long direction = p.reverse != 0 ? -1 : 1;
     const auto state_stride = static_cast<long long>(B) * H;
-    Cursor<const SCALAR> Wx_at{p.Wx + at.row(at.nth(0), mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
-    Cursor<SCALAR> y_at{p.y + at.h(at.nth(0), mine), direction * state_stride, ROW_STRIDE * H};
-    Cursor<SCALAR> saved_at{p.saved + at.row(at.nth(0), mine, K, 0), direction * K * state_stride, ROW_STRIDE * K * H};
-    Cursor<float> cell_states_at{p.cell_states + at.cell_state(at.state_out(at.nth(0)), 1, mine),
+    Cursor<const SCALAR> Wx_at{p.Wx + index.row(index.nth(0), mine, G, 0), direction * G * state_stride,
+                               ROW_STRIDE * G * H};
+    Cursor<SCALAR> y_at{p.y + index.h(index.nth(0), mine), direction * state_stride, ROW_STRIDE * H};
+    Cursor<SCALAR> saved_at{p.saved + index.row(index.nth(0), mine, K, 0), direction * K * state_stride,
+                            ROW_STRIDE * K * H};
+    Cursor<float> cell_states_at{p.cell_states + index.cell_state(index.state_out(index.nth(0)), 1, mine),
                                  direction * (S - 1) * state_stride, ROW_STRIDE * H};
     // A time step may be shorter than the latency of memory, so the inputs of the one after the next are prefetched to
     // L2: 16 units are contiguous, and each of their first threads prefetches one gate of theirs.
-    Cursor<const SCALAR> Wx_later{Wx_at.at + Wx_at.step + mine.unit % 16 * (H - 1LL), Wx_at.step, Wx_at.pitch};
+    Cursor<const SCALAR> Wx_later{Wx_at.pointer + Wx_at.step + mine.unit % 16 * (H - 1LL), Wx_at.step, Wx_at.pitch};
     const int valid_bits = valid_elements(first_row, B, H);
     auto valid = [&](int k) { return (valid_bits >> k & 1) != 0; };
     auto fetch = [&](long long n) {
@@ -191,18 +194,19 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
 #pragma unroll
             for (int g = 0; g < G; ++g) x[k][g] = Wx_at.of(k)[g * H];
             if (ahead) prefetch_l2(Wx_later.of(k));
-            if (n + 1 < T) flag_bits[k] = extra.bits(at.nth(n + 1), e.b);
-            extra.uniforms_of(aux[k], at.nth(n), e.b, e.hidden);
+            if (n + 1 < T) flag_bits[k] = extra.bits(index.nth(n + 1), e.b);
+            extra.uniforms_of(aux[k], index.nth(n), e.b, e.hidden);
         }
-        Wx_at.go(), Wx_later.go();
+        Wx_at.advance(), Wx_later.advance();
     };
 #pragma unroll
     for (int k = 0; k < ELEMENTS; ++k) {
         const Element e(k, first_row, B, H);
-        state[k][0] = e.valid ? to_float(p.h0[at.initial(e)]) : 0.0f;
+        state[k][0] = e.valid ? to_float(p.h0[index.initial(e)]) : 0.0f;
 #pragma unroll
         for (int s = 1; s < S; ++s)
-            state[k][s] = e.valid ? p.cell_states[at.cell_state(save ? at.state_in(at.nth(0)) : 0, s, e)] : 0.0f;
+            state[k][s] =
+                e.valid ? p.cell_states[index.cell_state(save ? index.state_in(index.nth(0)) : 0, s, e)] : 0.0f;
 #pragma unroll
         for (int g = 0; g < G; ++g)
             bias[k][g] = e.valid && p.b_hh != nullptr ? to_float(p.b_hh[g * H + e.hidden]) : 0.0f;
@@ -216,7 +220,7 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
         flag_bits[k] = 0;
         if (e.valid) {
             extra.of_unit(aux[k], e.b, e.hidden);
-            extra.flags_of(aux[k], extra.bits(at.nth(0), e.b));
+            extra.flags_of(aux[k], extra.bits(index.nth(0), e.b));
         }
         float h_in = state[k][0];
         Cell::operand(&h_in, aux[k]);
@@ -292,7 +296,7 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
 #pragma unroll
             for (int s = 1; s < S; ++s) cell_states_at.of(k)[(s - 1) * state_stride] = state[k][s];
         }
-        y_at.go(), saved_at.go(), cell_states_at.go();
+        y_at.advance(), saved_at.advance(), cell_states_at.advance();
     }
     if (save) return;
     const TimeIndex end{T, in_register(B), in_register(H), S, false};
@@ -355,10 +359,10 @@ struct LayerGradChannel {
         words = reinterpret_cast<uint2*>(exchange + groups * PersistentBlock::group_words(T)) +
                 before * T * BLOCKS * BATCH_ROWS * BLOCK_UNITS;
     }
-    DEVICE uint2* of(long long turn, const Element& e) const {
-        return words + ((turn * BLOCKS + blockIdx.x % BLOCKS) * BATCH_ROWS + e.row) * BLOCK_UNITS + e.unit;
+    DEVICE uint2* of(long long round, const Element& e) const {
+        return words + ((round * BLOCKS + blockIdx.x % BLOCKS) * BATCH_ROWS + e.row) * BLOCK_UNITS + e.unit;
     }
-    DEVICE static unsigned flag(long long turn) { return static_cast<unsigned>(turn + 1); }
+    DEVICE static unsigned flag(long long round) { return static_cast<unsigned>(round + 1); }
 };
 
 // SENDS_DX: the instance is a layer that sends the gradient of its inputs to the one below.
@@ -376,21 +380,21 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
     const bool receives_dx = PROFILE_ONLY != PRODUCT && instance() + 1 < LAYERS;
     const LayerGradChannel dx_in(exchange, T, instance()), dx_out(exchange, T, instance() - 1);
     uint2 received_dx[ELEMENTS];
-    auto send_dx = [&](long long turn) {
+    auto send_dx = [&](long long round) {
         if (!SENDS_DX) return;
-        recurrent.multiply_by(turn, input_tile, input_partial_sums);
+        recurrent.multiply_by(round, input_tile, input_partial_sums);
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {
             const Element e(k, first_row, B, H);
             if (!e.valid || PROFILE_ONLY == PRODUCT) continue;
             const float dx = PersistentBlock::add_partial_sums(input_partial_sums, 0, e.row, e.unit);
-            st_relaxed_gpu(dx_out.of(turn, e), make_uint2(__float_as_uint(dx), LayerGradChannel::flag(turn)));
+            st_relaxed_gpu(dx_out.of(round, e), make_uint2(__float_as_uint(dx), LayerGradChannel::flag(round)));
         }
     };
 #endif
 
-    const TimeIndex at{T, B, H, S, p.reverse != 0};
-    float dstate[ELEMENTS][S];  // of the states after the time step; of h without those through y and R
+    const TimeIndex index{T, B, H, S, p.reverse != 0};
+    float dstate[ELEMENTS][S];  // of the states after the time step; accumulate_incoming_grad completes that of h
     const Extra extra{p.units, p.flags, p.seed, B, H, rows};
     float state_next[ELEMENTS][S], state_prev[ELEMENTS][S], aux[ELEMENTS][EXTRA_OR_1],
         sums[ELEMENTS][LEARNED > 0 ? LEARNED : 1];
@@ -398,17 +402,17 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
     SCALAR dy[ELEMENTS], h_prev[ELEMENTS],
         saved[ELEMENTS][K > 0 ? K : 1];  // as stored: a conversion would wait for the load
     const Element mine(0, first_row, B, H);
-    const long long latest = at.nth(T - 1), direction = p.reverse != 0 ? 1 : -1;
+    const long long latest = index.nth(T - 1), direction = p.reverse != 0 ? 1 : -1;
     const auto state_stride = static_cast<long long>(B) * H;
-    Cursor<const SCALAR> dy_at{p.dy + at.h(latest, mine), direction * state_stride, ROW_STRIDE * H};
-    Cursor<const SCALAR> y_at{p.y + at.h(latest, mine) + direction * state_stride, direction * state_stride,
+    Cursor<const SCALAR> dy_at{p.dy + index.h(latest, mine), direction * state_stride, ROW_STRIDE * H};
+    Cursor<const SCALAR> y_at{p.y + index.h(latest, mine) + direction * state_stride, direction * state_stride,
                               ROW_STRIDE * H};
-    Cursor<const SCALAR> saved_at{p.saved + at.row(latest, mine, K, 0), direction * K * state_stride,
+    Cursor<const SCALAR> saved_at{p.saved + index.row(latest, mine, K, 0), direction * K * state_stride,
                                   ROW_STRIDE * K * H};
-    Cursor<const float> cell_states_at{p.cell_states + at.cell_state(at.state_in(latest), 1, mine),
+    Cursor<const float> cell_states_at{p.cell_states + index.cell_state(index.state_in(latest), 1, mine),
                                        direction * (S - 1) * state_stride, ROW_STRIDE * H};
-    Cursor<SCALAR> dWx_at{p.dWx + at.row(latest, mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
-    Cursor<SCALAR> dRh_at{p.dRh + at.row(latest, mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
+    Cursor<SCALAR> dWx_at{p.dWx + index.row(latest, mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
+    Cursor<SCALAR> dRh_at{p.dRh + index.row(latest, mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
     const int valid_bits = valid_elements(first_row, B, H);
     auto valid = [&](int k) { return (valid_bits >> k & 1) != 0; };
     // Offset of the states before a time step in cell_states, from those after it in dhistory.
@@ -422,29 +426,29 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
 #if LAYERS > 1
             if (receives_dx) received_dx[k] = ld_relaxed_gpu(dx_in.of(T - 1 - n, e));
 #endif
-            h_prev[k] = n > 0 ? *y_at.of(k) : p.h0[at.initial(e)];
+            h_prev[k] = n > 0 ? *y_at.of(k) : p.h0[index.initial(e)];
 #pragma unroll
             for (int j = 0; j < K; ++j) saved[k][j] = saved_at.of(k)[j * H];
 #pragma unroll
             for (int s = 1; s < S; ++s) state_prev[k][s] = cell_states_at.of(k)[(s - 1) * state_stride];
-            flag_bits[k] = extra.bits(at.nth(n), e.b);
+            flag_bits[k] = extra.bits(index.nth(n), e.b);
             if (p.dhistory == nullptr) continue;
             const SCALAR* history = p.dhistory + (cell_states_at.of(k) - p.cell_states - states_before);
 #pragma unroll
             for (int s = 1; s < S; ++s) dstate[k][s] += to_float(history[(s - 1) * state_stride]);
         }
-        dy_at.go(), y_at.go(), saved_at.go(), cell_states_at.go();
+        dy_at.advance(), y_at.advance(), saved_at.advance(), cell_states_at.advance();
     };
 #pragma unroll
     for (int k = 0; k < ELEMENTS; ++k) {
         const Element e(k, first_row, B, H);
-        const long long t = at.nth(T - 1);
-        dstate[k][0] = e.valid ? p.dh[at.initial(e)] : 0.0f;
-        state_next[k][0] = e.valid ? to_float(p.y[at.h(t, e)]) : 0.0f;
+        const long long t = index.nth(T - 1);
+        dstate[k][0] = e.valid ? p.dh[index.initial(e)] : 0.0f;
+        state_next[k][0] = e.valid ? to_float(p.y[index.h(t, e)]) : 0.0f;
 #pragma unroll
         for (int s = 1; s < S; ++s) {
-            dstate[k][s] = e.valid ? p.dcell_states[at.cell_state(0, s, e)] : 0.0f;
-            state_next[k][s] = e.valid ? p.cell_states[at.cell_state(at.state_out(t), s, e)] : 0.0f;
+            dstate[k][s] = e.valid ? p.dcell_states[index.cell_state(0, s, e)] : 0.0f;
+            state_next[k][s] = e.valid ? p.cell_states[index.cell_state(index.state_out(t), s, e)] : 0.0f;
         }
         dy[k] = h_prev[k] = from_float<SCALAR>(0.0f);  // stays so where nothing is loaded
 #pragma unroll
@@ -454,24 +458,24 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
         for (int i = 0; i < EXTRA; ++i) aux[k][i] = 0;
         flag_bits[k] = 0;
         if (e.valid) extra.of_unit(aux[k], e.b, e.hidden);
-        for (int i = 0; i < LEARNED; ++i) sums[k][i] = e.valid ? p.dunits[(i * at.B + e.b) * H + e.hidden] : 0.0f;
+        for (int i = 0; i < LEARNED; ++i) sums[k][i] = e.valid ? p.dunits[(i * index.B + e.b) * H + e.hidden] : 0.0f;
     }
 
-    for (long long turn = 0; turn <= T; ++turn) {  // the last only completes the gradient of h0
-        const long long n = T - 1 - turn;
+    for (long long round = 0; round <= T; ++round) {  // the last only completes the gradient of h0
+        const long long n = T - 1 - round;
         if (n >= 0) fetch(n);
 #if LAYERS > 1
-        if (!PersistentBlock::SINGLE_BLOCK && turn > 1) send_dx(turn - 2);  // during the exchange
+        if (!PersistentBlock::SINGLE_BLOCK && round > 1) send_dx(round - 2);  // during the exchange
 #endif
-        if (turn > 0) recurrent.receive_and_multiply(turn - 1);
+        if (round > 0) recurrent.receive_and_multiply(round - 1);
 #if LAYERS > 1
         // before the block stages its next gradients there
-        if (PersistentBlock::SINGLE_BLOCK && turn > 0) send_dx(turn - 1);
+        if (PersistentBlock::SINGLE_BLOCK && round > 0) send_dx(round - 1);
 #endif
         float dx[ELEMENTS][G], da[ELEMENTS][G], means[ELEMENTS][Levels::MEANS_OR_1];
         auto accumulate_incoming_grad = [&](const Element& e, int k) {
             float partials[LEARNED > 0 ? LEARNED : 1];
-            if (turn > 0) {
+            if (round > 0) {
                 float back = recurrent.split_k_sum(0, e.row, e.unit);
                 if (Cell::OPERAND) {  // the flags are still those of the time step that read this h
                     Cell::operand_grad(&back, partials, aux[k]);
@@ -481,11 +485,11 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
             }
             if (n < 0) return;
             extra.flags_of(aux[k], flag_bits[k]);
-            if (valid(k)) extra.uniforms_of(aux[k], at.nth(n), e.b, e.hidden);
+            if (valid(k)) extra.uniforms_of(aux[k], index.nth(n), e.b, e.hidden);
 #if LAYERS > 1
             if (valid(k) && receives_dx) {
-                for (Watchdog watchdog; received_dx[k].y != LayerGradChannel::flag(turn); watchdog.turn())
-                    received_dx[k] = ld_relaxed_gpu(dx_in.of(turn, e));
+                for (Watchdog watchdog; received_dx[k].y != LayerGradChannel::flag(round); watchdog.turn())
+                    received_dx[k] = ld_relaxed_gpu(dx_in.of(round, e));
                 dstate[k][0] += __uint_as_float(received_dx[k].x);
             }
 #endif
@@ -515,7 +519,7 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
                 Cell::grad_level(level, dstate[k], state_next[k], state_prev[k], from_step, aux[k], means[k], values);
                 for (int m = first; m < last; ++m) means[k][m] = valid(k) ? values[m - first] : 0.0f;
             }
-            recurrent.unit_reduction.mean(turn * Levels::COUNT + level, means, first, last, H);
+            recurrent.unit_reduction.mean(round * Levels::COUNT + level, means, first, last, H);
         }
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {
@@ -534,13 +538,13 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
                 state_next[k][s] = state_prev[k][s];
             }
 #pragma unroll
-            for (int g = 0; g < G; ++g) recurrent.stage(turn, g, e.row, e.unit, valid(k) ? da[k][g] : 0.0f);
+            for (int g = 0; g < G; ++g) recurrent.stage(round, g, e.row, e.unit, valid(k) ? da[k][g] : 0.0f);
 #pragma unroll
-            for (int n = 0; n < Values::COUNT_SEPARATE; ++n)
-                recurrent.stage(turn, G + n, e.row, e.unit, valid(k) ? dx[k][Values::separate_gate(n)] : 0.0f);
+            for (int i = 0; i < Values::COUNT_SEPARATE; ++i)
+                recurrent.stage(round, G + i, e.row, e.unit, valid(k) ? dx[k][Values::separate_gate(i)] : 0.0f);
         }
         if (n < 0) break;
-        recurrent.send(turn);
+        recurrent.send(round);
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {  // after `send`: no block waits for this
             const Element e(k, first_row, B, H);
@@ -551,7 +555,7 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
                 if (p.dRh != nullptr) dRh_at.of(k)[g * H] = from_float<SCALAR>(da[k][g]);
             }
         }
-        dWx_at.go(), dRh_at.go();
+        dWx_at.advance(), dRh_at.advance();
     }
 #if LAYERS > 1
     if (!PersistentBlock::SINGLE_BLOCK) send_dx(T - 1);

@@ -35,7 +35,8 @@ struct WeightTile {
     // memory: in a loop that is unrolled for registers the compiler would have too many loads in flight.
     template <int STAGING_BYTES>
     DEVICE void load(void* staging, const SCALAR* R, bool input, int H, int rank, int warp, int lane) {
-        constexpr int MOST = STAGING_BYTES / (WARPS * 512), CHUNK = MOST < IN_REGISTERS ? MOST : IN_REGISTERS;
+        constexpr int ROOM = STAGING_BYTES / (WARPS * 512), CHUNK = ROOM < IN_REGISTERS ? ROOM : IN_REGISTERS;
+        constexpr int STRIDE = CHUNK > 0 ? CHUNK : 1;
         uint4* staged = static_cast<uint4*>(staging) + warp * CHUNK * 32 + lane;  // read back by the lane that wrote it
         shared += warp * GATE_SETS * IN_SHARED * 32 + lane;
 #pragma unroll
@@ -44,7 +45,7 @@ struct WeightTile {
             for (int j = 0; CHUNK == 0 && j < IN_REGISTERS; ++j)  // no room to stage: straight to registers
                 set(registers[r][j], read_fragment(R, input, H, rank, warp, lane, r, j));
 #pragma unroll
-            for (int first = 0; CHUNK > 0 && first<IN_REGISTERS; first += CHUNK> 0 ? CHUNK : 1) {
+            for (int first = 0; CHUNK > 0 && first < IN_REGISTERS; first += STRIDE) {
 #pragma unroll 4
                 for (int j = 0; j < CHUNK; ++j)
                     if (first + j < IN_REGISTERS)

@@ -14,8 +14,8 @@
 // registers it would limit H. The sums are added up in a fixed order. UNITS is half of that, as such a cell has more
 // values at hand.
 //
-// Not the obvious: the weights could stay on the chip (persistent.cu) and the product could be fused with this; both
-// need sizes that fit. Limits: none but memory; offsets are 64 bits.
+// Why nothing faster: weights on-chip (persistent.cu), or the matmul fused with this, need sizes that fit. Limits: none
+// but memory; offsets are 64 bits.
 //
 // What a cell takes beside gates and states, `extra`, is explained in cell_inputs.cuh.
 //
