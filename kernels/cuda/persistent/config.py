@@ -39,7 +39,11 @@ class Device:
 
 # Kinds of configurations whose results were wrong, or which hung, on the first GPU that they ran on (an H200,
 # 2026-11-29), while all tests on the CPU pass. Until a GPU has confirmed them, tests alone use them.
-UNPROVEN = {"ieee": "IEEE float32 matmuls", "wavefront": "layers as a wavefront"}
+UNPROVEN = {
+    "ieee": "IEEE float32 matmuls",
+    "wavefront": "layers as a wavefront",
+    "chunks": "operands received in chunks",
+}
 
 DEVICES = {  # for selection without a device, of all kinds; where there is a device, the driver is queried
     "a100": Device((8, 0), 108, 166912),

@@ -85,10 +85,16 @@ def select(
         return None, (unproven("ieee"),)
     cost = CellCost(gates, registers, ITEMSIZE[dtype], ieee, reductions)
     scopes = device.scopes if scope is None else (scope,)
-    found = [config for name in scopes for config in candidates(name, backward, cost, H, B, device)]
-    if not found:
-        return None, tuple(why_not_on_chip(name, cost, H, device) for name in scopes)
-    best = fastest(found)
+    fitting = [config for name in scopes for config in candidates(name, backward, cost, H, B, device)]
+    if not fitting:
+        everything = replace(device, proven_only=False)
+        return None, tuple(
+            f"{name} scope: {unproven('chunks')}"
+            if device.proven_only and any(candidates(name, backward, cost, H, B, everything))
+            else why_not_on_chip(name, cost, H, device)
+            for name in scopes
+        )
+    best = fastest(fitting)
     per_step = per_step_us(gates, cost.itemsize, H, B, ieee, len(reductions))
     if scope is None and best.waves * best.predicted_us > per_step:
         predicted = f"{best.waves} x {best.predicted_us:.1f} us per time step for {B} sequences"
@@ -165,12 +171,12 @@ def select_wavefront(
         return None, why
     cost = CellCost(gates, registers, ITEMSIZE[dtype], ieee and dtype == "float32", ())
     grid = device.cooperative and "grid" in device.scopes
-    found = [*candidates("grid", backward, cost, H, B, device, layers, separate_gates)] if grid else []
-    if not found:
+    fitting = [*candidates("grid", backward, cost, H, B, device, layers, separate_gates)] if grid else []
+    if not fitting:
         mebibytes = layers * 2 * gates * H * H * cost.itemsize / 2**20
         what = f"[W | R] of {layers} layers, {mebibytes:.1f} MiB, on {device.multiprocessors} multiprocessors at once"
         return None, (f"grid scope: the weights don't fit on-chip: {what}",)
-    best = fastest(found)
+    best = fastest(fitting)
     slices = time_slices(best, T)
     if max(end - begin for begin, end in slices) < min(T, MIN_TIME_SLICE):
         mebibytes = best.launches * best.exchange_bytes(1) / 2**20
@@ -261,7 +267,7 @@ def fit(
     # H200 has not been seen to do right: both directions of IEEE float32, 144 blocks on 132 multiprocessors, failed.
     groups = tiles if scope == "block" else min(tiles, at_once)
     launches, waves = -(-tiles // max(groups, 1)), -(-tiles // at_once)
-    # An operand in chunks was wrong on a GPU, too (LSTM, bf16, H = 1024, B = 64, backward): see UNPROVEN.
+    # In chunks: UNPROVEN, since LSTM, bf16, H = 1024, B = 64, backward was wrong on a GPU.
     chunked = scope == "grid" and blocks > 1 and not (backward and layers > 1) and not device.proven_only
     for k_chunks in K_CHUNKS if chunked else (1,):
         left = room - CHUNK_REGISTERS * (elements - 1) * (k_chunks > 1)
