@@ -58,7 +58,7 @@ def test_the_explanation_is_complete():
         assert f"not {name}: {explanation.reasons[name][0]}" in text
     nowhere = dispatch.explain(problem(device="cuda", library="torch"), "numpy")
     assert nowhere.backend is None
-    assert "no backend supports this call" in str(nowhere)
+    assert "backend: none, numpy was requested and does not support this call" in str(nowhere)
 
 
 def test_the_plan_tells_the_program_that_runs():

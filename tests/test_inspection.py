@@ -238,7 +238,7 @@ def test_a_forced_backend_is_explained():
     assert explanation.backend is None
     assert "not available for arrays on the GPU" in explanation.reasons["numpy"][0]
     layer = gpu_rnn.LSTM(4, 6, backend="numpy")
-    assert gpu_rnn.explain(layer, (7, 3, 4))[0].forced
+    assert gpu_rnn.explain(layer, (7, 3, 4))[0].requested
 
 
 @pytest.mark.parametrize("kind", [gpu_rnn.LSTM, nn.LSTM])

@@ -83,14 +83,14 @@ class Explanation:
     """Which backend runs a call and how, and why not the others; `str` gives it as a short text.
 
     problem: the call's sizes, dtype, device and modifiers. backend: its name, None where no backend supports the call.
-    forced: whether the caller or $GPU_RNN_BACKEND requested it. plan: a line each for the input projection, the forward
-    and the backward pass. reasons: by backend, why it does not support the call; empty where it does. cudnn: the
-    algorithm that torch.nn would request from cuDNN on a GPU.
+    requested: the backend that the caller or $GPU_RNN_BACKEND requested, or None. plan: a line each for the input
+    projection, the forward and the backward pass. reasons: by backend, why it does not support the call; empty where it
+    does. cudnn: the algorithm that torch.nn would request from cuDNN on a GPU.
     """
 
     problem: Problem
     backend: str | None  # None: nothing can run it
-    forced: bool
+    requested: str | None
     plan: str
     reasons: dict[str, tuple[str, ...]]  # by backend, why not; empty: it could run this too
     cudnn: str  # the algorithm torch.nn would ask cuDNN for on a GPU
@@ -99,17 +99,19 @@ class Explanation:
     def __str__(self) -> str:
         lines = [str(self.problem)]
         if self.backend is None:
-            lines.append("  backend: none, no backend supports this call")
+            why = f"{self.requested} was requested and does not support" if self.requested else "no backend supports"
+            lines.append(f"  backend: none, {why} this call")
         else:
-            how = "requested" if self.forced else f"first available for {self.problem.library} arrays on this device"
+            how = "requested" if self.requested else f"first available for {self.problem.library} arrays on this device"
             lines += [f"  backend: {self.backend} ({how})", *(f"    {line}" for line in self.plan.splitlines())]
         if self.memory is not None:
             lines.append(f"  memory: {self.memory_to_str()}")
         for name, reasons in self.reasons.items():
             if name != self.backend:
-                why = reasons or ("available, but not the first choice",)
+                other = f"{self.requested} was requested" if self.requested else f"backend={name!r} selects it"
+                why = reasons or (f"available; {other}",)
                 lines += [f"  not {name}: {reason}" for reason in why]
-        return "\n".join([*lines, f"  cuDNN would use: {self.cudnn}"])
+        return "\n".join([*lines, f"  on a GPU, cuDNN would use: {self.cudnn}"])
 
     def memory_to_str(self) -> str:
         assert self.memory is not None
@@ -126,7 +128,7 @@ def explain(problem: Problem, name: str | None = None) -> Explanation:
     chosen = able[0] if able else None
     plan = backend_for(chosen, problem).plan(problem) if chosen else ""
     memory = backend_for(chosen, problem).memory(problem) if chosen else None
-    return Explanation(problem, chosen, only is not None, plan, reasons, cudnn.algorithm(problem), memory)
+    return Explanation(problem, chosen, only, plan, reasons, cudnn.algorithm(problem), memory)
 
 
 def bytes_to_str(count: int) -> str:
