@@ -140,8 +140,8 @@ Choice = tuple[persistent.PersistentConfig | None, Sequence[str]]
 def persistent_config(problem: Problem, on: persistent.Device, backward: bool, query: Query | None = None) -> Choice:
     """The configuration of the persistent kernel for one pass, or why there is none.
 
-    A configuration for one direction with a reason is for a problem of two: why they don't go together. Without `query`
-    nothing is compiled, and the driver isn't asked.
+    For a bidirectional problem whose directions can't share a launch, it is the configuration of one direction, and the
+    reasons why they can't. Without `query` nothing is compiled, and the driver isn't asked.
     """
     why: list[str] = []
     if problem.B == 0:
@@ -273,7 +273,7 @@ def launch_persistent(
     address = arrays.pointer(exchange)
     for n, (begin, end, launched) in enumerate(parts):
         if n > 0 and exchange is not None:
-            exchange[...] = 0  # or the sequence numbers of the part before would let every wait pass
+            exchange[...] = 0  # the sequence numbers of the part before would satisfy this one's waits
         these = buffers if len(parts) == 1 else [one.time_slice(begin, end) for one in buffers]
         members = [persistent.Instance(arrays.pointers(args_of(one), like), one.reverse) for one in these]
         words = persistent.kernel_params(members)
@@ -367,7 +367,8 @@ def prepare_launch(launch: Launch) -> Callable[..., None]:
 
 
 def launcher() -> Runner:
-    """`prepare_launch`, as an object of the current device: what is kept by launcher is kept by device."""
+    """`prepare_launch`, as an object of its own for each device: it is a key of `Problem.decide`, so that a launch
+    prepared on one device is never used on another."""
     return launcher_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id)
 
 
