@@ -320,18 +320,15 @@ def test_later_launches_pass_what_the_first_one_passed(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", fake_gpu.Driver(90, launches))
     stepwise.step_kernel.device_caches.clear()
     cell, (T, B, H) = cells.get("lstm"), (3, 5, 7)
-    given = Step(
-        xg=torch.empty(T, B, 4, H), hg=torch.empty(B, 4, H), b_hh=None, h=torch.empty(B, H),
-        others=torch.empty(T + 1, 1, B, H), saved=torch.empty(T, B, 4, H), y=torch.empty(T, B, H),
-        operand=None, units=None, flags=None, seed=None,
+    buffers = Step(
+        Wx=torch.empty(T, B, 4, H), Rh=torch.empty(B, 4, H), b_hh=None, h=torch.empty(B, H),
+        cell_states=torch.empty(T + 1, 1, B, H), saved=torch.empty(T, B, 4, H), y=torch.empty(T, B, H),
+        recurrent_input=None, units=None, flags=None, seed=None,
     )  # fmt: skip
-    step = backend.bind(cell, given)
+    step = backend.bind(cell, buffers)
     for t in range(T):
         step(t, t, t + 1, t + 1)
-    kernel, constants = (
-        stepwise.step_kernel,
-        11,
-    )  # after xg ... y operand units flags seed: t before after following, then B H ...
+    kernel, constants = stepwise.step_kernel, len(Step._fields)  # then t state_in state_out t_next, then B H ...
     first, second, third = ([*launch[:3], *launch[9:]] for launch in launches)
     at = 3 + constants
     assert first[:at] == second[:at] == third[:at]
