@@ -1,8 +1,8 @@
 """Native code for the CPU: a whole sequence in one call of C++ (kernels/native), compiled by the system's compiler.
 
 Matmuls and time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32; half
-precision is computed in float32. Kernels read the caller's arrays where they are, contiguous; the matmuls after the
-loop, which give the gradients of weights and inputs, are those of the arrays' library.
+precision is computed in float32. Kernels read the caller's arrays where they are, contiguous. All matmuls are theirs, so
+that NumPy arrays and tensors give the same bits.
 """
 
 import ctypes
@@ -24,7 +24,6 @@ from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.native import isa as instruction_sets
 
 from ..core import arrays
-from ..core.cell_inputs import AuxInputs
 from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
 from . import compiler, gpu_common
 from .protocol import Needs, backward_in_turn, forward_in_turn
@@ -36,8 +35,9 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-FORWARD, BACKWARD = struct.Struct(f"{24 + 2 * MAX_STATES}Q"), struct.Struct(f"{24 + 3 * MAX_STATES}Q")
+FORWARD, BACKWARD = struct.Struct(f"{24 + 2 * MAX_STATES}Q"), struct.Struct(f"{34 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
+WAKING = 5  # times as many, where threads have to wake up for it
 SOURCES = Path(kernels.__path__[0]) / "native"
 
 
@@ -87,8 +87,6 @@ def memory(problem: Problem) -> Memory:
     back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.num_trainable * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
     converted = copies + 2 * y + gradients // 2 if halves else 0
-    if problem.library == "numpy" and T > 1:
-        back += cell.G * H * (problem.P or H)  # NumPy adds no matmul in place
     saved = (y // 2 if halves else y) + record
     return Memory(saved * r, forward * r, (back + gradients + converted) * r)
 
@@ -162,44 +160,48 @@ def backward(
         return backward_in_turn(backward, problem, runs, saved, grads, needs)
     (run,), (names,), cell = runs, needs, problem.cell
     state_shapes = [array.shape for array in run.state]
-    leaf = gpu_common.as_contiguous(run)  # matmuls follow, on no graph
+    leaf = gpu_common.as_contiguous(run)  # on no graph
     x, w, first = as_plain(leaf.x), Weights(*map(as_plain, leaf.weights)), [*map(as_plain, leaf.state)]
     y, activations, cell_states, *unprojected = map(as_plain, saved[0])
-    (T, B, P), H, projected = y.shape, problem.H, w.w_hr is not None
+    (T, B, P), I, H = y.shape, x.shape[2], problem.H
     GH, entry, empty = cell.G * H, entries(problem), allocator(x)
     dy, dlast, dhistory = as_plain(grads[0].y), [*map(as_plain, grads[0].last)], [*map(as_plain, grads[0].history)]
     dWx = empty((T, B, GH))
     dRh = empty((T, B, GH)) if any(cell.separate) else dWx
-    total: Any = empty((T, B, P)) if projected else None
-    dunits = arrays.zeros((cell.num_trainable, B, H), like=x)
+    total: Any = empty((T, B, P)) if w.w_hr is not None else None
     dfirst = [empty(array.shape) for array in first]
+
+    differentiated = {"x": None if w.w_ih is None else x, **w._asdict(), "units": None}
+    gradients = {name: empty(a.shape) for name, a in differentiated.items() if a is not None and name in names}
+    written = [gradients.get(name) for name in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+    dunits, summed = arrays.zeros((cell.num_trainable, B, H), like=x), None
+    if "units" in names:
+        gradients["units"] = arrays.zeros(w.units.shape, like=x)
+        if w.units.shape[1] == B:
+            dunits = gradients["units"]
+        else:
+            summed = gradients["units"]
     values = BACKWARD.pack(
-        entry.code, T, B, 0, H, P, run.reverse, useful_threads(T, B, B * GH * P), pointer(w.w_hh),
-        pointer(w.w_hr), *auxiliary(w),
+        entry.code, T, B, I, H, P, run.reverse, useful_threads(T, B, B * GH * P),
+        threads_for(T * B * GH * (I + P) // WAKING), *map(pointer, (x, w.w_ih, w.w_hh, w.w_hr)), *auxiliary(w),
         *map(pointer, (y, activations, cell_states, *(unprojected or [None]), first[0], dy, dWx, dRh, total, dunits)),
-        *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
+        *map(pointer, (*written, summed)), *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
     )  # fmt: skip
     call(entry.backward, values)
-
-    gradients = gpu_common.input_projection_grad(dWx, x, w, {*names} - {"b_ih"})
-    if "w_hh" in names:
-        h_in = gpu_common.recurrent_inputs(cell, y, first[0], AuxInputs.of(w), run.reverse)
-        gradients["w_hh"] = gpu_common.recurrent_weight_grad(dRh, h_in, run.reverse)
-    for name, gradient in {"b_ih": dWx, "b_hh": dRh}.items():
-        if name in names:
-            gradients[name] = empty((GH,))
-            entry.sum_rows(pointer(gradient), T * B, GH, pointer(gradients[name]))
-    if projected and "w_hr" in names:
-        gradients["w_hr"] = gpu_common.matmul(total.reshape(T * B, P).T, unprojected[0].reshape(T * B, H), like=x)
-    if "units" in names:
-        gradients["units"] = arrays.zeros(tuple(w.units.shape), like=x)
-        gradients["units"][: cell.num_trainable] = dunits if w.units.shape[1] == B else dunits.sum(1)[:, None]
+    if "x" in names:
+        gradients.setdefault("x", dWx)
     dstate = tuple([to_caller(d, run.x).reshape(shape) for d, shape in zip(dfirst, state_shapes)])
     return [{name: to_caller(array, run.x) for name, array in gradients.items()} | {"state": dstate}]
 
 
 def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
-    return as_plain(x), Weights(*map(as_plain, weights))
+    """NumPy's, whichever library the arrays are of: so its results don't depend on that."""
+
+    def view(array: Any) -> Any:
+        plain = as_plain(array)
+        return plain if plain is None or isinstance(plain, np.ndarray) else plain.detach().numpy()
+
+    return view(x), Weights(*map(view, weights))
 
 
 def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
@@ -264,9 +266,13 @@ def useful_threads(T: int, B: int, step: int) -> int:
 
     With rows of its own a thread waits once, at the end, but has to wake up before.
     """
+    return threads_for(T * step // WAKING if 2 * threads() <= B else step)
+
+
+def threads_for(work: int) -> int:
+    """How many threads do so many multiply-adds and then wait for each other."""
     most = threads()
-    between = T * step // 5 if 2 * most <= B else step
-    return most if most > 1 and between >= WORTH_A_THREAD else 1
+    return most if most > 1 and work >= WORTH_A_THREAD else 1
 
 
 @cache
@@ -314,7 +320,6 @@ class Entries(NamedTuple):
     forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
     pack: Callable[[bytes, int | None], int]
-    sum_rows: Callable[[int, int, int, int], None]
 
 
 def entries(problem: Problem) -> Entries:
@@ -324,7 +329,7 @@ def entries(problem: Problem) -> Entries:
 def load_entries(problem: Problem) -> Entries:
     real = real_of(problem)
     loaded = library(real)
-    return Entries(code(problem.cell, real), loaded.forward, loaded.backward, loaded.pack, loaded.sum_rows)
+    return Entries(code(problem.cell, real), loaded.forward, loaded.backward, loaded.pack)
 
 
 @lru_cache(16)
@@ -334,8 +339,6 @@ def library(real: str) -> Any:
     for function in (loaded.forward, loaded.backward):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     loaded.pack.argtypes, loaded.pack.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int64
-    loaded.sum_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    loaded.sum_rows.restype = None
     return loaded
 
 

@@ -24,7 +24,7 @@ constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;  // registers of a tile;
 constexpr int COLUMNS = 4;                               // vectors side by side of a full tile: gates, or blocks of units
 constexpr int MOST_BLOCKS = 8;                           // of units side by side, where rows are few
 constexpr Index PIECE = 128;                             // of K: 4 vectors of it take half of an L1 of 32 KB or more
-constexpr Index CHUNK_ROWS = 48;                         // of the input's product, at least
+constexpr Index CHUNK_ROWS = 48;                         // of the products of many time steps: at least, or at once
 
 DEVICE Index least(Index a, Index b) { return a < b ? a : b; }
 DEVICE Index most(Index a, Index b) { return a > b ? a : b; }
@@ -311,6 +311,7 @@ static Tile tile_for(int rows, int columns, int& blocks) {
 }
 
 // The same for `count` rows, at most those of a full tile, and blocks [u, u + blocks) of a piece of K from k on.
+// start: null adds to what is there.
 static void compute(const Matrix& w, const scalar* const* rows, int count, Index u, int blocks, Index k, Index piece,
                     const scalar* start, scalar* out, Index out_row) {
     const Index block = w.G * V;
@@ -320,7 +321,7 @@ static void compute(const Matrix& w, const scalar* const* rows, int count, Index
             some = blocks - n;
             const Tile tile = tile_for(count, columns, some);
             tile(rows, w.panel(u + n) + (k * w.G + g) * V, block, w.K * block, piece,
-                 k == 0 ? start + (u + n) * block + g * V : nullptr, out + n * block + g * V, out_row, block);
+                 start ? start + (u + n) * block + g * V : nullptr, out + n * block + g * V, out_row, block);
         }
     }
 }
@@ -347,8 +348,8 @@ static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row
             const Index first = cut.rows * turn / cut.turns, last = cut.rows * (turn + 1) / cut.turns;
             const scalar* rows[ACCUMULATORS];
             for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
-            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, least(PIECE, w.K - k), start,
-                    out + first * out_row, out_row);
+            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, least(PIECE, w.K - k),
+                    k == 0 ? start : nullptr, out + first * out_row, out_row);
         }
 }
 
@@ -521,6 +522,118 @@ extern "C" int forward(const Forward& f) {
     return 0;
 }
 
+// ---- Gradients of inputs and weights -------------------------------------------------------------------------------
+
+// out [M, N], rows [m0, m1) = a^T b, for a [K, M] and b [K, N], whose row k lies at row(k). A piece of K at a time is
+// transposed, as rows, and packed, as weights; `room` is for both, and for the sums where N is no multiple of V.
+template <class Row>
+static void transposed_product(const scalar* a, Index K, Index M, Index m0, Index m1, Row row, Index N, scalar* out,
+                               const scalar* zero, scalar* room) {
+    const Index blocks = blocks_of(N), width = blocks * V;
+    const bool ragged = width != N;
+    scalar *columns = room, *panels = columns + CHUNK_ROWS * PIECE;
+    scalar* sums = ragged ? panels + blocks * PIECE * V : out + m0 * N;  // of rows from m0 on
+    for (Index k0 = 0; k0 == 0 || k0 < K; k0 += PIECE) {
+        const Index piece = least(PIECE, K - k0);
+        const Matrix w{N, piece, 1, nullptr, 0, 0, 0, panels};
+        for (Index u = 0; u < blocks; ++u)
+            for (Index k = 0; k < piece; ++k) store(w.panel(u) + k * V, load(row(k0 + k) + u * V, lanes_of(u, N)));
+        for (Index m = m0; m < m1; m += CHUNK_ROWS) {
+            const Index some = least(CHUNK_ROWS, m1 - m), whole = some / V * V, even = piece / V * V;
+            const scalar* from = a + k0 * M + m;
+            for (Index k = 0; k < even; k += V)
+                for (Index i = 0; i < whole; i += V) transpose(from + k * M + i, M, columns + i * PIECE + k, PIECE);
+            for (Index k = 0; k < piece; ++k)
+                for (Index i = k < even ? whole : 0; i < some; ++i) columns[i * PIECE + k] = from[k * M + i];
+            const Cut cut(1, some);
+            each_blocks(cut, 0, blocks, [&](Index u, Index end) {
+                multiply(w, cut, u, end, [&](Index r) { return columns + r * PIECE; }, k0 == 0 ? zero : nullptr,
+                         sums + (m - m0) * width + u * V, width);
+            });
+        }
+    }
+    for (Index m = m0; ragged && m < m1; ++m)
+        for (Index u = 0; u < blocks; ++u) store(out + m * N + u * V, load(sums + (m - m0) * width + u * V), lanes_of(u, N));
+}
+
+// out [columns] from `first` to `last` = the sum of a [rows, columns] over rows, as exact as `scalar`: a plain sum would
+// lose digits.
+static void sum_rows(const scalar* a, Index rows, Index columns, Index first, Index last, scalar* out) {
+    constexpr Index RUN = 32;  // rows that are added up in `scalar`
+    double total[64];
+    for (; first < last; first += 64) {
+        const Index some = least(64, last - first);
+        for (Index c = 0; c < some; ++c) total[c] = 0;
+        for (Index begin = 0; begin < rows; begin += RUN) {
+            scalar sum[64] = {};
+            for (Index r = begin; r < least(begin + RUN, rows); ++r)
+                for (Index c = 0; c < some; ++c) sum[c] += a[r * columns + first + c];
+            for (Index c = 0; c < some; ++c) total[c] += sum[c];
+        }
+        for (Index c = 0; c < some; ++c) out[first + c] = static_cast<scalar>(total[c]);
+    }
+}
+
+// Those that are wanted, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory.
+static int gradients(const Backward& f) {
+    const Code& cell = *f.cell;
+    const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, M = cell.G * H, K = T * B;
+    const int threads = acquire(f.threads_after);
+    Matrix W_back{I, M, 1, f.dx ? f.W : nullptr, 0, 1, I};
+    const Index inputs = blocks_of(I), blocks = blocks_of(most(I, most(H, P)));
+    const Index sums = I % V || H % V || P % V ? (blocks_of(M) + threads - 1) / threads * V * blocks * V : 0;
+    const Index own = CHUNK_ROWS * PIECE + blocks * PIECE * V + sums;
+    const bool seen_anew = f.dR && cell.OPERAND && K > 0;
+    Scratch zero(blocks * V), scratch(threads * own), packed(W_back.size(inputs)), seen(seen_anew ? K * P : 0);
+    if (!zero.data || !scratch.data || !packed.data || !seen.data) {
+        release(threads);
+        return 1;
+    }
+    memset(zero.data, 0, blocks * V * sizeof(scalar));
+    W_back.panels = packed.data;
+    Forward like{};  // for cell.operand
+    like.T = T, like.B = B, like.H = H, like.P = P, like.reverse = f.reverse, like.aux = f.aux;
+
+    const Index first = f.reverse ? T - 1 : 0, before = f.reverse ? B : -B;
+    const auto h_before = [&](Index row) { return row / B == first ? f.h0 + row % B * P : f.y + (row + before) * P; };
+    Barrier ready{threads};
+    auto body = [&](int thread) {
+        const Part part{0, 0, thread, threads};
+        scalar* room = scratch.data + thread * own;
+        W_back.pack(part.first(inputs), part.last(inputs));
+        for (Index t = part.first(T); seen_anew && t < part.last(T); ++t)
+            cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(P)}, h_before(t * B), seen.data + t * B * P);
+        ready.wait();
+
+        for (Index r0 = part.first(K), end = part.last(K); f.dx && r0 < end; r0 += CHUNK_ROWS) {
+            const Index some = least(CHUNK_ROWS, end - r0);
+            const Cut cut(1, some);
+            each_blocks(cut, 0, inputs, [&](Index u, Index u1) {
+                const Index across = cut.blocks * V;
+                multiply(W_back, cut, u, u1, [&](Index r) { return f.dWx + (r0 + r) * M; }, zero.data, room, across);
+                for (Index r = 0; r < some; ++r)
+                    for (Index v = u; v < u1; ++v)
+                        store(f.dx + (r0 + r) * I + v * V, load(room + r * across + (v - u) * V), lanes_of(v, I));
+            });
+        }
+        const Index m0 = part.first(blocks_of(M)) * V, m1 = least(M, part.last(blocks_of(M)) * V);
+        const Index p0 = part.first(blocks_of(P)) * V, p1 = least(P, part.last(blocks_of(P)) * V);
+        const auto x = [&](Index row) { return f.x + row * I; };
+        const auto h = [&](Index row) { return seen_anew ? seen.data + row * P : h_before(row); };
+        const auto unprojected = [&](Index row) { return f.h_unprojected + row * H; };
+        if (f.dW) transposed_product(f.dWx, K, M, m0, m1, x, I, f.dW, zero.data, room);
+        if (f.dR) transposed_product(f.dRh, K, M, m0, m1, h, P, f.dR, zero.data, room);
+        if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, H, f.dW_hr, zero.data, room);
+        if (f.db_x) sum_rows(f.dWx, K, M, m0, m1, f.db_x);
+        if (f.db_h) sum_rows(f.dRh, K, M, m0, m1, f.db_h);
+    };
+    run(threads, body);
+    release(threads);
+    for (Index n = 0; f.dunits_sum && n < cell.LEARNED; ++n)
+        sum_rows(f.dunits + n * B * H, B, H, 0, H, f.dunits_sum + n * H);
+    return 0;
+}
+
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
 // 0, or 1 where there is no memory.
@@ -592,22 +705,5 @@ extern "C" int backward(const Backward& f) {
     };
     run(threads, body);
     release(threads);
-    return 0;
-}
-
-// out [columns] = the sum of a [rows, columns] over rows, as exact as `scalar`: a plain sum would lose digits.
-extern "C" void sum_rows(const scalar* a, Index rows, Index columns, scalar* out) {
-    constexpr Index RUN = 32;  // rows that are added up in `scalar`
-    double total[64];
-    for (Index first = 0; first < columns; first += 64) {
-        const Index some = least(64, columns - first);
-        for (Index c = 0; c < some; ++c) total[c] = 0;
-        for (Index begin = 0; begin < rows; begin += RUN) {
-            scalar sum[64] = {};
-            for (Index r = begin; r < least(begin + RUN, rows); ++r)
-                for (Index c = 0; c < some; ++c) sum[c] += a[r * columns + first + c];
-            for (Index c = 0; c < some; ++c) total[c] += sum[c];
-        }
-        for (Index c = 0; c < some; ++c) out[first + c] = static_cast<scalar>(total[c]);
-    }
+    return gradients(f);
 }

@@ -43,7 +43,9 @@ struct Forward {
 
 struct Backward {
     const Code* cell;
-    Index T, B, I, H, P, reverse, threads;
+    Index T, B, I, H, P, reverse, threads, threads_after;  // of the time loop, and of the products after it
+    const scalar* x;              // [T, B, I]
+    const scalar* W;              // [G, H, I] or null
     const scalar* R;              // [G, H, P]
     const scalar* W_hr;           // [P, H] or null
     Auxiliary aux;
@@ -57,6 +59,13 @@ struct Backward {
     scalar* dRh;                  // the same of the recurrent part; it is dWx where the two are equal
     scalar* dy_total;             // [T, B, P] written: gradient of y, later time steps included; null without W_hr
     scalar* dunits;               // [LEARNED, B, H] added to
+    scalar* dx;                   // [T, B, I] written; null, as all that follow, where it isn't wanted
+    scalar* dW;                   // [G, H, I] written
+    scalar* dR;                   // [G, H, P] written
+    scalar* db_x;                 // [G, H] written
+    scalar* db_h;                 // [G, H] written
+    scalar* dW_hr;                // [P, H] written
+    scalar* dunits_sum;           // [LEARNED, H] written: dunits, summed over the batch
     const scalar* dlast[MAX_STATES];     // gradients of the states after
     scalar* dfirst[MAX_STATES];          // gradients of the states before, written; on the way those at state index n
     const scalar* dhistory[MAX_STATES];  // [T, B, H] gradients of the cell states after every time step, or null
