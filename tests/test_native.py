@@ -285,6 +285,7 @@ import os
 import numpy as np
 from gpu_rnn.backends import native
 from gpu_rnn.kernels import cells
+from tests import calls
 from tests.conftest import sequence_arrays
 native.threads, native.WORTH_A_THREAD = lambda: 3, 0
 x, w, s = sequence_arrays(np.random.default_rng(0), "gru", 9, 2, 3, 40)
