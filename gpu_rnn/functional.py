@@ -238,7 +238,7 @@ def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Option
     reverse, recompute, step_exact = options.reverse, options.recompute, options.step_exact
     check_flags(reverse=reverse, recompute=recompute, step_exact=step_exact)
     check_words(backend=options.backend, precision=options.precision)
-    if np.bool_ in map(type, (reverse, recompute, step_exact)):  # which neither C++ nor an operator takes
+    if not type(reverse) is type(recompute) is type(step_exact) is bool:  # np.bool_, which no C++ or operator takes
         options = options._replace(reverse=bool(reverse), recompute=bool(recompute), step_exact=bool(step_exact))
     if not keywords:
         return options, NO_MODIFIERS
