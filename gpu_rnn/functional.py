@@ -131,7 +131,8 @@ def lstm(
         h0: [B, P] first output, c0: [B, H] first cell state; zeros when None.
         reverse: run from the last time step to the first; outputs stay at their time steps.
         backend: "numpy", "native", "triton" or "cuda" selects one; None or "auto" takes $GPU_RNN_BACKEND or the first
-            that supports the call.
+            that supports the call: "native" for arrays on a CPU, whose cells are compiled once, and "numpy" without a
+            C++ compiler; "cuda", else "triton" for those on a GPU.
         precision: of float32 matmuls on a GPU, forward and backward: "tf32" rounds their inputs to TF32, "ieee"
             doesn't. None follows torch.backends.cudnn.rnn.fp32_precision, as torch.nn does, for torch tensors, and is
             "ieee" for others. It has no effect on other dtypes or on a CPU.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpu_rnn
-from gpu_rnn.backends import cudnn, dispatch
+from gpu_rnn.backends import cudnn, dispatch, native
 from gpu_rnn.backends.protocol import Backend
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
@@ -17,9 +17,18 @@ def problem(cell="lstm", T=8, B=4, I=16, H=32, **options):
     return Problem(cells.get(cell), T, B, I, H, **options)
 
 
-def test_cpu_arrays_go_to_numpy():
-    for library in ("numpy", "torch"):
-        assert dispatch.choose(problem(library=library)).NAME == "numpy"
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_cpu_arrays_go_to_native_code_and_to_numpy_without_a_compiler(library, monkeypatch, tmp_path):
+    called = problem(library=library)
+    if not native.reasons(called):
+        assert dispatch.choose(called).NAME == dispatch.explain(called).backend == "native"
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    native.library.cache_clear(), native.code.cache_clear()
+    called = problem(library=library)
+    assert dispatch.choose(called).NAME == "numpy"
+    explanation = dispatch.explain(called)
+    assert explanation.backend == "numpy"
+    assert "not native: no C++ compiler: $CXX is" in str(explanation)
 
 
 def test_a_forced_backend_raises_all_its_reasons(monkeypatch):
@@ -47,11 +56,13 @@ def test_nothing_is_moved_to_another_device():
 
 
 def test_the_explanation_is_complete():
-    explanation = dispatch.explain(problem(H=512))
-    assert explanation.backend == "numpy"
-    text = str(explanation)
-    assert "backend: numpy (first available for numpy arrays on this device)" in text
+    text = str(dispatch.explain(problem(H=512), "numpy"))
+    assert "backend: numpy (requested)" in text
     assert " elementwise NumPy calls per time step" in text
+    explanation = dispatch.explain(problem(H=512))
+    assert explanation.backend == dispatch.choose(problem(H=512)).NAME
+    text = str(explanation)
+    assert f"backend: {explanation.backend} (first available for numpy arrays on this device)" in text
     assert "cuDNN would use: STANDARD" in text
     for name in ("cuda", "triton"):
         assert explanation.reasons[name]
@@ -66,7 +77,7 @@ def test_the_plan_tells_the_program_that_runs():
     for T, arrangement in ((4, numpy.torch_layout), (512, numpy.layout)):
         cell = cells.get("lstm")
         calls = len(numpy.step_program(cell, arrangement(cell)).calls)
-        assert f" {calls} elementwise NumPy calls" in dispatch.explain(problem(T=T)).plan
+        assert f" {calls} elementwise NumPy calls" in dispatch.explain(problem(T=T), "numpy").plan
     assert calls == 8
 
 

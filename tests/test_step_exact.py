@@ -101,7 +101,6 @@ def test_where_it_can_not_be_it_says_so():
 
 
 def test_it_is_shown():
-    assert "step_exact=True" in repr(gpu_rnn.GRU(I, H, step_exact=True))
-    assert "input projection: one GEMM per time step" in str(
-        gpu_rnn.explain(gpu_rnn.GRU(I, H, step_exact=True), torch.randn(5, 2, I))
-    )
+    layer = gpu_rnn.GRU(I, H, step_exact=True, backend="numpy")  # which multiplies otherwise for it, as native doesn't
+    assert "step_exact=True" in repr(layer)
+    assert "input projection: one GEMM per time step" in str(gpu_rnn.explain(layer, torch.randn(5, 2, I)))

@@ -34,8 +34,8 @@ def requested_backend(name: str | None = None) -> str | None:
 
 
 def priority(problem: Problem) -> tuple[str, ...]:
-    """Fastest first; on the CPU NumPy before those whose library would be imported to ask them."""
-    on_cpu = ("numpy", "native", "triton", "cuda")
+    """Fastest first; on the CPU those come last whose library would be imported to ask them."""
+    on_cpu = ("native", "numpy", "triton", "cuda")
     return tuple(name for name in on_cpu if name in ORDER) if problem.device == "cpu" else ORDER
 
 
