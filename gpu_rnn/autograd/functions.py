@@ -170,8 +170,10 @@ class RNNBackwardFunction(Function):
     def forward(call: CachedCall, needs: Sequence, *rest: Any) -> tuple:
         n = len(needs)
         end = n + call.layout.n * call.problem.outputs
+        # A transform of torch.func that has ended leaves wrappers, which have no memory of their own.
+        unwrapped = [None if tensor is None else tensor.detach() for tensor in rest]
         run = backward_op if num_dispatch_modes() and not in_transform() else backward
-        return tuple(run(call, needs, rest[:n], rest[n:end], rest[end:]))
+        return tuple(run(call, needs, unwrapped[:n], unwrapped[n:end], unwrapped[end:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, outputs: tuple) -> None:
