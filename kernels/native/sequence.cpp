@@ -524,12 +524,22 @@ extern "C" int forward(const Forward& f) {
 
 // ---- Gradients of inputs and weights -------------------------------------------------------------------------------
 
-// out [M, N], rows [m0, m1) = a^T b, for a [K, M] and b [K, N], whose row k lies at row(k). A piece of K at a time is
+// The rows of a matrix: one after the other, or those of y `shift` away, and of h0 where there is none, at time step first.
+struct Rows {
+    const scalar* data;
+    Index columns;
+    const scalar* h0 = nullptr;
+    Index B = 1, first = -1, shift = 0;
+    const scalar* operator()(Index row) const {
+        return row / B == first ? h0 + row % B * columns : data + (row + shift) * columns;
+    }
+};
+
+// out [M, N], rows [m0, m1) = a^T b, for a [K, M] and b [K, N]. A piece of K at a time is
 // transposed, as rows, and packed, as weights; `room` is for both, and for the sums where N is no multiple of V.
-template <class Row>
-static void transposed_product(const scalar* a, Index K, Index M, Index m0, Index m1, Row row, Index N, scalar* out,
+static void transposed_product(const scalar* a, Index K, Index M, Index m0, Index m1, const Rows& b, scalar* out,
                                const scalar* zero, scalar* room) {
-    const Index blocks = blocks_of(N), width = blocks * V;
+    const Index N = b.columns, blocks = blocks_of(N), width = blocks * V;
     const bool ragged = width != N;
     scalar *columns = room, *panels = columns + CHUNK_ROWS * PIECE;
     scalar* sums = ragged ? panels + blocks * PIECE * V : out + m0 * N;  // of rows from m0 on
@@ -537,7 +547,7 @@ static void transposed_product(const scalar* a, Index K, Index M, Index m0, Inde
         const Index piece = least(PIECE, K - k0);
         const Matrix w{N, piece, 1, nullptr, 0, 0, 0, panels};
         for (Index u = 0; u < blocks; ++u)
-            for (Index k = 0; k < piece; ++k) store(w.panel(u) + k * V, load(row(k0 + k) + u * V, lanes_of(u, N)));
+            for (Index k = 0; k < piece; ++k) store(w.panel(u) + k * V, load(b(k0 + k) + u * V, lanes_of(u, N)));
         for (Index m = m0; m < m1; m += CHUNK_ROWS) {
             const Index some = least(CHUNK_ROWS, m1 - m), whole = some / V * V, even = piece / V * V;
             const scalar* from = a + k0 * M + m;
@@ -594,8 +604,8 @@ static int gradients(const Backward& f) {
     Forward like{};  // for cell.operand
     like.T = T, like.B = B, like.H = H, like.P = P, like.reverse = f.reverse, like.aux = f.aux;
 
-    const Index first = f.reverse ? T - 1 : 0, before = f.reverse ? B : -B;
-    const auto h_before = [&](Index row) { return row / B == first ? f.h0 + row % B * P : f.y + (row + before) * P; };
+    const Rows x{f.x, I}, unprojected{f.h_unprojected, H}, seen_rows{seen.data, P};
+    const Rows h_before{f.y, P, f.h0, B, f.reverse ? T - 1 : 0, f.reverse ? B : -B};
     Barrier ready{threads};
     auto body = [&](int thread) {
         const Part part{0, 0, thread, threads};
@@ -618,12 +628,9 @@ static int gradients(const Backward& f) {
         }
         const Index m0 = part.first(blocks_of(M)) * V, m1 = least(M, part.last(blocks_of(M)) * V);
         const Index p0 = part.first(blocks_of(P)) * V, p1 = least(P, part.last(blocks_of(P)) * V);
-        const auto x = [&](Index row) { return f.x + row * I; };
-        const auto h = [&](Index row) { return seen_anew ? seen.data + row * P : h_before(row); };
-        const auto unprojected = [&](Index row) { return f.h_unprojected + row * H; };
-        if (f.dW) transposed_product(f.dWx, K, M, m0, m1, x, I, f.dW, zero.data, room);
-        if (f.dR) transposed_product(f.dRh, K, M, m0, m1, h, P, f.dR, zero.data, room);
-        if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, H, f.dW_hr, zero.data, room);
+        if (f.dW) transposed_product(f.dWx, K, M, m0, m1, x, f.dW, zero.data, room);
+        if (f.dR) transposed_product(f.dRh, K, M, m0, m1, seen_anew ? seen_rows : h_before, f.dR, zero.data, room);
+        if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, f.dW_hr, zero.data, room);
         if (f.db_x) sum_rows(f.dWx, K, M, m0, m1, f.db_x);
         if (f.db_h) sum_rows(f.dRh, K, M, m0, m1, f.db_h);
     };
