@@ -270,13 +270,14 @@ def useful_threads(T: int, B: int, step: int) -> int:
 
     With rows of its own a thread waits once, at the end, but has to wake up before.
     """
+    if T * step < WORTH_A_THREAD:  # however many there are
+        return 1
     return threads_for(T * step // WAKING if 2 * threads() <= B else step)
 
 
 def threads_for(work: int) -> int:
     """How many threads do so many multiply-adds and then wait for each other."""
-    most = threads()
-    return most if most > 1 and work >= WORTH_A_THREAD else 1
+    return threads() if work >= WORTH_A_THREAD else 1
 
 
 @cache
