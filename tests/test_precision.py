@@ -21,6 +21,7 @@ LAYERS = ("RNN", "LSTM", "GRU")
 def told(monkeypatch):
     """What the backend is told, forward and back."""
     backend, words = dispatch.backend("numpy"), []
+    monkeypatch.setenv(dispatch.VARIABLE, "numpy")
     for name in ("forward", "backward"):
         run = getattr(backend, name)
 
