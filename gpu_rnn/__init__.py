@@ -1,4 +1,4 @@
-"""gpu_rnn: recurrent layers, forward and backward, as fused CUDA and Triton kernels, with NumPy where there is no GPU.
+"""gpu_rnn: recurrent layers, forward and backward, as fused CUDA and Triton kernels, and C++ for the CPU.
 
     gpu_rnn.rnn, lstm, gru, vjp          functions on NumPy, torch and CuPy arrays
     gpu_rnn.RNN, LSTM, GRU, *Cell        drop-in replacements for torch.nn's layers (need torch)

@@ -73,7 +73,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Recurrent layers as fused CUDA and Triton kernels, with NumPy where there is no GPU."""
+    """Recurrent layers as fused CUDA and Triton kernels, and C++ for the CPU."""
     try:
         dispatch.requested_backend()
     except ValueError as error:

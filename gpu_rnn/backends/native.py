@@ -1,8 +1,8 @@
 """Native code for the CPU: a whole sequence in one call of C++ (kernels/native), compiled by the system's compiler.
 
 Matmuls and time loop are compiled once for a dtype, a cell's elementwise part once a cell. float64 and float32; half
-precision is computed in float32. Kernels read the caller's arrays where they are, contiguous. All matmuls are theirs, so
-that NumPy arrays and tensors give the same bits.
+precision is computed in float32. Kernels read the caller's arrays where they are, contiguous. All matmuls are in them,
+so that NumPy arrays and tensors give the same bits.
 """
 
 import ctypes
@@ -244,7 +244,7 @@ def pointer(array: Any) -> int:
     if not isinstance(array, np.ndarray):
         return array.data_ptr()
     if array.flags.writeable and array.size:  # NumPy's own words for it take four times as long
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]  # a Buffer from 3.12 on
     return array.__array_interface__["data"][0]
 
 
