@@ -34,8 +34,9 @@ def why_not():
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
 BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True])
-SIZES = [  # T, B, I, H: aligned, ragged and degenerate; tiles of every number of rows, several pieces of K
+SIZES = [  # T, B, I, H: aligned, ragged and degenerate; tiles of every number of rows, several pieces of K = T B, too
     (1, 1, 1, 1), (3, 2, 5, 3), (5, 5, 4, 31), (4, 13, 9, 64), (3, 7, 140, 150), (60, 1, 7, 33), (2, 50, 3, 8),
+    (30, 9, 16, 24),
 ]  # fmt: skip
 
 
