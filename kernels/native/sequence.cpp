@@ -1,4 +1,5 @@
-// sequence.cpp: a whole sequence forward or backward in one call, for any cell: products, time loop, threads.
+// sequence.cpp: a whole sequence forward or backward in one call, for any cell: products, time loop, threads; then the
+// gradients of inputs and weights.
 //
 // A product is a tile of M batch rows x N blocks of V hidden units x G gates of accumulators in registers. Weights are
 // packed so that a tile reads them one after the other: panels of [K][G][V], one for each block of units. What a tile
