@@ -6,46 +6,34 @@ outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from gpu_rnn.kernels.two_pass import second
 
 from ..core import arrays
-from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
+from ..core.problem import Grads, Memory, Problem, Result, Run
 from . import gpu_common
-from .protocol import Backend, Needs, backward_in_turn, forward_in_turn, never_fuses_layers
+from .adapter import Adapter, input_side_grad, recurrent_needs, to_library
+from .protocol import Needs, backward_in_turn, forward_in_turn
 
-INPUT_SIDE = ("x", "w_ih", "b_ih")
 
-
-@dataclass(frozen=True)
-class TwoPass:
+class TwoPass(Adapter):
     """A `Backend`; `backend` is the one that it runs on."""
 
-    backend: Backend
-
-    @property
-    def NAME(self) -> str:
-        return self.backend.NAME
-
-    def reasons(self, problem: Problem) -> list[str]:
-        return self.backend.reasons(inner(problem))
+    def inner(self, problem: Problem) -> Problem:
+        return problem.variant(cell=problem.cell.lowered, T=2 * problem.T, I=None)
 
     def plan(self, problem: Problem) -> str:
-        lines = self.backend.plan(inner(problem)).splitlines()
+        lines = self.backend.plan(self.inner(problem)).splitlines()
         return "\n".join([
             "two kernel steps per time step, since the cell has a second recurrent matmul",
             gpu_common.describe_projection(problem),
             *(line for line in lines if not line.startswith("input projection")),
         ])  # fmt: skip
 
-    def method(self, problem: Problem, backward: bool) -> str:
-        return self.backend.method(inner(problem), backward)
-
     def memory(self, problem: Problem) -> Memory:
         """That of the inner call, what goes in and out of it, and the gradients of the input projection after it."""
-        inside = inner(problem)
+        inside = self.inner(problem)
         memory, s = self.backend.memory(inside), problem.itemsize
         y, projection, twice = problem.output_elements * s, inside.input_elements // 2 * s, inside.input_elements * s
         forward = memory.forward + twice + y + (0 if problem.I is None else projection)
@@ -55,22 +43,13 @@ class TwoPass:
         return Memory(memory.saved + y, forward, 2 * y + max(memory.backward, after))
 
     def saved_shapes(self, problem: Problem) -> list[tuple[tuple, str]]:
-        inside = inner(problem)
+        inside = self.inner(problem)
         return [((inside.T, inside.B, inside.H), problem.dtype), *self.backend.saved_shapes(inside)]
-
-    def warmup(self, problem: Problem) -> tuple[str, ...]:
-        return self.backend.warmup(inner(problem))
-
-    def fuses_layers(self, problem: Problem, backward: bool) -> bool:
-        return never_fuses_layers(problem, backward)
-
-    def gemm_operands(self, x: Any, weights: Weights) -> tuple[Any, Weights]:
-        return self.backend.gemm_operands(x, weights)
 
     def forward(self, problem: Problem, runs: Sequence[Run]) -> list[Result]:
         if problem.layers > 1:
             return forward_in_turn(self.forward, problem, runs)
-        inside, contiguous = inner(problem), [*map(gpu_common.as_contiguous, runs)]
+        inside, contiguous = self.inner(problem), [*map(gpu_common.as_contiguous, runs)]
         with arrays.matmul_precision(contiguous[0].x, problem.tf32):
             operands = [self.backend.gemm_operands(run.x, run.weights) for run in contiguous]
             projections = [gpu_common.input_projection(*each, problem.step_exact) for each in operands]
@@ -96,26 +75,15 @@ class TwoPass:
         contiguous = [*map(gpu_common.as_contiguous, runs)]
         calls = [inner_run(problem, run, run.x) for run in contiguous]  # without w_ih x is not read again
         inner_grads = [inner_grad(problem, grad, call) for grad, call in zip(grads, calls)]
-        inner_needs = [
-            {*names} - {*INPUT_SIDE} | ({"x"} if {*INPUT_SIDE} & {*names} else set()) for names in needs
-        ]  # fmt: skip
+        inner_needs = [*map(recurrent_needs, needs)]
         inner_saved = [arrays_saved[1:] for arrays_saved in saved]  # the inner y and what the inner call saved
-        by_run = self.backend.backward(inner(problem), calls, inner_saved, inner_grads, inner_needs)
+        by_run = self.backend.backward(self.inner(problem), calls, inner_saved, inner_grads, inner_needs)
         for gradients, run, original, names in zip(by_run, contiguous, runs, needs):
             states = zip(gradients["state"], original.state)
             gradients["state"] = tuple([d.reshape(first.shape) for d, first in states])
             if (dx := gradients.pop("x", None)) is not None:
-                with arrays.matmul_precision(run.x, problem.tf32):
-                    x, weights = self.backend.gemm_operands(run.x, run.weights)
-                    dWx, _ = self.backend.gemm_operands(dx[::2] + dx[1::2], Weights(None, None))
-                    input_side = gpu_common.input_projection_grad(dWx, x, weights, names)
-                gradients |= {name: to_library(array, like=run.x) for name, array in input_side.items()}
+                gradients |= input_side_grad(self.backend, problem, run, dx[::2] + dx[1::2], names)
         return by_run
-
-
-def inner(problem: Problem) -> Problem:
-    """The problem that the backend below is given."""
-    return problem.variant(cell=problem.cell.lowered, T=2 * problem.T, I=None)
 
 
 def inner_run(problem: Problem, run: Run, x: Any) -> Run:
@@ -139,11 +107,6 @@ def inner_grad(problem: Problem, grads: Grads, call: Run) -> Grads:
         history = tuple(with_zero_steps(d, call.reverse) for d in (*history, *empty))
     last = (*[d.reshape(d.shape[-2:]) for d in grads.last], *zeros)
     return Grads(with_zero_steps(grads.y, call.reverse), last, history)
-
-
-def to_library(array: Any, like: Any) -> Any:
-    """What may be a NumPy array as one of the library of `like`."""
-    return arrays.from_numpy(array, like=like) if arrays.library(array) == "numpy" else array
 
 
 def repeat_steps(array: Any) -> Any:
