@@ -24,6 +24,7 @@ from .core.optional_imports import require
 from .core.problem import Grads, Modifiers, Options, Run, Weights
 from .core.validation import (
     ShapeError,
+    as_count,
     check_flags,
     check_words,
     describe_value,
@@ -62,6 +63,9 @@ class ModifierKeywords(TypedDict, total=False):
         backend.
     training: False replaces zoneout by its expectation and disables dropout.
     return_states: whether to return every state after every time step, too.
+    num_heads: N blocks on the diagonal of w_hh, which is [G*H, H/N] then: for each unit its row of the block of its
+        head. The H units of a gate are those of head 0, of head 1 and so on; nothing goes from one head to another
+        within the layer. N must divide H. Not with w_hr.
     """
 
     reset: Any
@@ -73,6 +77,7 @@ class ModifierKeywords(TypedDict, total=False):
     seed: Any
     training: bool
     return_states: bool
+    num_heads: int
 
 
 class GRUKeywords(ModifierKeywords, total=False):
@@ -80,6 +85,8 @@ class GRUKeywords(ModifierKeywords, total=False):
 
     layer_norm: two gains [3*H], of the input and of the recurrent projection, which are normalized: over all units of r
         and z together, and over those of n (Ba, Kiros & Hinton 2016).
+    layer_norm_over: "units", all of them, or "head": those of each head by themselves. With num_heads > 1 it must be
+        "head", since heads don't see each other.
     reset_after: True applies the reset gate after the recurrent matmul (cuDNN, torch); False before it (Cho et al.
         2014): n = tanh(x_n + w_hn (r h_{t-1}) + b_hn), which takes two matmuls per time step.
     recurrent_dropout_on: "h" drops h before the recurrent matmul; "candidate" drops the candidate, n or tanh(g):
@@ -87,6 +94,7 @@ class GRUKeywords(ModifierKeywords, total=False):
     """
 
     layer_norm: Any
+    layer_norm_over: str
     reset_after: bool
     recurrent_dropout_on: str
 
@@ -100,6 +108,7 @@ class LSTMKeywords(ModifierKeywords, total=False):
     cell_clip: bound of the cell state, applied before it is used (Sak et al. 2014).
     layer_norm: gains [4*H] of the input and of the recurrent projection, gain and bias [H] of the cell state in the
         output, the bias or None; all three are normalized, over all gates and units (Ba, Kiros & Hinton 2016).
+    layer_norm_over: as for `gru`.
     """
 
     peephole: Any
@@ -107,6 +116,7 @@ class LSTMKeywords(ModifierKeywords, total=False):
     cell_clip: float | None
     recurrent_dropout_on: str
     layer_norm: Any
+    layer_norm_over: str
 
 
 def lstm(
@@ -125,7 +135,7 @@ def lstm(
         x: [T, B, I] input. float64, float32, or on a GPU and for torch also float16, bfloat16; as all other arrays.
         w_ih: [4*H, I] input weights. None: x is the input projection w_ih x_t itself, [T, B, 4*H], looked up or
             computed before; b_ih is added all the same. x is never written to.
-        w_hh: [4*H, P] recurrent weights; P = H without `w_hr`.
+        w_hh: [4*H, P] recurrent weights; P = H without `w_hr`. With num_heads=N [4*H, H/N].
         b_ih, b_hh: [4*H] biases, or None.
         w_hr: [P, H] projection of the output, P < H, or None.
         h0: [B, P] first output, c0: [B, H] first cell state; zeros when None.
@@ -253,7 +263,9 @@ def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Option
         raise TypeError(f"seed must be an int, or an int64 array [1] where x is; got {describe_value(seed)}")
     if options.step_exact and values.get("layer_norm") is not None:
         raise ValueError(NORMALIZED_STEP_EXACT)
-    return options._replace(history=values.pop("return_states", False)), Modifiers(**values)
+    heads = as_count("num_heads", values.pop("num_heads", 1))
+    options = options._replace(history=values.pop("return_states", False), heads=heads)
+    return options, Modifiers(**values) if values else NO_MODIFIERS
 
 
 def unpack_states(results: tuple, S: int) -> tuple[Any, ...]:
@@ -311,7 +323,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     initial = {label: values[label] for label in first_states(cell)}
     options = Options(**{field: values[field] for field in Options._fields if field in values})
     options, modifiers = parse_keywords(options, values["modifiers"], KEYWORDS[function])
-    modified = apply(name, values["x"], weights, modifiers, options.reverse)
+    modified = apply(name, values["x"], weights, modifiers, options.reverse, options.heads)
     call_run = Run(modified.x, modified.weights, (*initial.values(),), options.reverse)
     call = make_call(modified.name, call_run, options, training=not options.recompute)
     runs = with_zeros([call_run], call.zeros, call_run.x) if call.zeros else [call_run]
@@ -377,7 +389,7 @@ def run(
     library = arrays.library(x, "x")
     if library == "torch":
         from .autograd import eager  # first: torch.compile then knows what it needn't look into
-    modified = apply(name, x, weights, modifiers, options.reverse)
+    modified = apply(name, x, weights, modifiers, options.reverse, options.heads)
     single = Run(modified.x, modified.weights, state, options.reverse)
     if library == "torch":
         ((y, after),) = eager.run(modified.name, [single], options)

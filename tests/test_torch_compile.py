@@ -214,7 +214,7 @@ def check(*case, **where):
     S = len(cells.get(cell).states)
     forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
     for save, history in product((True, False), {False, S > 1}):
-        options = reverse, False, backend, None, False, history
+        options = reverse, False, backend, None, False, 1, history
         arguments = (cell, given, names, *options, save)
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
@@ -430,7 +430,7 @@ def test_the_operators_are_differentiated_twice_by_torch_func_and_autograd_alike
     for save in (True, False):
 
         def run(x, save=save):
-            options = "w_ih w_hh b_ih b_hh", [0], False, "auto", None, False, False, save
+            options = "w_ih w_hh b_ih b_hh", [0], False, "auto", None, False, 1, False, save
             return torch.ops.gpu_rnn.forward("gru", [x, *weights, zeros], *options)[0].square().sum()
 
         def squared(x, run=run):

@@ -260,7 +260,7 @@ def test_forward_mode_through_the_operators_is_refused():
     weights, names = [parameter.detach() for parameter in layer.parameters()], "w_ih w_hh b_ih b_hh"
 
     def run(a):
-        options = ([False], False, "auto", None, False, False, False)
+        options = ([False], False, "auto", None, False, 1, False, False)
         return torch.ops.gpu_rnn.forward("gru", [a, *weights, torch.zeros(2, 4)], names, *options)[0]
 
     with pytest.raises(NotImplementedError, match="eager mode only"):

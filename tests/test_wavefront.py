@@ -592,7 +592,7 @@ def test_operators_are_what_their_fakes_say(name):
     given = [x]
     for weights in layer.all_weights:
         given += [*weights, *(torch.randn(2, 4, requires_grad=k == 0) for k in range(S))]
-    options = [0, 0], True, "auto", None, False, False
+    options = [0, 0], True, "auto", None, False, 1, False
     arguments = name, given, names, *options, True
     torch.library.opcheck(torch.ops.gpu_rnn.forward.default, arguments)
     found = torch.ops.gpu_rnn.forward(*arguments)

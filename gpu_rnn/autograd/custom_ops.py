@@ -61,22 +61,22 @@ def call_op(name: str, runs: Sequence[Run], options: Options, linked: bool = Fal
             "writes ONNX's own, or gpu_rnn.restore_(model) first, which puts torch.nn's layers there"
         )
     x = runs[0].x
-    filled = [run._replace(state=fill_states(x, run)) for run in runs]
+    filled = [run._replace(state=fill_states(x, run, options.heads)) for run in runs]
     layout = FlatRuns.of(filled, linked)
     tensors = layout.flatten(filled)
     precision, save = compile_time_options(tensors, options)
     outputs = torch.ops.gpu_rnn.forward(
         name, tensors, " ".join(layout.names), [int(run.reverse) for run in runs], linked, options.backend or "auto",
-        precision, options.step_exact, options.history, save,
+        precision, options.step_exact, options.heads, options.history, save,
     )  # fmt: skip
     n = 1 + layout.S + (layout.S - 1) * options.history
     return [(part[0], tuple(part[1:n])) for part in chunks(outputs, layout.n)]
 
 
-def fill_states(x: Tensor, run: Run) -> list[Tensor]:
+def fill_states(x: Tensor, run: Run, heads: int) -> list[Tensor]:
     """The states of a run, zeros for None."""
     weights, B = run.weights, x.shape[1]
-    P = weights.w_hh.shape[1]
+    P = weights.w_hh.shape[1] * heads
     H = P if weights.w_hr is None else weights.w_hr.shape[1]
     return [x.new_zeros(B, H if k else P) if state is None else state for k, state in enumerate(run.state)]
 
@@ -102,11 +102,11 @@ def precision_now() -> str:
 @operator("gpu_rnn::forward")
 def forward(
     cell: str, tensors: Sequence[Tensor], names: str, reverse: Sequence[int], linked: bool, backend: str,
-    precision: str | None, step_exact: bool, history: bool, save: bool,
+    precision: str | None, step_exact: bool, heads: int, history: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> of each run y, states after, their history if there is one, what is saved for backward."""
     layout = layout_of(cell, names, reverse, linked)
-    runs, options = unflatten(layout, tensors), options_of(backend, precision, step_exact, history)
+    runs, options = unflatten(layout, tensors), options_of(backend, precision, step_exact, heads, history)
     call = find_call(cell, layout, runs, options, save)
     with no_autocast(tensors[0]):
         results = functions.forward(call.backend, call.problem, runs)
@@ -114,10 +114,10 @@ def forward(
 
 
 @forward.register_fake
-def _(cell, tensors, names, reverse, linked, backend, precision, step_exact, history, save):
+def _(cell, tensors, names, reverse, linked, backend, precision, step_exact, heads, history, save):
     layout, x = layout_of(cell, names, reverse, linked), tensors[0]
     runs = unflatten(layout, tensors)
-    call = make_call(cell, layout, runs, options_of(backend, precision, step_exact, history), save)
+    call = make_call(cell, layout, runs, options_of(backend, precision, step_exact, heads, history), save)
     problem = call.problem
     T, B, H = problem.T, problem.B, problem.H
     outputs = []
@@ -132,12 +132,12 @@ def _(cell, tensors, names, reverse, linked, backend, precision, step_exact, his
 @operator("gpu_rnn::backward")
 def backward(
     cell: str, tensors: Sequence[Tensor], names: str, grads: Sequence[Tensor | None], saved: Sequence[Tensor],
-    reverse: Sequence[int], linked: bool, backend: str, precision: str | None, step_exact: bool, history: bool,
-    needs: Sequence[int],
+    reverse: Sequence[int], linked: bool, backend: str, precision: str | None, step_exact: bool, heads: int,
+    history: bool, needs: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """-> the gradients of the tensors, those in `needs`. saved: of each run y and what it saved, or nothing."""
     layout = layout_of(cell, names, reverse, linked)
-    runs, options = unflatten(layout, tensors), options_of(backend, precision, step_exact, history)
+    runs, options = unflatten(layout, tensors), options_of(backend, precision, step_exact, heads, history)
     call = find_call(cell, layout, runs, options, True)
     with no_autocast(tensors[0]):
         gradients = functions.backward(call, needs, layout.flatten(runs), grads, saved)
@@ -145,7 +145,7 @@ def backward(
 
 
 @backward.register_fake
-def _(cell, tensors, names, grads, saved, reverse, linked, backend, precision, step_exact, history, needs):
+def _(cell, tensors, names, grads, saved, reverse, linked, backend, precision, step_exact, heads, history, needs):
     return [tensor.new_empty(tensor.shape) for tensor, need in zip(tensors, needs) if need]
 
 
@@ -153,8 +153,8 @@ def layout_of(cell: str, names: str, reverse: Sequence[int], linked: bool) -> Fl
     return FlatRuns(tuple(names.split()), tuple(map(bool, reverse)), cells.get(cell).S, linked)
 
 
-def options_of(backend: str, precision: str | None, step_exact: bool, history: bool) -> Options:
-    return Options(False, backend, precision, history, step_exact=step_exact)
+def options_of(backend: str, precision: str | None, step_exact: bool, heads: int, history: bool) -> Options:
+    return Options(False, backend, precision, history, step_exact=step_exact, heads=heads)
 
 
 def unflatten(layout: FlatRuns, tensors: Sequence[Tensor]) -> list[Run]:

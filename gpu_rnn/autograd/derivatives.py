@@ -30,7 +30,8 @@ def reference(problem: Problem, layout: FlatRuns, *tensors: Tensor) -> tuple[Ten
         real = getattr(torch, arrays.real_dtype(x))
         weights = [*(None if w is None else w.to(real) for w in run.weights[:5]), *run.weights[5:]]
         state = [initial.to(real).flatten(0, -2) for initial in run.state]
-        steps = plain.run(problem.cell, step_graph(problem.cell), x.to(real), Weights(*weights), state, run.reverse)
+        args = x.to(real), Weights(*weights), state, run.reverse, problem.heads
+        steps = plain.run_heads(problem.cell, step_graph(problem.cell), *args)
         last, _ = steps[0 if run.reverse else -1]
         y, *history = (torch.stack(values).to(x.dtype) for values in zip(*(states for states, _ in steps)))
         after = [new.to(x.dtype).reshape(initial.shape) for new, initial in zip(last, run.state)]

@@ -1,7 +1,7 @@
 """FLOPs of the operators, for torch.utils.flop_counter: those of their matmuls, a multiply and an add each, as torch
 counts its own.
 
-    forward    2 T B G H (I + P), and 2 T B P H of an output projection
+    forward    2 T B G H (I + P), of N heads 2 T B G H (I + H / N); and 2 T B P H of an output projection
     backward   the same for the gradients that went into a matmul, and for those of the weights that are needed; and
                the forward once more where nothing was saved
 
@@ -43,7 +43,8 @@ def _(cell: str, tensors: Sequence[Shape], names: str, reverse: Sequence[int], l
 @register_flop_formula(torch.ops.gpu_rnn.backward)
 def _(
     cell: str, tensors: Sequence[Shape], names: str, grads: Any, saved: Sequence[Shape], reverse: Sequence[int],
-    linked: bool, backend: str, precision: str | None, step_exact: bool, history: bool, needs: Sequence[int], **_: Any,
+    linked: bool, backend: str, precision: str | None, step_exact: bool, heads: int, history: bool,
+    needs: Sequence[int], **_: Any,
 ) -> int:  # fmt: skip
     """Gradients always go back through time and the projection."""
     runs = runs_of(cell, tensors, names, reverse, linked)

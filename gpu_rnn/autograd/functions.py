@@ -68,7 +68,7 @@ def backward_op(
     gradients = torch.ops.gpu_rnn.backward(
         problem.cell.name, layout.flatten(runs), " ".join(layout.names), flat_grads, saved,
         [*map(int, layout.reverse)], layout.linked, call.backend.NAME, "tf32" if problem.tf32 else "ieee",
-        problem.step_exact, problem.history, [*map(int, needs)],
+        problem.step_exact, problem.heads, problem.history, [*map(int, needs)],
     )  # fmt: skip
     return [d.reshape(t.shape) for d, t in zip(gradients, (t for t, need in zip(tensors, needs) if need))]
 

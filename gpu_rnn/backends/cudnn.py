@@ -36,6 +36,7 @@ def algorithm(
         problem.I is None
         or cell not in SMALL_H
         or set(modifiers) - {HOLD}
+        or problem.heads > 1
         or dtype not in ("float64", "float32", "float16", "bfloat16")
     ):
         return "none"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.problem import Grads, Memory, Problem, Run
 from . import cudnn
+from .heads import Heads
 from .protocol import Backend, Needs
 from .two_pass import TwoPass
 
@@ -40,8 +41,9 @@ def priority(problem: Problem) -> tuple[str, ...]:
 
 
 def backend_for(name: str, problem: Problem) -> Backend:
-    """A backend as it runs the problem's cell."""
-    return backend(name) if problem.cell.lowered is None else TwoPass(backend(name))
+    """A backend as it runs the problem's cell and heads."""
+    of_cell = backend(name) if problem.cell.lowered is None else TwoPass(backend(name))
+    return of_cell if problem.heads == 1 else Heads(of_cell)
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:
@@ -72,8 +74,9 @@ def backward(
 def call_name(backend: Backend, problem: Problem, backward: bool) -> str:
     """Name one pass for a profiler, as "gpu_rnn::lstm forward T=256 B=64 H=512 persistent/cluster"."""
     sizes = {"T": problem.T, "B": problem.B, "H": problem.H, "P": problem.P}
-    fused = {letter: n for letter, n in {"L": problem.layers, "D": problem.directions}.items() if n > 1}
-    words = [f"{letter}={n}" for letter, n in (sizes | fused).items() if n is not None]
+    counts = {"L": problem.layers, "D": problem.directions, "N": problem.heads}
+    several = {letter: n for letter, n in counts.items() if n > 1}
+    words = [f"{letter}={n}" for letter, n in (sizes | several).items() if n is not None]
     way = "backward" if backward else "forward"
     return " ".join([f"gpu_rnn::{problem.cell.name}", way, *words, backend.method(problem, backward)])
 

@@ -10,7 +10,7 @@ Needs = Collection[str]  # names of the gradients of a run that are needed: x, w
 
 
 class Backend(Protocol):
-    """`gpu_rnn.backends.numpy`, `native`, `triton`, `cuda`, and `two_pass.TwoPass` on any of them.
+    """`gpu_rnn.backends.numpy`, `native`, `triton`, `cuda`, and `two_pass.TwoPass` and `heads.Heads` on any of them.
 
     Arrays of a run are never written to. There is no work left to wait for but that of the caller's stream.
     """

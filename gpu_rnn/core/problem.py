@@ -12,7 +12,7 @@ class Weights(NamedTuple):
     """One layer, one direction, in torch's layout and gate order; any array library."""
 
     w_ih: Any  # [G*H, I]; None where x is the input part of all gates already, [T, B, G*H]
-    w_hh: Any  # [G*H, P]
+    w_hh: Any  # [G*H, P]; of N heads [G*H, H/N], for every unit its row of the block of its head
     b_ih: Any = None  # [G*H]
     b_hh: Any = None  # [G*H]
     w_hr: Any = None  # [P, H] projects the output h; without it P = H
@@ -58,6 +58,7 @@ class Options(NamedTuple):
     recompute: bool = False  # saves no activations: backward runs forward once more
     layers: int = 1  # of the stack that is called
     step_exact: bool = False  # a sequence equals its time steps one at a time, bit for bit
+    heads: int = 1  # blocks on the diagonal of w_hh
 
 
 class Modifiers(NamedTuple):
@@ -78,6 +79,7 @@ class Modifiers(NamedTuple):
     reset_after: bool = True
     cell_clip: float | None = None
     layer_norm: Any = None  # gains of the input and the recurrent projection [G*H]; of the cell state, and its bias [H]
+    layer_norm_over: str = "units"  # what is normalized together: all of these, or those of a "head"
 
 
 class Memory(NamedTuple):
@@ -111,6 +113,7 @@ class Problem:
     directions: int = 1  # runs that differ in weights, states and the direction of time
     layers: int = 1  # runs that each take the y of the one before: a stack's; I is that of the first
     step_exact: bool = False  # a sequence equals its time steps one at a time, bit for bit
+    heads: int = 1  # blocks on the diagonal of w_hh, each of H / heads units
     # What backends decided for this problem; it lives and dies with it.
     decisions: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -152,7 +155,7 @@ class Problem:
     @property
     def weight_elements(self) -> int:
         """Of w_ih, w_hh, w_hr, and both biases."""
-        rows, P = self.cell.G * self.H, self.P or self.H
+        rows, P = self.cell.G * self.H, self.P or self.H // self.heads
         return rows * ((self.I or 0) + P + 2) + (self.H * self.P if self.P else 0)
 
     @property
@@ -181,6 +184,11 @@ class Problem:
         return "input projection: given as x (w_ih=None)" if self.I is None else ""
 
     @property
+    def of_heads(self) -> str:
+        """The heads and their size; empty for one."""
+        return f"{self.heads} heads of {self.H // self.heads}" if self.heads > 1 else ""
+
+    @property
     def elsewhere(self) -> str:
         """Why a backend of the other device does not take the arrays."""
         place = "on the GPU" if self.device == "cuda" else "on the CPU"
@@ -189,4 +197,5 @@ class Problem:
     def __str__(self) -> str:
         sizes = {"T": self.T, "B": self.B, "I": self.I, "H": self.H, "P": self.P}
         size = " ".join(f"{letter}={n}" for letter, n in sizes.items() if n is not None)
+        size += f" ({self.of_heads})" if self.heads > 1 else ""
         return f"{self.cell.label} {size} {self.dtype} on {self.device} ({self.library})"

@@ -15,13 +15,14 @@ from gpu_rnn.kernels.two_pass import second
 
 from . import arrays
 from .cell_inputs import AuxInputs
-from .problem import Weights
+from .heads import join, split_run
+from .problem import Run, Weights
 
 
 def run(
     cell: Cell, step: Graph, x: Any, weights: Weights, state: Sequence[Any], reverse: bool
 ) -> list[tuple[tuple, tuple]]:
-    """Run one layer in one direction.
+    """Run one layer in one direction; `run_heads` runs one with heads.
 
     Args:
         cell: the cell with its modifiers.
@@ -67,6 +68,22 @@ def run(
                 h = operations["where"](fixed[len(cell.per_unit_params) + cell.flags.index(HOLD)], before, h)
         steps.append(((h, *others), observed))
     return steps[:: -1 if reverse else 1]
+
+
+def run_heads(
+    cell: Cell, step: Graph, x: Any, weights: Weights, state: Sequence[Any], reverse: bool, heads: int
+) -> list[tuple[tuple, tuple]]:
+    """As `run`, with so many heads: each by itself."""
+    if heads == 1:
+        return run(cell, step, x, weights, state, reverse)
+    of_heads = split_run(Run(x, weights, state, reverse), heads, cell.G)
+    steps = zip(*(run(cell, step, *of_head) for of_head in of_heads))
+    return [tuple(tuple(map(join_units, zip(*group))) for group in zip(*parts)) for parts in steps]
+
+
+def join_units(parts: Sequence[Any]) -> Any:
+    """Values [B, H/N] of N heads -> [B, H]."""
+    return join(parts)
 
 
 def linear(value: Any, weight: Any, bias: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -108,14 +109,15 @@ def make_problem(
             f"w_hh has shape {list(shapes['w_hh'])}; a {cell.label} has {G} gates ({', '.join(cell.gates)}), "
             f"so its rows are a positive multiple of {G}"
         )
-    H = rows // G
+    H, heads = rows // G, options.heads
+    check_heads(heads, H, "w_hr" in shapes, f", with w_hh {list(shapes['w_hh'])} and {G} gates")
     P, out = (shapes["w_hr"][0], "P") if "w_hr" in shapes else (H, "H")
     h, *others = first_states(cell)
     N, R = len(cell.per_unit_params), shapes["units"][1] if len(shapes.get("units", ())) == 3 else 1
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "x": ("[T, B, I]", (T, B, size)) if "w_ih" in shapes else (f"[T, B, {G}*H]", (T, B, G * H)),
         "w_ih": (f"[{G}*H, I]", (G * H, size)),
-        "w_hh": (f"[{G}*H, {out}]", (G * H, P)),
+        "w_hh": (f"[{G}*H, {out}]" if heads == 1 else f"[{G}*H, H/{heads}]", (G * H, P // heads)),
         "b_ih": (f"[{G}*H]", (G * H,)),
         "b_hh": (f"[{G}*H]", (G * H,)),
         "w_hr": ("[P, H]", (P, H)),
@@ -140,7 +142,16 @@ def make_problem(
     return Problem(
         cell, T, B, I, H, P if out == "P" else None, dtype, device.partition(":")[0], library, training, reverse,
         tf32=(precision, dtype) == ("tf32", "float32"), history=options.history, step_exact=options.step_exact,
+        heads=heads,
     )  # fmt: skip
+
+
+def check_heads(heads: int, H: int, projected: Any = False, where: str = "") -> None:
+    """ShapeError unless H units are so many heads, which have no projection together."""
+    if H % heads:
+        raise ShapeError(f"num_heads={heads} doesn't divide the hidden size H = {H}{where}")
+    if heads > 1 and projected:
+        raise ShapeError(f"num_heads={heads} is not defined with a projection (w_hr, proj_size) of all units{where}")
 
 
 def first_states(cell: cells.Cell) -> list[str]:
@@ -157,6 +168,15 @@ def check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if flag is not True and flag is not False and not isinstance(flag, np.bool_):
             raise TypeError(f"{name} must be a bool, got {describe_value(flag)}")
+
+
+def as_count(name: str, value: Any) -> int:
+    """A whole number larger than 0 as an int, also NumPy's; or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {describe_value(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be larger than 0, got {value}")
+    return int(value)
 
 
 def check_words(**words: Any) -> None:

@@ -27,7 +27,7 @@ from gpu_rnn.kernels.philox import uniforms
 
 from ..core import arrays
 from ..core.problem import Modifiers, Weights
-from ..core.validation import ShapeError, shape
+from ..core.validation import ShapeError, check_heads, shape
 from .layer_norm import Norm
 
 NO_MODIFIERS = Modifiers()
@@ -99,8 +99,11 @@ def cell_info(name: str, **options: Any) -> CellInfo:
     return CellInfo(cell.name, cell.G, cell.gates, cell.states, cell.per_unit_params, cell.norm_groups, cell.uniforms)
 
 
-def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bool) -> ModifiedCall:
-    """Apply the modifiers of a call to its cell and arrays. Errors repeat the shapes."""
+def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bool, heads: int = 1) -> ModifiedCall:
+    """Apply the modifiers of a call to its cell and arrays. Errors repeat the shapes.
+
+    Masks and all that is per unit are those of the H units of all heads together.
+    """
     if modifiers is NO_MODIFIERS:
         return ModifiedCall(name, x, weights, None, {})
     m = modifiers
@@ -118,6 +121,8 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
     cell = cell_info(name, **options)
     rows, P = arrays.sizes(weights.w_hh)
     H = rows // cell.G
+    check_heads(heads, H, weights.w_hr is not None, f", with w_hh {shape(weights.w_hh)}")
+    P = H if heads > 1 else P
     valid = None
     if m.lengths is not None or m.left_padding is not None:
         valid = valid_mask(m.left_padding, m.lengths, x)[..., None]
@@ -132,7 +137,8 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
             units += list(own.reshape(len(cell.per_unit_params), 1, H))
     if m.layer_norm is not None:
         options["norm"] = True
-        sources["layer_norm"] = norm = make_norm(cell_info(name, **options), x, weights, m.layer_norm)
+        check_norm_over(m.layer_norm_over, heads)
+        sources["layer_norm"] = norm = make_norm(cell_info(name, **options), x, weights, m.layer_norm, heads)
         x, weights = norm.input_projection(), norm.weights_of_call()
         units += norm.units()
     flags = None
@@ -236,7 +242,7 @@ def check_bound(label: str, bound: Any, sizes: tuple[int, ...], T: int, x: Any) 
 # ---- layer normalization --------------------------------------------------------------------------------------------
 
 
-def make_norm(cell: CellInfo, x: Any, weights: Weights, gains: Any) -> Norm:
+def make_norm(cell: CellInfo, x: Any, weights: Weights, gains: Any, heads: int) -> Norm:
     """The normalization of a call, all of whose arrays are checked, since they are used up before it."""
     rows, sizes = arrays.sizes(weights.w_hh)[0], tuple(x.shape)
     others = [name for name in cell.per_unit_params if name in ("c_gain", "c_bias")]
@@ -253,7 +259,7 @@ def make_norm(cell: CellInfo, x: Any, weights: Weights, gains: Any) -> Norm:
     for label, size in {"w_ih": (rows, sizes[2]), "b_ih": (rows,), "b_hh": (rows,)}.items():
         if (array := getattr(weights, label)) is not None:
             check_array(label, array, [size], x, arrays.dtype(x))
-    return Norm.of(x, weights, tuple(gains), cell.gates, cell.norm_groups, cell.per_unit_params)
+    return Norm.of(x, weights, tuple(gains), cell.gates, cell.norm_groups, cell.per_unit_params, heads)
 
 
 # ---- values per unit ------------------------------------------------------------------------------------------------
@@ -324,6 +330,16 @@ def check_array(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: An
     if not any(len(array.shape) == len(sizes) and all(map(eq, array.shape, sizes)) for sizes in shapes):
         expected = " or ".join(str(list(sizes)) for sizes in shapes)
         raise ShapeError(f"{label} has shape {shape(array)}; expected {expected}, with x {shape(x)}")
+
+
+def check_norm_over(what: Any, heads: int) -> None:
+    if not isinstance(what, str) or what not in ("units", "head"):
+        raise ValueError(f"layer_norm_over must be 'units' or 'head', got {what!r}")
+    if heads > 1 and what == "units":
+        raise ValueError(
+            f"layer_norm over all units is not defined for num_heads={heads}, since heads don't see each other; "
+            "layer_norm_over='head' normalizes each head by itself"
+        )
 
 
 def check_positive(label: str, number: Any) -> None:

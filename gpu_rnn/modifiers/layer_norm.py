@@ -3,6 +3,7 @@
 A normalized cell (`gpu_rnn.kernels.cells`) takes the input projection after that, with all biases in it but those that
 a gate adds to its recurrent projection alone, and recurrent projections whose mean over gates and units is zero. That
 mean is zero for every h if it is for every column of R; so R is centered, once, and a time step takes one mean less.
+With heads all of this is done for the units of each head by themselves.
 
 The input projection is a matmul of the library's, of the precision that it is set to.
 """
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from gpu_rnn.kernels.mathematics import EPSILON
 
 from ..core import arrays
+from ..core.heads import join, split
 from ..core.problem import Weights
 
 
@@ -24,18 +26,19 @@ class Norm(NamedTuple):
         Any, ...
     ]  # of the input projection [G*H], of the recurrent one [G*H], then what else the cell has, [H]
     gates: str
-    groups: tuple[slice, ...]  # rows of gates that are normalized together
+    groups: tuple[slice, ...]  # rows of gates that are normalized together, of a head
     recurrent_bias: str  # gates that add b_hh to their recurrent projection alone
+    heads: int
 
     @classmethod
     def of(
-        cls, x: Any, weights: Weights, gains: tuple, gates: str, norm_groups: tuple[str, ...], units: tuple
+        cls, x: Any, weights: Weights, gains: tuple, gates: str, norm_groups: tuple[str, ...], units: tuple, heads: int
     ) -> "Norm":
         """By what a cell says: gates that it normalizes together, the names of its per-unit parameters."""
-        H = arrays.sizes(gains[0])[0] // len(gates)
+        D = arrays.sizes(gains[0])[0] // (len(gates) * heads)
         ends = ((gates.index(group[0]), gates.index(group[-1]) + 1) for group in norm_groups)
         recurrent_bias = "".join(gate for gate in gates if f"{gate}_bias" in units)
-        return cls(x, weights, gains, gates, tuple(slice(a * H, b * H) for a, b in ends), recurrent_bias)
+        return cls(x, weights, gains, gates, tuple(slice(a * D, b * D) for a, b in ends), recurrent_bias, heads)
 
     def input_projection(self) -> Any:
         """x of the modified call: [T, B, G*H]."""
@@ -98,11 +101,25 @@ class Norm(NamedTuple):
 
     def by_group(self, function: Any, *many: Any) -> Any:
         """Of arrays [.., G*H]."""
+        if self.heads > 1:
+            by_head = zip(*(split(array, self.heads, len(self.gates)) for array in many))
+            return join([self.of_head(function, *parts) for parts in by_head], len(self.gates))
+        return self.of_head(function, *many)
+
+    def of_head(self, function: Any, *many: Any) -> Any:
+        """Of arrays [.., G*D]."""
         parts = [function(*(array[..., rows] for array in many)) for rows in self.groups]
         return parts[0] if len(parts) == 1 else arrays.concatenate(parts, -1)
 
     def center(self, R: Any) -> Any:
         """[G*H, P] -> the same with columns whose mean over the rows of a group is zero. It is its own gradient."""
+        if self.heads > 1:
+            blocks = split(R, self.heads, len(self.gates), axis=0)
+            return join([*map(self.center_head, blocks)], len(self.gates), axis=0)
+        return self.center_head(R)
+
+    def center_head(self, R: Any) -> Any:
+        """Of a head [G*D, P]."""
         parts = [R[rows] - R[rows].mean(0) for rows in self.groups]
         return parts[0] if len(parts) == 1 else arrays.concatenate(parts, 0)
 

@@ -22,9 +22,17 @@ from ..backends.call_cache import CachedCall, lookup
 from ..backends.dispatch import ORDER
 from ..core.arrays import default_precision
 from ..core.problem import Modifiers, Options, Run, Weights
-from ..core.validation import PRECISIONS
+from ..core.validation import PRECISIONS, as_count, check_heads
 from ..functional import NORMALIZED_STEP_EXACT, ShapeError
-from ..modifiers.apply import ModifiedCall, apply, check_choice, check_positive, check_probability, dropout_mask
+from ..modifiers.apply import (
+    ModifiedCall,
+    apply,
+    check_choice,
+    check_norm_over,
+    check_positive,
+    check_probability,
+    dropout_mask,
+)
 
 BUILTIN_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", functional.PROJECTED)
 CELLS = {name: cells.get(name) for name in BUILTIN_CELLS}  # looked up as torch.compile can
@@ -46,6 +54,9 @@ class Keywords(TypedDict, total=False):
     recurrent_dropout, input_dropout: variational (locked) dropout: probability of a zero in h before the recurrent
         matmul, and in the input of every layer; one mask for a whole sequence (Gal & Ghahramani 2016).
     weight_dropout: probability of a zero in the recurrent weights (DropConnect; Merity et al. 2018).
+    num_heads: N blocks on the diagonal of the recurrent weights: weight_hh_l0 [G*H, H/N] and so on have for each unit
+        its row of the block of its head, and first values as without heads. N must divide hidden_size; not with
+        proj_size.
     """
 
     backend: str | None
@@ -56,6 +67,7 @@ class Keywords(TypedDict, total=False):
     recurrent_dropout: float
     input_dropout: float
     weight_dropout: float
+    num_heads: int
 
 
 class GRUKeywords(Keywords, total=False):
@@ -63,6 +75,7 @@ class GRUKeywords(Keywords, total=False):
 
     layer_norm: whether the input and the recurrent projection are normalized over the units (Ba, Kiros & Hinton 2016),
         with gains weight_ln_ih_l0 and weight_ln_hh_l0 [3*H], and so on; the biases stay what they are.
+    layer_norm_over: "units", all of them, or "head": each head's by themselves, as num_heads > 1 asks for.
     reset_after: whether the reset gate is applied after the recurrent matmul, as in torch.nn and cuDNN, or before it
         (Cho et al. 2014); the equations are `gpu_rnn.gru`'s.
     recurrent_dropout_on: "h" drops h before the recurrent matmul; "candidate" drops the candidate: recurrent dropout
@@ -70,6 +83,7 @@ class GRUKeywords(Keywords, total=False):
     """
 
     layer_norm: bool
+    layer_norm_over: str
     reset_after: bool
     recurrent_dropout_on: str
 
@@ -79,6 +93,7 @@ class LSTMKeywords(Keywords, total=False):
 
     layer_norm: as for GRU, [4*H], and of the cell state in the output, with weight_ln_c_l0 and bias_ln_c_l0
         [H].
+    layer_norm_over: as for GRU.
     peephole: whether the gates i, f, o read the cell state, with weights weight_ch_l0 [3*H], and so on.
     coupled: whether f = 1 - i; then the gates are i, g, o and all weights have 3*H rows.
     cell_clip: bound of the cell state.
@@ -87,6 +102,7 @@ class LSTMKeywords(Keywords, total=False):
     """
 
     layer_norm: bool
+    layer_norm_over: str
     recurrent_dropout_on: str
     peephole: bool
     coupled: bool
@@ -114,7 +130,7 @@ NO_MODIFIERS = CallModifiers()
 
 CACHE_KEY_ATTRS = attrgetter(
     "cell_name", "input_size", "hidden_size", "proj_size", "bias", "backend", "precision", "recompute", "step_exact",
-    *PROBABILITIES, "peephole", "coupled", "layer_norm", "reset_after", "cell_clip",
+    *PROBABILITIES, "peephole", "coupled", "layer_norm", "reset_after", "cell_clip", "num_heads",
 )  # fmt: skip
 
 
@@ -140,6 +156,8 @@ class Recurrent(nn.Module):
     recurrent_dropout_on = "h"
     cell_clip: float | None = None
     forget_bias: float | None = None
+    num_heads = 1
+    layer_norm_over = "units"
     _recorder: Recorder | None = None  # where to look into a layer's calls: `record`
     keywords: ClassVar[type] = Keywords
 
@@ -190,12 +208,15 @@ class Recurrent(nn.Module):
                 check_positive(name, value)
             if name == "forget_bias" and (isinstance(value, bool) or not isinstance(value, (numbers.Real, NoneType))):
                 raise TypeError(f"forget_bias must be a number, got {value!r}")
-        return dict(keywords)
+        return {name: as_count(name, value) if name == "num_heads" else value for name, value in keywords.items()}
 
     def _set(self, keywords: Any) -> None:
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
         check_choice("recurrent_dropout_on", self.recurrent_dropout_on)
+        check_heads(self.num_heads, self.hidden_size, self.proj_size)
+        if self.layer_norm:
+            check_norm_over(self.layer_norm_over, self.num_heads)
         if self.layer_norm and self.step_exact:
             raise ValueError(NORMALIZED_STEP_EXACT)
         if (self.layer_norm or self.proj_size) and not self.reset_after:
@@ -209,7 +230,7 @@ class Recurrent(nn.Module):
         rows, H = (CELLS[self._cell].G - self.coupled) * self.hidden_size, self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             PARAM_NAMES.w_ih: (rows, I),
-            PARAM_NAMES.w_hh: (rows, self.proj_size or H),
+            PARAM_NAMES.w_hh: (rows, self.proj_size or H // self.num_heads),
         }
         if self.bias:
             shapes |= {PARAM_NAMES.b_ih: (rows,), PARAM_NAMES.b_hh: (rows,)}
@@ -427,14 +448,16 @@ class Recurrent(nn.Module):
             zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, seed=seed, training=self.training,
             coupled=self.coupled, cell_clip=self.cell_clip, reset_after=self.reset_after,
             recurrent_dropout_on=self.recurrent_dropout_on,
-            layer_norm=own.pop("layer_norm", None), **{name: array for name, (array,) in own.items()},
+            layer_norm=own.pop("layer_norm", None), layer_norm_over=self.layer_norm_over,
+            **{name: array for name, (array,) in own.items()},
         )  # fmt: skip
-        return apply(self._cell, x, weights, modifiers, reverse), state
+        return apply(self._cell, x, weights, modifiers, reverse, self.num_heads), state
 
     def _options(self, call: CallModifiers) -> Options:
         return Options(
-            False, self.backend, self.precision, call.return_states, self.recompute, step_exact=self.step_exact
-        )
+            False, self.backend, self.precision, call.return_states, self.recompute, step_exact=self.step_exact,
+            heads=self.num_heads,
+        )  # fmt: skip
 
     def _per_unit_params(self, suffix: str) -> dict[str, tuple[Any, ...]]:
         """The per-unit parameters of one layer and direction, by their name in `Modifiers`."""

@@ -22,8 +22,10 @@ TORCH_CLASSES = {ours: theirs for theirs, ours in GPU_RNN_CLASSES.items()}
 BASES = (nn.RNNBase, nn.RNNCellBase)
 CACHES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")  # of torch.nn's layers
 KEYWORDS = {**LSTMKeywords.__annotations__, **GRUKeywords.__annotations__}
-# How a layer computes and begins, not what it computes; the last one is listed with recurrent_dropout
-FORGOTTEN = {"backend", "precision", "recompute", "step_exact", "forget_bias", "recurrent_dropout_on"}
+# How a layer computes and begins, not what it computes; the last two are listed with what they specify
+FORGOTTEN = {
+    "backend", "precision", "recompute", "step_exact", "forget_bias", "recurrent_dropout_on", "layer_norm_over",
+}  # fmt: skip
 
 
 def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
@@ -49,13 +51,15 @@ def replace_(model: nn.Module, **keywords: Unpack[Keywords]) -> nn.Module:
         The model.
 
     Raises:
-        TypeError, ValueError: unknown keywords or values; the model is unchanged then.
+        TypeError, ValueError: unknown keywords or values, num_heads; the model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {describe_value(model)}")
     if unknown := keywords.keys() - Keywords.__annotations__:
         raise TypeError(f"replace_ got an unexpected keyword argument {min(unknown)!r}")
     Recurrent._checked(keywords, Keywords)
+    if (heads := keywords.get("num_heads", 1)) != 1:
+        raise ValueError(f"num_heads={heads}: replace_ keeps the weights, and torch.nn's are those of one head")
     skipped: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BASES):
@@ -90,8 +94,8 @@ def restore_(model: nn.Module) -> nn.Module:
 
     Raises:
         NotImplementedError: torch.nn has no form for some of the layers: those with `zoneout`, `recurrent_dropout`,
-            `peephole`, `reset_after=False` and so on, RNN and GRU with `proj_size`, custom cells, derived classes,
-            layers whose `forward` was assigned to the instance. It names all of them, and nothing is changed.
+            `peephole`, `reset_after=False`, `num_heads` and so on, RNN and GRU with `proj_size`, custom cells, derived
+            classes, layers whose `forward` was assigned to the instance. It names all of them, and nothing is changed.
     """
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Recurrent)}
     obstacles = {name: why for name, module in layers.items() if (why := obstacle(module))}

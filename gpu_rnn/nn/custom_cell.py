@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gpu_rnn.kernels import cells, validation
 
 from .. import functional
+from ..core.heads import join, split
 from ..core.problem import Options, Weights
 from ..core.validation import check_flags, check_words, first_states
 from ..functional import ModifierKeywords, parse_keywords, unpack_states
@@ -96,7 +97,8 @@ class Custom(RecurrentLayer):
         return {name: gates for name, gates in self.layout.rows.items() if gates and (self.bias or name not in BIASES)}
 
     def _register(self, suffix: str, I: int, device: Any, dtype: Any) -> None:
-        H, columns = self.hidden_size, {PARAM_NAMES.w_ih: (I,), PARAM_NAMES.w_hh: (self.hidden_size,)}
+        H = self.hidden_size
+        columns = {PARAM_NAMES.w_ih: (I,), PARAM_NAMES.w_hh: (H // self.num_heads,)}
         shapes = {name: (len(gates) * H, *columns.get(name, ())) for name, gates in self._rows().items()}
         shapes |= {f"weight_{unit}": (H,) for unit in self.layout.units} | dict.fromkeys(self.layout.scalars, (1,))
         for name, shape in shapes.items():
@@ -111,20 +113,26 @@ class Custom(RecurrentLayer):
             first = self.layout.rows[name].index(gate) * H if gate else 0
             for suffix in self._suffixes:
                 if (parameter := self._parameters.get(name + suffix)) is not None:
-                    block = parameter.detach()[first : first + H if gate else None]
-                    value(block) if callable(value) else block.fill_(value)
+                    rows = parameter.detach()[first : first + H if gate else None]
+                    for block in rows.split(H // self.num_heads) if name == PARAM_NAMES.w_hh and gate else [rows]:
+                        value(block) if callable(value) else block.fill_(value)
 
     def _value(self, name: str, suffix: str) -> Tensor:
         """A parameter as the cell takes it."""
         parameter, transform = getattr(self, name + suffix), self.layout.transforms.get(name)
-        return parameter if transform is None else transform(parameter)
+        if transform is None:
+            return parameter
+        if name == PARAM_NAMES.w_hh and self.num_heads > 1:
+            G = len(self.layout.rows[name])
+            return join([*map(transform, split(parameter, self.num_heads, G, axis=0))], G, axis=0)
+        return transform(parameter)
 
     def _weights(self, suffix: str) -> Weights:
         if self._plain:
             return super()._weights(suffix)
         gates, H, there = CELLS[self.cell_name].gates, self.hidden_size, self._rows()
         w_ih = getattr(self, PARAM_NAMES.w_ih + suffix)
-        columns = {PARAM_NAMES.w_ih: w_ih.shape[1:], PARAM_NAMES.w_hh: (H,)}
+        columns = {PARAM_NAMES.w_ih: w_ih.shape[1:], PARAM_NAMES.w_hh: (H // self.num_heads,)}
 
         def whole(name: str) -> Tensor | None:
             if name in BIASES and not self.bias:
@@ -197,8 +205,9 @@ def cell(
         constants: names of numbers that aren't learned, with their defaults; they are keywords of the layer.
         biases: the gates that have biases; all when None.
         transforms: by parameter ("weight_hh", "weight_p", a scalar's name): a torch function of it, whose result the
-            cell takes in its place.
-        initial: by parameter, or parameter and gate ("bias_ih.f"): a first value, or a function that writes one.
+            cell takes in its place; with heads "weight_hh" is transformed head by head.
+        initial: by parameter, or parameter and gate ("bias_ih.f"): a first value, or a function that writes one; with
+            heads "weight_hh.f" is written head by head.
         grad: grad(dnew, new, state, saved) -> gradients of x, h and the states, all without what comes back through
             w_hh; with `units` it takes them as a fifth and returns their gradients, too. Derived where it is None.
         name: of the cell; that of `step` when None. A name keeps its definition: a later one gets a number, "MGU#2".

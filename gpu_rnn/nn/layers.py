@@ -113,7 +113,7 @@ class RecurrentLayer(Recurrent):
         options = super()._options(call)
         if self.num_layers == 1 or self.bidirectional or self.proj_size or self.step_exact or call is not NO_MODIFIERS:
             return options
-        single = self._has_modifiers() or (self.dropout and self.training)
+        single = self._has_modifiers() or (self.dropout and self.training) or self.num_heads > 1
         return options if single else options._replace(layers=self.num_layers)
 
     def _run_wavefront(self, x: Tensor, initial: Sequence[Sequence[Tensor | None]]) -> tuple[Any, ...] | None:

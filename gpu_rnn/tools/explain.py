@@ -14,7 +14,7 @@ from ..backends.dispatch import Explanation
 from ..core import arrays
 from ..core.optional_imports import installed, no_gpu, require
 from ..core.problem import Memory, Options, Problem, Run
-from ..core.validation import ShapeError, check_flags, check_words, validate
+from ..core.validation import ShapeError, as_count, check_flags, check_heads, check_words, validate
 from ..functional import PROJECTED, gru, lstm, rnn, rnn_cell_name
 
 FUNCTIONS = (lstm, gru, rnn)
@@ -52,6 +52,7 @@ def explain(
     I: int | None = None,
     H: int | None = None,
     P: int | None = None,
+    num_heads: int = 1,
     input_projection: bool = False,
     dtype: Any = None,
     device: Any = None,
@@ -71,7 +72,7 @@ def explain(
     Args:
         what: "lstm", "gru", "rnn_tanh" or "rnn_relu"; one of the functions gpu_rnn.lstm, gru, rnn; or a layer.
         x: the input or its shape, [T, B, I]; for a layer whatever it takes, also a PackedSequence.
-        T, B, I: instead of x. H, P: hidden and projected size. A layer knows them.
+        T, B, I: instead of x. H, P: hidden and projected size; num_heads: of the H units. A layer knows them.
         input_projection: whether x is the input projection, [T, B, G*H], as with w_ih=None; excludes I.
         dtype, device, library: those of x or the layer, if given; else float32, this machine's GPU if it has one, torch
             if it is installed.
@@ -90,6 +91,7 @@ def explain(
     check_flags(input_projection=input_projection, training=bool(training) if training is None else training)
     sizes = {"T": T, "B": B, "I": I, "H": H, "P": P, "dtype": dtype, "device": device, "library": library}
     sizes = {name: value for name, value in sizes.items() if value is not None}
+    sizes |= {"num_heads": num_heads} if num_heads != 1 else {}
     if not isinstance(what, str) and what not in FUNCTIONS:
         if x is None or sizes:
             superfluous = f"; got {', '.join(sizes)} too" if sizes else ""
@@ -149,7 +151,7 @@ def recomputed(explanation: Explanation, backend: str | None) -> Memory | None:
 
 def warmup(
     what: str | Callable, *, T: int = 1, B: int = 1, I: int | None = None, H: int | None = None, P: int | None = None,
-    dtype: Any = None, device: Any = None, training: bool = False, backend: str | None = None,
+    num_heads: int = 1, dtype: Any = None, device: Any = None, training: bool = False, backend: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Compile the kernels that calls of a layer, a cell or a function will need.
 
@@ -162,7 +164,8 @@ def warmup(
     Args:
         what: a layer or cell, torch.nn's are taken for ours; or a name or function, as for `explain`.
         T, B: of the calls to come. A cell has no T. The kernels may be others for other sizes; `explain` tells.
-        I, H, P, dtype, device: of a function's arrays, torch tensors. A layer knows them, and under autocast its dtype.
+        I, H, P, num_heads, dtype, device: of a function's arrays, torch tensors. A layer knows them, and under autocast
+            its dtype.
         training: whether the backward pass is included. backend: selects one, as for `gpu_rnn.lstm`.
 
     Returns:
@@ -173,6 +176,7 @@ def warmup(
     check_flags(training=training)
     sizes = {"I": I, "H": H, "P": P, "dtype": dtype, "device": device}
     sizes = {name: value for name, value in sizes.items() if value is not None}
+    sizes |= {"num_heads": num_heads} if num_heads != 1 else {}
     torch = require("torch", "gpu_rnn.warmup")
     if isinstance(what, str) or what in FUNCTIONS:
         if absent := [letter for letter in "IH" if letter not in sizes]:
@@ -255,13 +259,14 @@ def size_and_kind(x: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 
 def problem(
-    cell: Cell, *, T: int, B: int, I: int | None = None, H: int, P: int | None = None, dtype: Any = "float32",
-    device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
+    cell: Cell, *, T: int, B: int, I: int | None = None, H: int, P: int | None = None, num_heads: int = 1,
+    dtype: Any = "float32", device: Any = None, library: str | None = None, training: bool, reverse: bool = False,
 ) -> Problem:  # fmt: skip
     """A Problem, with its sizes and words checked."""
     letters = zip("TBIHP", (T, B, I, H, P))
     sizes = {letter: check_size(letter, size) for letter, size in letters if size is not None}
     T, B, H, I, P = sizes["T"], sizes["B"], sizes["H"], sizes.get("I"), sizes.get("P")
+    check_heads(as_count("num_heads", num_heads), H, P)
     if P is not None and P >= H:
         raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
     if P is not None and cell.name == "gru":
@@ -278,7 +283,7 @@ def problem(
         raise ValueError(f"{library} has no arrays on {device}")
     follows = (library, device, dtype) == ("torch", "cuda", "float32")
     tf32 = follows and arrays.torch_precision() == "tf32"
-    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32)
+    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32, heads=int(num_heads))
 
 
 def check_size(name: str, size: Any, where: str = "") -> int:

@@ -18,7 +18,7 @@ from ..core import arrays, reference
 from ..core.optional_imports import require
 from ..core.problem import Options, Run, Weights
 from ..core.validation import validate, with_zeros, zero_states
-from ..functional import cell_name, gru, lstm, rnn
+from ..functional import ModifierKeywords, cell_name, gru, lstm, parse_keywords, rnn
 
 FUNCTIONS = (lstm, gru, rnn)
 
@@ -141,13 +141,14 @@ def inspect(what: Any, x: Any, *args: Any, **kwargs: Any) -> Inspection:
     Args:
         what: an RNN, LSTM, GRU or cell of gpu_rnn (or torch.nn), or one of the functions gpu_rnn.rnn, lstm, gru.
         x: what the layer or function takes: [T, B, I], [B, T, I] for batch_first, [T, I], a PackedSequence, ...
-        args, kwargs: `hx` for a layer; weights, biases, states and `reverse` for a function.
+        args, kwargs: `hx` for a layer; weights, biases, states, `reverse` and `num_heads` for a function.
 
     Returns:
         An Inspection: NumPy arrays, always time first, in the dtype of x (float32 for half precision).
 
     Raises:
-        ShapeError, TypeError: as `gpu_rnn.lstm`. A layer's dropout is left out, as in evaluation.
+        ShapeError, TypeError: as `gpu_rnn.lstm`. ValueError: modifiers other than variants and lengths of a layer. A
+        layer's dropout is left out, as in evaluation.
     """
     if what in FUNCTIONS:
         return inspect_function(what, x, *args, **kwargs)
@@ -161,7 +162,11 @@ def inspect_function(function: Callable, *args: Any, **kwargs: Any) -> Inspectio
     cell = get(cell_name(function, values))
     weights = Weights(*(values.get(field) for field in Weights._fields))
     initial = [values[letter + "0"] for letter in cell.states]
-    return Inspection(cell, ("",), run_recorded(cell.name, Run(values["x"], weights, initial, values["reverse"])))
+    if unseen := values["modifiers"].keys() - {"num_heads"}:
+        raise ValueError(f"inspect shows the cell of a function without modifiers; got {', '.join(sorted(unseen))}")
+    options, _ = parse_keywords(Options(), values["modifiers"], ModifierKeywords)
+    run = Run(values["x"], weights, initial, values["reverse"])
+    return Inspection(cell, ("",), run_recorded(cell.name, run, options.heads))
 
 
 def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
@@ -177,7 +182,7 @@ def inspect_layer(layer: Any, x: Any, hx: Any = None) -> Inspection:
     def recorder(name: str, runs: Sequence[Run], options: Options) -> list[tuple[Any, tuple]]:
         outputs = []
         for run in runs:
-            values = run_recorded(name, run)
+            values = run_recorded(name, run, options.heads)
             y, *others = (torch.from_numpy(values[letter]).to(run.x) for letter in cell.states)
             if run.weights.flags is not None:  # past the end of a sequence there is nothing to see
                 padding = on_cpu(run.weights.flags)[..., None]
@@ -206,9 +211,9 @@ def activated(cell: Cell) -> Graph:
     return graph
 
 
-def run_recorded(name: str, run: Run) -> dict[str, np.ndarray]:
+def run_recorded(name: str, run: Run, heads: int) -> dict[str, np.ndarray]:
     """Run the reference -> every gate and state of every time step, by letter: [T, B, H]."""
-    problem = validate(name, [run], Options(), training=False)
+    problem = validate(name, [run], Options(heads=heads), training=False)
     zeros, cell = zero_states(problem, [run]), problem.cell
     if set(cell.flags) - {HOLD} or cell.uniforms or cell.recurrent_input:
         raise ValueError(
@@ -216,7 +221,7 @@ def run_recorded(name: str, run: Run) -> dict[str, np.ndarray]:
         )
     x, weights, state, reverse = with_zeros([run], zeros, run.x)[0] if zeros else run
     weights, state = Weights(*map(on_cpu, weights)), tuple(map(on_cpu, state))
-    steps = reference.run(cell, activated(cell), on_cpu(x), weights, state, reverse)
+    steps = reference.run_heads(cell, activated(cell), on_cpu(x), weights, state, reverse, heads)
     columns = zip(*((*gates, *states) for states, gates in steps))
     return {letter: np.stack(column) for letter, column in zip(cell.gates + cell.states, columns)}
 

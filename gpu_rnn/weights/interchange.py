@@ -20,7 +20,7 @@ VARIANTS = ("coupled", "peephole", "reset_after")  # keywords that both sides ha
 DTYPES = ("float16", "float32", "float64")
 UNSEEN = {  # keywords of layers that a format for inference needn't know
     "backend", "precision", "recompute", "recurrent_dropout", "recurrent_dropout_on", "input_dropout", "weight_dropout",
-    "forget_bias",
+    "forget_bias", "layer_norm_over",
 }  # fmt: skip
 EXPANSION, SLACK = 32, 64 << 20  # bytes that a file may take in memory, for each of its own and in any case
 

@@ -118,7 +118,7 @@ class Nodes:
 
 def translate(
     cell: str, tensors: Sequence[ir.Value], names: str, reverse: Sequence[int], linked: bool, backend: str,
-    precision: str | None, step_exact: bool, history: bool, save: bool,
+    precision: str | None, step_exact: bool, heads: int, history: bool, save: bool,
 ) -> list[ir.Value]:  # fmt: skip
     """Write a call of gpu_rnn::forward, whose arguments these are, as ONNX nodes -> its outputs.
 
@@ -131,11 +131,18 @@ def translate(
             f"{cell} draws random numbers at every time step, by zoneout in training mode, for which ONNX has no "
             "operator; call model.eval() before the export"
         )
+    if heads > 1 and definition.kernel_cell.has_reduction:
+        raise NotImplementedError(
+            f"{cell} with num_heads={heads} takes means over the units of each head, for which the exported loop "
+            "has no form; without layer normalization heads are exported"
+        )
     directions, real = layout_of(cell, names, reverse, linked).unflatten(tensors), ir.DataType.FLOAT
     if tensors[0].dtype == ir.DataType.DOUBLE:
         real = ir.DataType.DOUBLE
     recorder: Any = evaluator.default()
     nodes = Nodes(recorder.nodes, recorder.opset.version, real)
+    if heads > 1:
+        directions = [with_dense_weights(nodes, definition, direction, heads) for direction in directions]
     key = operator_of(definition, directions, history)
     if key is None:
         found = [loop(nodes, definition, direction, history) for direction in directions]
@@ -144,6 +151,17 @@ def translate(
     else:
         found = [result for direction in directions for result in recurrent(nodes, definition, [direction], *key)]
     return [value for result in found for value in result]
+
+
+def with_dense_weights(nodes: Nodes, cell: cells.Cell, direction: Run, heads: int) -> Run:
+    """The run with its recurrent weights [G*H, H/N] as a matrix [G*H, H] that is zero outside of the heads' blocks."""
+    w_hh = direction.weights.w_hh
+    rows, D = w_hh.shape
+    block = np.arange(rows)[:, None] // D % heads == np.arange(heads * D) // D
+    within = nodes.add("Constant", value=ir.tensor(block))
+    dense = nodes.add("Where", within, nodes.add("Tile", w_hh, [1, heads]), nodes.zeros([1], w_hh.dtype))
+    dense.shape, dense.dtype = ir.Shape([rows, heads * D]), w_hh.dtype
+    return direction._replace(weights=direction.weights._replace(w_hh=dense))
 
 
 # ---- ONNX's recurrent operators -------------------------------------------------------------------------------------
