@@ -125,7 +125,7 @@ def test_a_batch_that_does_not_fit_beside_itself_takes_several_launches():
     both, alone = (walks.run(cases, False, together=together) for together in (True, False))
     count = sum(kernel == "persistent_forward" and directions == "2" for kernel, directions in walks.launched)
     plan, _ = planned("gru", "float16", 140, 40, small, False)
-    both_ways, _ = persistent.fuse_directions(plan, 40, small)
+    both_ways, _ = persistent.fuse_runs(plan, 2, 40, small)
     assert (plan.scope, both_ways.launches > 1, count) == ("grid", True, 2 * both_ways.launches)
     for one, other in zip(alone, both, strict=True):
         assert all(torch.equal(one[what], other[what]) for what in one)
@@ -151,7 +151,7 @@ def test_every_plan_for_both_fits_and_covers(problem):
     alone, _ = planned(cell, dtype, H, B, device, backward, scope)
     if alone is None:
         return
-    both, reasons = persistent.fuse_directions(alone, B, device)
+    both, reasons = persistent.fuse_runs(alone, 2, B, device)
     if both is None:
         assert reasons
         assert alone.scope == "grid" or 2 * alone.waves < -(-2 * -(-B // alone.rows) // device.multiprocessors)
@@ -191,9 +191,9 @@ def test_the_driver_is_asked_about_both():
 def test_explain_tells_both_from_one_after_the_other(monkeypatch):
     monkeypatch.setattr(cuda, "device", lambda: DEVICES["h200"])
     options = {"dtype": "bfloat16", "device": "cuda", "library": "torch", "directions": 2}
-    assert "both directions in one launch" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 512, **options))
+    assert "2 runs in one launch" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 512, **options))
     plan = cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 2048, **options))
-    assert "one direction after the other: grid scope: both directions in one launch need 2 x 128 blocks" in plan
+    assert "1 of 2 runs at a time: grid scope: 2 runs in one launch need 2 x 128 blocks" in plan
     assert "per-step" in cuda.plan(Problem(cells.get("lstm"), 50, 8, 64, 4096, **options))
 
 
@@ -203,7 +203,7 @@ def test_compiles_without_spills(problem, arch, backward):
     """As many registers are enough as for one: each direction has code of its own."""
     cell, dtype, _, B = problem
     alone = any_plan(problem, arch, backward)
-    plan, _ = persistent.fuse_directions(alone, B, DEVICES[ARCHITECTURES[arch]])
+    plan, _ = persistent.fuse_runs(alone, 2, B, DEVICES[ARCHITECTURES[arch]])
     if plan is None:
         pytest.skip("both don't fit")
     check_machine_code(plan, cells.get(cell).kernel_cell, stored(dtype), arch)

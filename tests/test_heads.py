@@ -1,6 +1,7 @@
 """Heads: functions, layers and every backend against the block-diagonal matrix of all units."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, dispatch, gpu_common, native, numpy, per_step
+from bench import nvrtc
+from gpu_rnn.backends import cuda, dispatch, gpu_common, native, numpy
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
@@ -19,6 +21,7 @@ from gpu_rnn.tools.explain import problem
 
 from . import cuda_on_cpu, heads, reference_modifiers
 from .cuda_emulator import runtime
+from .persistent import check_machine_code
 from .test_layers import assert_equal, results
 
 ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
@@ -56,21 +59,57 @@ def test_norm_within_a_head(name, options, N, monkeypatch):
 @ON_HOST
 @pytest.mark.parametrize("scope", ["stepwise", *persistent.SCOPES])
 @pytest.mark.parametrize(
-    ("name", "options"), [("lstm", {}), ("SLSTM", {}), ("gru", reference_modifiers.OPTIONS["all"])]
+    ("name", "options", "N"), [("lstm", {}, 3), ("SLSTM", {}, 3), ("gru", reference_modifiers.OPTIONS["all"], 2)]
 )
-def test_cuda(name, options, scope, monkeypatch):
-    if scope == "stepwise":
-        forward, backward = cuda_on_cpu.per_step_passes()
-    else:
+def test_cuda(name, options, N, scope, monkeypatch):
+    launched = []
+
+    def prepare(launch):
+        launched.append(dict(launch.unit.defines).get("DIRECTIONS"))
+        return cuda_on_cpu.prepare_launch(launch)
+
+    forward, backward = cuda_on_cpu.per_step_passes(prepare)
+    if scope != "stepwise":
         only = persistent.select
         monkeypatch.setattr(persistent, "select", lambda *args, **how: only(*args, **how | {"scope": scope}))
-        monkeypatch.setattr(per_step, "run_forward", None)
-        forward, backward = cuda_on_cpu.passes(persistent.DEVICES["h200"])
+        forward, backward = cuda_on_cpu.passes(persistent.DEVICES["h200"], prepare)
     cuda.config_of.cache_clear()
     backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
-    H = 24 if scope in ("stepwise", "block") else 80
-    heads.check(monkeypatch, backend, name, 2, "bfloat16", 5, 3, 4, H, options=options, reverse=name == "gru")
+    H = N * (12 if scope in ("stepwise", "block") else 40)
+    heads.check(monkeypatch, backend, name, N, "bfloat16", 5, 3, 4, H, options=options, reverse=name == "gru")
     cuda.config_of.cache_clear()
+    assert {*launched} == {None if scope == "stepwise" else str(N)}, "all heads in one launch"
+
+
+@ON_HOST
+def test_cuda_by_as_many_heads_as_may_go_together(monkeypatch):
+    """Two, until a GPU has run more; an odd number one after the other."""
+    for N, together in ((3, "1"), (4, "2")):
+        launched = []
+
+        def prepare(launch, launched=launched):
+            launched.append(dict(launch.unit.defines)["DIRECTIONS"])
+            return cuda_on_cpu.prepare_launch(launch)
+
+        forward, backward = cuda_on_cpu.passes(replace(persistent.DEVICES["h200"], proven_only=True), prepare)
+        backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
+        heads.check(monkeypatch, backend, "rnn_tanh", N, "float16", 5, 3, 4, 12)
+        assert {*launched} == {together}
+
+
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+@pytest.mark.skipif(nvrtc.why_no_resources() is not None, reason=str(nvrtc.why_no_resources()))
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("name", "N", "D", "B"),
+    [("lstm", 12, 64, 16), (gpu_rnn.cells.SLSTM.cell_name, 12, 64, 16), ("gru", 4, 512, 8), ("lstm", 3, 256, 16)],
+)
+def test_cuda_compiles_without_spills(name, N, D, B, backward):
+    cell, on = cells.get(name), persistent.DEVICES["h200"]
+    config, why = cuda.config_of(cell, "bfloat16", D, B, N, on, backward, False, None)
+    assert not why
+    assert config.directions == N
+    check_machine_code(config, cell, "bfloat16", "sm_90")
 
 
 # ---- Layers ---------------------------------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
     element, T, B, H = persistent.registers_per_element(cell, backward=backward), 256, 8, 512
     plan, _ = persistent.select(cell.G, element, "bfloat16", H, B, on, backward=backward)
     if members == "both":
-        plan, _ = persistent.fuse_directions(plan, B, on)
+        plan, _ = persistent.fuse_runs(plan, 2, B, on)
     elif members == "layers":
         plan, _ = persistent.select_wavefront(cell.G, element, "bfloat16", H, T, B, 3, on, backward=backward)
     kind, ordered = (

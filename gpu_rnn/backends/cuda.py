@@ -46,7 +46,7 @@ def plan(problem: Problem) -> str:
         config, why = persistent_config(problem, device(), backward)
         text = f"{gpu_common.describe_per_step(problem)}; no persistent kernel: {'; '.join(why)}"
         if config and why:
-            text = f"{config}; one direction after the other: {'; '.join(why)}"
+            text = f"{config}; {config.directions} of {problem.directions} runs at a time: {'; '.join(why)}"
         text = text if why else str(config)
         if problem.layers > 1:
             wavefront, against = wavefront_config(problem, device(), backward)
@@ -140,8 +140,8 @@ Choice = tuple[persistent.PersistentConfig | None, Sequence[str]]
 def persistent_config(problem: Problem, on: persistent.Device, backward: bool, query: Query | None = None) -> Choice:
     """The configuration of the persistent kernel for one pass, or why there is none.
 
-    For a bidirectional problem whose directions can't share a launch, it is the configuration of one direction, and the
-    reasons why they can't. Without `query` nothing is compiled, and the driver isn't asked.
+    For a problem of more runs (directions, heads) than can share a launch, it is the configuration of as many as can,
+    and the reasons why no more. Without `query` nothing is compiled, and the driver isn't asked.
     """
     why: list[str] = []
     if problem.B == 0:
@@ -179,14 +179,14 @@ def wavefront_config(problem: Problem, on: persistent.Device, backward: bool, qu
 
 @lru_cache(maxsize=1024)  # the search takes milliseconds, and its result is the same for every T
 def config_of(
-    cell: Cell, dtype: str, H: int, B: int, directions: int, on: persistent.Device, backward: bool, ieee: bool,
+    cell: Cell, dtype: str, H: int, B: int, runs: int, on: persistent.Device, backward: bool, ieee: bool,
     query: Query | None,
 ) -> Choice:  # fmt: skip
-    if directions > 1:
+    if runs > 1:
         single, why = config_of(cell, dtype, H, B, 1, on, backward, ieee, query)
         if single is None:
             return None, why
-        fused, why = persistent.fuse_directions(single, B, on, query and partial(query, cell, dtype))
+        fused, why = persistent.fuse_runs(single, runs, B, on, query and partial(query, cell, dtype))
         return fused or single, why
     element = persistent.registers_per_element(cell, backward=backward)
     reductions = persistent.reductions(cell, backward=backward)
@@ -243,7 +243,7 @@ def config_for(
 def launch_batches(
     config: persistent.PersistentConfig | None, problem: Problem, buffers: Sequence[Any]
 ) -> list[Sequence[Any]]:
-    """The buffers of the runs, split by launch: a stack is one, and so are two directions that are fused."""
+    """The buffers of the runs, split by launch: a stack is one, and so are directions and heads that are fused."""
     n = len(buffers) if problem.layers > 1 else 1 if config is None else config.directions
     return [buffers[k : k + n] for k in range(0, len(buffers), n)]
 

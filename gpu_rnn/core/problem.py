@@ -110,7 +110,7 @@ class Problem:
     reverse: bool = False  # of the first run
     tf32: bool = False  # whether float32 matmuls may round their inputs to TF32
     history: bool = False  # whether all states are returned after every time step
-    directions: int = 1  # runs that differ in weights, states and the direction of time
+    directions: int = 1  # runs that differ in weights, states and the direction of time; for a backend heads, too
     layers: int = 1  # runs that each take the y of the one before: a stack's; I is that of the first
     step_exact: bool = False  # a sequence equals its time steps one at a time, bit for bit
     heads: int = 1  # blocks on the diagonal of w_hh, each of H / heads units

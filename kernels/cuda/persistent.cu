@@ -14,7 +14,7 @@
 //                        flag behind the data costs a fence and two more
 //
 // The batch is cut into tiles of BATCH_ROWS rows; each tile has a group of its own, and groups never wait for each
-// other. So DIRECTIONS instances, the two of a bidirectional layer, run in one launch: each has arrays and groups of
+// other. So DIRECTIONS instances, the directions and heads of a layer, run in one launch: each has arrays and groups of
 // its own, which alternate in the grid, and computes bit for bit what a launch of its own would. The matmul is mma with
 // the weights as the stationary 16-row operand and the batch on its narrow side, so that one row costs as much as 8,
 // not 16; IEEE float32 is fused multiply-adds, and one row costs as much as 2. It serves both directions of time:
@@ -315,10 +315,14 @@ persistent_forward(long long T, int B, int H, int rows,
                    int save,       // whether saved and cell_states are written
                    const __grid_constant__ KernelParams params,
                    uint4* exchange) {  // GRID: [groups, 2 or T + 1 rounds and 2 reductions], zeroed; else null
-    if (instance() == 0)               // code of its own for each instance: addresses are constants, not registers
+#if DIRECTIONS > 2
+    forward<false>(params.of[instance()], exchange, T, B, H, rows, first_row, save);
+#else
+    if (instance() == 0)  // code of its own for each of two instances: addresses are constants, not registers
         forward<false>(params.of[0], exchange, T, B, H, rows, first_row, save);
     else
         forward<WAVEFRONT>(params.of[WAVEFRONT ? instance() : INSTANCES - 1], exchange, T, B, H, rows, first_row, save);
+#endif
 }
 EXPORT(persistent_forward)
 
@@ -577,10 +581,14 @@ extern "C" __global__ void PERSISTENT_KERNEL persistent_backward(
     int first_row,  // batch row of the first group
     const __grid_constant__ KernelParams params,
     uint4* exchange) {  // GRID: [groups, 2 rounds and 2 reductions], then the LayerGradChannels; zeroed; else null
+#if DIRECTIONS > 2
+    backward<false>(params.of[instance()], exchange, T, B, H, rows, first_row);
+#else
     if (instance() == 0)
         backward<false>(params.of[0], exchange, T, B, H, rows, first_row);
     else
         backward<WAVEFRONT>(params.of[WAVEFRONT ? instance() : INSTANCES - 1], exchange, T, B, H, rows, first_row);
+#endif
 }
 EXPORT(persistent_backward)
 

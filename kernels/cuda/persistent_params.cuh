@@ -36,7 +36,7 @@ constexpr int K_TILE_SIZE = 32 / sizeof(SCALAR);  // 16 numbers of 16 bits or 8 
 #define PERSISTENT_KERNEL __launch_bounds__(THREADS, 1)
 #endif
 
-// Groups alternate: one of each instance (direction or layer), then those of the next batch tile.
+// Groups alternate: one of each instance (direction, head or layer), then those of the next batch tile.
 DEVICE int group() { return blockIdx.x / BLOCKS; }
 DEVICE int instance() { return group() % INSTANCES; }
 DEVICE int batch_tile() { return group() / INSTANCES; }

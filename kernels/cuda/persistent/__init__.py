@@ -16,7 +16,7 @@ from .selection import (
     candidates,
     cell_cost,
     check_occupancy,
-    fuse_directions,
+    fuse_runs,
     reductions,
     registers_per_element,
     select,
@@ -27,6 +27,6 @@ from .selection import (
 __all__ = [
     "CYCLES_PER_MICROSECOND", "DEVICES", "HEADERS", "ITEMSIZE", "KERNELS", "REGISTER_FILE", "SCOPES", "UNPROVEN",
     "WORK_REGISTERS", "CellCost", "Device", "Instance", "PersistentConfig", "Selection", "candidates", "cell_cost",
-    "check_occupancy", "fuse_directions", "kernel_name", "kernel_params", "launches", "reductions",
+    "check_occupancy", "fuse_runs", "kernel_name", "kernel_params", "launches", "reductions",
     "registers_per_element", "select", "select_verified", "select_wavefront", "time_slices", "translation_unit",
 ]  # fmt: skip

@@ -44,6 +44,9 @@ UNPROVEN = {
     "wavefront": "layers as a wavefront",
     "chunks": "operands received in chunks",
 }
+# Runs (directions, heads) of one launch, by `proven_only`: no GPU has run more than two yet. Their addresses, 136 bytes
+# a run, are arguments of the kernel, which may take 4 KiB.
+MAX_RUNS = {True: 2, False: 28}
 
 DEVICES = {  # for selection without a device, of all kinds; where there is a device, the driver is queried
     "a100": Device((8, 0), 108, 166912),
@@ -77,7 +80,7 @@ class PersistentConfig:
     groups: int  # batch tiles of one launch
     launches: int  # one after another, where the groups can't all be co-resident
     waves: int  # how often the device is filled, in all launches
-    directions: int = 1  # instances in one launch ...
+    directions: int = 1  # instances in one launch, directions or heads ...
     layers: int = 1  # ... likewise; above 1 it is a wavefront, and blocks hold input weights, too
     reductions: tuple[int, ...] = ()  # one after the other in a time step: the means over hidden units of each
     separate_gates: int = 0  # of a wavefront, backward: gates exchanged twice, as x and h have different gradients
@@ -104,7 +107,7 @@ class PersistentConfig:
 
     @property
     def instances(self) -> int:
-        """Directions or layers of a launch."""
+        """Directions, heads or layers of a launch."""
         return self.directions * self.layers
 
     @property
@@ -204,7 +207,7 @@ class PersistentConfig:
         if self.k_shared:
             on_chip += f", {self.k_shared} in shared memory"
         matmul = "16-bit" if self.itemsize == 2 else "IEEE float32" if self.ieee else "TF32"
-        several = "both directions in one launch; " if self.directions == 2 else ""
+        several = f"{self.directions} runs in one launch; " if self.directions > 1 else ""
         if self.layers > 1:
             several = f"{self.layers} layers as a wavefront in one launch; "
         count = self.instances * self.groups

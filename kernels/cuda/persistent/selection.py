@@ -2,8 +2,8 @@
 
 A pure function of the problem and of the device. Every configuration holds all weights on-chip, covers every hidden
 unit and batch row once, and fits the registers and the shared memory of the device; where none does, per-step kernels
-run. `select_verified` queries the driver, too, about the compiled kernels. `fuse_directions` runs both directions of a
-bidirectional layer in one launch, `select_wavefront` the layers of a stack.
+run. `select_verified` queries the driver, too, about the compiled kernels. `fuse_runs` runs the directions and heads
+of a layer in one launch, `select_wavefront` the layers of a stack.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...cells import Cell
 from ...codegen.reductions import grad_split, step_split
-from .config import BATCH_TILE, ITEMSIZE, REGISTER_FILE, UNIT_TILE, UNPROVEN, Device, PersistentConfig
+from .config import BATCH_TILE, ITEMSIZE, MAX_RUNS, REGISTER_FILE, UNIT_TILE, UNPROVEN, Device, PersistentConfig
 from .cost_model import layer_by_layer_us, per_step_us, wavefront_us
 from .launch import MAX_EXCHANGE_BYTES, time_slices
 
@@ -133,27 +133,41 @@ def check_occupancy(config: PersistentConfig, device: Device, occupancy: Occupan
     return count, f"{config.scope} scope: needs {what} co-resident, but the CUDA driver reports {count}"
 
 
-def fuse_directions(one: PersistentConfig, B: int, device: Device, occupancy: Occupancy | None = None) -> Selection:
-    """Return the configuration of both directions in one launch, from that of one, or None and the reasons.
+def fuse_runs(one: PersistentConfig, n: int, B: int, device: Device, occupancy: Occupancy | None = None) -> Selection:
+    """Return the configuration of n runs in one launch, or of the largest part of them that fits, from that of one, or
+    None; and the reasons against all of them.
 
-    Each direction computes what it would alone, bit for bit: only the number of groups changes.
+    The runs are directions and heads. Each computes what it would alone, bit for bit: only the number of groups
+    changes.
     """
+    reasons: tuple[str, ...] = ()
+    for count in (count for count in range(n, 1, -1) if n % count == 0):
+        config, why = fused(one, count, B, device, occupancy)
+        reasons = reasons or why
+        if config is not None:
+            return config, reasons
+    return None, reasons
+
+
+def fused(one: PersistentConfig, n: int, B: int, device: Device, occupancy: Occupancy | None) -> Selection:
+    """Return the configuration of exactly n runs in one launch, or None and the reason."""
     tiles, at_once = -(-B // one.rows), concurrent_groups(one.scope, one.blocks, device)
-    groups = tiles
+    groups, what = tiles, f"{one.scope} scope: {n} runs in one launch"
+    if n > MAX_RUNS[device.proven_only]:
+        return None, (f"{what} are more than {MAX_RUNS[device.proven_only]}",)
     if one.scope != "block":
-        if at_once < 2:
-            what = f"2 x {one.blocks} blocks, more than fit {device.multiprocessors} multiprocessors"
-            return None, (f"{one.scope} scope: both directions in one launch need {what}",)
-        groups = min(tiles, at_once // 2)
+        if at_once < n:
+            return None, (
+                f"{what} need {n} x {one.blocks} blocks, more than fit {device.multiprocessors} multiprocessors",
+            )
+        groups = min(tiles, at_once // n)
     launches = -(-tiles // groups)
-    waves = -(-2 * tiles // at_once) if one.scope == "block" else launches
-    if waves > 2 * one.waves:
-        return None, (
-            f"{one.scope} scope: both directions in one launch take {waves} waves of blocks, one alone {one.waves}",
-        )
-    both = replace(one, directions=2, groups=groups, launches=launches, waves=waves)
-    _, why_not = (0, None) if occupancy is None else check_occupancy(both, device, occupancy)
-    return (both, ()) if why_not is None else (None, (why_not,))
+    waves = -(-n * tiles // at_once) if one.scope == "block" else launches
+    if waves > n * one.waves:
+        return None, (f"{what} take {waves} waves of blocks, one alone {one.waves}",)
+    config = replace(one, directions=n, groups=groups, launches=launches, waves=waves)
+    _, why_not = (0, None) if occupancy is None else check_occupancy(config, device, occupancy)
+    return (config, ()) if why_not is None else (None, (why_not,))
 
 
 def select_wavefront(
