@@ -5,6 +5,7 @@
     gpu_rnn.replace_(model)              uses them in a model; gpu_rnn.restore_(model) puts torch.nn's back
     gpu_rnn.cell(step)                   your own cell as a layer (docs/new_cell.md)
     gpu_rnn.cells                        published cells: MGU, JANET, coRNN and so on (docs/cells.md)
+    gpu_rnn.flashrnn                     the package flashrnn's function, on our backends
     gpu_rnn.tbptt(layer, x, k1, k2)      truncated backpropagation through time
     gpu_rnn.stream(layer)                a layer whose input comes one time step at a time
     gpu_rnn.explain, inspect             which backend would run, and the gates inside a cell
@@ -13,7 +14,7 @@
 Letters, everywhere in code, comments and documentation:
 
     T time   B batch   I input size   H hidden size   P projected size   G gates   S states   K saved values
-    L layers   D directions
+    L layers   D directions   N heads
     x input   h output   c cell state   y all outputs   W input weights   R recurrent weights   b bias
     h0 hT c0 cT first and last states   dx dW dR db dh0 gradients
 """
@@ -42,6 +43,7 @@ from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from . import cells as cells
+    from . import flashrnn as flashrnn
     from . import keras as keras
     from . import onnx as onnx
     from .nn.conversion import replace_, restore_
@@ -63,7 +65,7 @@ _LAZY = dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), 
 _LAZY |= dict.fromkeys(("replace_", "restore_"), "nn.conversion")
 _LAZY |= {"cell": "nn.custom_cell", "stream": "nn.streaming", "tbptt": "nn.tbptt"}
 _LAZY |= {"explain": "tools.explain", "warmup": "tools.explain", "inspect": "tools.inspect"}
-_MODULES = ("cells", "keras", "onnx")
+_MODULES = ("cells", "flashrnn", "keras", "onnx")
 
 
 def _custom_ops() -> None:
