@@ -265,7 +265,7 @@ def parse_keywords(options: Options, keywords: Any, known: type) -> tuple[Option
         raise ValueError(NORMALIZED_STEP_EXACT)
     heads = as_count("num_heads", values.pop("num_heads", 1))
     options = options._replace(history=values.pop("return_states", False), heads=heads)
-    return options, Modifiers(**values) if values else NO_MODIFIERS
+    return options, Modifiers(**values)
 
 
 def unpack_states(results: tuple, S: int) -> tuple[Any, ...]:

@@ -40,10 +40,10 @@ def test_of_a_function(name, kind, wrong):
     for label in ("backend", "precision"):
         refused(label, lambda: function(**given | {label: wrong if wrong != "2" else 2}))  # noqa: B023
     own = {
-        "lstm": ["coupled", "cell_clip", "peephole", "layer_norm", "recurrent_dropout_on", "c0"],
+        "lstm": ["coupled", "cell_clip", "peephole", "layer_norm", "recurrent_dropout_on", "layer_norm_over", "c0"],
         "rnn": ["nonlinearity"],
     }
-    for label in own.get(name, ["reset_after", "layer_norm", "recurrent_dropout_on"]):
+    for label in own.get(name, ["reset_after", "layer_norm", "recurrent_dropout_on", "layer_norm_over"]):
         refused(label, lambda: function(**given | {label: wrong}))  # noqa: B023
 
 

@@ -110,6 +110,7 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
     ranks = [len(getattr(array, "shape", ())) for array in (x, weights.w_hh)]
     if ranks != [3, 2] or all(value is default for value, default in zip(m, NO_MODIFIERS)):
         return ModifiedCall(name, x, weights, None, {})  # arrays without sizes to go by are refused like any call's
+    check_choices(m.recurrent_dropout_on, m.layer_norm_over)
     T, B, _ = x.shape
     variants = {"coupled": m.coupled, "before": not m.reset_after}
     options: dict[str, Any] = {word: True for word, requested in variants.items() if requested}
@@ -164,7 +165,6 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
         options["hold"], flags = True, hold if flags is None else flags | hold
     seed = None
     check_probability("recurrent_dropout", m.recurrent_dropout)
-    check_choice("recurrent_dropout_on", m.recurrent_dropout_on)
     if m.training and m.recurrent_dropout:
         seed = as_seed(m.seed, x, "recurrent dropout")
         of_h = m.recurrent_dropout_on == "h"
@@ -332,9 +332,7 @@ def check_array(label: str, array: Any, shapes: Sequence[tuple[int, ...]], x: An
         raise ShapeError(f"{label} has shape {shape(array)}; expected {expected}, with x {shape(x)}")
 
 
-def check_norm_over(what: Any, heads: int) -> None:
-    if not isinstance(what, str) or what not in ("units", "head"):
-        raise ValueError(f"layer_norm_over must be 'units' or 'head', got {what!r}")
+def check_norm_over(what: str, heads: int) -> None:
     if heads > 1 and what == "units":
         raise ValueError(
             f"layer_norm over all units is not defined for num_heads={heads}, since heads don't see each other; "
@@ -347,9 +345,13 @@ def check_positive(label: str, number: Any) -> None:
         raise ValueError(f"{label} must be a number larger than 0, got {number!r}")
 
 
-def check_choice(label: str, what: Any) -> None:
-    if not isinstance(what, str) or what not in ("h", "candidate"):
-        raise ValueError(f"{label} must be 'h' or 'candidate', got {what!r}")
+def check_choices(recurrent_dropout_on: Any, layer_norm_over: Any) -> None:
+    for label, what, choices in (
+        ("recurrent_dropout_on", recurrent_dropout_on, ("h", "candidate")),
+        ("layer_norm_over", layer_norm_over, ("units", "head")),
+    ):
+        if not isinstance(what, str) or what not in choices:
+            raise ValueError(f"{label} must be {' or '.join(map(repr, choices))}, got {what!r}")
 
 
 def check_probability(label: str, p: Any) -> None:

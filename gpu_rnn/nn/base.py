@@ -27,7 +27,7 @@ from ..functional import NORMALIZED_STEP_EXACT, ShapeError
 from ..modifiers.apply import (
     ModifiedCall,
     apply,
-    check_choice,
+    check_choices,
     check_norm_over,
     check_positive,
     check_probability,
@@ -213,7 +213,7 @@ class Recurrent(nn.Module):
     def _set(self, keywords: Any) -> None:
         for name, value in self._checked(keywords, self.keywords).items():
             setattr(self, name, value)
-        check_choice("recurrent_dropout_on", self.recurrent_dropout_on)
+        check_choices(self.recurrent_dropout_on, self.layer_norm_over)
         check_heads(self.num_heads, self.hidden_size, self.proj_size)
         if self.layer_norm:
             check_norm_over(self.layer_norm_over, self.num_heads)
