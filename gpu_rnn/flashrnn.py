@@ -7,7 +7,6 @@ runs on CPUs too, and computes in the dtype of Wx, as the package's "vanilla" ba
 package's here: H is the number of heads, D and P the size of one.
 """
 
-from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -124,7 +123,7 @@ def initial_states(
     if states is not None:
         whole = ordered("states", states, layout, "STBHD", sizes | {"T": 1}).to(Wx.dtype)
         return whole[:, 0].flatten(2).unbind()
-    value: Real | Sequence[Real] = getattr(config, "initial_val", 0.0)
+    value: Any = getattr(config, "initial_val", 0.0)
     values = [value] * S if isinstance(value, Real) else value
     return tuple(Wx.new_full((sizes["B"], sizes["H"] * sizes["D"]), v) if v else None for v in values)
 

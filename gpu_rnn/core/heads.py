@@ -46,9 +46,12 @@ def split_run(run: Run, N: int, G: int) -> list[Run]:
     """The runs of the heads of a run."""
     x, (w_ih, w_hh, b_ih, b_hh, _, units, flags, seed), state, reverse = run
     xs = [x] * N if w_ih is not None else split(x, N, G)
-    rows = (split(array, N, G, axis=0) for array in (w_ih, w_hh, b_ih, b_hh))
-    states = zip(*(split(initial, N) for initial in state))
-    return [
-        Run(x, Weights(*own, None, unit, flags, None if seed is None else seed + int64(n * GOLDEN)), first, reverse)
-        for n, (x, own, unit, first) in enumerate(zip(xs, zip(*rows), split(units, N), states))
-    ]
+    rows = [split(array, N, G, axis=0) for array in (w_ih, w_hh, b_ih, b_hh)]
+    states, units = [split(initial, N) for initial in state], split(units, N)
+    runs = []
+    for n in range(N):
+        w_ih, w_hh, b_ih, b_hh = (array[n] for array in rows)
+        own_seed = None if seed is None else seed + int64(n * GOLDEN)
+        weights = Weights(w_ih, w_hh, b_ih, b_hh, None, units[n], flags, own_seed)
+        runs.append(Run(xs[n], weights, [initial[n] for initial in states], reverse))
+    return runs

@@ -78,12 +78,12 @@ def run_heads(
         return run(cell, step, x, weights, state, reverse)
     of_heads = split_run(Run(x, weights, state, reverse), heads, cell.G)
     steps = zip(*(run(cell, step, *of_head) for of_head in of_heads))
-    return [tuple(tuple(map(join_units, zip(*group))) for group in zip(*parts)) for parts in steps]
+    return [(join_each(states), join_each(outputs)) for states, outputs in (zip(*heads) for heads in steps)]
 
 
-def join_units(parts: Sequence[Any]) -> Any:
-    """Values [B, H/N] of N heads -> [B, H]."""
-    return join(parts)
+def join_each(heads: Sequence[tuple]) -> tuple:
+    """The values [B, H/N] of N heads -> [B, H]."""
+    return tuple([join(parts) for parts in zip(*heads)])
 
 
 def linear(value: Any, weight: Any, bias: Any) -> Any:
