@@ -55,7 +55,8 @@ DEVICE void load_aux(real (&aux)[or_1(AUX)], int i, const Problem& problem, Inde
 
 // ---- Going through a range -----------------------------------------------------------------------------------------
 
-// The blocks of a range, row after row, PAIR at a time: body(count, b, u). Past the last one stand copies of it.
+// The blocks of a range, row after row, PAIR at a time: body(count, b, u). Where their number is odd, the last pair is filled
+// with a copy of its block; only `count` results are stored.
 template <class Body>
 DEVICE void each_pair(Range range, Body body) {
     const Index across = range.u1 - range.u0, total = (range.b1 - range.b0) * across;
@@ -114,37 +115,37 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
         before[s] = f.save ? f.cell_states + (n * (S - 1) + s - 1) * plane : f.last[s];
         after[s] = f.save ? f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane : f.last[s];
     }
-    struct Given {
+    struct StepInputs {
         real x[G], h[G], state[S], aux[or_1(AUX)];
     };
     const bool projected = f.W_hr != nullptr, save = f.save;
     const Index blocks = blocks_of(H), saved_row = n * f.B * blocks * K * V;
-    auto take = [&](Given& its, const Index* b, const Index* u) {
+    auto load_inputs = [&](StepInputs& in, const Index* b, const Index* u) {
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR; ++i) {
             const int lanes = lanes_of(u[i], H);
             const Index at = b[i] * H + u[i] * V, gate = (u[i] - range.u0) * G * V;
             const scalar* x = Wx.data + (b[i] - range.b0) * Wx.row + gate;
             const scalar* h = Rh.data + (b[i] - range.b0) * Rh.row + gate;
-            for (int g = 0; g < G; ++g) its.x[g].v[i] = load(x + g * V), its.h[g].v[i] = load(h + g * V);
-            its.state[0].v[i] = projected ? vec{} : load(before[0] + at, lanes);  // it can't see a projected h
-            for (int s = 1; s < S; ++s) its.state[s].v[i] = load(before[s] + at, lanes);
-            load_aux(its.aux, i, f, t, b[i], u[i], H);
+            for (int g = 0; g < G; ++g) in.x[g].v[i] = load(x + g * V), in.h[g].v[i] = load(h + g * V);
+            in.state[0].v[i] = projected ? vec{} : load(before[0] + at, lanes);  // it can't see a projected h
+            for (int s = 1; s < S; ++s) in.state[s].v[i] = load(before[s] + at, lanes);
+            load_aux(in.aux, i, f, t, b[i], u[i], H);
         }
     };
     auto pass = [&](Range some, const real* means) {
         each_pair(some, [&](int count, const Index* b, const Index* u) {
-            Given its;
+            StepInputs in;
             real saved[or_1(K)];
-            take(its, b, u);
-            Cell::step(its.x, its.h, its.state, saved, its.aux, means);
+            load_inputs(in, b, u);
+            Cell::step(in.x, in.h, in.state, saved, in.aux, means);
 #pragma GCC unroll 4
             for (int i = 0; i < PAIR; ++i) {
                 if (i >= count) break;
                 const int lanes = lanes_of(u[i], H);
                 const Index at = b[i] * H + u[i] * V;
-                store(h + at, its.state[0].v[i], lanes);
-                for (int s = 1; s < S; ++s) store(after[s] + at, its.state[s].v[i], lanes);
+                store(h + at, in.state[0].v[i], lanes);
+                for (int s = 1; s < S; ++s) store(after[s] + at, in.state[s].v[i], lanes);
                 if (!save) continue;
                 scalar* to = f.saved + saved_row + (b[i] * blocks + u[i]) * K * V;
                 for (int k = 0; k < K; ++k) store(to + k * V, saved[k].v[i]);
@@ -156,9 +157,9 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
         real means[or_1(Cell::STEP_MEANS)];
         reduce_over_units<Cell::STEP_LEVELS>(means, row, H, Cell::step_before,
                                              [&](int level, const Index* b, const Index* u, real* values) {
-            Given its;
-            take(its, b, u);
-            Cell::step_level(level, its.x, its.h, its.state, its.aux, means, values);
+            StepInputs in;
+            load_inputs(in, b, u);
+            Cell::step_level(level, in.x, in.h, in.state, in.aux, means, values);
         });
         pass({row, row + 1, range.u0, range.u1}, means);
     }
@@ -187,35 +188,35 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
     const bool projected = f.W_hr != nullptr;
     const scalar* h_before = n == 0 ? f.h0 : f.y + time_of(f, n - 1) * f.B * f.P;
     const scalar* h_after = (projected ? f.h_unprojected : f.y) + t * plane;
-    struct Given {
+    struct GradInputs {
         real dnew[S], next[S], state[S], saved[or_1(K)], aux[or_1(AUX)];
     };
-    auto take = [&](Given& its, const Index* b, const Index* u) {
+    auto load_inputs = [&](GradInputs& in, const Index* b, const Index* u) {
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR; ++i) {
             const int lanes = lanes_of(u[i], H);
             const Index at = b[i] * H + u[i] * V;
-            if (projected) its.dnew[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
-            else its.dnew[0].v[i] = load(f.dy + t * plane + at, lanes) + load(f.dfirst[0] + at, lanes);
-            its.next[0].v[i] = load(h_after + at, lanes);
-            its.state[0].v[i] = projected ? vec{} : load(h_before + at, lanes);
+            if (projected) in.dnew[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
+            else in.dnew[0].v[i] = load(f.dy + t * plane + at, lanes) + load(f.dfirst[0] + at, lanes);
+            in.next[0].v[i] = load(h_after + at, lanes);
+            in.state[0].v[i] = projected ? vec{} : load(h_before + at, lanes);
             for (int s = 1; s < S; ++s) {
-                its.dnew[s].v[i] = load(f.dfirst[s] + at, lanes);
-                if (f.dhistory[s]) its.dnew[s].v[i] += load(f.dhistory[s] + t * plane + at, lanes);
-                its.next[s].v[i] = load(f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + at, lanes);
-                its.state[s].v[i] = load(f.cell_states + (n * (S - 1) + s - 1) * plane + at, lanes);
+                in.dnew[s].v[i] = load(f.dfirst[s] + at, lanes);
+                if (f.dhistory[s]) in.dnew[s].v[i] += load(f.dhistory[s] + t * plane + at, lanes);
+                in.next[s].v[i] = load(f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + at, lanes);
+                in.state[s].v[i] = load(f.cell_states + (n * (S - 1) + s - 1) * plane + at, lanes);
             }
             const scalar* from = f.saved + ((n * f.B + b[i]) * blocks_of(H) + u[i]) * K * V;
-            for (int k = 0; k < K; ++k) its.saved[k].v[i] = load(from + k * V);
-            load_aux(its.aux, i, f, t, b[i], u[i], H);
+            for (int k = 0; k < K; ++k) in.saved[k].v[i] = load(from + k * V);
+            load_aux(in.aux, i, f, t, b[i], u[i], H);
         }
     };
     auto pass = [&](Range some, const real* means) {
         each_pair(some, [&](int count, const Index* b, const Index* u) {
-            Given its;
+            GradInputs in;
             real dx[G], dr[G], dstate[S], dunits[or_1(LEARNED)];
-            take(its, b, u);
-            Cell::grad(its.dnew, its.next, its.state, its.saved, dx, dr, dstate, dunits, its.aux, means);
+            load_inputs(in, b, u);
+            Cell::grad(in.dnew, in.next, in.state, in.saved, dx, dr, dstate, dunits, in.aux, means);
 #pragma GCC unroll 4
             for (int i = 0; i < PAIR; ++i) {
                 if (i >= count) break;
@@ -235,9 +236,9 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
         real means[or_1(Cell::GRAD_MEANS)];
         reduce_over_units<Cell::GRAD_LEVELS>(means, row, H, Cell::grad_before,
                                              [&](int level, const Index* b, const Index* u, real* values) {
-            Given its;
-            take(its, b, u);
-            Cell::grad_level(level, its.dnew, its.next, its.state, its.saved, its.aux, means, values);
+            GradInputs in;
+            load_inputs(in, b, u);
+            Cell::grad_level(level, in.dnew, in.next, in.state, in.saved, in.aux, means, values);
         });
         pass({row, row + 1, range.u0, range.u1}, means);
     }

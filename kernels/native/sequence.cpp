@@ -13,7 +13,7 @@
 // Threads have batch rows of their own and never wait; with fewer rows than threads they have units of their own, and
 // wait for each other after every part of a time step. One that has nothing to do sleeps.
 //
-// Not the obvious: one large product for the input part of all time steps would write T B G H values to memory and read
+// Why not the simpler way: one large product for the input part of all time steps would write T B G H values to memory and read
 // them again; here it is made for as many time steps as give a product enough rows.
 #include <pthread.h>
 #include <sched.h>
@@ -27,16 +27,16 @@ constexpr int MOST_BLOCKS = 8;                           // of units side by sid
 constexpr Index PIECE = 128;                             // of K: 4 vectors of it take half of an L1 of 32 KB or more
 constexpr Index CHUNK_ROWS = 48;                         // of the products of many time steps: at least, or at once
 
-DEVICE Index least(Index a, Index b) { return a < b ? a : b; }
-DEVICE Index most(Index a, Index b) { return a > b ? a : b; }
+DEVICE Index min(Index a, Index b) { return a < b ? a : b; }
+DEVICE Index max(Index a, Index b) { return a > b ? a : b; }
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
 struct Scratch {  // of `scalar`, on cache lines of its own; empty where there is no memory
     scalar* data;
     explicit Scratch(Index size) : data(nullptr) {
-        void* found = nullptr;
-        if (posix_memalign(&found, 64, most(size, 1) * sizeof(scalar)) == 0) data = static_cast<scalar*>(found);
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, max(size, 1) * sizeof(scalar)) == 0) data = static_cast<scalar*>(memory);
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() { free(data); }
@@ -44,7 +44,7 @@ struct Scratch {  // of `scalar`, on cache lines of its own; empty where there i
 
 // ---- Threads -------------------------------------------------------------------------------------------------------
 
-// Threads that sleep until a call wakes them. One call at a time has them; others do without.
+// Threads that sleep until a call wakes them. One call at a time uses them; a concurrent one runs on its own thread.
 struct Pool {
     static constexpr int MOST = 64;
     pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -78,7 +78,7 @@ static int acquire(Index wanted) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (wanted < 2 || pthread_mutex_trylock(&pool.owner) != 0) return 1;
     pthread_once(&once, [] { pthread_atfork(nullptr, nullptr, [] { pool = Pool(); }); });  // a child has no threads
-    wanted = least(wanted, Pool::MOST);
+    wanted = min(wanted, Pool::MOST);
     sigset_t every, before;
     sigfillset(&every);
     pthread_sigmask(SIG_SETMASK, &every, &before);  // signals are for the threads of the process itself
@@ -91,7 +91,7 @@ static int acquire(Index wanted) {
         pool.started = own;
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return static_cast<int>(least(wanted, pool.started + 1));
+    return static_cast<int>(min(wanted, pool.started + 1));
 }
 
 static void release(int threads) {
@@ -153,13 +153,14 @@ static Part part_of(int thread, int threads, Index B, bool by_rows) {
 // ---- Products ------------------------------------------------------------------------------------------------------
 
 #if !defined(__clang__)
-// a and b become those of their lanes that from_a and from_b name; lanes of b count from V on.
+// Replace a and b by two shuffles of them: lane j of a becomes lane first(j), lane j of b lane second(j), where lanes 0 to
+// V - 1 are those of a, and V to 2 V - 1 those of b.
 template <class First, class Second>
-DEVICE void exchange(vec& a, vec& b, First first, Second second) {
+DEVICE void shuffle_pair(vec& a, vec& b, First first, Second second) {
     ints of_a, of_b;
     for (int j = 0; j < V; ++j) of_a[j] = first(j), of_b[j] = second(j);
-    const vec made = __builtin_shuffle(a, b, of_a);
-    b = __builtin_shuffle(a, b, of_b), a = made;
+    const vec new_a = __builtin_shuffle(a, b, of_a);
+    b = __builtin_shuffle(a, b, of_b), a = new_a;
 }
 #endif
 
@@ -176,14 +177,14 @@ DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
     for (int i = 0; i < V; ++i) rows[i] = load(from + i * row);
 #pragma GCC unroll 16
     for (int i = 0; i < V; i += 2)  // a0 b0 a1 b1, a2 b2 a3 b3
-        exchange(rows[i], rows[i + 1], [](int j) { return j % 2 * V + j / PART * PART + j % PART / 2; },
+        shuffle_pair(rows[i], rows[i + 1], [](int j) { return j % 2 * V + j / PART * PART + j % PART / 2; },
                  [](int j) { return j % 2 * V + j / PART * PART + j % PART / 2 + PART / 2; });
     if constexpr (PART == 4)
 #pragma GCC unroll 16
         for (int i = 0; i < V; i += 4) {  // a0 b0 c0 d0, a1 b1 c1 d1, ...
             const auto low = [](int j) { return j % 4 / 2 * V + j / 4 * 4 + j % 2; };
             const auto high = [](int j) { return j % 4 / 2 * V + j / 4 * 4 + j % 2 + 2; };
-            exchange(rows[i], rows[i + 2], low, high), exchange(rows[i + 1], rows[i + 3], low, high);
+            shuffle_pair(rows[i], rows[i + 2], low, high), shuffle_pair(rows[i + 1], rows[i + 3], low, high);
             const vec second = rows[i + 2];
             rows[i + 2] = rows[i + 1], rows[i + 1] = second;
         }
@@ -192,7 +193,7 @@ DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
 #pragma GCC unroll 16
         for (int i = 0; i < V; ++i)
             if (!(i & bit))
-                exchange(rows[i], rows[i + bit], [=](int j) { return j & bit ? V + j - bit : j; },
+                shuffle_pair(rows[i], rows[i + bit], [=](int j) { return j & bit ? V + j - bit : j; },
                          [=](int j) { return j & bit ? V + j : j + bit; });
 #pragma GCC unroll 16
     for (int k = 0; k < V; ++k) store(to + k * column, rows[k]);
@@ -317,7 +318,7 @@ static void compute(const Matrix& w, const scalar* const* rows, int count, Index
                     const scalar* start, scalar* out, Index out_row) {
     const Index block = w.G * V;
     for (Index g = 0; g < w.G; g += COLUMNS) {
-        const int columns = static_cast<int>(least(COLUMNS, w.G - g));
+        const int columns = static_cast<int>(min(COLUMNS, w.G - g));
         for (int n = 0, some; n < blocks; n += some) {
             some = blocks - n;
             const Tile tile = tile_for(count, columns, some);
@@ -332,7 +333,7 @@ struct Cut {
     Index rows, turns;
     int blocks;
     Cut(Index G, Index R) : rows(R) {
-        const int columns = static_cast<int>(least(G, COLUMNS)), full = full_rows(columns);
+        const int columns = static_cast<int>(min(G, COLUMNS)), full = full_rows(columns);
         turns = (R + full - 1) / full;
         blocks = MOST_BLOCKS;
         tile_for(turns ? static_cast<int>((R + turns - 1) / turns) : full, columns, blocks);
@@ -349,7 +350,7 @@ static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row
             const Index first = cut.rows * turn / cut.turns, last = cut.rows * (turn + 1) / cut.turns;
             const scalar* rows[ACCUMULATORS];
             for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
-            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, least(PIECE, w.K - k),
+            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, min(PIECE, w.K - k),
                     k == 0 ? start : nullptr, out + first * out_row, out_row);
         }
 }
@@ -357,11 +358,11 @@ static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row
 // Go through blocks [u0, u1) by as many as the cut has side by side: body(u, u').
 template <class Body>
 DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
-    for (Index u = u0; u < u1; u += cut.blocks) body(u, least(u1, u + cut.blocks));
+    for (Index u = u0; u < u1; u += cut.blocks) body(u, min(u1, u + cut.blocks));
 }
 
-// `out` needs so much for R rows of which nothing is kept.
-DEVICE Index passing(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
+// Elements of a buffer for R rows of a product that is read before the next blocks are computed.
+DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
 
 // [G, units] -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
 static void pack_bias(const scalar* bias, Index G, Index units, Index gates, scalar* to, bool add) {
@@ -414,9 +415,9 @@ extern "C" int forward(const Forward& f) {
     Scratch unprojected(f.W_hr && !f.save ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
-    const Index chunk = rows < CHUNK_ROWS ? least(T, CHUNK_ROWS / most(rows, 1)) : 0;
-    const Index inputs = chunk || cell.REDUCES ? most(chunk, 1) * rows * width * GV : passing(G, rows);
-    const Index gates = cell.REDUCES ? rows * blocks * GV : passing(G, rows), projected = passing(1, rows);
+    const Index chunk = rows < CHUNK_ROWS ? min(T, CHUNK_ROWS / max(rows, 1)) : 0;
+    const Index inputs = chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
+    const Index gates = cell.REDUCES ? rows * blocks * GV : scratch_elements(G, rows), projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
     Scratch scratch(threads * own), packed(once || f.packed ? 0 : weights.size(blocks, outputs));
@@ -468,7 +469,7 @@ extern "C" int forward(const Forward& f) {
         const Cut recurrent(G, mine), output(1, mine);
         for (Index n = 0; n < T; ++n) {
             if (chunk && n % chunk == 0) {
-                const Index steps = least(chunk, T - n);
+                const Index steps = min(chunk, T - n);
                 each_blocks(Cut(G, steps * mine), u0, u1, [&](Index u, Index end) {
                     project(n, steps, u, end, Wx + (u - u0) * GV, some * GV);
                 });
@@ -545,12 +546,12 @@ static void transposed_product(const scalar* a, Index K, Index M, Index m0, Inde
     scalar *columns = room, *panels = columns + CHUNK_ROWS * PIECE;
     scalar* sums = ragged ? panels + blocks * PIECE * V : out + m0 * N;  // of rows from m0 on
     for (Index k0 = 0; k0 == 0 || k0 < K; k0 += PIECE) {
-        const Index piece = least(PIECE, K - k0);
+        const Index piece = min(PIECE, K - k0);
         const Matrix w{N, piece, 1, nullptr, 0, 0, 0, panels};
         for (Index u = 0; u < blocks; ++u)
             for (Index k = 0; k < piece; ++k) store(w.panel(u) + k * V, load(b(k0 + k) + u * V, lanes_of(u, N)));
         for (Index m = m0; m < m1; m += CHUNK_ROWS) {
-            const Index some = least(CHUNK_ROWS, m1 - m), whole = some / V * V, even = piece / V * V;
+            const Index some = min(CHUNK_ROWS, m1 - m), whole = some / V * V, even = piece / V * V;
             const scalar* from = a + k0 * M + m;
             for (Index k = 0; k < even; k += V)
                 for (Index i = 0; i < whole; i += V) transpose(from + k * M + i, M, columns + i * PIECE + k, PIECE);
@@ -573,11 +574,11 @@ static void sum_rows(const scalar* a, Index rows, Index columns, Index first, In
     constexpr Index RUN = 32;  // rows that are added up in `scalar`
     double total[64];
     for (; first < last; first += 64) {
-        const Index some = least(64, last - first);
+        const Index some = min(64, last - first);
         for (Index c = 0; c < some; ++c) total[c] = 0;
         for (Index begin = 0; begin < rows; begin += RUN) {
             scalar sum[64] = {};
-            for (Index r = begin; r < least(begin + RUN, rows); ++r)
+            for (Index r = begin; r < min(begin + RUN, rows); ++r)
                 for (Index c = 0; c < some; ++c) sum[c] += a[r * columns + first + c];
             for (Index c = 0; c < some; ++c) total[c] += sum[c];
         }
@@ -591,7 +592,7 @@ static int gradients(const Backward& f) {
     const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, M = cell.G * H, K = T * B;
     const int threads = acquire(f.threads_after);
     Matrix W_back{I, M, 1, f.dx ? f.W : nullptr, 0, 1, I};
-    const Index inputs = blocks_of(I), blocks = blocks_of(most(I, most(H, P)));
+    const Index inputs = blocks_of(I), blocks = blocks_of(max(I, max(H, P)));
     const Index sums = I % V || H % V || P % V ? (blocks_of(M) + threads - 1) / threads * V * blocks * V : 0;
     const Index own = CHUNK_ROWS * PIECE + blocks * PIECE * V + sums;
     const bool seen_anew = f.dR && cell.OPERAND && K > 0;
@@ -617,7 +618,7 @@ static int gradients(const Backward& f) {
         ready.wait();
 
         for (Index r0 = part.first(K), end = part.last(K); f.dx && r0 < end; r0 += CHUNK_ROWS) {
-            const Index some = least(CHUNK_ROWS, end - r0);
+            const Index some = min(CHUNK_ROWS, end - r0);
             const Cut cut(1, some);
             each_blocks(cut, 0, inputs, [&](Index u, Index u1) {
                 const Index across = cut.blocks * V;
@@ -627,8 +628,8 @@ static int gradients(const Backward& f) {
                         store(f.dx + (r0 + r) * I + v * V, load(room + r * across + (v - u) * V), lanes_of(v, I));
             });
         }
-        const Index m0 = part.first(blocks_of(M)) * V, m1 = least(M, part.last(blocks_of(M)) * V);
-        const Index p0 = part.first(blocks_of(P)) * V, p1 = least(P, part.last(blocks_of(P)) * V);
+        const Index m0 = part.first(blocks_of(M)) * V, m1 = min(M, part.last(blocks_of(M)) * V);
+        const Index p0 = part.first(blocks_of(P)) * V, p1 = min(P, part.last(blocks_of(P)) * V);
         if (f.dW) transposed_product(f.dWx, K, M, m0, m1, x, f.dW, zero.data, room);
         if (f.dR) transposed_product(f.dRh, K, M, m0, m1, seen_anew ? seen_rows : h_before, f.dR, zero.data, room);
         if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, f.dW_hr, zero.data, room);
@@ -655,14 +656,14 @@ extern "C" int backward(const Backward& f) {
 
     Matrix R_back{P, G * H, 1, f.R, 0, 1, P}, W_hr_back{H, P, 1, f.W_hr, 0, 1, H};  // both the other way round
     const Index rows = by_rows ? (B + threads - 1) / threads : B;
-    const Index unprojected = cell.REDUCES ? rows * blocks * V : passing(1, rows), own = unprojected + passing(1, rows);
-    Scratch zero(most(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
+    const Index unprojected = cell.REDUCES ? rows * blocks * V : scratch_elements(1, rows), own = unprojected + scratch_elements(1, rows);
+    Scratch zero(max(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
     if (!zero.data || !scratch.data || !packed.data) {
         release(threads);
         return 1;
     }
     R_back.panels = packed.data, W_hr_back.panels = packed.data + R_back.size(outputs);
-    memset(zero.data, 0, most(blocks, outputs) * V * sizeof(scalar));
+    memset(zero.data, 0, max(blocks, outputs) * V * sizeof(scalar));
     for (Index s = 0; s < cell.S; ++s) memcpy(f.dfirst[s], f.dlast[s], B * (s ? H : P) * sizeof(scalar));
 
     Barrier ready{threads}, barrier{sharing};

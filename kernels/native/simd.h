@@ -31,7 +31,7 @@ typedef scalar unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeo
 // ---- What each instruction set has a word for -----------------------------------------------------------------------
 
 // Fused multiply-addition a * b + c, the square root, and the larger or smaller one of a limit and what may be NaN, which
-// stays. Of GCC they are builtins: <immintrin.h> would take it as long to read as the rest of a cell to compile.
+// stays. GCC's are builtins: to parse <immintrin.h> would take as long as to compile the rest of a cell.
 
 DEVICE vec all(scalar a) { return a - vec{}; }  // which is a, -0 too: one load that fills all lanes
 
@@ -122,7 +122,7 @@ struct real {
     }
 };
 
-struct whole {  // numbers of as many bits
+struct integers {  // lanes as integers of the same width
     ints v[PAIR];
 };
 
@@ -244,8 +244,8 @@ DEVICE real log(const real& a) {
     constexpr double SMALLEST = DOUBLE ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
     constexpr double INFINITE = __builtin_inf();
     const real scaled = each<real>([](vec x) { return x < all(scalar(SMALLEST)) ? x * all(scalar(Index(1) << MORE)) : x; }, a);
-    const whole bits = each<whole>([](vec x) { return (ints)x - ROOT; }, scaled);
-    const whole n = each<whole>([](ints i) { return i >> MANTISSA; }, bits);
+    const integers bits = each<integers>([](vec x) { return (ints)x - ROOT; }, scaled);
+    const integers n = each<integers>([](ints i) { return i >> MANTISSA; }, bits);
     const real f = each<real>([](ints i, ints k) { return (vec)(i - (k << MANTISSA) + ROOT); }, bits, n) - 1.0;
     const real k = each<real>([](ints i, vec x) {
         const ints corrected = i - ((x < all(scalar(SMALLEST))) & MORE);
@@ -258,9 +258,9 @@ DEVICE real log(const real& a) {
     real p = 2.0 / (2 * TERMS + 1);
 #pragma GCC unroll 16
     for (int i = TERMS - 1; i > 0; --i) p = fma(p, z, 2.0 / (2 * i + 1));
-    const real found = k * LN2_HIGH - ((half - (s * (half + p * z) + k * LN2_LOW)) - f);
+    const real log_value = k * LN2_HIGH - ((half - (s * (half + p * z) + k * LN2_LOW)) - f);
     return each<real>([](vec x, vec y) {
         const vec limit = x == vec{} ? all(scalar(-INFINITE)) : (x < vec{}) | (x != x) ? all(scalar(__builtin_nan(""))) : x;
         return (x > vec{}) & (x < all(scalar(INFINITE))) ? y : limit;
-    }, a, found);
+    }, a, log_value);
 }
