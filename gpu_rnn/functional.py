@@ -329,7 +329,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     runs = with_zeros([call_run], call.zeros, call_run.x) if call.zeros else [call_run]
     (result,) = call.backend.forward(call.problem, runs)
     outputs = modified.unpack(result.y, (*result.last, *result.history), cell.S, options.history)
-    present = {"x": True} | modified.weights._asdict()  # normalized, a call has fewer than its caller gave
+    # layer_norm takes weights out of a run; what is labelled is what the caller gave
+    present = {"x": True} | modified.weights._asdict()
     needs = {label for label, array in present.items() if array is not None and values.get(label) is not None}
     needs |= {"units"} if modified.sources else set()
 
@@ -340,8 +341,8 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
             raise ShapeError(f"there are {len(outputs)} outputs, but {len(doutputs)} gradients were given")
         labels: tuple[Any, ...] = "y", [letter + "T" for letter in cell.states], [*cell.states]
         dy, *rest = map(check_output_grad, labels, outputs, doutputs)
-        dlast, dstates = (*rest, [0.0])[:2]
-        dy, *dhistory = map(modified.mask_outputs, [dy + dstates[0], *dstates[1:]])
+        dlast, dstates = rest[0], rest[1] if options.history else [0.0]
+        dy, *dhistory = map(modified.mask_outputs, [dy + dstates[0], *dstates[1:]])  # y is h: both gradients add up
         saved = (result.y, *result.saved) if result.saved else ()
         grads = Grads(dy, tuple(dlast), tuple(dhistory))
         (gradients,) = dispatch.backward(call.backend, call.problem, runs, [saved], [grads], [needs])

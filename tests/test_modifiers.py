@@ -247,10 +247,10 @@ RESET, HALF = torch.ones(5, 2, dtype=torch.bool), (torch.ones(4, 4), torch.ones(
 CALLED = {
     "reset": (LSTM, {"reset": torch.ones(2, 5)}, ShapeError, "LSTM: reset is a tensor [2, 5]; expected a tensor [5"),
     "reset, batch first": (GRU, {"reset": torch.ones(2, 5)}, ShapeError, "expected a tensor [5, 2], with input [5, 2,"),
-    "a list of resets": (LSTM, {"reset": [[True]]}, ShapeError, "reset is a list of a list of bool; expected a tensor"),
+    "a list of resets": (LSTM, {"reset": [[True]]}, TypeError, "reset is a list of a list of bool; expected a tensor"),
     "lengths": (LSTM, {"lengths": torch.ones(5)}, ShapeError, "lengths is a tensor [5]; expected a tensor [2], with"),
     "left_padding": (GRU, {"left_padding": torch.ones(5, 1)}, ShapeError, "left_padding is a tensor [5, 1]; expected"),
-    "a list of lengths": (GRU, {"lengths": [1, 2]}, ShapeError, "lengths is a list of int, int; expected a tensor [5]"),
+    "a list of lengths": (GRU, {"lengths": [1, 2]}, TypeError, "lengths is a list of int, int; expected a tensor [5]"),
     "no reset": (LSTM, {"reset_state": (torch.ones(4, 4),) * 2}, ValueError, "reset_state is given, but reset, which"),
     "reset_state alone": (
         LSTM, {"reset": RESET, "reset_state": torch.ones(4, 4)}, ShapeError,

@@ -206,7 +206,7 @@ class RecurrentLayer(Recurrent):
             }
             for name, (mark, expected) in marks.items():
                 if mark is not None and (not isinstance(mark, Tensor) or mark.shape != expected):
-                    raise ShapeError(
+                    raise (ShapeError if isinstance(mark, Tensor) else TypeError)(
                         f"{self._get_name()}: {name} is {describe(mark)}; expected a tensor {list(expected)}, "
                         f"with input {functional.shape(input)}"
                     )
