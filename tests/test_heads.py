@@ -307,6 +307,22 @@ def test_streams():
         torch.testing.assert_close(torch.stack([stream(x[t]).clone() for t in range(5)]), layer(x)[0])
 
 
+@pytest.mark.parametrize(("kind", "options"), [("GRU", {"bidirectional": True}), ("LSTM", {"cell_clip": 0.5})])
+def test_exported_to_onnx(kind, options, tmp_path):
+    """As ONNX's operator, and as a loop."""
+    runtime = pytest.importorskip("onnxruntime")
+    layer, x = getattr(gpu_rnn, kind)(5, 12, num_heads=3, **options).eval(), torch.randn(6, 2, 5)
+    torch.onnx.export(layer, (x,), dynamo=True, verbose=False).save(tmp_path / "layer.onnx")
+    session = runtime.InferenceSession(tmp_path / "layer.onnx")
+    y, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(y, layer(x)[0].detach(), rtol=1e-5, atol=1e-6)
+    normed = gpu_rnn.LSTM(5, 12, num_heads=3, layer_norm=True, layer_norm_over="head").eval()
+    with pytest.raises(Exception, match="num_heads=3 takes means over the units of each head"):
+        torch.onnx.export(normed, (x,), dynamo=True, verbose=False)
+    with pytest.raises(NotImplementedError, match="has num_heads"):
+        gpu_rnn.onnx.save(gpu_rnn.LSTM(5, 12, num_heads=3), tmp_path / "layer.onnx")
+
+
 def test_truncated_gradients_and_copies_of_a_layer():
     layer = gpu_rnn.GRU(5, 12, num_heads=3, dtype=torch.float64)
     x = drawn(8, 2, 5)
