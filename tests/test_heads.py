@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,21 +220,46 @@ def test_modifiers_of_a_call_are_those_of_the_functions():
     np.testing.assert_allclose(states[1][0].detach(), c[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["MGU", "AntisymmetricRNN", "FastGRNN", "SLSTM", "LEM"])
-def test_a_head_of_a_published_cell_is_a_layer_of_its_own(name):
-    """Transforms of the recurrent weights too, which would mix heads."""
-    kind, N, H = getattr(gpu_rnn.cells, name), 3, 12
-    layer = kind(5, H, num_heads=N, dtype=torch.float64)
-    x, G = drawn(6, 2, 5), {}
-    y = layer(x)[0]
-    for n in range(N):
+PUBLISHED = {name: getattr(gpu_rnn.cells, name) for name in ("MGU", "AntisymmetricRNN", "FastGRNN", "SLSTM", "LEM")}
+NORMED = {f"{kind.__name__} normed": partial(kind, layer_norm=True) for kind in (gpu_rnn.LSTM, gpu_rnn.GRU)}
+
+
+@pytest.mark.parametrize("kind", (PUBLISHED | NORMED).values(), ids=PUBLISHED | NORMED)
+def test_a_head_is_a_layer_of_its_own(kind):
+    """Transforms of the recurrent weights, and normalizations, would mix heads."""
+    N, H, normed = 3, 12, isinstance(kind, partial)
+    layer = kind(5, H, num_heads=N, dtype=torch.float64, **{"layer_norm_over": "head"} if normed else {})
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = drawn(6, 2, 5)
+    whole = layer(x)[0]
+    (dx,) = torch.autograd.grad(whole.square().sum(), x)
+    expected = 0
+    for n, y in enumerate(whole.split(H // N, -1)):
         own = kind(5, H // N, dtype=torch.float64)
-        for (parameter, value), target in zip(layer.named_parameters(), own.parameters()):
+        for value, target in zip(layer.parameters(), own.parameters(), strict=True):
             rows = value if len(value) == 1 else value.unflatten(0, (-1, N, H // N))[:, n].flatten(0, 1)
             target.data.copy_(rows)
-            G[parameter] = len(value)
-        torch.testing.assert_close(y[..., n * H // N : (n + 1) * H // N], own(x)[0])
+        torch.testing.assert_close(y, own(x)[0])
+        expected = expected + torch.autograd.grad(own(x)[0].square().sum(), x)[0]
+    torch.testing.assert_close(dx, expected)
     assert layer.weight_hh_l0.shape[1] == H // N
+
+
+def test_pullback_of_a_norm_within_heads():
+    layer, x = (
+        gpu_rnn.LSTM(5, 12, num_heads=3, dtype=torch.float64, layer_norm=True, layer_norm_over="head"),
+        drawn(6, 2, 5),
+    )
+    y = layer(x)[0]
+    dx, *expected = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    arrays = [p.detach().numpy() for p in layer.parameters()]
+    how = {"layer_norm": tuple(arrays[4:]), "layer_norm_over": "head", "num_heads": 3}
+    (ours, _), pullback = gpu_rnn.vjp(gpu_rnn.lstm, x.detach().numpy(), *arrays[:4], **how)
+    gradients = pullback((2 * ours, None))
+    found = [*(gradients[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), *gradients["layer_norm"]]
+    for a, b in zip([gradients["x"], *found], [dx, *expected], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_a_constant_first_value_of_recurrent_weights_is_that_of_each_head(monkeypatch):
