@@ -1,5 +1,7 @@
 """gpu_rnn.flashrnn against the package's own backend in torch, and the sLSTM with heads against xlstm's."""
 
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import gpu_rnn
 from gpu_rnn.flashrnn import FUNCTIONS, flashrnn
 
 EQUAL = {"rtol": 1e-10, "atol": 1e-12}
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def arguments(function, N, B=3, T=5, D=4):
@@ -98,3 +101,40 @@ def test_slstm_is_that_of_xlstm(N):
     _, their_c, their_n, their_m = after
     ours = y, c * m.exp(), n * m.exp()
     checked(ours, (theirs[0, 1:], their_c * their_m.exp(), their_n * their_m.exp()), [Wx, R, b])
+
+
+def test_an_xlstm_trains_the_same():
+    """Its stack of blocks, in float64, so that rounding can't grow into a difference."""
+    pytest.importorskip("xlstm")
+    train = runpy.run_path(str(EXAMPLES / "xlstm_swap.py"))["train"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        losses = train(4)
+        assert losses == pytest.approx(train(4, ours=False), rel=1e-9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_tirex_runs_unchanged(heads):
+    """A layer of its own, forward and backward, with states that are carried on."""
+    pytest.importorskip("tirex2")
+    example = runpy.run_path(str(EXAMPLES / "tirex_swap.py"))
+    layer, x = example["layer"](24, heads).double(), torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(layer._recurrent_kernel_)
+    results = []
+    for ours in (False, True):
+        example["swap"](ours)
+        try:
+            y = layer(x)
+            first, carried = layer.step(x[:, :1])
+            second, _ = layer.step(x[:, 1:2], **carried)
+        finally:
+            example["swap"](False)
+        parts = y, first, second
+        results.append(
+            [*parts, *torch.autograd.grad([part.square().sum() for part in parts], [x, *layer.parameters()])]
+        )
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **EQUAL)
