@@ -392,7 +392,7 @@ def test_one_head_is_the_layer_bit_for_bit_and_the_same_call():
     arrays = [p.detach().numpy() for p in weights.parameters()]
     np.testing.assert_array_equal(gpu_rnn.gru(x, *arrays)[0], gpu_rnn.gru(x, *arrays, num_heads=np.int64(1))[0])
     made = Problem(cells.get("gru"), 4, 2, 5, 12)
-    assert dispatch.choose(made) is numpy, "nothing stands between a call of one head and its backend"
+    assert dispatch.choose(made, "numpy") is numpy, "nothing stands between a call of one head and its backend"
 
 
 LSTM = [np.ones((3, 2, 5)), np.ones((48, 5)), np.ones((48, 4)), np.ones(48), np.ones(48)]

@@ -114,7 +114,7 @@ def test_a_time_step_issues_no_more_than_the_table_says(kernel):
 def test_a_multiplied_address_in_the_time_loop_is_seen(monkeypatch):
     kernel, text = sass.Kernel("lstm", "bfloat16", 128, False), cuda.text
     table = table_row(kernel)
-    advanced, multiplied = "= Wx_at.of(k)[g * H];", "= p.Wx[at.row(at.nth(n), e, G, g)];"
+    advanced, multiplied = "= Wx_at.of(k)[g * H];", "= p.Wx[index.row(index.nth(n), e, G, g)];"
 
     def slower(unit):
         source, options = text(unit)

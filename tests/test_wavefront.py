@@ -262,7 +262,7 @@ BACKWARD_MUTATIONS = {
     "a gradient from above is taken without its flag": ("received_dx[k].y != LayerGradChannel::flag(round);", "false;"),
     "the last isn't sent down": ("if (!PersistentBlock::SINGLE_BLOCK) send_dx(T - 1);", ""),
     "all time steps share a word": ("words + ((round * BLOCKS", "words + ((round % 2 * BLOCKS"),
-    "the operand is already the next": ("turn > 1) send_dx(turn - 2);", "turn > 1) send_dx(turn - 1);"),
+    "the operand is already the next": ("round > 1) send_dx(round - 2);", "round > 1) send_dx(round - 1);"),
     "what is multiplied twice is overwritten": (
         "        store_partial_sums(sums, others);\n",
         "        const Corner at = Sums<GATE_SETS>::corner(lane);\n"
@@ -275,8 +275,8 @@ BACKWARD_MUTATIONS = {
     "both projections have one gradient": ("-1 : value;", "value : value;"),
 }  # fmt: skip
 ALONE_MUTATIONS = {  # where a single block has a layer
-    "it is sent down too late": ("if (PersistentBlock::SINGLE_BLOCK && turn > 0) send_dx(turn - 1);",
-                                "if (PersistentBlock::SINGLE_BLOCK && turn > 1) send_dx(turn - 2);"),
+    "it is sent down too late": ("if (PersistentBlock::SINGLE_BLOCK && round > 0) send_dx(round - 1);",
+                                "if (PersistentBlock::SINGLE_BLOCK && round > 1) send_dx(round - 2);"),
     "it never waits": ("needs_wait(!SINGLE_BLOCK || from != group())", "needs_wait(!SINGLE_BLOCK)"),
     "it sends nothing": ("SCOPE == GRID && (!SINGLE_BLOCK || KEEPS_ALL_ROUNDS)", "SCOPE == GRID && !SINGLE_BLOCK"),
     "its own is not where it multiplies": ("if (SCOPE == GRID && !SINGLE_BLOCK) return;", "if (SENDS) return;"),
