@@ -3,7 +3,7 @@
 The H units of every gate are N heads of D = H / N, those of head n from n*D on, and R [G*H, D] has for every unit its
 row of the block of its head. So a head is a layer of D units by itself: of the same x, with its rows of W, R and the
 biases, its part of the states, and a seed of its own. Here a run becomes those of its heads, and what they give is put
-together again; whoever computes knows nothing of heads. On arrays of any library; torch differentiates it.
+together again; a backend knows nothing of heads. On arrays of any library; torch differentiates it.
 """
 
 from collections.abc import Sequence

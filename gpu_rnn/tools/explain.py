@@ -266,7 +266,8 @@ def problem(
     letters = zip("TBIHP", (T, B, I, H, P))
     sizes = {letter: check_size(letter, size) for letter, size in letters if size is not None}
     T, B, H, I, P = sizes["T"], sizes["B"], sizes["H"], sizes.get("I"), sizes.get("P")
-    check_heads(as_count("num_heads", num_heads), H, P)
+    heads = as_count("num_heads", num_heads)
+    check_heads(heads, H, P)
     if P is not None and P >= H:
         raise ShapeError(f"P = {P}, H = {H}; a projection needs P < H")
     if P is not None and cell.name == "gru":
@@ -283,7 +284,7 @@ def problem(
         raise ValueError(f"{library} has no arrays on {device}")
     follows = (library, device, dtype) == ("torch", "cuda", "float32")
     tf32 = follows and arrays.torch_precision() == "tf32"
-    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32, heads=int(num_heads))
+    return Problem(cell, T, B, I, H, P, dtype, device, library, training, reverse, tf32, heads=heads)
 
 
 def check_size(name: str, size: Any, where: str = "") -> int:
