@@ -25,6 +25,10 @@ class Adapter:
     def NAME(self) -> str:
         return self.backend.NAME
 
+    @property
+    def RUNS_HEADS(self) -> bool:
+        return self.backend.RUNS_HEADS
+
     def reasons(self, problem: Problem) -> list[str]:
         return self.backend.reasons(self.inner(problem))
 

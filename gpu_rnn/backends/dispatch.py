@@ -43,7 +43,7 @@ def priority(problem: Problem) -> tuple[str, ...]:
 def backend_for(name: str, problem: Problem) -> Backend:
     """A backend as it runs the problem's cell and heads."""
     of_cell = backend(name) if problem.cell.lowered is None else TwoPass(backend(name))
-    return of_cell if problem.heads == 1 else Heads(of_cell)
+    return of_cell if problem.heads == 1 or of_cell.RUNS_HEADS else Heads(of_cell)
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:

@@ -23,19 +23,20 @@ from gpu_rnn.kernels.codegen.cpp import render_cell as render_cell
 from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.native import isa as instruction_sets
 
-from ..core import arrays
+from ..core import arrays, heads
 from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
 from . import compiler, gpu_common
 from .protocol import Needs, backward_in_turn, forward_in_turn
 from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "native"
+RUNS_HEADS = True
 MAX_STATES = 16  # as in sequence.h
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-FORWARD, BACKWARD = struct.Struct(f"{24 + 2 * MAX_STATES}Q"), struct.Struct(f"{34 + 3 * MAX_STATES}Q")
+FORWARD, BACKWARD = struct.Struct(f"{26 + 2 * MAX_STATES}Q"), struct.Struct(f"{37 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 WAKING = 5  # times as many, where threads have to wake up for it
 SOURCES = Path(kernels.__path__[0]) / "native"
@@ -66,7 +67,8 @@ def plan(problem: Problem) -> str:
     )
     ways = "forward and backward" if problem.training else "forward"
     projection = problem.projection or "input projection: one GEMM per chunk of time steps"
-    return f"{projection}\n{ways}: native code, one call for the whole sequence: {how}"
+    heads = f"{problem.of_heads}, each a recurrence by itself\n" if problem.heads > 1 else ""
+    return f"{heads}{projection}\n{ways}: native code, one call for the whole sequence: {how}"
 
 
 def method(problem: Problem, backward: bool) -> str:
@@ -79,7 +81,8 @@ def memory(problem: Problem) -> Memory:
     halves, states = problem.itemsize == 2, problem.state_elements
     y, x, rows = problem.output_elements, problem.input_elements, T * B * cell.G * H
     copies = x + problem.weight_elements + states if halves else 0  # in float32
-    record = sum(math.prod(shape) for shape, _ in saved_shapes(problem)) if problem.saves else 0
+    activations, *kept = [math.prod(shape) for shape, _ in saved_shapes(problem)]
+    record = sum((activations, *kept)) if problem.training else kept[0] if problem.history else 0
     history = T * (cell.S - 1) * B * H if problem.history else 0
     forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
     if not problem.training:
@@ -98,31 +101,39 @@ def warmup(problem: Problem) -> tuple[str, ...]:
 
 def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
     """step_exact needs nothing: every sum has one order, and nothing depends on T."""
-    if len(runs) > 1:
+    if problem.layers > 1:
         return forward_in_turn(forward, problem, runs)
-    ((caller_x, weights, state, reverse),), cell, save = runs, problem.cell, problem.saves
-    x, w, first = as_plain(caller_x), [as_plain(w) for w in weights], [as_plain(s) for s in state]
-    empty = allocator(x)
-    y, last = empty((problem.T, problem.B, problem.P or problem.H)), [empty(s.shape) for s in first]
-    saved = [empty(shape) for shape, _ in problem.decide(saved_shapes, saved_shapes, problem)] if save else []
-    call(entries(problem).forward, forward_arguments(problem, x, w, first, y, last, saved, reverse=reverse))
+    calls, together, inside = [], *shared_threads(problem, len(runs))
+    for run in runs:
+        x, w, first = as_plain(run.x), plain_weights(problem, run.weights), [as_plain(s) for s in run.state]
+        empty = allocator(x)
+        y, last = empty((problem.T, problem.B, problem.P or problem.H)), [empty(s.shape) for s in first]
+        activations, states, *others = problem.decide(saved_shapes, saved_shapes, problem)
+        shapes = [activations, states, *others] if problem.training else [None, states] if problem.history else []
+        calls.append((x, w, first, y, last, [shape and empty(shape[0]) for shape in shapes]))
+    values = [forward_arguments(problem, *each, reverse=run.reverse, threads=inside) for each, run in zip(calls, runs)]
+    call(entries(problem).forward, b"".join(values), len(runs), together)
+    return [to_result(problem, run, y, last, saved) for run, (*_, y, last, saved) in zip(runs, calls)]
+
+
+def to_result(problem: Problem, run: Run, y: Any, last: Sequence[Any], saved: Sequence[Any]) -> Result:
     history: tuple = ()
     if problem.history:
-        after = arrays.flip(saved[1][1:]) if reverse else saved[1][1:]
-        history = tuple([gpu_common.to_storage(after[:, k], caller_x) for k in range(cell.S - 1)])
-    last = [to_caller(array, caller_x) for array in last]
-    return [Result(to_caller(y, caller_x), tuple(last), history, tuple(saved) if problem.training else ())]
+        after = arrays.flip(saved[1][1:]) if run.reverse else saved[1][1:]
+        history = tuple([gpu_common.to_storage(after[:, k], run.x) for k in range(problem.cell.S - 1)])
+    last = [to_caller(array, run.x) for array in last]
+    return Result(to_caller(y, run.x), tuple(last), history, tuple(saved) if problem.training else ())
 
 
 def forward_arguments(
     problem: Problem, x: Any, w: Sequence[Any], first: Sequence[Any], y: Any, last: Sequence[Any],
-    saved: Sequence[Any] = (), packed: Any = None, *, reverse: bool = False,
+    saved: Sequence[Any] = (), packed: Any = None, *, reverse: bool = False, threads: int = 1,
 ) -> bytes:  # fmt: skip
     """The struct Forward of plain arrays."""
-    T, B, I, H, P = problem.T, problem.B, x.shape[2], problem.H, problem.P or problem.H
+    H, P, N = problem.H, problem.P or problem.H, problem.heads
     return FORWARD.pack(
-        entries(problem).code, T, B, I, H, P, reverse, useful_threads(T, B, B * problem.cell.G * H * (I + P)),
-        problem.saves, *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
+        entries(problem).code, problem.T, problem.B, x.shape[2], H, P, N, reverse, threads, H // N, P // N,
+        *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
         *[pointer(array) for array in (y, *(*saved, None, None, None)[:3], packed)], *pointers(first), *pointers(last),
     )  # fmt: skip
 
@@ -133,15 +144,16 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
     -> its states, [B, .] each and zero; and what goes from x [B, I] and the states to y [B, P] and the states. Of half
     precision states are float32, as within a sequence. x, y: torch tensors.
     """
-    w, entry = Weights(*map(as_plain, weights)), entries(problem)
+    w, entry = plain_weights(problem, weights), entries(problem)
+    _, threads = shared_threads(problem, 1)
     given, found = (as_plain(array).view(1, *array.shape) for array in (x, y))
     sizes = [problem.P or problem.H, *[problem.H] * (problem.cell.S - 1)]
     states = [given.new_zeros(problem.B, size) for size in sizes]
     size = entry.pack(forward_arguments(problem, given, w, states, found, states), None)
     packed = given.new_empty(size)
-    values = forward_arguments(problem, given, w, states, found, states, packed=packed)
+    values = forward_arguments(problem, given, w, states, found, states, packed=packed, threads=threads)
     entry.pack(values, pointer(packed))
-    run = partial(call, entry.forward, values, (given, w, found, states, packed))
+    run = partial(call, entry.forward, values, 1, 1, (given, w, found, states, packed))
     if given.dtype == x.dtype:
         return states, run
 
@@ -156,42 +168,56 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
 def backward(
     problem: Problem, runs: Sequence[Run], saved: Sequence[tuple], grads: Sequence[Grads], needs: Sequence[Needs]
 ) -> list[dict[str, Any]]:
-    if len(runs) > 1:
+    if problem.layers > 1:
         return backward_in_turn(backward, problem, runs, saved, grads, needs)
-    (run,), (names,), cell = runs, needs, problem.cell
-    state_shapes = [array.shape for array in run.state]
-    leaf = gpu_common.as_contiguous(run)  # on no graph
-    x, w, first = as_plain(leaf.x), Weights(*map(as_plain, leaf.weights)), [*map(as_plain, leaf.state)]
-    y, activations, cell_states, *unprojected = map(as_plain, saved[0])
-    (T, B, P), I, H = y.shape, x.shape[2], problem.H
-    GH, entry, empty = cell.G * H, entries(problem), allocator(x)
-    dy, dlast, dhistory = as_plain(grads[0].y), [*map(as_plain, grads[0].last)], [*map(as_plain, grads[0].history)]
-    dWx = empty((T, B, GH))
-    dRh = empty((T, B, GH)) if any(cell.separate) else dWx
-    total: Any = empty((T, B, P)) if w.w_hr is not None else None
-    dfirst = [empty(array.shape) for array in first]
+    calls = [BackwardCall(problem, *each) for each in zip(runs, saved, grads, needs)]
+    together, inside = shared_threads(problem, len(runs), backward=True)
+    call(entries(problem).backward, b"".join([each.arguments(inside) for each in calls]), len(runs), together)
+    return [each.gradients() for each in calls]
 
-    differentiated = {"x": None if w.w_ih is None else x, **w._asdict(), "units": None}
-    gradients = {name: empty(a.shape) for name, a in differentiated.items() if a is not None and name in names}
-    written = [gradients.get(name) for name in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
-    dunits, summed = arrays.zeros((cell.num_trainable, B, H), like=x), None
-    if "units" in names:
-        gradients["units"] = arrays.zeros(w.units.shape, like=x)
-        if w.units.shape[1] == B:
-            dunits = gradients["units"]
-        else:
-            summed = gradients["units"]
-    values = BACKWARD.pack(
-        entry.code, T, B, I, H, P, run.reverse, useful_threads(T, B, B * GH * P),
-        threads_for(T * B * GH * (I + P) // WAKING), *map(pointer, (x, w.w_ih, w.w_hh, w.w_hr)), *auxiliary(w),
-        *map(pointer, (y, activations, cell_states, *(unprojected or [None]), first[0], dy, dWx, dRh, total, dunits)),
-        *map(pointer, (*written, summed)), *pointers(dlast), *pointers(dfirst), *pointers([None, *dhistory]),
-    )  # fmt: skip
-    call(entry.backward, values)
-    if "x" in names:
-        gradients.setdefault("x", dWx)
-    dstate = tuple([to_caller(d, run.x).reshape(shape) for d, shape in zip(dfirst, state_shapes)])
-    return [{name: to_caller(array, run.x) for name, array in gradients.items()} | {"state": dstate}]
+
+class BackwardCall:
+    """The arrays that one run of `backward` reads and writes."""
+
+    def __init__(self, problem: Problem, run: Run, saved: tuple, grads: Grads, names: Needs) -> None:
+        leaf = gpu_common.as_contiguous(run)  # on no graph
+        self.problem, self.run, self.names = problem, run, names
+        self.x, self.w, self.first = as_plain(leaf.x), plain_weights(problem, leaf.weights), [*map(as_plain, leaf.state)]
+        self.saved = [*map(as_plain, saved), None][:4]  # y, activations, cell states, h before its projection
+        self.dy, self.dlast, self.dhistory = as_plain(grads.y), [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
+        (T, B, P), cell, H, w, empty = self.saved[0].shape, problem.cell, problem.H, self.w, allocator(self.x)
+        self.dWx = empty((T, B, cell.G * H))
+        self.dRh = empty((T, B, cell.G * H)) if any(cell.separate) else self.dWx
+        self.dy_total: Any = empty((T, B, P)) if w.w_hr is not None else None
+        self.dfirst = [empty(array.shape) for array in self.first]
+        parameters = {"x": None if w.w_ih is None else self.x, **w._asdict(), "units": None}
+        self.found = {name: empty(a.shape) for name, a in parameters.items() if a is not None and name in names}
+        self.dunits, self.dunits_sum = arrays.zeros((cell.num_trainable, B, H), like=self.x), None
+        if "units" in names:
+            self.found["units"] = arrays.zeros(w.units.shape, like=self.x)
+            if w.units.shape[1] == B:
+                self.dunits = self.found["units"]
+            else:
+                self.dunits_sum = self.found["units"]
+
+    def arguments(self, threads: int) -> bytes:
+        """The struct Backward."""
+        problem, w, (T, B, P), I = self.problem, self.w, self.saved[0].shape, self.x.shape[2]
+        H, N, written = problem.H, problem.heads, [self.found.get(name) for name in ("x", *Weights._fields[:5])]
+        return BACKWARD.pack(
+            entries(problem).code, T, B, I, H, P, N, self.run.reverse, threads,
+            threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N,
+            *map(pointer, (self.x, w.w_ih, w.w_hh, w.w_hr)), *auxiliary(w), *map(pointer, (*self.saved, self.first[0])),
+            *map(pointer, (self.dy, self.dWx, self.dRh, self.dy_total, self.dunits, *written, self.dunits_sum)),
+            *pointers(self.dlast), *pointers(self.dfirst), *pointers([None, *self.dhistory]),
+        )  # fmt: skip
+
+    def gradients(self) -> dict[str, Any]:
+        if "x" in self.names:
+            self.found.setdefault("x", self.dWx)
+        x = self.run.x
+        states = tuple([to_caller(d, x).reshape(first.shape) for d, first in zip(self.dfirst, self.run.state)])
+        return {name: to_caller(array, x) for name, array in self.found.items()} | {"state": states}
 
 
 def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
@@ -207,7 +233,8 @@ def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
 def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
     cell, T, B, H, real = problem.cell, problem.T, problem.B, problem.H, real_of(problem)
     lanes = instruction_set().lanes(real)
-    shapes: list[tuple] = [(T, B, -(-H // lanes), cell.K, lanes), (T + 1, cell.S - 1, B, H)]
+    blocks = -(-(H // problem.heads) // lanes)
+    shapes: list[tuple] = [(problem.heads * T, B, blocks, cell.K, lanes), (T + 1, cell.S - 1, B, H)]
     return [(shape, real) for shape in (shapes if problem.P is None else [*shapes, (T, B, H)])]
 
 
@@ -225,6 +252,14 @@ def as_plain(array: Any) -> Any:
     if array.is_neg() or not array.is_contiguous():
         array = array.detach().resolve_neg().contiguous()
     return array
+
+
+def plain_weights(problem: Problem, weights: Sequence[Any]) -> Weights:
+    """As the kernels read them, with a seed for each head."""
+    plain = Weights(*map(as_plain, weights))
+    if problem.heads == 1 or plain.seed is None:
+        return plain
+    return plain._replace(seed=arrays.concatenate(heads.seeds(plain.seed, problem.heads), 0))
 
 
 def allocator(like: Any) -> Callable[[tuple], Any]:
@@ -265,14 +300,19 @@ def threads() -> int:
     return cores()
 
 
-def useful_threads(T: int, B: int, step: int) -> int:
-    """How many threads a call uses, whose time steps have `step` multiply-adds each.
+def shared_threads(problem: Problem, runs: int, backward: bool = False) -> tuple[int, int]:
+    """How many threads do a head each at a time (1: none does), and how many share a head.
 
-    With rows of its own a thread waits once, at the end, but has to wake up before.
+    One that has heads, or batch rows, of its own waits once, at the end, but has to wake up before.
     """
-    if T * step < WORTH_A_THREAD:  # however many there are
-        return 1
-    return threads_for(T * step // WAKING if 2 * threads() <= B else step)
+    T, B, N, many = problem.T, problem.B, problem.heads, threads()
+    I, Q = 0 if backward else problem.I or 0, (problem.P or problem.H) // N
+    step, jobs, rows = B * problem.cell.G * problem.H // N * (I + Q), runs * N, B >= 2 * many
+    if jobs * T * step < WORTH_A_THREAD:  # however many there are
+        return 1, 1
+    if 1 < many and (jobs % many == 0 or jobs > many and not rows):
+        return threads_for(jobs * T * step // WAKING), 1
+    return 1, threads_for(T * step // WAKING if rows else step)
 
 
 def threads_for(work: int) -> int:
@@ -288,9 +328,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def call(function: Callable[[bytes], int], values: bytes, _alive: Any = None) -> None:
+def call(function: Callable[..., int], values: bytes, runs: int, threads: int, _alive: Any = None) -> None:
     """_alive: the arrays that `values` points to, for a partial to keep."""
-    if function(values):
+    if function(values, runs, threads):
         raise MemoryError("there is no memory for packed weights")
 
 
@@ -322,8 +362,8 @@ class Entries(NamedTuple):
     """What a problem calls: the address of its cell's `Code`, and the functions that are the same for every cell."""
 
     code: int
-    forward: Callable[[bytes], int]
-    backward: Callable[[bytes], int]
+    forward: Callable[[bytes, int, int], int]
+    backward: Callable[[bytes, int, int], int]
     pack: Callable[[bytes, int | None], int]
 
 
@@ -342,7 +382,7 @@ def library(real: str) -> Any:
     """Matmuls and time loop."""
     loaded = compiler.load(f"sequence-{real}", text("simd.h", "sequence.h", "sequence.cpp"), flags(real))
     for function in (loaded.forward, loaded.backward):
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_int
     loaded.pack.argtypes, loaded.pack.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int64
     return loaded
 

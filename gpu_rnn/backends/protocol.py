@@ -18,6 +18,11 @@ class Backend(Protocol):
     @property
     def NAME(self) -> str: ...
 
+    @property
+    def RUNS_HEADS(self) -> bool:
+        """Whether it takes problems with heads; else `heads.Heads` runs each by itself."""
+        ...
+
     def reasons(self, problem: Problem) -> list[str]:
         """Return every reason why it can't serve a problem; none where it can."""
         ...

@@ -42,16 +42,21 @@ def int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
+def seeds(seed: Any, N: int) -> list[Any]:
+    """Of each head, [1] as that of all."""
+    return [seed + int64(n * GOLDEN) for n in range(N)]
+
+
 def split_run(run: Run, N: int, G: int) -> list[Run]:
     """The runs of the heads of a run."""
     x, (w_ih, w_hh, b_ih, b_hh, _, units, flags, seed), state, reverse = run
     xs = [x] * N if w_ih is not None else split(x, N, G)
+    own_seeds = [None] * N if seed is None else seeds(seed, N)
     rows = [split(array, N, G, axis=0) for array in (w_ih, w_hh, b_ih, b_hh)]
     states, units = [split(initial, N) for initial in state], split(units, N)
     runs = []
     for n in range(N):
         w_ih, w_hh, b_ih, b_hh = (array[n] for array in rows)
-        own_seed = None if seed is None else seed + int64(n * GOLDEN)
-        weights = Weights(w_ih, w_hh, b_ih, b_hh, None, units[n], flags, own_seed)
+        weights = Weights(w_ih, w_hh, b_ih, b_hh, None, units[n], flags, own_seeds[n])
         runs.append(Run(xs[n], weights, [initial[n] for initial in states], reverse))
     return runs

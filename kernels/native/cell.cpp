@@ -72,19 +72,19 @@ DEVICE void each_pair(Range range, Body body) {
     }
 }
 
-// Means over the units of row b. values_of(level, b, u, values) gives what is averaged of PAIR blocks; lanes past the last
+// Means over the units of a head in row b. values_of(level, b, u, values) gives what is averaged of PAIR blocks; lanes past the last
 // unit don't count.
 template <int LEVELS, int MEANS, class Values>
-DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index H, int (*before)(int), Values values_of) {
+DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index units, int (*before)(int), Values values_of) {
     for (int level = 0; level < LEVELS; ++level) {
         const int first = before(level), last = before(level + 1);
         vec sums[MEANS];
         for (int n = first; n < last; ++n) sums[n] = vec{};
-        each_pair({row, row + 1, 0, blocks_of(H)}, [&](int count, const Index* b, const Index* u) {
+        each_pair({row, row + 1, 0, blocks_of(units)}, [&](int count, const Index* b, const Index* u) {
             real values[MEANS];
             values_of(level, b, u, values);
             for (int i = 0; i < count; ++i) {
-                const int lanes = lanes_of(u[i], H);
+                const int lanes = lanes_of(u[i], units);
                 for (int n = first; n < last; ++n) {
                     vec value = values[n - first].v[i];
                     for (int k = lanes; k < V; ++k) value[k] = 0;
@@ -95,7 +95,7 @@ DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index H, int (*be
         for (int n = first; n < last; ++n) {
             scalar sum = 0;
             for (int k = 0; k < V; ++k) sum += sums[n][k];
-            means[n] = static_cast<double>(sum / static_cast<scalar>(H));
+            means[n] = static_cast<double>(sum / static_cast<scalar>(units));
         }
     }
 }
@@ -105,32 +105,32 @@ DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index H, int (*be
 template <class Problem>
 DEVICE Index time_of(const Problem& problem, Index n) { return problem.reverse ? problem.T - 1 - n : n; }
 
-// h: [B, H] where h after the step goes: y, or what the projection takes.
+// h: [B, H] where h of a head after the step goes: y, or what the projection takes.
 static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, scalar* h) {
     const Index t = time_of(f, n), H = f.H, plane = f.B * H;
     const scalar* before[S];
     scalar* after[S];
     before[0] = n == 0 ? f.first[0] : f.y + time_of(f, n - 1) * f.B * f.P;
     for (int s = 1; s < S; ++s) {
-        before[s] = f.save ? f.cell_states + (n * (S - 1) + s - 1) * plane : f.last[s];
-        after[s] = f.save ? f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane : f.last[s];
+        before[s] = f.cell_states ? f.cell_states + (n * (S - 1) + s - 1) * plane : f.last[s];
+        after[s] = f.cell_states ? f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane : f.last[s];
     }
     struct StepInputs {
         real x[G], h[G], state[S], aux[or_1(AUX)];
     };
-    const bool projected = f.W_hr != nullptr, save = f.save;
-    const Index blocks = blocks_of(H), saved_row = n * f.B * blocks * K * V;
+    const bool projected = f.W_hr != nullptr;
+    const Index blocks = blocks_of(f.D), saved_row = n * f.B * blocks * K * V;
     auto load_inputs = [&](StepInputs& in, const Index* b, const Index* u) {
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR; ++i) {
-            const int lanes = lanes_of(u[i], H);
+            const int lanes = lanes_of(u[i], f.D);
             const Index at = b[i] * H + u[i] * V, gate = (u[i] - range.u0) * G * V;
             const scalar* x = Wx.data + (b[i] - range.b0) * Wx.row + gate;
             const scalar* h = Rh.data + (b[i] - range.b0) * Rh.row + gate;
             for (int g = 0; g < G; ++g) in.x[g].v[i] = load(x + g * V), in.h[g].v[i] = load(h + g * V);
             in.state[0].v[i] = projected ? vec{} : load(before[0] + at, lanes);  // it can't see a projected h
             for (int s = 1; s < S; ++s) in.state[s].v[i] = load(before[s] + at, lanes);
-            load_aux(in.aux, i, f, t, b[i], u[i], H);
+            load_aux(in.aux, i, f, t, b[i], u[i], f.D);
         }
     };
     auto pass = [&](Range some, const real* means) {
@@ -142,11 +142,11 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
 #pragma GCC unroll 4
             for (int i = 0; i < PAIR; ++i) {
                 if (i >= count) break;
-                const int lanes = lanes_of(u[i], H);
+                const int lanes = lanes_of(u[i], f.D);
                 const Index at = b[i] * H + u[i] * V;
                 store(h + at, in.state[0].v[i], lanes);
                 for (int s = 1; s < S; ++s) store(after[s] + at, in.state[s].v[i], lanes);
-                if (!save) continue;
+                if (!f.saved) continue;
                 scalar* to = f.saved + saved_row + (b[i] * blocks + u[i]) * K * V;
                 for (int k = 0; k < K; ++k) store(to + k * V, saved[k].v[i]);
             }
@@ -155,7 +155,7 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
     if constexpr (Cell::STEP_LEVELS == 0) return pass(range, nullptr);
     for (Index row = range.b0; row < range.b1; ++row) {
         real means[or_1(Cell::STEP_MEANS)];
-        reduce_over_units<Cell::STEP_LEVELS>(means, row, H, Cell::step_before,
+        reduce_over_units<Cell::STEP_LEVELS>(means, row, f.D, Cell::step_before,
                                              [&](int level, const Index* b, const Index* u, real* values) {
             StepInputs in;
             load_inputs(in, b, u);
@@ -170,11 +170,11 @@ static void operand(const Forward& f, Index n, Range range, const scalar* h, sca
     each_pair(range, [&](int count, const Index* b, const Index* u) {
         real seen[1], aux[or_1(AUX)];
         for (int i = 0; i < PAIR; ++i) {
-            seen[0].v[i] = load(h + b[i] * f.P + u[i] * V, lanes_of(u[i], f.P));
-            load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.P);
+            seen[0].v[i] = load(h + b[i] * f.P + u[i] * V, lanes_of(u[i], f.Q));
+            load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.Q);
         }
         Cell::operand(seen, aux);
-        for (int i = 0; i < count; ++i) store(out + b[i] * f.P + u[i] * V, seen[0].v[i], lanes_of(u[i], f.P));
+        for (int i = 0; i < count; ++i) store(out + b[i] * f.P + u[i] * V, seen[0].v[i], lanes_of(u[i], f.Q));
     });
 }
 
@@ -194,7 +194,7 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
     auto load_inputs = [&](GradInputs& in, const Index* b, const Index* u) {
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR; ++i) {
-            const int lanes = lanes_of(u[i], H);
+            const int lanes = lanes_of(u[i], f.D);
             const Index at = b[i] * H + u[i] * V;
             if (projected) in.dnew[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
             else in.dnew[0].v[i] = load(f.dy + t * plane + at, lanes) + load(f.dfirst[0] + at, lanes);
@@ -206,9 +206,9 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
                 in.next[s].v[i] = load(f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + at, lanes);
                 in.state[s].v[i] = load(f.cell_states + (n * (S - 1) + s - 1) * plane + at, lanes);
             }
-            const scalar* from = f.saved + ((n * f.B + b[i]) * blocks_of(H) + u[i]) * K * V;
+            const scalar* from = f.saved + ((n * f.B + b[i]) * blocks_of(f.D) + u[i]) * K * V;
             for (int k = 0; k < K; ++k) in.saved[k].v[i] = load(from + k * V);
-            load_aux(in.aux, i, f, t, b[i], u[i], H);
+            load_aux(in.aux, i, f, t, b[i], u[i], f.D);
         }
     };
     auto pass = [&](Range some, const real* means) {
@@ -220,7 +220,7 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
 #pragma GCC unroll 4
             for (int i = 0; i < PAIR; ++i) {
                 if (i >= count) break;
-                const int lanes = lanes_of(u[i], H);
+                const int lanes = lanes_of(u[i], f.D);
                 const Index at = b[i] * H + u[i] * V, gate = (t * f.B + b[i]) * G * H + u[i] * V;
                 for (int k = 0; k < LEARNED; ++k) add_to(f.dunits + k * plane + at, dunits[k].v[i], lanes);
                 if (!projected) store(f.dfirst[0] + at, dstate[0].v[i], lanes);
@@ -234,7 +234,7 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
     if constexpr (Cell::GRAD_LEVELS == 0) return pass(range, nullptr);
     for (Index row = range.b0; row < range.b1; ++row) {
         real means[or_1(Cell::GRAD_MEANS)];
-        reduce_over_units<Cell::GRAD_LEVELS>(means, row, H, Cell::grad_before,
+        reduce_over_units<Cell::GRAD_LEVELS>(means, row, f.D, Cell::grad_before,
                                              [&](int level, const Index* b, const Index* u, real* values) {
             GradInputs in;
             load_inputs(in, b, u);
@@ -250,11 +250,11 @@ static void operand_grad(const Backward& f, Index n, Range range, Gates dh) {
         real found[1], aux[or_1(AUX)], dunits[or_1(LEARNED)];
         for (int i = 0; i < PAIR; ++i) {
             found[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
-            if constexpr (Cell::OPERAND != 0) load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.P);
+            if constexpr (Cell::OPERAND != 0) load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.Q);
         }
         if constexpr (Cell::OPERAND != 0) Cell::operand_grad(found, dunits, aux);
         for (int i = 0; i < count; ++i) {
-            const int lanes = lanes_of(u[i], f.P);
+            const int lanes = lanes_of(u[i], f.Q);
             add_to(f.dfirst[0] + b[i] * f.P + u[i] * V, found[0].v[i], lanes);
             if constexpr (Cell::OPERAND != 0)
                 for (int k = 0; k < LEARNED; ++k)

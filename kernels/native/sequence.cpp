@@ -10,8 +10,9 @@
 // and the pieces before: its bits depend neither on the tile nor on how many rows, time steps or threads there are, and
 // its error grows with the length of a piece rather than with K.
 //
-// Threads have batch rows of their own and never wait; with fewer rows than threads they have units of their own, and
-// wait for each other after every part of a time step. One that has nothing to do sleeps.
+// Heads and runs know nothing of each other: where there are enough of them, each is one thread's, whose cache keeps its
+// weights. Else threads have batch rows of their own and never wait; with fewer rows than threads they have units of
+// their own, and wait for each other after every part of a time step. One that has nothing to do sleeps.
 //
 // Why not the simpler way: one large product for the input part of all time steps would write T B G H values to memory and read
 // them again; here it is made for as many time steps as give a product enough rows.
@@ -150,6 +151,30 @@ static Part part_of(int thread, int threads, Index B, bool by_rows) {
     return {B * thread / threads, B * (thread + 1) / threads, 0, 1};
 }
 
+// ---- Heads ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+DEVICE void skip(T*& array, Index elements) {
+    if (array) array += elements;
+}
+
+// Have body(head) for every head of so many runs, of the same sizes: one after the other, each by threads of its own, or
+// for threads > 1 each on one thread. 0, or 1 where one gives that.
+template <class Problem>
+static int each_head(const Problem* runs, Index count, Index threads, int (*body)(const Problem&)) {
+    const Index heads = runs->heads, all = count * heads;
+    Index next = 0;
+    int failed = 0;
+    auto work = [&](int) {
+        for (Index k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < all;)
+            if (body(head(runs[k / heads], k % heads))) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+    };
+    const int workers = acquire(min(threads, all));
+    run(workers, work);
+    release(workers);
+    return failed;
+}
+
 // ---- Products ------------------------------------------------------------------------------------------------------
 
 #if !defined(__clang__)
@@ -201,14 +226,17 @@ DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
 }
 
 // Weights, and panels of them as a product reads them: [blocks][K][G][V] from block `begin` on, further lanes zero.
-// Element (g, unit, k) lies at from + g * of_gate + unit * of_unit + k * of_k.
+// Element (g, unit, k) lies at from + g * of_gate + unit * of_unit + place(k) * of_k; of_unit or of_k is 1, and where k has
+// places of its own of_unit.
 struct Matrix {
     Index units, K, G;
     const scalar* from;  // null: there are none
     Index of_gate, of_unit, of_k;
     scalar* panels = nullptr;
     Index begin = 0;
+    Index span = K, apart = K;  // every `span` of K begin so far apart: units of a head are so in gates of all heads
 
+    Index place(Index k) const { return span == apart ? k : k / span * apart + k % span; }
     Index size(Index blocks) const { return from ? blocks * K * G * V : 0; }
     scalar* panel(Index u) const { return panels + (u - begin) * K * G * V; }
 
@@ -219,7 +247,7 @@ struct Matrix {
                 const scalar* source = from + g * of_gate + u * V * of_unit;
                 scalar* to = panel(u) + g * V;
                 if (of_unit == 1) {
-                    for (Index k = 0; k < K; ++k) store(to + k * G * V, load(source + k * of_k, lanes));
+                    for (Index k = 0; k < K; ++k) store(to + k * G * V, load(source + place(k) * of_k, lanes));
                     continue;
                 }
                 Index k = 0;
@@ -345,14 +373,17 @@ struct Cut {
 template <class Row>
 static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row, const scalar* start, scalar* out,
                      Index out_row) {
-    for (Index k = 0; k == 0 || k < w.K; k += PIECE)
+    Index piece;
+    for (Index k = 0; k == 0 || k < w.K; k += max(piece, 1)) {
+        piece = min(PIECE, min(w.K - k, w.span - k % max(w.span, 1)));
         for (Index turn = 0; turn < cut.turns; ++turn) {
             const Index first = cut.rows * turn / cut.turns, last = cut.rows * (turn + 1) / cut.turns;
             const scalar* rows[ACCUMULATORS];
-            for (Index r = first; r < last; ++r) rows[r - first] = row(r) + k;
-            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, min(PIECE, w.K - k),
+            for (Index r = first; r < last; ++r) rows[r - first] = row(r) + w.place(k);
+            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, piece,
                     k == 0 ? start : nullptr, out + first * out_row, out_row);
         }
+    }
 }
 
 // Go through blocks [u0, u1) by as many as the cut has side by side: body(u, u').
@@ -364,11 +395,11 @@ DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
 // Elements of a buffer for R rows of a product that is read before the next blocks are computed.
 DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
 
-// [G, units] -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
-static void pack_bias(const scalar* bias, Index G, Index units, Index gates, scalar* to, bool add) {
+// [G, units], gates `of_gate` apart -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
+static void pack_bias(const scalar* bias, Index of_gate, Index G, Index units, Index gates, scalar* to, bool add) {
     for (Index u = 0; u < blocks_of(units); ++u)
         for (Index g = 0; g < G; ++g) {
-            vec value = bias && (gates >> g & 1) ? load(bias + g * units + u * V, lanes_of(u, units)) : vec{};
+            vec value = bias && (gates >> g & 1) ? load(bias + g * of_gate + u * V, lanes_of(u, units)) : vec{};
             scalar* at = to + (u * G + g) * V;
             store(at, add ? load(at) + value : value);
         }
@@ -379,32 +410,44 @@ static void pack_bias(const scalar* bias, Index G, Index units, Index gates, sca
 struct Matrices {
     Matrix W, R, W_hr;
     explicit Matrices(const Forward& f)
-        : W{f.H, f.I, f.cell->G, f.W, f.H * f.I, f.I, 1}, R{f.H, f.P, f.cell->G, f.R, f.H * f.P, f.P, 1},
+        : W{f.D, f.I, f.cell->G, f.W, f.H * f.I, f.I, 1}, R{f.D, f.Q, f.cell->G, f.R, f.H * f.Q, f.Q, 1},
           W_hr{f.P, f.H, 1, f.W_hr, 0, f.H, 1} {}
 
-    // Of so many blocks of H and of P; `place` puts their panels one after the other.
+    // Of so many blocks of D and of Q; `place` puts their panels one after the other.
     Index size(Index blocks, Index outputs) const { return W.size(blocks) + R.size(blocks) + W_hr.size(outputs); }
     void place(scalar* at, Index blocks) {
         W.panels = at, R.panels = W.panels + W.size(blocks), W_hr.panels = R.panels + R.size(blocks);
     }
 };
 
-// How many elements the packed weights have; where `to` is, they go there. For calls that have the same weights.
-extern "C" Index pack(const Forward& f, scalar* to) {
-    Matrices weights(f);
-    const Index blocks = blocks_of(f.H), outputs = blocks_of(f.P);
-    if (to) {
-        weights.place(to, blocks);
-        weights.W.pack(0, blocks), weights.R.pack(0, blocks), weights.W_hr.pack(0, outputs);
-    }
-    return weights.size(blocks, outputs);
+static Index packed_size(const Forward& f) { return Matrices(f).size(blocks_of(f.D), blocks_of(f.Q)); }
+
+static Forward head(const Forward& all, Index n) {
+    Forward f = all;
+    const Index unit = n * f.D, output = n * f.Q;
+    if (!f.W) skip(f.x, unit);
+    skip(f.W, unit * f.I), skip(f.R, unit * f.Q), skip(f.b_x, unit), skip(f.b_h, unit);
+    skip(f.aux.units, unit), skip(f.aux.seed, n), skip(f.packed, n * packed_size(f));
+    skip(f.y, output), skip(f.saved, n * f.T * f.B * blocks_of(f.D) * f.cell->K * V), skip(f.cell_states, unit);
+    for (Index s = 0; s < f.cell->S; ++s) skip(f.first[s], unit), skip(f.last[s], unit);
+    return f;
 }
 
-// 0, or 1 where there is no memory.
-extern "C" int forward(const Forward& f) {
+// How many elements the packed weights have; where `to` is, they go there. For calls that have the same weights.
+extern "C" Index pack(const Forward& f, scalar* to) {
+    const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q), size = packed_size(f);
+    for (Index n = 0; to && n < f.heads; ++n) {
+        Matrices weights(head(f, n));
+        weights.place(to + n * size, blocks);
+        weights.W.pack(0, blocks), weights.R.pack(0, blocks), weights.W_hr.pack(0, outputs);
+    }
+    return f.heads * size;
+}
+
+static int forward_of_head(const Forward& f) {
     const Code& cell = *f.cell;
     const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G, GV = G * V, every = (Index(1) << G) - 1;
-    const Index blocks = blocks_of(H), outputs = blocks_of(P);
+    const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q);
     const int threads = acquire(f.threads);
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
@@ -412,7 +455,7 @@ extern "C" int forward(const Forward& f) {
     Matrices weights(f);
     const bool once = T == 1 && sharing == threads && !f.packed;
     Scratch bias_x(blocks * GV), bias_h(blocks * GV), zero(outputs * V), seen(cell.OPERAND ? B * P : 0);
-    Scratch unprojected(f.W_hr && !f.save ? B * H : 0);
+    Scratch unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
     const Index chunk = rows < CHUNK_ROWS ? min(T, CHUNK_ROWS / max(rows, 1)) : 0;
@@ -427,11 +470,10 @@ extern "C" int forward(const Forward& f) {
     }
     weights.place(f.packed ? const_cast<scalar*>(f.packed) : packed.data, blocks);
     // Where a gate's parts just meet as a sum, the recurrent bias goes with the other one.
-    pack_bias(f.b_x, G, H, every, bias_x.data, false);
-    pack_bias(f.b_h, G, H, every & ~cell.SEPARATE, bias_x.data, true);
-    pack_bias(f.b_h, G, H, cell.SEPARATE, bias_h.data, false);
-    pack_bias(nullptr, 1, P, 0, zero.data, false);
-    for (Index s = 1; s < cell.S; ++s) memmove(f.save ? f.cell_states + (s - 1) * B * H : f.last[s], f.first[s], B * H * sizeof(scalar));
+    pack_bias(f.b_x, H, G, f.D, every, bias_x.data, false);
+    pack_bias(f.b_h, H, G, f.D, every & ~cell.SEPARATE, bias_x.data, true);
+    pack_bias(f.b_h, H, G, f.D, cell.SEPARATE, bias_h.data, false);
+    pack_bias(nullptr, 0, 1, f.Q, 0, zero.data, false);
 
     const auto time_of = [&](Index n) { return f.reverse ? T - 1 - n : n; };
     const auto h_before = [&](Index n) { return n == 0 ? f.first[0] : f.y + time_of(n - 1) * B * P; };
@@ -464,7 +506,7 @@ extern "C" int forward(const Forward& f) {
                 for (Index block = u; block < end; ++block)
                     for (Index g = 0; g < G; ++g)
                         store(out + r * out_row + (block - u) * GV + g * V,
-                              load(input(r) + g * H + block * V, lanes_of(block, H)) + load(bias_x.data + block * GV + g * V));
+                              load(input(r) + g * H + block * V, lanes_of(block, f.D)) + load(bias_x.data + block * GV + g * V));
         };
         const Cut recurrent(G, mine), output(1, mine);
         for (Index n = 0; n < T; ++n) {
@@ -482,7 +524,7 @@ extern "C" int forward(const Forward& f) {
                 seen_by_weights = seen.data;
                 barrier.wait();
             }
-            scalar* to = !f.W_hr ? f.y + t * B * P : f.save ? f.h_unprojected + t * B * H : unprojected.data;
+            scalar* to = !f.W_hr ? f.y + t * B * P : f.h_unprojected ? f.h_unprojected + t * B * H : unprojected.data;
             const scalar* x = Wx + (chunk ? n % chunk : 0) * mine * some * GV;
             each_blocks(recurrent, u0, u1, [&](Index u, Index end) {
                 const Index across = cell.REDUCES ? blocks : recurrent.blocks;
@@ -507,7 +549,7 @@ extern "C" int forward(const Forward& f) {
                     // Where states are held, a projected h stays what it was before.
                     const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
                     for (Index p = u; p < end; ++p) {
-                        const int lanes = lanes_of(p, P);
+                        const int lanes = lanes_of(p, f.Q);
                         const vec made = load(h + (b - b0) * out_row + (p - u) * V);
                         store(f.y + (t * B + b) * P + p * V, held ? load(before + b * P + p * V, lanes) : made, lanes);
                     }
@@ -518,23 +560,38 @@ extern "C" int forward(const Forward& f) {
     };
     run(threads, body);
     release(threads);
-    memcpy(f.last[0], f.y + time_of(T - 1) * B * P, B * P * sizeof(scalar));
-    for (Index s = 1; s < cell.S && f.save; ++s)
-        memcpy(f.last[s], f.cell_states + (T * (cell.S - 1) + s - 1) * B * H, B * H * sizeof(scalar));
+    return 0;
+}
+
+// `count` runs of the same sizes; more than one thread: each does all of a head at a time. 0, or 1 where there is no memory.
+extern "C" int forward(const Forward* runs, Index count, Index threads) {
+    const Code& cell = *runs->cell;
+    const Index T = runs->T, of_h = runs->B * runs->P, of_state = runs->B * runs->H;
+    for (const Forward* f = runs; f < runs + count; ++f)
+        for (Index s = 1; s < cell.S; ++s)
+            memmove(f->cell_states ? f->cell_states + (s - 1) * of_state : f->last[s], f->first[s], of_state * sizeof(scalar));
+    if (each_head(runs, count, threads, forward_of_head)) return 1;
+    for (const Forward* f = runs; f < runs + count; ++f) {
+        memcpy(f->last[0], f->y + (f->reverse ? 0 : T - 1) * of_h, of_h * sizeof(scalar));
+        for (Index s = 1; s < cell.S && f->cell_states; ++s)
+            memcpy(f->last[s], f->cell_states + (T * (cell.S - 1) + s - 1) * of_state, of_state * sizeof(scalar));
+    }
     return 0;
 }
 
 // ---- Gradients of inputs and weights -------------------------------------------------------------------------------
 
-// The rows of a matrix: one after the other, or those of y `shift` away, and of h0 where there is none, at time step first.
+// Columns of the rows of a matrix: one after the other, or those of y `shift` away, and of h0 where there is none, at time
+// step first.
 struct Rows {
     const scalar* data;
-    Index columns;
+    Index columns, apart;
     const scalar* h0 = nullptr;
     Index B = 1, first = -1, shift = 0;
     const scalar* operator()(Index row) const {
-        return row / B == first ? h0 + row % B * columns : data + (row + shift) * columns;
+        return row / B == first ? h0 + row % B * apart : data + (row + shift) * apart;
     }
+    Rows of_head(Index n, Index size) const { return {data + n * size, size, apart, h0 ? h0 + n * size : h0, B, first, shift}; }
 };
 
 // out [M, N], rows [m0, m1) = a^T b, for a [K, M] and b [K, N]. A piece of K at a time is
@@ -589,11 +646,11 @@ static void sum_rows(const scalar* a, Index rows, Index columns, Index first, In
 // Those that are wanted, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory.
 static int gradients(const Backward& f) {
     const Code& cell = *f.cell;
-    const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, M = cell.G * H, K = T * B;
+    const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, D = f.D, Q = f.Q, M = cell.G * H, K = T * B;
     const int threads = acquire(f.threads_after);
     Matrix W_back{I, M, 1, f.dx ? f.W : nullptr, 0, 1, I};
     const Index inputs = blocks_of(I), blocks = blocks_of(max(I, max(H, P)));
-    const Index sums = I % V || H % V || P % V ? (blocks_of(M) + threads - 1) / threads * V * blocks * V : 0;
+    const Index sums = I % V || H % V || Q % V ? (blocks_of(M) + threads - 1) / threads * V * blocks * V : 0;
     const Index own = CHUNK_ROWS * PIECE + blocks * PIECE * V + sums;
     const bool seen_anew = f.dR && cell.OPERAND && K > 0;
     Scratch zero(blocks * V), scratch(threads * own), packed(W_back.size(inputs)), seen(seen_anew ? K * P : 0);
@@ -603,18 +660,22 @@ static int gradients(const Backward& f) {
     }
     memset(zero.data, 0, blocks * V * sizeof(scalar));
     W_back.panels = packed.data;
-    Forward like{};  // for cell.operand
-    like.T = T, like.B = B, like.H = H, like.P = P, like.reverse = f.reverse, like.aux = f.aux;
-
-    const Rows x{f.x, I}, unprojected{f.h_unprojected, H}, seen_rows{seen.data, P};
-    const Rows h_before{f.y, P, f.h0, B, f.reverse ? T - 1 : 0, f.reverse ? B : -B};
+    const Rows x{f.x, I, I}, unprojected{f.h_unprojected, H, H};
+    const Rows h_before{f.y, P, P, f.h0, B, f.reverse ? T - 1 : 0, f.reverse ? B : -B};
+    const Rows seen_rows = seen_anew ? Rows{seen.data, P, P} : h_before;
     Barrier ready{threads};
     auto body = [&](int thread) {
         const Part part{0, 0, thread, threads};
         scalar* room = scratch.data + thread * own;
         W_back.pack(part.first(inputs), part.last(inputs));
-        for (Index t = part.first(T); seen_anew && t < part.last(T); ++t)
-            cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(P)}, h_before(t * B), seen.data + t * B * P);
+        for (Index n = 0; seen_anew && n < f.heads; ++n) {
+            Forward like{};
+            like.T = T, like.B = B, like.H = H, like.P = P, like.D = D, like.Q = Q, like.reverse = f.reverse, like.aux = f.aux;
+            skip(like.aux.units, n * D), skip(like.aux.seed, n);
+            for (Index t = part.first(T); t < part.last(T); ++t)
+                cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(Q)}, h_before(t * B) + n * Q,
+                             seen.data + t * B * P + n * Q);
+        }
         ready.wait();
 
         for (Index r0 = part.first(K), end = part.last(K); f.dx && r0 < end; r0 += CHUNK_ROWS) {
@@ -631,7 +692,10 @@ static int gradients(const Backward& f) {
         const Index m0 = part.first(blocks_of(M)) * V, m1 = min(M, part.last(blocks_of(M)) * V);
         const Index p0 = part.first(blocks_of(P)) * V, p1 = min(P, part.last(blocks_of(P)) * V);
         if (f.dW) transposed_product(f.dWx, K, M, m0, m1, x, f.dW, zero.data, room);
-        if (f.dR) transposed_product(f.dRh, K, M, m0, m1, seen_anew ? seen_rows : h_before, f.dR, zero.data, room);
+        for (Index m = m0, end; f.dR && m < m1; m = end) {  // from head to head
+            end = f.heads == 1 ? m1 : min(m1, (m / D + 1) * D);
+            transposed_product(f.dRh, K, M, m, end, seen_rows.of_head(m % H / D, Q), f.dR, zero.data, room);
+        }
         if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, f.dW_hr, zero.data, room);
         if (f.db_x) sum_rows(f.dWx, K, M, m0, m1, f.db_x);
         if (f.db_h) sum_rows(f.dRh, K, M, m0, m1, f.db_h);
@@ -645,16 +709,26 @@ static int gradients(const Backward& f) {
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-// 0, or 1 where there is no memory.
-extern "C" int backward(const Backward& f) {
+static Backward head(const Backward& all, Index n) {
+    Backward f = all;
+    const Index unit = n * f.D, output = n * f.Q;
+    skip(f.R, unit * f.Q), skip(f.aux.units, unit), skip(f.aux.seed, n), skip(f.y, output), skip(f.h0, output);
+    skip(f.saved, n * f.T * f.B * blocks_of(f.D) * f.cell->K * V), skip(f.cell_states, unit), skip(f.dy, output);
+    skip(f.dWx, unit), skip(f.dRh, unit), skip(f.dunits, unit);
+    for (Index s = 0; s < f.cell->S; ++s) skip(f.dfirst[s], unit), skip(f.dhistory[s], unit);
+    return f;
+}
+
+static int backward_of_head(const Backward& f) {
     const Code& cell = *f.cell;
     const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G;
-    const Index blocks = blocks_of(H), outputs = blocks_of(P);
+    const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q);
     const int threads = acquire(f.threads);
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
 
-    Matrix R_back{P, G * H, 1, f.R, 0, 1, P}, W_hr_back{H, P, 1, f.W_hr, 0, 1, H};  // both the other way round
+    Matrix R_back{f.Q, G * f.D, 1, f.R, 0, 1, f.Q}, W_hr_back{H, P, 1, f.W_hr, 0, 1, H};  // both the other way round
+    R_back.span = f.D, R_back.apart = H;
     const Index rows = by_rows ? (B + threads - 1) / threads : B;
     const Index unprojected = cell.REDUCES ? rows * blocks * V : scratch_elements(1, rows), own = unprojected + scratch_elements(1, rows);
     Scratch zero(max(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
@@ -664,7 +738,6 @@ extern "C" int backward(const Backward& f) {
     }
     R_back.panels = packed.data, W_hr_back.panels = packed.data + R_back.size(outputs);
     memset(zero.data, 0, max(blocks, outputs) * V * sizeof(scalar));
-    for (Index s = 0; s < cell.S; ++s) memcpy(f.dfirst[s], f.dlast[s], B * (s ? H : P) * sizeof(scalar));
 
     Barrier ready{threads}, barrier{sharing};
     auto body = [&](int thread) {
@@ -687,7 +760,7 @@ extern "C" int backward(const Backward& f) {
                 for (Index b = b0; b < b1; ++b) {  // a held h hands its gradient on to the one before
                     const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
                     for (Index p = p0; p < p1; ++p) {
-                        const int lanes = lanes_of(p, P);
+                        const int lanes = lanes_of(p, f.Q);
                         const Index at = b * P + p * V;
                         const vec sum = load(f.dy + t * B * P + at, lanes) + load(f.dfirst[0] + at, lanes);
                         store(total + at, held ? vec{} : sum, lanes);
@@ -714,5 +787,15 @@ extern "C" int backward(const Backward& f) {
     };
     run(threads, body);
     release(threads);
-    return gradients(f);
+    return 0;
+}
+
+// As `forward`.
+extern "C" int backward(const Backward* runs, Index count, Index threads) {
+    for (const Backward* f = runs; f < runs + count; ++f)
+        for (Index s = 0; s < f->cell->S; ++s)
+            memcpy(f->dfirst[s], f->dlast[s], f->B * (s ? f->H : f->P) * sizeof(scalar));
+    int failed = each_head(runs, count, threads, backward_of_head);
+    for (const Backward* f = runs; f < runs + count && !failed; ++f) failed = gradients(*f);
+    return failed;
 }

@@ -3,6 +3,10 @@
 // A time step n counts in the order of computation, t is its place in [T, ...]; with `reverse` t = T - 1 - n. Units come
 // in blocks of V, the lanes of a vector; the last block of H or P may be ragged, and its further lanes are zero.
 // State index n is before time step n, as in FlashRNN's states. All fields have 8 bytes, as Python packs them.
+//
+// Of several heads each is a recurrence by itself: D of the H units of every gate and state, Q of the P that the
+// recurrent weights see. `head` gives the same struct for one, whose arrays begin with its own units; rows stay as far
+// apart as those of the whole.
 
 constexpr int MAX_STATES = 16;
 
@@ -16,7 +20,7 @@ DEVICE int lanes_of(Index block, Index units) {
 struct Auxiliary {
     const scalar* units;   // [N, unit_rows, H]; unit_rows is B, or 1 where all batch rows have the same
     const uint8_t* flags;  // [T, B], bit k is flag k
-    const uint64_t* seed;  // [1]
+    const uint64_t* seed;  // [heads]
     Index unit_rows;
 };
 
@@ -24,18 +28,19 @@ struct Code;  // of a cell, below
 
 struct Forward {
     const Code* cell;
-    Index T, B, I, H, P, reverse, threads, save;
+    Index T, B, I, H, P, heads, reverse, threads;
+    Index D, Q;             // H / heads and P / heads
     const scalar* x;        // [T, B, I]; [T, B, G, H], the input part of all gates, where W is null
     const scalar* W;        // [G, H, I] input weights, or null
-    const scalar* R;        // [G, H, P] recurrent weights
+    const scalar* R;        // [G, H, Q] recurrent weights
     const scalar* b_x;      // [G, H] or null
     const scalar* b_h;      // [G, H] or null
-    const scalar* W_hr;     // [P, H] projects h, or null: then P = H
+    const scalar* W_hr;     // [P, H] projects h, of one head; or null: then P = H
     Auxiliary aux;
     scalar* y;              // [T, B, P] written
-    scalar* saved;          // [T, B, blocks of H, K, V] by n, written if save
-    scalar* cell_states;    // [T+1, S-1, B, H] by state index, written if save
-    scalar* h_unprojected;  // [T, B, H] written if save; only with W_hr
+    scalar* saved;          // [heads, T, B, blocks of D, K, V] by n, written; null, as the next two, where it isn't kept
+    scalar* cell_states;    // [T+1, S-1, B, H] by state index, written
+    scalar* h_unprojected;  // [T, B, H] written; only with W_hr
     const scalar* packed;   // what `pack` made of W, R and W_hr; or null, and the call packs them itself
     const scalar* first[MAX_STATES];  // [B, P], then [B, H]: the states before
     scalar* last[MAX_STATES];         // the same, written: the states after
@@ -43,10 +48,11 @@ struct Forward {
 
 struct Backward {
     const Code* cell;
-    Index T, B, I, H, P, reverse, threads, threads_after;  // of the time loop, and of the products after it
+    Index T, B, I, H, P, heads, reverse, threads, threads_after;  // of the time loop, and of the products after it
+    Index D, Q;                   // H / heads and P / heads
     const scalar* x;              // [T, B, I]
     const scalar* W;              // [G, H, I] or null
-    const scalar* R;              // [G, H, P]
+    const scalar* R;              // [G, H, Q]
     const scalar* W_hr;           // [P, H] or null
     Auxiliary aux;
     const scalar* y;              // [T, B, P]
@@ -61,7 +67,7 @@ struct Backward {
     scalar* dunits;               // [LEARNED, B, H] added to
     scalar* dx;                   // [T, B, I] written; null, as all that follow, where it isn't wanted
     scalar* dW;                   // [G, H, I] written
-    scalar* dR;                   // [G, H, P] written
+    scalar* dR;                   // [G, H, Q] written
     scalar* db_x;                 // [G, H] written
     scalar* db_h;                 // [G, H] written
     scalar* dW_hr;                // [P, H] written
