@@ -69,7 +69,7 @@ def head_norm(N):
 def operations(backend, cell, N):
     """The two operations of a backend for problems of N heads."""
     backend = TwoPass(backend) if cell.lowered else backend
-    heads = Heads(backend) if N > 1 else backend
+    heads = backend if N == 1 or getattr(backend, "RUNS_HEADS", False) else Heads(backend)
     return (
         lambda problem, runs: heads.forward(problem.variant(heads=N), runs),
         lambda problem, *args: heads.backward(problem.variant(heads=N), *args),

@@ -17,28 +17,30 @@ from .conftest import sequence_arrays
 
 SANITIZERS = {"address": ("-fsanitize=address,undefined",), "thread": ("-fsanitize=thread",)}
 EVERYTHING = {"reset": True, "given": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)}
-CASES = [  # cell, modifiers, T, B, I, H, P
+CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", {}, 3, 1, 5, 37, None), ("lstm", {}, 2, 14, 3, 8, None), ("lstm", {}, 2, 2, 130, 131, None),
     ("lstm", EVERYTHING, 3, 2, 4, 19, None), ("lstm", {"norm": True}, 2, 3, 4, 21, None),
-    ("gru", {}, 3, 1, 4, 35, None),
+    ("gru", {}, 3, 1, 4, 35, None), ("lstm", {}, 3, 1, 4, 38, None, 2), ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
     ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
     ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
 ]  # fmt: skip
 
 
-def run(name, options, T, B, I, H, P, reverse):
+def run(reverse, name, options, T, B, I, H, P, heads=1):
     rng = np.random.default_rng(0)
     x, weights, state = sequence_arrays(rng, name, T, B, I, H, P, dtype=np.float32)
     cell = apply_modifiers(cells.get(name), **options)
+    weights = weights._replace(w_hh=np.ascontiguousarray(weights.w_hh[:, : weights.w_hh.shape[1] // heads]))
     weights = Weights(
         *weights[:5],
         rng.standard_normal((len(cell.per_unit_params), B, H)).astype("f") if cell.per_unit_params else None,
         rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8) if cell.flags else None,
         np.array([7]) if cell.uniforms else None,
     )
-    y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=True)
-    calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=False)
-    calls.backward(native.backward, cell, x, weights, state, y, tape, y, last, reverse=reverse, needs={"b_ih"})
+    how = {"reverse": reverse, "heads": heads}
+    y, last, saved = calls.forward(native.forward, cell, x, weights, state, save=True, **how)
+    calls.forward(native.forward, cell, x, weights, state, save=False, **how)
+    calls.backward(native.backward, cell, x, weights, state, y, saved, y, last, needs={"b_ih", "w_hh"}, **how)
 
 
 def main():
@@ -52,7 +54,7 @@ def main():
         native.text = lambda *names: text(*names).replace(old, new, 1)
     for case in CASES[:1] if mutation else CASES:
         for reverse in (False, True):
-            run(*case, reverse)
+            run(reverse, *case)
 
 
 if __name__ == "__main__":

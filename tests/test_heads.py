@@ -27,6 +27,7 @@ from .test_layers import assert_equal, results
 
 ON_HOST = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 HEADS = pytest.mark.parametrize("N", [1, 2, 3])
+BACKENDS = pytest.mark.parametrize("backend", [numpy, native], ids=lambda backend: backend.NAME)
 NAMES = ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru+before", *heads.CUSTOM]
 KINDS = {"RNN": 1, "LSTM": 4, "GRU": 3}  # gates
 
@@ -34,27 +35,64 @@ KINDS = {"RNN": 1, "LSTM": 4, "GRU": 3}  # gates
 # ---- Backends -------------------------------------------------------------------------------------------------------
 
 
-@HEADS
-@pytest.mark.parametrize("backend", [numpy, native], ids=lambda backend: backend.NAME)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_cell(backend, name, N, monkeypatch):
+def skip_without(backend):
     if why := backend.reasons(problem(cells.get("lstm"), T=1, B=1, I=1, H=1, device="cpu", training=True)):
         pytest.skip("; ".join(why))
+
+
+def use_threads(monkeypatch, count):
+    """However little there is to do."""
+    monkeypatch.setattr(native, "threads", lambda: count)
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
+
+
+@HEADS
+@BACKENDS
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell(backend, name, N, monkeypatch):
+    skip_without(backend)
     heads.check(monkeypatch, backend, name, N, "float32", 5, 3, 4, 12, reverse=N == 2)
 
 
+@pytest.mark.parametrize("N", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("B", [1, 7])
+def test_native_heads_are_shared_by_threads(N, count, B, monkeypatch):
+    """A head each, or some for one: by units, by batch rows."""
+    skip_without(native)
+    use_threads(monkeypatch, count)
+    heads.check(monkeypatch, native, "gru", N, "bfloat16", 5, B, 4, N * 35)
+    heads.check(monkeypatch, native, "lstm", N, "float32", 5, B, 4, N * 130, options=reference_modifiers.OPTIONS["all"])
+
+
+def test_native_directions_are_run_at_once(monkeypatch):
+    skip_without(native)
+    layer, x = gpu_rnn.GRU(5, 20, 2, bidirectional=True, num_heads=2, backend="native"), torch.randn(9, 3, 5)
+    alone = results(layer, x)
+    use_threads(monkeypatch, 4)
+    called = []
+    monkeypatch.setattr(native, "call", lambda *args, own=native.call: called.append(args[2:4]) or own(*args))
+    for name, array in results(layer, x).items():
+        assert torch.equal(array, alone[name]), name
+    assert called == [(2, 4)] * 4, "two runs by four threads, each layer forward and backward"
+
+
 @HEADS
+@BACKENDS
 @pytest.mark.parametrize("options", reference_modifiers.OPTIONS.values(), ids=reference_modifiers.OPTIONS)
 @pytest.mark.parametrize("name", ["lstm", "gru", "gru+before", "MGU"])
-def test_every_modifier(name, options, N, monkeypatch):
-    heads.check(monkeypatch, numpy, name, N, "float32", 5, 3, 4, 12, options=options, rows=1 if N == 2 else None)
+def test_every_modifier(name, options, backend, N, monkeypatch):
+    skip_without(backend)
+    heads.check(monkeypatch, backend, name, N, "float32", 5, 3, 4, 12, options=options, rows=1 if N == 2 else None)
 
 
 @HEADS
+@BACKENDS
 @pytest.mark.parametrize("options", reference_modifiers.NORMED.values(), ids=reference_modifiers.NORMED)
 @pytest.mark.parametrize("name", ["lstm", "gru"])
-def test_norm_within_a_head(name, options, N, monkeypatch):
-    heads.check(monkeypatch, numpy, name, N, "float32", 5, 3, 4, 12, options=options, rows=1)
+def test_norm_within_a_head(name, options, backend, N, monkeypatch):
+    skip_without(backend)
+    heads.check(monkeypatch, backend, name, N, "float32", 5, 3, 4, 24, options=options, rows=1)  # few units cancel
 
 
 @ON_HOST
@@ -327,10 +365,11 @@ def test_flops():
 
 
 def test_streams():
-    layer = gpu_rnn.LSTM(5, 12, num_heads=3, num_layers=2)
-    stream, x = gpu_rnn.stream(layer, batch=2), torch.randn(5, 2, 5)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.stack([stream(x[t]).clone() for t in range(5)]), layer(x)[0])
+    for backend in (None, "numpy"):
+        layer = gpu_rnn.LSTM(5, 12, num_heads=3, num_layers=2, backend=backend)
+        stream, x = gpu_rnn.stream(layer, batch=2), torch.randn(5, 2, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.stack([stream(x[t]).clone() for t in range(5)]), layer(x)[0])
 
 
 @pytest.mark.parametrize(("kind", "options"), [("GRU", {"bidirectional": True}), ("LSTM", {"cell_clip": 0.5})])
@@ -441,7 +480,7 @@ def test_explained():
     layer = gpu_rnn.LSTM(5, 512, num_heads=4)
     text = str(gpu_rnn.explain(layer, (7, 3, 5)))
     assert "H=512 (4 heads of 128)" in text
-    assert "4 heads of 128, each a run by itself" in text
+    assert "4 heads of 128, each a " in text
     assert text.splitlines()[0] == str(gpu_rnn.explain("lstm", T=7, B=3, I=5, H=512, num_heads=4)).splitlines()[0]
     assert gpu_rnn.warmup("lstm", B=3, I=5, H=512, num_heads=4, backend="numpy") == []
 
@@ -454,10 +493,12 @@ def test_inspected():
     np.testing.assert_array_equal(gpu_rnn.inspect(gpu_rnn.gru, x.numpy(), *weights, num_heads=3)["z"], inside["z"])
 
 
+@BACKENDS
 @pytest.mark.parametrize("I", [5, None])
-def test_saved_memory_is_foretold(I):
+def test_saved_memory_is_foretold(I, backend):
     made = Problem(cells.get("lstm"), 20, 8, I, 24, training=True, heads=3)
-    backend, rng = dispatch.choose(made), np.random.default_rng(0)
+    skip_without(backend)
+    backend, rng = dispatch.choose(made, backend.NAME), np.random.default_rng(0)
     arrays = [rng.standard_normal(s).astype("float32") for s in ((20, 8, I or 96), (96, 8), (8, 24), (96, 5))]
     x, w_hh, state, w_ih = arrays
     run = numpy.Run(x, numpy.Weights(None if I is None else w_ih, w_hh), (state, state))

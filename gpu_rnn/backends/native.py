@@ -146,21 +146,21 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
     """
     w, entry = plain_weights(problem, weights), entries(problem)
     _, threads = shared_threads(problem, 1)
-    given, found = (as_plain(array).view(1, *array.shape) for array in (x, y))
+    source, target = (as_plain(array).view(1, *array.shape) for array in (x, y))
     sizes = [problem.P or problem.H, *[problem.H] * (problem.cell.S - 1)]
-    states = [given.new_zeros(problem.B, size) for size in sizes]
-    size = entry.pack(forward_arguments(problem, given, w, states, found, states), None)
-    packed = given.new_empty(size)
-    values = forward_arguments(problem, given, w, states, found, states, packed=packed, threads=threads)
+    states = [source.new_zeros(problem.B, size) for size in sizes]
+    size = entry.pack(forward_arguments(problem, source, w, states, target, states), None)
+    packed = source.new_empty(size)
+    values = forward_arguments(problem, source, w, states, target, states, packed=packed, threads=threads)
     entry.pack(values, pointer(packed))
-    run = partial(call, entry.forward, values, 1, 1, (given, w, found, states, packed))
-    if given.dtype == x.dtype:
+    run = partial(call, entry.forward, values, 1, 1, (source, w, target, states, packed))
+    if source.dtype == x.dtype:
         return states, run
 
     def converting() -> None:
-        given[0].copy_(x)
+        source[0].copy_(x)
         run()
-        y.copy_(found[0])
+        y.copy_(target[0])
 
     return states, converting
 
@@ -182,28 +182,30 @@ class BackwardCall:
     def __init__(self, problem: Problem, run: Run, saved: tuple, grads: Grads, names: Needs) -> None:
         leaf = gpu_common.as_contiguous(run)  # on no graph
         self.problem, self.run, self.names = problem, run, names
-        self.x, self.w, self.first = as_plain(leaf.x), plain_weights(problem, leaf.weights), [*map(as_plain, leaf.state)]
+        self.x, self.w = as_plain(leaf.x), plain_weights(problem, leaf.weights)
+        self.first = [*map(as_plain, leaf.state)]
         self.saved = [*map(as_plain, saved), None][:4]  # y, activations, cell states, h before its projection
-        self.dy, self.dlast, self.dhistory = as_plain(grads.y), [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
+        self.dy = as_plain(grads.y)
+        self.dlast, self.dhistory = [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
         (T, B, P), cell, H, w, empty = self.saved[0].shape, problem.cell, problem.H, self.w, allocator(self.x)
         self.dWx = empty((T, B, cell.G * H))
         self.dRh = empty((T, B, cell.G * H)) if any(cell.separate) else self.dWx
         self.dy_total: Any = empty((T, B, P)) if w.w_hr is not None else None
         self.dfirst = [empty(array.shape) for array in self.first]
         parameters = {"x": None if w.w_ih is None else self.x, **w._asdict(), "units": None}
-        self.found = {name: empty(a.shape) for name, a in parameters.items() if a is not None and name in names}
+        self.grads = {name: empty(a.shape) for name, a in parameters.items() if a is not None and name in names}
         self.dunits, self.dunits_sum = arrays.zeros((cell.num_trainable, B, H), like=self.x), None
         if "units" in names:
-            self.found["units"] = arrays.zeros(w.units.shape, like=self.x)
+            self.grads["units"] = arrays.zeros(w.units.shape, like=self.x)
             if w.units.shape[1] == B:
-                self.dunits = self.found["units"]
+                self.dunits = self.grads["units"]
             else:
-                self.dunits_sum = self.found["units"]
+                self.dunits_sum = self.grads["units"]
 
     def arguments(self, threads: int) -> bytes:
         """The struct Backward."""
         problem, w, (T, B, P), I = self.problem, self.w, self.saved[0].shape, self.x.shape[2]
-        H, N, written = problem.H, problem.heads, [self.found.get(name) for name in ("x", *Weights._fields[:5])]
+        H, N, written = problem.H, problem.heads, [self.grads.get(name) for name in ("x", *Weights._fields[:5])]
         return BACKWARD.pack(
             entries(problem).code, T, B, I, H, P, N, self.run.reverse, threads,
             threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N,
@@ -214,10 +216,10 @@ class BackwardCall:
 
     def gradients(self) -> dict[str, Any]:
         if "x" in self.names:
-            self.found.setdefault("x", self.dWx)
+            self.grads.setdefault("x", self.dWx)
         x = self.run.x
         states = tuple([to_caller(d, x).reshape(first.shape) for d, first in zip(self.dfirst, self.run.state)])
-        return {name: to_caller(array, x) for name, array in self.found.items()} | {"state": states}
+        return {name: to_caller(array, x) for name, array in self.grads.items()} | {"state": states}
 
 
 def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
@@ -307,12 +309,12 @@ def shared_threads(problem: Problem, runs: int, backward: bool = False) -> tuple
     """
     T, B, N, many = problem.T, problem.B, problem.heads, threads()
     I, Q = 0 if backward else problem.I or 0, (problem.P or problem.H) // N
-    step, jobs, rows = B * problem.cell.G * problem.H // N * (I + Q), runs * N, B >= 2 * many
+    step, jobs, by_rows = B * problem.cell.G * problem.H // N * (I + Q), runs * N, 2 * many <= B
     if jobs * T * step < WORTH_A_THREAD:  # however many there are
         return 1, 1
-    if 1 < many and (jobs % many == 0 or jobs > many and not rows):
+    if many > 1 and (jobs % many == 0 or (jobs > many and not by_rows)):
         return threads_for(jobs * T * step // WAKING), 1
-    return 1, threads_for(T * step // WAKING if rows else step)
+    return 1, threads_for(T * step // WAKING if by_rows else step)
 
 
 def threads_for(work: int) -> int:

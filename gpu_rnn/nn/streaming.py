@@ -146,10 +146,10 @@ def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[
 
     record(shallow_copy(layer), recorder, x.unsqueeze(1 if layer.batch_first else 0), None)
     names = {choose(problem, layer.backend).NAME for problem, _ in calls}
-    simple = all(weights.w_ih is not None and problem.heads == 1 for problem, weights in calls)
+    simple = all(weights.w_ih is not None for _, weights in calls)
     if names == {"native"} and simple and all(problem.cell.lowered is None for problem, _ in calls):
         return on_native(calls, x, y)
-    if names <= {"native", "numpy"} and simple:
+    if names <= {"native", "numpy"} and simple and all(problem.heads == 1 for problem, _ in calls):
         return on_numpy([numpy.make_step(problem, weights) for problem, weights in calls], x, y)
     sizes = [y.shape[1], *[layer.hidden_size] * (calls[0][0].cell.S - 1)]
     states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]

@@ -72,8 +72,8 @@ DEVICE void each_pair(Range range, Body body) {
     }
 }
 
-// Means over the units of a head in row b. values_of(level, b, u, values) gives what is averaged of PAIR blocks; lanes past the last
-// unit don't count.
+// Means over the units of a head in row b. values_of(level, b, u, values) gives what is averaged of PAIR blocks; lanes past
+// the last unit don't count.
 template <int LEVELS, int MEANS, class Values>
 DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index units, int (*before)(int), Values values_of) {
     for (int level = 0; level < LEVELS; ++level) {
