@@ -360,6 +360,22 @@ def test_an_empty_batch_gives_empty_results(name, function, options, rng):
     assert not gradients["w_hh"].any()
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(("name", "function", "options"), FUNCTIONS)
+def test_inputs_may_have_no_columns(name, function, options, library, rng):
+    """An empty tensor has no address."""
+    x, weights, _ = sequences.sequence_arrays(rng, name, 4, 3, 1, 5)
+    arrays, found = (x[..., :0], weights.w_ih[:, :0], *weights[1:4]), []
+    given = [torch.from_numpy(a) if library == "torch" else a for a in arrays]
+    for backend in ("native", "numpy"):
+        (y, last), pullback = gpu_rnn.vjp(function, *given, backend=backend, **options)
+        gradients = pullback((y, last))
+        assert [gradients[key].shape for key in ("x", "w_ih")] == [a.shape for a in arrays[:2]]
+        found.append([y, *map(gradients.get, ("w_hh", "b_ih", "b_hh"))])
+    for ours, theirs in zip(*found):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"recompute": True}], ids=str)
 def test_layers(kind, options):

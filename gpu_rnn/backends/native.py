@@ -39,6 +39,7 @@ FLAGS = (
 FORWARD, BACKWARD = struct.Struct(f"{26 + 2 * MAX_STATES}Q"), struct.Struct(f"{37 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 WAKING = 5  # times as many, where threads have to wake up for it
+EMPTY = 64  # an address that nothing is read from
 SOURCES = Path(kernels.__path__[0]) / "native"
 
 
@@ -275,11 +276,11 @@ def to_caller(array: Any, x: Any) -> Any:
 
 
 def pointer(array: Any) -> int:
-    """0 for None."""
+    """0 for None alone: an empty tensor has no address, but is not left out."""
     if array is None:
         return 0
     if not isinstance(array, np.ndarray):
-        return array.data_ptr()
+        return array.data_ptr() or EMPTY
     if array.flags.writeable and array.size:  # NumPy's own words for it take four times as long
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]  # a Buffer from 3.12 on
     return array.__array_interface__["data"][0]
