@@ -97,6 +97,15 @@ def test_functions_without_autograd(name, rng):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("B", [0, 2])
+def test_inputs_may_have_no_columns(B):
+    gains = np.ones(12), np.ones(12)
+    x, w_ih, w_hh = np.ones((5, B, 0)), np.ones((12, 0)), np.ones((12, 4))
+    (y, last), pullback = gpu_rnn.vjp(gpu_rnn.gru, x, w_ih, w_hh, layer_norm=gains)
+    gradients = pullback((y, last))
+    assert [gradients[key].shape for key in ("x", "w_ih")] == [x.shape, w_ih.shape]
+
+
 @LAYERS
 def test_without_biases(name):
     made = layer(name, layer_norm=True, bias=False)

@@ -68,7 +68,8 @@ class Norm(NamedTuple):
         own = {"x": dprojection, "w_hh": self.center(gradients["w_hh"])}
         if self.weights.w_ih is not None:
             own["x"] = dprojection @ self.weights.w_ih
-            own["w_ih"] = dprojection.reshape(-1, dprojection.shape[-1]).T @ self.x.reshape(-1, self.x.shape[-1])
+            T, B, I = self.x.shape
+            own["w_ih"] = dprojection.reshape(T * B, dprojection.shape[-1]).T @ self.x.reshape(T * B, I)
         dbias, of_recurrent_bias = dWx.sum((0, 1)), dict(zip(self.recurrent_bias, dunits[G:]))
         if self.weights.b_ih is not None:
             own["b_ih"] = dbias
