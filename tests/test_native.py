@@ -434,6 +434,16 @@ def test_long_sums_keep_their_precision(rng):
     assert error <= 4 * np.spacing(np.abs(exact).max().astype(np.float32))
 
 
+def test_long_sums_after_two_passes_do_too(rng):
+    x, weights, _ = sequences.sequence_arrays(rng, "gru", 1024, 64, 1, 4)
+    dy, found = rng.random((1024, 64, 4)), []
+    for dtype in ("float32", "float64"):
+        given = [array.astype(dtype) for array in (x, *weights[:4])]
+        _, pullback = gpu_rnn.vjp(gpu_rnn.gru, *given, reset_after=False, backend="native")
+        found.append(pullback((dy.astype(dtype), None))["b_ih"])
+    np.testing.assert_allclose(*found, rtol=0, atol=2e-7 * np.abs(found[1]).max())
+
+
 @pytest.mark.parametrize("B", [1, 512])
 def test_extreme_values_stay_finite(B):
     x = np.array([0.0, 1e4, -1e4, 1e30, -1e30], np.float32).reshape(5, 1, 1).repeat(B, 1)

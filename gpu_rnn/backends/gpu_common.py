@@ -239,7 +239,7 @@ def input_projection_grad(dWx: Any, x: Any, weights: Weights, needs: Needs) -> d
     if "w_ih" in needs:
         gradients["w_ih"] = matmul(rows.T, x.reshape(T * B, x.shape[2]), like=dWx)
     if "b_ih" in needs:
-        gradients["b_ih"] = rows.sum(0)
+        gradients["b_ih"] = arrays.sum_rows(rows)
     return gradients
 
 
