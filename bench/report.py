@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,13 @@ from .problems import KERNEL_OF, MATMULS, NATIVE, NN, NUMPY, PEERS, PLAIN, STREA
 from .results import CASE, FIELDS, FOLDER, where
 
 PUBLISHED = {  # end of a name -> copy
-    "bfloat16-speedup-ours-cuda": "speedup_gpu.svg", "float32-threads-1-speedup-ours-numpy": "speedup_cpu.svg",
+    "bfloat16-speedup-ours-cuda": "speedup_gpu.svg", "float32-threads-1-speedup-ours-native": "speedup_cpu.svg",
 }  # fmt: skip
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 SUBJECT = ["contender", *CASE, "threads", "tf32", "machine", "gpu"]  # two rows are compared if they agree in these
 NOISE = 0.05  # a change under this is none, whatever the spread says
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+ON_CPU = {NATIVE: "native", NUMPY: "NumPy"}
 WAYS = {"forward": "forward", "training": "forward + backward", "step": "one step"}
 SIZES = ["T", "B", "I", "H", "L"]
 NUMBERS = [
@@ -142,11 +144,11 @@ def by_mode(rows: DataFrame, name: Callable[[tuple], str], modes: Sequence[str])
 
 def overview(rows: DataFrame) -> Block:
     """Native code and NumPy on one thread, CUDA on a GPU."""
-    ours = {NATIVE: "native, 1 thread", NUMPY: "NumPy, 1 thread", problems.CUDA: "CUDA"}
+    ours = {problems.CUDA: "CUDA"} | {name: f"{label}, 1 thread" for name, label in ON_CPU.items()}
     rows = rows[rows["contender"].isin(ours) & rows["threads"].isin((0, 1))]
     rows = rows[(rows["device"] == "cuda") | rows.apply(problems.among_goals, axis=1).astype(bool)]
-    order = {"device": {"cuda": 0, "cpu": 1}, "cell": {cell: n for n, cell in enumerate(CELLS)}}
-    keys = ["device", "cell", "dtype"]
+    order = {"contender": {name: n for n, name in enumerate(ours)}, "cell": {cell: n for n, cell in enumerate(CELLS)}}
+    keys = ["contender", "cell", "dtype"]
     rows = rows.sort_values(keys, kind="stable", key=lambda column: column.map(order.get(column.name, lambda v: v)))
     return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", list(WAYS))
 
@@ -164,29 +166,31 @@ def sources(rows: DataFrame) -> Block:
 
 
 def cpu(rows: DataFrame) -> Block:
-    """NumPy against torch.nn, over the cases of its goals, or so many of them."""
-    rows = rows[(rows["device"] == "cpu") & (rows["contender"] == NUMPY)]
+    """Native code and NumPy against torch.nn, over the cases of their goals, or so many of them."""
+    rows = rows[(rows["device"] == "cpu") & rows["contender"].isin(ON_CPU)]
     rows = rows[rows.apply(problems.among_goals, axis=1).astype(bool)]
     columns = sorted(set(zip(rows["mode"], rows["threads"])), key=lambda at: (list(WAYS).index(at[0]), at[1]))
 
-    def cell_of(cell: str, mode: str, threads: int) -> str:
-        found = rows[(rows["cell"] == cell) & (rows["mode"] == mode) & (rows["threads"] == threads)]
+    def cell_of(name: str, cell: str, mode: str, threads: int) -> str:
+        found = rows[(rows[["contender", "cell", "mode", "threads"]] == [name, cell, mode, threads]).all(axis=1)]
         goals, cases = math.prod(map(len, problems.GOALS[mode == "step" :])), found["ratio"].count()
         return speedup(found) + (f", {cases} of {goals}" if 0 < cases < goals else "")
 
     head = ["", *(f"{WAYS[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
-    cells = [cell for cell in CELLS if cell in set(rows["cell"])]
-    return Block(head, [[cell, *(cell_of(cell, *column) for column in columns)] for cell in cells])
+    known = {*zip(rows["contender"], rows["cell"])}
+    kinds = [kind for kind in product(ON_CPU, CELLS) if kind in known]
+    return Block(head, [[f"{ON_CPU[kind[0]]}: {kind[1]}", *(cell_of(*kind, *at) for at in columns)] for kind in kinds])
 
 
 def matmuls(rows: DataFrame) -> Block:
     """What NumPy can't be faster than: its matmuls alone, next to all of ours in the same runs."""
-    kinds, body = ["cell", "mode", "threads"], []
-    wide = rows.pivot_table("ratio", [*CASE, "threads", "run"], "contender").reindex(columns=[NUMPY, MATMULS]).dropna()
+    kinds, body, names = ["cell", "mode", "threads"], [], [*ON_CPU, MATMULS]
+    wide = rows.pivot_table("ratio", [*CASE, "threads", "run"], "contender").reindex(columns=names)
+    wide = wide.dropna(subset=names[1:])
     for (cell, mode, threads), group in wide.groupby(kinds):
-        columns = (speedup(group[[name]].rename(columns={name: "ratio"})) for name in (NUMPY, MATMULS))
+        columns = (speedup(group[[name]].rename(columns={name: "ratio"})) for name in names)
         body.append([f"{cell} {mode}, threads {threads}", *columns, str(len(group))])
-    return Block(["", "gpu_rnn", "NumPy's matmuls alone", "cases"], body)
+    return Block(["", *ON_CPU.values(), "NumPy's matmuls alone", "cases"], body)
 
 
 def peers(rows: DataFrame) -> Block:

@@ -29,7 +29,7 @@ from bench import (
 )
 from bench.data import Data
 from bench.implementations import IMPLEMENTATIONS, Implementation, plan_of
-from bench.problems import NN, NUMPY, Case
+from bench.problems import NATIVE, NN, NUMPY, Case
 from bench.worker import Worker
 from gpu_rnn import functional
 from gpu_rnn.backends import call_cache, cuda, dispatch, numpy
@@ -621,6 +621,7 @@ def test_report(tmp_path, capsys):
                 results.append(tmp_path / "results" / "x.csv", row(name, case, us=H * 10.0, ratio=ratio, plan=plan))
     for name, us in ((problems.PLAIN, 100.0), ("ours, reset", 150.0), ("cuda forward step", 20.0)):
         results.append(tmp_path / "results" / "x.csv", row(name, TRAINING, us=us, ratio=None, saved_bytes=1 << 20))
+    results.append(tmp_path / "results" / "x.csv", row(NATIVE, Case("lstm", 32, 8, 32, 32), ratio=0.25))
     readme, other = tmp_path / "README.md", tmp_path / "benchmarks.md"
     other.write_text("<!-- bench:cpu -->\n<!-- /bench -->\n")
     readme.write_text(
@@ -633,15 +634,17 @@ def test_report(tmp_path, capsys):
     assert command.main(given) == 0
     assert str(readme) in capsys.readouterr().out
     text = readme.read_text()
-    assert "| lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in text
-    assert "| lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in other.read_text()
+    assert "| NumPy: lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in text
+    assert "| NumPy: lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in other.read_text()
     assert "| NumPy, 1 thread: lstm float32 | 2.00 (2.00) | 2.00 (2.00) |  | 6 |" in text
     assert "old" not in text
     assert "| lstm T=3 B=2 H=5 float32: ours, reset |  | 0.67 | 1 | 1 |" in text
     assert "| lstm training T=3 B=2 H=5 float32: cuda forward step |  | 6.67 |" in text
     (steps,) = (tmp_path / "out").glob("*-steps.svg")
     assert "cluster | grid" in steps.read_text()
-    (speedup,) = (tmp_path / "out").glob("*-speedup-*.svg")
+    (speedup,) = (tmp_path / "out").glob("*-speedup-ours-native.svg")
+    assert "| native: lstm | 4.00 (4.00), 1 of 27 |" in text
+    assert "| native, 1 thread: lstm float32 | 4.00 (4.00) |" in text
     assert (tmp_path / "published" / "speedup_cpu.svg").read_text() == speedup.read_text()
     page = (tmp_path / "out" / "benchmarks.html").read_text()
     assert "<svg" in page
@@ -673,7 +676,7 @@ def test_a_report_is_of_the_machine_measured_last(tmp_path):
     old.write_text("<svg>python -m bench report</svg>")
     foreign.write_text("<svg/>")
     found = reported(tmp_path, row(case=case, ratio=0.5), earlier, row(case=replace(case, H=32, I=32), ratio=0.5))
-    assert "| lstm | 2.00 (2.00), 2 of 27 |" in found["cpu"]
+    assert "| NumPy: lstm | 2.00 (2.00), 2 of 27 |" in found["cpu"]
     assert "another" not in found["sources"]
     assert "another" in (tmp_path / "out" / "benchmarks.html").read_text()
     assert foreign.exists()
@@ -700,7 +703,7 @@ def test_products_alone_are_held_against_ours(tmp_path):
     whole = [row(case=replace(CASE, B=B), ratio=r) for B, r in ((1, 0.4), (8, 0.9))]
     alone = [row(problems.MATMULS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
     found = reported(tmp_path, *whole, *alone)["products"]
-    assert "threads 1 | 1.67 (1.11) | 2.50 (1.25) | 2 |" in found  # without the case that ours has no time for
+    assert "threads 1 |  | 1.67 (1.11) | 2.50 (1.25) | 2 |" in found  # without the case that ours has no time for
 
 
 # ---- the session on a GPU machine -----------------------------------------------------------------------------------
