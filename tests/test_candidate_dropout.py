@@ -24,7 +24,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def check(made, forward, backward):
-    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
+    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
     backend = TwoPass(backend) if made.case.cell.lowered else backend
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 

@@ -113,7 +113,7 @@ def test_cuda(name, options, N, scope, monkeypatch):
         monkeypatch.setattr(persistent, "select", lambda *args, **how: only(*args, **how | {"scope": scope}))
         forward, backward = cuda_on_cpu.passes(persistent.DEVICES["h200"], prepare)
     cuda.config_of.cache_clear()
-    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
+    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
     H = N * (12 if scope in ("stepwise", "block") else 40)
     heads.check(monkeypatch, backend, name, N, "bfloat16", 5, 3, 4, H, options=options, reverse=name == "gru")
     cuda.config_of.cache_clear()
@@ -131,7 +131,7 @@ def test_cuda_by_as_many_heads_as_may_go_together(monkeypatch):
             return cuda_on_cpu.prepare_launch(launch)
 
         forward, backward = cuda_on_cpu.passes(replace(persistent.DEVICES["h200"], proven_only=True), prepare)
-        backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands)
+        backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
         heads.check(monkeypatch, backend, "rnn_tanh", N, "float16", 5, 3, 4, 12)
         assert {*launched} == {together}
 

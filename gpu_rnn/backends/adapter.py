@@ -29,6 +29,10 @@ class Adapter:
     def RUNS_HEADS(self) -> bool:
         return self.backend.RUNS_HEADS
 
+    @property
+    def REPEATS_INPUTS(self) -> bool:
+        return self.backend.REPEATS_INPUTS
+
     def reasons(self, problem: Problem) -> list[str]:
         return self.backend.reasons(self.inner(problem))
 

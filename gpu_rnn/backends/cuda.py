@@ -26,7 +26,7 @@ from .gpu_common import saved_shapes as saved_shapes
 from .protocol import Needs, backward_in_turn, forward_in_turn
 
 NAME = "cuda"
-RUNS_HEADS = False
+RUNS_HEADS = REPEATS_INPUTS = False
 MIN_STEPS = 4  # fewer don't repay loading the weights
 
 

@@ -30,13 +30,13 @@ from .protocol import Needs, backward_in_turn, forward_in_turn
 from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "native"
-RUNS_HEADS = True
+RUNS_HEADS = REPEATS_INPUTS = True
 MAX_STATES = 16  # as in sequence.h
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-FORWARD, BACKWARD = struct.Struct(f"{26 + 2 * MAX_STATES}Q"), struct.Struct(f"{37 + 3 * MAX_STATES}Q")
+FORWARD, BACKWARD = struct.Struct(f"{27 + 2 * MAX_STATES}Q"), struct.Struct(f"{39 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 WAKING = 5  # times as many, where threads have to wake up for it
 EMPTY = 64  # an address that nothing is read from
@@ -134,6 +134,7 @@ def forward_arguments(
     H, P, N = problem.H, problem.P or problem.H, problem.heads
     return FORWARD.pack(
         entries(problem).code, problem.T, problem.B, x.shape[2], H, P, N, reverse, threads, H // N, P // N,
+        max(problem.T // max(len(x), 1), 1),
         *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
         *[pointer(array) for array in (y, *(*saved, None, None, None)[:3], packed)], *pointers(first), *pointers(last),
     )  # fmt: skip
@@ -189,7 +190,9 @@ class BackwardCall:
         self.dy = as_plain(grads.y)
         self.dlast, self.dhistory = [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
         (T, B, P), cell, H, w, empty = self.saved[0].shape, problem.cell, problem.H, self.w, allocator(self.x)
-        self.dWx = empty((T, B, cell.G * H))
+        self.dWx = self.dWx_sum = empty((T, B, cell.G * H))
+        if T > len(self.x):
+            self.dWx_sum = empty((len(self.x), B, cell.G * H)) if {"x", "w_ih", "b_ih"} & {*names} else None
         self.dRh = empty((T, B, cell.G * H)) if any(cell.separate) else self.dWx
         self.dy_total: Any = empty((T, B, P)) if w.w_hr is not None else None
         self.dfirst = [empty(array.shape) for array in self.first]
@@ -209,15 +212,15 @@ class BackwardCall:
         H, N, written = problem.H, problem.heads, [self.grads.get(name) for name in ("x", *Weights._fields[:5])]
         return BACKWARD.pack(
             entries(problem).code, T, B, I, H, P, N, self.run.reverse, threads,
-            threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N,
+            threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N, max(T // max(len(self.x), 1), 1),
             *map(pointer, (self.x, w.w_ih, w.w_hh, w.w_hr)), *auxiliary(w), *map(pointer, (*self.saved, self.first[0])),
-            *map(pointer, (self.dy, self.dWx, self.dRh, self.dy_total, self.dunits, *written, self.dunits_sum)),
+            *map(pointer, (self.dy, self.dWx, self.dWx_sum, self.dRh, self.dy_total, self.dunits, *written, self.dunits_sum)),
             *pointers(self.dlast), *pointers(self.dfirst), *pointers([None, *self.dhistory]),
         )  # fmt: skip
 
     def gradients(self) -> dict[str, Any]:
         if "x" in self.names:
-            self.grads.setdefault("x", self.dWx)
+            self.grads.setdefault("x", self.dWx_sum)
         x = self.run.x
         states = tuple([to_caller(d, x).reshape(first.shape) for d, first in zip(self.dfirst, self.run.state)])
         return {name: to_caller(array, x) for name, array in self.grads.items()} | {"state": states}

@@ -31,7 +31,7 @@ from .protocol import Needs, backward_in_turn, forward_in_turn
 from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "numpy"
-RUNS_HEADS = False
+RUNS_HEADS = REPEATS_INPUTS = False
 POOLS, MAX_POOLED_BYTES = 16, 1 << 23  # problems whose workspaces are pooled for the next call; bytes of each of these
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # time steps forward whose views are made once, for all chunks; their input projection
 CHUNK_BACKWARD, CHUNK_ROWS = (

@@ -23,6 +23,11 @@ class Backend(Protocol):
         """Whether it takes problems with heads; else `heads.Heads` runs each by itself."""
         ...
 
+    @property
+    def REPEATS_INPUTS(self) -> bool:
+        """Whether x may have half as many time steps as the problem, each for two; else `TwoPass` repeats them."""
+        ...
+
     def reasons(self, problem: Problem) -> list[str]:
         """Return every reason why it can't serve a problem; none where it can."""
         ...

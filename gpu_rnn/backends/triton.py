@@ -24,7 +24,7 @@ from .protocol import Needs, backward_in_turn, forward_in_turn
 from .protocol import never_fuses_layers as fuses_layers  # noqa: F401
 
 NAME = "triton"
-RUNS_HEADS = False
+RUNS_HEADS = REPEATS_INPUTS = False
 LARGEST_SHARED_MEMORY = 232448  # bytes; that of sm_90 and sm_100, which the interpreter stands for
 
 

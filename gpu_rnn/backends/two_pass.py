@@ -21,7 +21,8 @@ class TwoPass(Adapter):
     """A `Backend`; `backend` is the one that it runs on."""
 
     def inner(self, problem: Problem) -> Problem:
-        return problem.variant(cell=problem.cell.lowered, T=2 * problem.T, I=None)
+        I = problem.I if self.REPEATS_INPUTS else None
+        return problem.variant(cell=problem.cell.lowered, T=2 * problem.T, I=I)
 
     def plan(self, problem: Problem) -> str:
         lines = self.backend.plan(self.inner(problem)).splitlines()
@@ -50,13 +51,16 @@ class TwoPass(Adapter):
         if problem.layers > 1:
             return forward_in_turn(self.forward, problem, runs)
         inside, contiguous = self.inner(problem), [*map(gpu_common.as_contiguous, runs)]
-        with arrays.matmul_precision(contiguous[0].x, problem.tf32):
-            operands = [self.backend.gemm_operands(run.x, run.weights) for run in contiguous]
-            projections = [gpu_common.input_projection(*each, problem.step_exact) for each in operands]
-        calls = [
-            inner_run(problem, run, repeat_steps(to_library(projection, like=run.x)))
-            for run, projection in zip(contiguous, projections)
-        ]
+        if self.REPEATS_INPUTS:
+            calls = [inner_run(problem, run) for run in contiguous]
+        else:
+            with arrays.matmul_precision(contiguous[0].x, problem.tf32):
+                operands = [self.backend.gemm_operands(run.x, run.weights) for run in contiguous]
+                projections = [gpu_common.input_projection(*each, problem.step_exact) for each in operands]
+            calls = [
+                inner_run(problem, with_projection(run, repeat_steps(to_library(projection, like=run.x))))
+                for run, projection in zip(contiguous, projections)
+            ]
         results = []
         for run, (y, last, history, saved) in zip(runs, self.backend.forward(inside, calls)):
             steps = slice(second(0, run.reverse), None, 2)
@@ -73,29 +77,33 @@ class TwoPass(Adapter):
         if problem.layers > 1:
             return backward_in_turn(self.backward, problem, runs, saved, grads, needs)
         contiguous = [*map(gpu_common.as_contiguous, runs)]
-        calls = [inner_run(problem, run, run.x) for run in contiguous]  # without w_ih x is not read again
+        # Without w_ih x is not read again.
+        calls = [inner_run(problem, run if self.REPEATS_INPUTS else with_projection(run, run.x)) for run in contiguous]
         inner_grads = [inner_grad(problem, grad, call) for grad, call in zip(grads, calls)]
-        inner_needs = [*map(recurrent_needs, needs)]
+        inner_needs = needs if self.REPEATS_INPUTS else [*map(recurrent_needs, needs)]
         inner_saved = [arrays_saved[1:] for arrays_saved in saved]  # the inner y and what the inner call saved
         by_run = self.backend.backward(self.inner(problem), calls, inner_saved, inner_grads, inner_needs)
         for gradients, run, original, names in zip(by_run, contiguous, runs, needs):
             states = zip(gradients["state"], original.state)
             gradients["state"] = tuple([d.reshape(first.shape) for d, first in states])
-            if (dx := gradients.pop("x", None)) is not None:
+            if not self.REPEATS_INPUTS and (dx := gradients.pop("x", None)) is not None:
                 gradients |= input_side_grad(self.backend, problem, run, dx[::2] + dx[1::2], names)
         return by_run
 
 
-def inner_run(problem: Problem, run: Run, x: Any) -> Run:
-    """A run of it. x: its input projection, [2*T, B, G*H]."""
+def with_projection(run: Run, x: Any) -> Run:
+    """The run with its input projection, [.., B, G*H]."""
+    return run._replace(x=x, weights=run.weights._replace(w_ih=None, b_ih=None))
+
+
+def inner_run(problem: Problem, run: Run) -> Run:
     cell, T, B, weights = problem.cell, problem.T, problem.B, run.weights
     assert cell.lowered is not None
     flags = arrays.zeros((T, B), like=run.x, dtype="uint8") if weights.flags is None else weights.flags
     pair = flags, flags | 1 << len(cell.flags)
     flags = arrays.stack(pair[::-1] if run.reverse else pair, 1).reshape(2 * T, B)
     carried = (arrays.zeros((B, problem.H), like=run.x),) * (cell.lowered.S - cell.S)
-    weights = weights._replace(w_ih=None, b_ih=None, flags=flags)
-    return Run(x, weights, (*run.state, *carried), run.reverse)
+    return Run(run.x, weights._replace(flags=flags), (*run.state, *carried), run.reverse)
 
 
 def inner_grad(problem: Problem, grads: Grads, call: Run) -> Grads:

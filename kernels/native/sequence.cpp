@@ -458,7 +458,8 @@ static int forward_of_head(const Forward& f) {
     Scratch unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
-    const Index chunk = rows < CHUNK_ROWS ? min(T, CHUNK_ROWS / max(rows, 1)) : 0;
+    const Index passes = f.passes, inputs_T = T / passes;
+    const Index chunk = rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
     const Index inputs = chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
     const Index gates = cell.REDUCES ? rows * blocks * GV : scratch_elements(G, rows), projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
@@ -495,10 +496,11 @@ static int forward_of_head(const Forward& f) {
         scalar* h = Rh + gates;                    // a few blocks for the time being
         if (once) W.panels = h + projected, R.panels = W.panels + W.size(some_blocks), W_hr.panels = R.panels + R.size(some_blocks);
 
-        // Blocks [u, end) of the input part of `steps` time steps from n on.
+        // Blocks [u, end) of the input part of `steps` inputs from number n on.
         const auto project = [&](Index n, Index steps, Index u, Index end, scalar* out, Index out_row) {
             const auto input = [&](Index r) {
-                return f.x + (time_of(n + r / mine) * B + b0 + r % mine) * (f.W ? f.I : G * H);
+                const Index m = n + r / mine;
+                return f.x + ((f.reverse ? inputs_T - 1 - m : m) * B + b0 + r % mine) * (f.W ? f.I : G * H);
             };
             if (once) W.repack(u, end);
             if (f.W) return multiply(W, Cut(G, steps * mine), u, end, input, bias_x.data, out, out_row);
@@ -510,10 +512,11 @@ static int forward_of_head(const Forward& f) {
         };
         const Cut recurrent(G, mine), output(1, mine);
         for (Index n = 0; n < T; ++n) {
-            if (chunk && n % chunk == 0) {
-                const Index steps = min(chunk, T - n);
+            const Index at = chunk ? n / passes % chunk : 0;
+            if (chunk && n % (chunk * passes) == 0) {
+                const Index steps = min(chunk, (T - n) / passes);
                 each_blocks(Cut(G, steps * mine), u0, u1, [&](Index u, Index end) {
-                    project(n, steps, u, end, Wx + (u - u0) * GV, some * GV);
+                    project(n / passes, steps, u, end, Wx + (u - u0) * GV, some * GV);
                 });
             }
             const Index t = time_of(n);
@@ -525,7 +528,7 @@ static int forward_of_head(const Forward& f) {
                 barrier.wait();
             }
             scalar* to = !f.W_hr ? f.y + t * B * P : f.h_unprojected ? f.h_unprojected + t * B * H : unprojected.data;
-            const scalar* x = Wx + (chunk ? n % chunk : 0) * mine * some * GV;
+            const scalar* x = Wx + at * mine * some * GV;
             each_blocks(recurrent, u0, u1, [&](Index u, Index end) {
                 const Index across = cell.REDUCES ? blocks : recurrent.blocks;
                 const auto row = [&](Index r) { return seen_by_weights + (b0 + r) * P; };
@@ -646,7 +649,7 @@ static void sum_rows(const scalar* a, Index rows, Index columns, Index first, In
 // Those that are wanted, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory.
 static int gradients(const Backward& f) {
     const Code& cell = *f.cell;
-    const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, D = f.D, Q = f.Q, M = cell.G * H, K = T * B;
+    const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, D = f.D, Q = f.Q, M = cell.G * H, K = T * B, Kx = K / f.passes;
     const int threads = acquire(f.threads_after);
     Matrix W_back{I, M, 1, f.dx ? f.W : nullptr, 0, 1, I};
     const Index inputs = blocks_of(I), blocks = blocks_of(max(I, max(H, P)));
@@ -676,14 +679,16 @@ static int gradients(const Backward& f) {
                 cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(Q)}, h_before(t * B) + n * Q,
                              seen.data + t * B * P + n * Q);
         }
+        for (Index t = part.first(T / f.passes); f.dWx_sum && f.passes > 1 && t < part.last(T / f.passes); ++t)
+            for (Index k = 0; k < B * M; ++k) f.dWx_sum[t * B * M + k] = f.dWx[2 * t * B * M + k] + f.dWx[(2 * t + 1) * B * M + k];
         ready.wait();
 
-        for (Index r0 = part.first(K), end = part.last(K); f.dx && r0 < end; r0 += CHUNK_ROWS) {
+        for (Index r0 = part.first(Kx), end = part.last(Kx); f.dx && r0 < end; r0 += CHUNK_ROWS) {
             const Index some = min(CHUNK_ROWS, end - r0);
             const Cut cut(1, some);
             each_blocks(cut, 0, inputs, [&](Index u, Index u1) {
                 const Index across = cut.blocks * V;
-                multiply(W_back, cut, u, u1, [&](Index r) { return f.dWx + (r0 + r) * M; }, zero.data, room, across);
+                multiply(W_back, cut, u, u1, [&](Index r) { return f.dWx_sum + (r0 + r) * M; }, zero.data, room, across);
                 for (Index r = 0; r < some; ++r)
                     for (Index v = u; v < u1; ++v)
                         store(f.dx + (r0 + r) * I + v * V, load(room + r * across + (v - u) * V), lanes_of(v, I));
@@ -691,13 +696,13 @@ static int gradients(const Backward& f) {
         }
         const Index m0 = part.first(blocks_of(M)) * V, m1 = min(M, part.last(blocks_of(M)) * V);
         const Index p0 = part.first(blocks_of(P)) * V, p1 = min(P, part.last(blocks_of(P)) * V);
-        if (f.dW) transposed_product(f.dWx, K, M, m0, m1, x, f.dW, zero.data, room);
+        if (f.dW) transposed_product(f.dWx_sum, Kx, M, m0, m1, x, f.dW, zero.data, room);
         for (Index m = m0, end; f.dR && m < m1; m = end) {  // from head to head
             end = f.heads == 1 ? m1 : min(m1, (m / D + 1) * D);
             transposed_product(f.dRh, K, M, m, end, seen_rows.of_head(m % H / D, Q), f.dR, zero.data, room);
         }
         if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, f.dW_hr, zero.data, room);
-        if (f.db_x) sum_rows(f.dWx, K, M, m0, m1, f.db_x);
+        if (f.db_x) sum_rows(f.dWx_sum, Kx, M, m0, m1, f.db_x);
         if (f.db_h) sum_rows(f.dRh, K, M, m0, m1, f.db_h);
     };
     run(threads, body);

@@ -30,7 +30,8 @@ struct Forward {
     const Code* cell;
     Index T, B, I, H, P, heads, reverse, threads;
     Index D, Q;             // H / heads and P / heads
-    const scalar* x;        // [T, B, I]; [T, B, G, H], the input part of all gates, where W is null
+    Index passes;           // time steps that have the same x, one after the other
+    const scalar* x;        // [T / passes, B, I]; [.., G, H], the input part of all gates, where W is null
     const scalar* W;        // [G, H, I] input weights, or null
     const scalar* R;        // [G, H, Q] recurrent weights
     const scalar* b_x;      // [G, H] or null
@@ -50,7 +51,8 @@ struct Backward {
     const Code* cell;
     Index T, B, I, H, P, heads, reverse, threads, threads_after;  // of the time loop, and of the products after it
     Index D, Q;                   // H / heads and P / heads
-    const scalar* x;              // [T, B, I]
+    Index passes;                 // as in Forward
+    const scalar* x;              // [T / passes, B, I]
     const scalar* W;              // [G, H, I] or null
     const scalar* R;              // [G, H, Q]
     const scalar* W_hr;           // [P, H] or null
@@ -62,10 +64,11 @@ struct Backward {
     const scalar* h0;             // [B, P]
     const scalar* dy;             // [T, B, P]
     scalar* dWx;                  // [T, B, G, H] written: gradient of the input part of all gates
+    scalar* dWx_sum;              // [T / passes, B, G, H] written: its sums over passes; dWx for one, or null
     scalar* dRh;                  // the same of the recurrent part; it is dWx where the two are equal
     scalar* dy_total;             // [T, B, P] written: gradient of y, later time steps included; null without W_hr
     scalar* dunits;               // [LEARNED, B, H] added to
-    scalar* dx;                   // [T, B, I] written; null, as all that follow, where it isn't wanted
+    scalar* dx;                   // [T / passes, B, I] written; null, as all that follow, where it isn't wanted
     scalar* dW;                   // [G, H, I] written
     scalar* dR;                   // [G, H, Q] written
     scalar* db_x;                 // [G, H] written
