@@ -1,8 +1,8 @@
 """Layers with heads beside the loops that flashrnn and TiRex-2 run on a CPU: `python -m bench.heads`.
 
-Times `gpu_rnn.flashrnn` on native code and flashrnn's own function, at the sizes of FlashRNN's benchmarks, and TiRex-2's
-sLSTM layer with either; with `--compiled` also the layer compiled by torch, which takes many minutes, since its loop is
-unrolled. One thread, processor time, the best of several calls; into bench/results/heads/*.csv and the table in
+Times `gpu_rnn.flashrnn` on native code and flashrnn's own function, at the sizes of FlashRNN's benchmarks, and the
+sLSTM layer of TiRex-2 with either; with `--compiled` also the layer compiled by torch, which takes many minutes: its
+loop is unrolled. One thread, processor time, the best of several calls; into bench/results/heads/*.csv and the table in
 docs/modifiers.md.
 """
 

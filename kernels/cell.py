@@ -1,7 +1,7 @@
 """A cell: the functions of its definition, and the facts that follow from them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ class Cell:
     recurrent_input: Callable | None = None  # (h, extra) -> the input of the recurrent matmul, if it isn't h
     norm_groups: tuple[str, ...] = ()  # gates that layer normalization takes together
     candidate: str = ""  # the gate whose activation is written into the state
+    pass_gates: tuple[int, ...] = ()  # of a lowered cell: first and end of the gates of R h that each pass reads
     lowered: "Cell | None" = None  # the cell that kernels run instead, in two steps for each time step
 
     @property
@@ -124,7 +125,7 @@ def lower_two_pass(
 ) -> Cell:  # fmt: skip
     """Make a cell that applies the recurrent weights to a value of its own, with the cell that kernels run instead."""
     E, place = len(units) + len(flags) + uniforms, len(units) + len(flags)
-    step, grad, carried = split(graph, len(gates), len(states), E, place, trainable)
+    step, grad, carried, pass_gates = split(graph, len(gates), len(states), E, place, trainable)
 
     def masked_in_first(h: Any, extra: Sequence) -> Any:
         """The value of the second pass is masked by the cell itself."""
@@ -136,6 +137,7 @@ def lower_two_pass(
         num_trainable=trainable, flags=(*flags, PASS_FLAG), uniforms=uniforms,
         recurrent_input=masked_in_first if recurrent_input else None,
     )  # fmt: skip
+    lowered = replace(lowered, pass_gates=pass_gates)
 
     graph.outputs = (*graph.outputs, ())
     whole = as_function(graph, "x", "h", "state", *(("extra",) if E else ()))

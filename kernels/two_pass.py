@@ -28,6 +28,7 @@ class TwoPassStep(NamedTuple):
     step: Callable
     grad: Callable  # of each pass by itself
     carried: int  # states from the first pass to the second
+    pass_gates: tuple[int, ...]  # of each pass: the first gate of R h that it reads, and the one after the last
 
 
 def recurrent_calls(graph: Graph) -> list[Symbol]:
@@ -67,7 +68,11 @@ def split(graph: Graph, G: int, S: int, E: int, place: int, trainable: int) -> T
     others = [graph.node("input", "state", k) for k in range(1, S)]
     first.outputs = (tuple(first.image(value, known_in_first) for value in (shown, *others, *carried)), ())
     second.outputs = ((*(second.image(value, known) for value in new), *[second.symbol(0.0)] * len(carried)), ())
-    return TwoPassStep(*select_by_pass(first, second, G, S + len(carried), E, place, trainable), len(carried))
+    inputs = [node.operands for node in nodes if node.op == "input"]
+    earlier = sorted(gate for part, gate in inputs if part == "h" and gate not in later)
+    ranges = [g for gates in (earlier, later) for g in ((gates[0], gates[-1] + 1) if gates else (0, 0))]
+    step, grad = select_by_pass(first, second, G, S + len(carried), E, place, trainable)
+    return TwoPassStep(step, grad, len(carried), tuple(ranges))
 
 
 def gate_of(product: Symbol) -> int:

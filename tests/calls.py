@@ -1,6 +1,8 @@
 """Call a backend's two operations by arrays alone; no torch needed."""
 
-from gpu_rnn.backends import dispatch
+from types import SimpleNamespace
+
+from gpu_rnn.backends import dispatch, gpu_common
 from gpu_rnn.core import arrays
 from gpu_rnn.core.problem import Grads, Problem, Run
 
@@ -12,6 +14,13 @@ def problem_of(cell, x, weights, *, reverse=False, tf32=False, save=False, step_
         cell, T, B, None if weights.w_ih is None else I, GH // cell.G, P if projected else None, arrays.dtype(x),
         arrays.device(x).partition(":")[0], arrays.library(x), save, reverse, tf32, step_exact=step_exact, **more,
     )  # fmt: skip
+
+
+def operations(forward, backward, REPEATS_INPUTS=False):
+    """As much of a backend as `TwoPass` and `Heads` call."""
+    return SimpleNamespace(
+        forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=REPEATS_INPUTS
+    )
 
 
 def forward(operation, cell, x, weights, state, *, reverse=False, **options):

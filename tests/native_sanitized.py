@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 from gpu_rnn.backends import native
+from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import apply_modifiers
@@ -20,7 +21,8 @@ EVERYTHING = {"reset": True, "given": True, "hold": True, "dropout": True, "zone
 CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", {}, 3, 1, 5, 37, None), ("lstm", {}, 2, 14, 3, 8, None), ("lstm", {}, 2, 2, 130, 131, None),
     ("lstm", EVERYTHING, 3, 2, 4, 19, None), ("lstm", {"norm": True}, 2, 3, 4, 21, None),
-    ("gru", {}, 3, 1, 4, 35, None), ("lstm", {}, 3, 1, 4, 38, None, 2), ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
+    ("gru", {}, 3, 1, 4, 35, None), ("gru+before", {}, 3, 1, 4, 35, None), ("gru+before", {}, 2, 50, 3, 38, None, 2),
+    ("lstm", {}, 3, 1, 4, 38, None, 2), ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
     ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
     ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
 ]  # fmt: skip
@@ -38,9 +40,10 @@ def run(reverse, name, options, T, B, I, H, P, heads=1):
         np.array([7]) if cell.uniforms else None,
     )
     how = {"reverse": reverse, "heads": heads}
-    y, last, saved = calls.forward(native.forward, cell, x, weights, state, save=True, **how)
-    calls.forward(native.forward, cell, x, weights, state, save=False, **how)
-    calls.backward(native.backward, cell, x, weights, state, y, saved, y, last, needs={"b_ih", "w_hh"}, **how)
+    backend = TwoPass(native) if cell.lowered else native
+    y, last, saved = calls.forward(backend.forward, cell, x, weights, state, save=True, **how)
+    calls.forward(backend.forward, cell, x, weights, state, save=False, **how)
+    calls.backward(backend.backward, cell, x, weights, state, y, saved, y, last, needs={"b_ih", "w_hh", "w_ih"}, **how)
 
 
 def main():

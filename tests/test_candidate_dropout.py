@@ -1,20 +1,18 @@
 """Dropout of the candidate (Semeniuta et al. 2016) by every backend; the layers' is in test_around."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_rnn
-from gpu_rnn.backends import gpu_common, per_step
 from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import per_step
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.cuda import persistent
 
-from . import cuda_on_cpu, reference_modifiers
+from . import calls, cuda_on_cpu, reference_modifiers
 from .cuda_emulator import runtime
 from .test_modifiers_functions import drawn, tensors
 
@@ -24,7 +22,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def check(made, forward, backward):
-    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
+    backend = calls.operations(forward, backward)
     backend = TwoPass(backend) if made.case.cell.lowered else backend
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 

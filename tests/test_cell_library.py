@@ -6,7 +6,6 @@ import pickle
 import re
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +14,13 @@ from torch.func import functional_call
 
 import gpu_rnn
 from gpu_rnn import cells
-from gpu_rnn.backends import cuda, gpu_common, native, per_step
+from gpu_rnn.backends import cuda, native, per_step
 from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells as definitions
 from gpu_rnn.kernels.cuda import persistent
 
-from . import cuda_on_cpu, library, reference_modifiers
+from . import calls, cuda_on_cpu, library, reference_modifiers
 from .cuda_emulator import runtime
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +36,7 @@ def _published(monkeypatch):
 
 def check(made, forward, backward):
     """A case by a backend, against the paper's equations in a loop."""
-    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
+    backend = calls.operations(forward, backward, REPEATS_INPUTS=forward is native.forward)
     backend = TwoPass(backend) if made.plain.lowered else backend
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 

@@ -1,21 +1,20 @@
 """Pages with a product of their own: how they are cut, and what each backend makes of the GRU with its reset before."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.backends import cuda, gpu_common, per_step
+from gpu_rnn.backends import cuda, per_step
 from gpu_rnn.backends import numpy as oracle
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.mathematics import recurrent, sigmoid, tanh
 
-from . import cuda_on_cpu, reference_modifiers
+from . import calls, cuda_on_cpu, reference_modifiers
 from .cuda_emulator import runtime
 
 NAME = "gru+before"
@@ -27,7 +26,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 def check(made, forward, backward):
     """A case by a backend, against the equations in a loop."""
-    backend = TwoPass(SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False))
+    backend = TwoPass(calls.operations(forward, backward))
     reference_modifiers.check(made, made.case.run(backend.forward, backend.backward))
 
 

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_rnn
 from bench import nvrtc
-from gpu_rnn.backends import cuda, dispatch, gpu_common, native, numpy
+from gpu_rnn.backends import cuda, dispatch, native, numpy
 from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.tools.explain import problem
 
-from . import cuda_on_cpu, heads, reference_modifiers
+from . import calls, cuda_on_cpu, heads, reference_modifiers
 from .cuda_emulator import runtime
 from .persistent import check_machine_code
 from .test_layers import assert_equal, results
@@ -113,7 +112,7 @@ def test_cuda(name, options, N, scope, monkeypatch):
         monkeypatch.setattr(persistent, "select", lambda *args, **how: only(*args, **how | {"scope": scope}))
         forward, backward = cuda_on_cpu.passes(persistent.DEVICES["h200"], prepare)
     cuda.config_of.cache_clear()
-    backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
+    backend = calls.operations(forward, backward)
     H = N * (12 if scope in ("stepwise", "block") else 40)
     heads.check(monkeypatch, backend, name, N, "bfloat16", 5, 3, 4, H, options=options, reverse=name == "gru")
     cuda.config_of.cache_clear()
@@ -131,7 +130,7 @@ def test_cuda_by_as_many_heads_as_may_go_together(monkeypatch):
             return cuda_on_cpu.prepare_launch(launch)
 
         forward, backward = cuda_on_cpu.passes(replace(persistent.DEVICES["h200"], proven_only=True), prepare)
-        backend = SimpleNamespace(forward=forward, backward=backward, gemm_operands=gpu_common.gemm_operands, REPEATS_INPUTS=False)
+        backend = calls.operations(forward, backward)
         heads.check(monkeypatch, backend, "rnn_tanh", N, "float16", 5, 3, 4, 12)
         assert {*launched} == {together}
 

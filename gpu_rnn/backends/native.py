@@ -36,7 +36,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-FORWARD, BACKWARD = struct.Struct(f"{27 + 2 * MAX_STATES}Q"), struct.Struct(f"{39 + 3 * MAX_STATES}Q")
+FORWARD, BACKWARD = struct.Struct(f"{31 + 2 * MAX_STATES}Q"), struct.Struct(f"{43 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 WAKING = 5  # times as many, where threads have to wake up for it
 EMPTY = 64  # an address that nothing is read from
@@ -80,7 +80,8 @@ def memory(problem: Problem) -> Memory:
     """Without what its code allocates for itself while it runs: the input projection of a chunk, packed weights."""
     cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
     halves, states = problem.itemsize == 2, problem.state_elements
-    y, x, rows = problem.output_elements, problem.input_elements, T * B * cell.G * H
+    passes = 2 if cell.pass_gates else 1
+    y, x, rows = problem.output_elements, problem.input_elements // passes, T * B * cell.G * H
     copies = x + problem.weight_elements + states if halves else 0  # in float32
     activations, *kept = [math.prod(shape) for shape, _ in saved_shapes(problem)]
     record = sum((activations, *kept)) if problem.training else kept[0] if problem.history else 0
@@ -88,7 +89,8 @@ def memory(problem: Problem) -> Memory:
     forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
     if not problem.training:
         return Memory(0, forward * r, 0)
-    back = rows * (1 + any(cell.separate)) + (y if problem.P else 0) + cell.num_trainable * B * H + states
+    back = rows * (1 + any(cell.separate)) + (rows // 2 if passes == 2 else 0) + (y if problem.P else 0)
+    back += cell.num_trainable * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
     converted = copies + 2 * y + gradients // 2 if halves else 0
     saved = (y // 2 if halves else y) + record
@@ -134,7 +136,7 @@ def forward_arguments(
     H, P, N = problem.H, problem.P or problem.H, problem.heads
     return FORWARD.pack(
         entries(problem).code, problem.T, problem.B, x.shape[2], H, P, N, reverse, threads, H // N, P // N,
-        max(problem.T // max(len(x), 1), 1),
+        *passes(problem, x),
         *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
         *[pointer(array) for array in (y, *(*saved, None, None, None)[:3], packed)], *pointers(first), *pointers(last),
     )  # fmt: skip
@@ -191,7 +193,7 @@ class BackwardCall:
         self.dlast, self.dhistory = [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
         (T, B, P), cell, H, w, empty = self.saved[0].shape, problem.cell, problem.H, self.w, allocator(self.x)
         self.dWx = self.dWx_sum = empty((T, B, cell.G * H))
-        if T > len(self.x):
+        if len(self.x) < T:
             self.dWx_sum = empty((len(self.x), B, cell.G * H)) if {"x", "w_ih", "b_ih"} & {*names} else None
         self.dRh = empty((T, B, cell.G * H)) if any(cell.separate) else self.dWx
         self.dy_total: Any = empty((T, B, P)) if w.w_hr is not None else None
@@ -212,9 +214,10 @@ class BackwardCall:
         H, N, written = problem.H, problem.heads, [self.grads.get(name) for name in ("x", *Weights._fields[:5])]
         return BACKWARD.pack(
             entries(problem).code, T, B, I, H, P, N, self.run.reverse, threads,
-            threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N, max(T // max(len(self.x), 1), 1),
+            threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N, *passes(problem, self.x),
             *map(pointer, (self.x, w.w_ih, w.w_hh, w.w_hr)), *auxiliary(w), *map(pointer, (*self.saved, self.first[0])),
-            *map(pointer, (self.dy, self.dWx, self.dWx_sum, self.dRh, self.dy_total, self.dunits, *written, self.dunits_sum)),
+            *map(pointer, (self.dy, self.dWx, self.dWx_sum, self.dRh, self.dy_total, self.dunits)),
+            *map(pointer, (*written, self.dunits_sum)),
             *pointers(self.dlast), *pointers(self.dfirst), *pointers([None, *self.dhistory]),
         )  # fmt: skip
 
@@ -293,6 +296,12 @@ def auxiliary(weights: Sequence[Any]) -> tuple[int, ...]:
     """The struct Auxiliary."""
     units, flags, seed = weights[5:]
     return pointer(units), pointer(flags), pointer(seed), 1 if units is None else units.shape[1]
+
+
+def passes(problem: Problem, x: Any) -> tuple[int, ...]:
+    """How many time steps there are for one of x, and for each of two which gates of R h it reads."""
+    G, count = problem.cell.G, max(problem.T // max(len(x), 1), 1)
+    return (count, *(problem.cell.pass_gates if count > 1 else (0, G, 0, G)))
 
 
 def pointers(many: Sequence[Any]) -> list[int]:

@@ -37,6 +37,10 @@ class TwoPass(Adapter):
         inside = self.inner(problem)
         memory, s = self.backend.memory(inside), problem.itemsize
         y, projection, twice = problem.output_elements * s, inside.input_elements // 2 * s, inside.input_elements * s
+        if self.REPEATS_INPUTS:
+            return Memory(
+                memory.saved + y * problem.training, memory.forward + y, 2 * y * problem.training + memory.backward
+            )
         forward = memory.forward + twice + y + (0 if problem.I is None else projection)
         if not problem.training:
             return Memory(0, forward, 0)

@@ -340,13 +340,14 @@ static Tile tile_for(int rows, int columns, int& blocks) {
     return tile_of_rows<full_rows(4), 4>(rows, blocks);
 }
 
-// The same for `count` rows, at most those of a full tile, and blocks [u, u + blocks) of a piece of K from k on.
+// The same for `count` rows, at most those of a full tile, gates [first, last), and blocks [u, u + blocks) of a piece of K
+// from k on.
 // start: null adds to what is there.
-static void compute(const Matrix& w, const scalar* const* rows, int count, Index u, int blocks, Index k, Index piece,
-                    const scalar* start, scalar* out, Index out_row) {
+static void compute(const Matrix& w, Index first, Index last, const scalar* const* rows, int count, Index u, int blocks,
+                    Index k, Index piece, const scalar* start, scalar* out, Index out_row) {
     const Index block = w.G * V;
-    for (Index g = 0; g < w.G; g += COLUMNS) {
-        const int columns = static_cast<int>(min(COLUMNS, w.G - g));
+    for (Index g = first; g < last; g += COLUMNS) {
+        const int columns = static_cast<int>(min(COLUMNS, last - g));
         for (int n = 0, some; n < blocks; n += some) {
             some = blocks - n;
             const Tile tile = tile_for(count, columns, some);
@@ -356,12 +357,14 @@ static void compute(const Matrix& w, const scalar* const* rows, int count, Index
     }
 }
 
-// How R rows of a product of G gates are cut: into tiles of about as many rows each, and so many blocks of units side by side.
+// How R rows of a product of gates [first, last) are cut: into tiles of about as many rows each, and so many blocks of units
+// side by side.
 struct Cut {
-    Index rows, turns;
+    Index first, last, rows, turns;
     int blocks;
-    Cut(Index G, Index R) : rows(R) {
-        const int columns = static_cast<int>(min(G, COLUMNS)), full = full_rows(columns);
+    Cut(Index G, Index R) : Cut(0, G, R) {}
+    Cut(Index first, Index last, Index R) : first(first), last(last), rows(R) {
+        const int columns = static_cast<int>(min(last - first, COLUMNS)), full = full_rows(columns);
         turns = (R + full - 1) / full;
         blocks = MOST_BLOCKS;
         tile_for(turns ? static_cast<int>((R + turns - 1) / turns) : full, columns, blocks);
@@ -369,21 +372,28 @@ struct Cut {
 };
 
 // Blocks [u, u1), at most those of the cut, of a product for all its rows; row(r) is where the K inputs of row r lie.
-// start: [blocks][G][V], the bias. out: [rows][u1 - u][G][V], of rows out_row apart.
+// start: [blocks][G][V], the bias. out: [rows][u1 - u][G][V], of rows out_row apart; only gates of the cut are written.
+// k0, k1: of K only those from k0 to k1; the others of the inputs are zero.
 template <class Row>
 static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row, const scalar* start, scalar* out,
-                     Index out_row) {
+                     Index out_row, Index k0, Index k1) {
     Index piece;
-    for (Index k = 0; k == 0 || k < w.K; k += max(piece, 1)) {
-        piece = min(PIECE, min(w.K - k, w.span - k % max(w.span, 1)));
+    for (Index k = k0; k == k0 || k < k1; k += max(piece, 1)) {
+        piece = min(PIECE, min(k1 - k, w.span - k % max(w.span, 1)));
         for (Index turn = 0; turn < cut.turns; ++turn) {
             const Index first = cut.rows * turn / cut.turns, last = cut.rows * (turn + 1) / cut.turns;
             const scalar* rows[ACCUMULATORS];
             for (Index r = first; r < last; ++r) rows[r - first] = row(r) + w.place(k);
-            compute(w, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, piece,
-                    k == 0 ? start : nullptr, out + first * out_row, out_row);
+            compute(w, cut.first, cut.last, rows, static_cast<int>(last - first), u, static_cast<int>(u1 - u), k, piece,
+                    k == k0 ? start : nullptr, out + first * out_row, out_row);
         }
     }
+}
+
+template <class Row>
+static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row, const scalar* start, scalar* out,
+                     Index out_row) {
+    multiply(w, cut, u, u1, row, start, out, out_row, 0, w.K);
 }
 
 // Go through blocks [u0, u1) by as many as the cut has side by side: body(u, u').
@@ -392,8 +402,9 @@ DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
     for (Index u = u0; u < u1; u += cut.blocks) body(u, min(u1, u + cut.blocks));
 }
 
-// Elements of a buffer for R rows of a product that is read before the next blocks are computed.
-DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
+// Elements of a buffer for R rows of a product that is read before the next blocks are computed, however few gates it has.
+DEVICE Index scratch_elements(Index G, Index R, Index fewest) { return R * max(Cut(G, R).blocks, Cut(fewest, R).blocks) * G * V; }
+DEVICE Index scratch_elements(Index G, Index R) { return scratch_elements(G, R, G); }
 
 // [G, units], gates `of_gate` apart -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
 static void pack_bias(const scalar* bias, Index of_gate, Index G, Index units, Index gates, scalar* to, bool add) {
@@ -461,7 +472,9 @@ static int forward_of_head(const Forward& f) {
     const Index passes = f.passes, inputs_T = T / passes;
     const Index chunk = rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
     const Index inputs = chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
-    const Index gates = cell.REDUCES ? rows * blocks * GV : scratch_elements(G, rows), projected = scratch_elements(1, rows);
+    Index fewest = G;
+    for (Index pass = 0; pass < passes; ++pass) fewest = min(fewest, f.gates[pass][1] - f.gates[pass][0]);
+    const Index gates = cell.REDUCES ? rows * blocks * GV : scratch_elements(G, rows, fewest), projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
     Scratch scratch(threads * own), packed(once || f.packed ? 0 : weights.size(blocks, outputs));
@@ -510,8 +523,10 @@ static int forward_of_head(const Forward& f) {
                         store(out + r * out_row + (block - u) * GV + g * V,
                               load(input(r) + g * H + block * V, lanes_of(block, f.D)) + load(bias_x.data + block * GV + g * V));
         };
-        const Cut recurrent(G, mine), output(1, mine);
+        if (passes > 1) memset(Rh, 0, gates * sizeof(scalar));  // a pass sees numbers, whichever gates it doesn't read
+        const Cut output(1, mine);
         for (Index n = 0; n < T; ++n) {
+            const Cut recurrent(f.gates[n % passes][0], f.gates[n % passes][1], mine);
             const Index at = chunk ? n / passes % chunk : 0;
             if (chunk && n % (chunk * passes) == 0) {
                 const Index steps = min(chunk, (T - n) / passes);
@@ -784,7 +799,8 @@ static int backward_of_head(const Backward& f) {
             barrier.wait();
             each_blocks(cut, p0, p1, [&](Index u, Index end) {
                 const auto row = [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; };
-                multiply(R_back, cut, u, end, row, zero.data, back, cut.blocks * V);
+                const Index(&gates)[2] = f.gates[n % f.passes];
+                multiply(R_back, cut, u, end, row, zero.data, back, cut.blocks * V, gates[0] * f.D, gates[1] * f.D);
                 cell.operand_grad(f, n, {b0, b1, u, end}, {back, cut.blocks * V});
             });
             barrier.wait();

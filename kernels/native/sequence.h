@@ -30,7 +30,8 @@ struct Forward {
     const Code* cell;
     Index T, B, I, H, P, heads, reverse, threads;
     Index D, Q;             // H / heads and P / heads
-    Index passes;           // time steps that have the same x, one after the other
+    Index passes;           // time steps that have the same x, one after the other; of two, each reads other gates of R h
+    Index gates[2][2];      // by pass the first of them, and the one after the last
     const scalar* x;        // [T / passes, B, I]; [.., G, H], the input part of all gates, where W is null
     const scalar* W;        // [G, H, I] input weights, or null
     const scalar* R;        // [G, H, Q] recurrent weights
@@ -51,7 +52,7 @@ struct Backward {
     const Code* cell;
     Index T, B, I, H, P, heads, reverse, threads, threads_after;  // of the time loop, and of the products after it
     Index D, Q;                   // H / heads and P / heads
-    Index passes;                 // as in Forward
+    Index passes, gates[2][2];    // as in Forward
     const scalar* x;              // [T / passes, B, I]
     const scalar* W;              // [G, H, I] or null
     const scalar* R;              // [G, H, Q]
