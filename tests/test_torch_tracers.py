@@ -73,24 +73,32 @@ def test_a_traced_model_trains():
         close(parameter.grad, expected.grad)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["lengths", "mask"])
 @pytest.mark.parametrize(
-    "keywords", [{"layer_norm": True}, {"peephole": True, "cell_clip": 0.5}, {"coupled": True}], ids=str
-)
-def test_a_traced_modifier_is_the_layers(keywords):
+    "keywords",
+    [
+        {"layer_norm": True}, {"peephole": True, "cell_clip": 0.5}, {"coupled": True}, {"proj_size": 2},
+        {"num_heads": 2, "layer_norm": True, "layer_norm_over": "head"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_traced_modifier_is_the_layers(keywords, masked):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = gpu_rnn.LSTM(3, 4, **keywords)
 
-        def forward(self, x, reset, lengths):
-            return self.layer(x, reset=reset, lengths=lengths)[0]
+        def forward(self, x, reset, until, h, c):
+            return self.layer(x, reset=reset, reset_state=(h, c), **{"mask" if masked else "lengths": until})[0]
 
-    run = Model()
+    run, P = Model(), keywords.get("proj_size", 4)
 
     def arguments(T, B):
-        return torch.randn(T, B, 3), torch.rand(T, B) < 0.3, torch.randint(1, T, (B,))
+        lengths = torch.randint(1, T, (B,))
+        until = torch.arange(T)[:, None] < lengths if masked else lengths
+        return torch.randn(T, B, 3), torch.rand(T, B) < 0.3, until, torch.randn(1, B, P), torch.randn(1, B, 4)
 
-    traced = torch.jit.trace(run, arguments(5, 2), check_trace=False)
+    traced = torch.jit.trace(run, arguments(5, 1), check_trace=False)
     for sizes in ((5, 2), (7, 3)):
         given = arguments(*sizes)
         close(traced(*given), run(*given))
@@ -158,6 +166,7 @@ def test_a_function_is_refused_by_script_by_name_and_can_be_traced_for_it():
     close(torch.jit.script(calls_the_traced)(x, *weights), theirs(2 * x)[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it is deprecated in torch
 def test_the_old_onnx_exporter_is_refused_by_name():
     with pytest.raises(NotImplementedError, match=r"dynamo=True.*gpu_rnn\.restore_"):
         torch.onnx.export(pair("GRU", {})[0], (torch.zeros(5, 2, 3),), io.BytesIO(), dynamo=False)

@@ -182,9 +182,15 @@ def concatenate(many: Any, axis: int) -> Any:
     return module(library(many[0])).concatenate(tuple(many), axis)
 
 
-def broadcast_rows(array: Any, rows: int) -> Any:
-    """[1, N] -> [rows, N]."""
-    return module(library(array)).broadcast_to(array, (rows, array.shape[1]))
+def unstack(array: Any, n: int) -> list[Any]:
+    """[n, ...] -> its n parts, also before torch.jit.trace, which warns of iteration over a tensor."""
+    return [array[k] for k in range(n)]
+
+
+def broadcast(many: Sequence[Any]) -> Sequence[Any]:
+    """Arrays as if all had the same shape."""
+    xp = module(library(many[0]))
+    return (xp.broadcast_tensors if xp.__name__ == "torch" else xp.broadcast_arrays)(*many)
 
 
 def arange(n: int, like: Any) -> Any:

@@ -24,7 +24,7 @@ def split(array: Any, N: int, G: int = 1, axis: int = -1) -> list[Any]:
     D = shape[axis] // (G * N)
     apart = array.reshape(*shape[:axis], G, N, D, *shape[axis + 1 :])
     first = arrays.module(arrays.library(array)).moveaxis(apart, axis + 1, 0)
-    return list(first.reshape(N, *shape[:axis], G * D, *shape[axis + 1 :]))
+    return arrays.unstack(first.reshape(N, *shape[:axis], G * D, *shape[axis + 1 :]), N)
 
 
 def join(parts: Sequence[Any], G: int = 1, axis: int = -1) -> Any:

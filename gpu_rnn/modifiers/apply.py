@@ -122,7 +122,7 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
     cell = cell_info(name, **options)
     rows, P = arrays.sizes(weights.w_hh)
     H = rows // cell.G
-    check_heads(heads, H, weights.w_hr is not None, f", with w_hh {shape(weights.w_hh)}")
+    check_heads(heads, H, weights.w_hr is not None, f", with w_hh {[rows, P]}")
     P = H if heads > 1 else P
     valid = None
     if m.lengths is not None or m.left_padding is not None:
@@ -135,7 +135,7 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
         if own is not None:
             check_array(label, own, [(len(cell.per_unit_params) * H,)], x, arrays.dtype(x))
             sources[label] = own
-            units += list(own.reshape(len(cell.per_unit_params), 1, H))
+            units += arrays.unstack(own.reshape(len(cell.per_unit_params), 1, H), len(cell.per_unit_params))
     if m.layer_norm is not None:
         options["norm"] = True
         check_norm_over(m.layer_norm_over, heads)
@@ -282,14 +282,13 @@ def unbroadcast_grad(gradient: Any, array: Any) -> Any:
 
 def pad_units(array: Any, H: int) -> Any:
     """[R, N] -> [R, H]."""
-    R, N = array.shape
-    return array if N == H else arrays.concatenate([array, arrays.zeros((R, H - N), like=array)], 1)
+    N = arrays.sizes(array)[1]
+    return array if N == H else arrays.concatenate([array, arrays.zeros((array.shape[0], H - N), like=array)], 1)
 
 
 def stack_per_unit(units: Sequence[Any]) -> Any:
     """Arrays [R, H] -> [n, R, H], each repeated if one isn't the same for the whole batch, be it empty."""
-    R = next((array.shape[0] for array in units if array.shape[0] != 1), 1)
-    return arrays.stack([array if array.shape[0] == R else arrays.broadcast_rows(array, R) for array in units], 0)
+    return arrays.stack(arrays.broadcast(units), 0)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Norm(NamedTuple):
         zero = arrays.zeros((H,), like=self.gains[0])
         biases = [zero if b_hh is None else self.rows(b_hh, self.gates.index(gate)) for gate in self.recurrent_bias]
         own = [*biases, *(zero if array is None else array for array in self.gains[2:])]
-        return [*self.gains[1].reshape(G, 1, H), *(array.reshape(1, H) for array in own)]
+        return [*arrays.unstack(self.gains[1].reshape(G, 1, H), G), *(array.reshape(1, H) for array in own)]
 
     def vjp(self, gradients: dict[str, Any], dunits: Any) -> dict[str, Any]:
         """The gradients of the call's arrays by name, from those of the modified call; of its units [n, R, H]."""

@@ -20,7 +20,7 @@ from ..autograd.functions import run_cached
 from ..autograd.torch_private import is_any_autocast_enabled, is_capturing, is_meta_or_fake, is_observed
 from ..backends.call_cache import CachedCall, lookup
 from ..backends.dispatch import ORDER
-from ..core.arrays import default_precision
+from ..core.arrays import default_precision, unrecorded
 from ..core.problem import Modifiers, Options, Run, Weights
 from ..core.validation import PRECISIONS, as_count, check_heads
 from ..functional import NORMALIZED_STEP_EXACT, ShapeError
@@ -293,6 +293,7 @@ class Recurrent(nn.Module):
             w_hr = getattr(self, names[4])
         return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
+    @unrecorded
     def _batch(self, input: Tensor, *layouts: str) -> tuple[int, ...]:
         """The sizes that a state has before H: (B,), or () for an input without a batch. An error if it doesn't fit.
 
@@ -317,6 +318,7 @@ class Recurrent(nn.Module):
             )
         return (shape[layout.index("B")],) if "B" in layout else ()
 
+    @unrecorded
     def _initial_states(self, hx: Any, sizes: tuple[int, ...], letters: str, input: Tensor) -> Sequence[Tensor | None]:
         """hx as one tensor [*sizes, P or H] per state of the cell; as None, for zeros. `letters` name the sizes."""
         states = CELLS[self._cell].states

@@ -199,17 +199,7 @@ class RecurrentLayer(Recurrent):
                 )
             if mask is not None:
                 lengths = self._lengths(mask, lengths, input)
-            marks = {
-                "reset": (reset, input.shape[:-1]),
-                "lengths": (lengths, batch),
-                "left_padding": (left_padding, batch),
-            }
-            for name, (mark, expected) in marks.items():
-                if mark is not None and (not isinstance(mark, Tensor) or mark.shape != expected):
-                    raise (ShapeError if isinstance(mark, Tensor) else TypeError)(
-                        f"{self._get_name()}: {name} is {describe(mark)}; expected a tensor {list(expected)}, "
-                        f"with input {functional.shape(input)}"
-                    )
+            self._check_marks(input, batch, reset=reset, lengths=lengths, left_padding=left_padding)
             if not batch:
                 reset, lengths, left_padding = (
                     None if m is None else m.unsqueeze(-1) for m in (reset, lengths, left_padding)
@@ -228,11 +218,20 @@ class RecurrentLayer(Recurrent):
             y, groups[1:] = y.transpose(0, 1), [[s.transpose(1, 2) for s in states] for states in groups[1:]]
         return y, *map(as_hx, groups)
 
-    @unrecorded
     def _check_inputs(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         batch = self._batch(input, "BTI" if self.batch_first else "TBI", "TI")
         sizes = (self.num_layers * self._directions, *batch)
         return batch, self._initial_states(hx, sizes, "L*D B" if batch else "L*D", input)
+
+    @unrecorded
+    def _check_marks(self, input: Tensor, batch: tuple[int, ...], **marks: Any) -> None:
+        for name, mark in marks.items():
+            expected = input.shape[:-1] if name == "reset" else batch
+            if mark is not None and (not isinstance(mark, Tensor) or mark.shape != expected):
+                raise (ShapeError if isinstance(mark, Tensor) else TypeError)(
+                    f"{self._get_name()}: {name} is {describe(mark)}; expected a tensor {list(expected)}, "
+                    f"with input {functional.shape(input)}"
+                )
 
     def _time_major(self, input: Tensor) -> Tensor:
         return input.transpose(0, 1) if self.batch_first else input
@@ -244,15 +243,19 @@ class RecurrentLayer(Recurrent):
         """
         if lengths is not None:
             raise TypeError(f"{self._get_name()}: mask and lengths exclude each other; pass one of them")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != input.shape[:-1]:
-            actual = f"{describe(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else describe(mask)
-            expected = f"a bool tensor {list(input.shape[:-1])}, with input {functional.shape(input)}"
-            raise ShapeError(f"{self._get_name()}: mask is {actual}; expected {expected}")
+        self._check_mask(mask, input)
         time = 1 if self.batch_first and input.ndim == 3 else 0
         readable = mask.device.type == "cpu" and not (is_observed() or is_meta_or_fake(mask))
         if readable and (mask.int().diff(dim=time) > 0).any():
             raise ValueError(f"{self._get_name()}: mask must be true for the first time steps of a row alone")
         return mask.sum(time)
+
+    @unrecorded
+    def _check_mask(self, mask: Tensor, input: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != input.shape[:-1]:
+            actual = f"{describe(mask)} of {mask.dtype}" if isinstance(mask, Tensor) else describe(mask)
+            expected = f"a bool tensor {list(input.shape[:-1])}, with input {functional.shape(input)}"
+            raise ShapeError(f"{self._get_name()}: mask is {actual}; expected {expected}")
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Any, ...]:
         """Run one time step of a layer with one direction: input [B, I] or [I], hx as in `forward` -> y [B, P] or [P],
@@ -267,6 +270,7 @@ class RecurrentLayer(Recurrent):
         y, hx = self(input.unsqueeze(time), hx)
         return y.squeeze(time), hx
 
+    @unrecorded
     def _reset_states(self, reset_state: Any) -> tuple[Tensor, ...]:
         """One per state, [L*D, B, .] or [L*D, .]; their other sizes are checked with the rest."""
         states, many = CELLS[self._cell].states, self.num_layers * self._directions
@@ -292,12 +296,13 @@ class RecurrentLayer(Recurrent):
                 "which are data; give padded input and lengths=, by which the layer computes the same"
             )
         self._batch(data, "NI")
-        T, B = len(batch_sizes), checked_batch_sizes(batch_sizes, data)[0]
+        sizes = checked_batch_sizes(batch_sizes, data)
+        B = sizes[0]
         initial = self._initial_states(hx, (self.num_layers * self._directions, B), "L*D B", data)
         if sorting is not None:
             initial = [state if state is None else state.index_select(1, sorting) for state in initial]
         x, ends = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        call = ragged(ends.to(data.device, non_blocking=True), len(data) == T * B, generator)
+        call = ragged(ends.to(data.device, non_blocking=True), sizes[-1] == B, generator)
 
         def packed_dropout(x: Tensor, p: float) -> Tensor:
             rows = PackedSequence(F.dropout(pack_padded_sequence(x, ends).data, p), batch_sizes)
@@ -524,7 +529,6 @@ class RecurrentCell(Recurrent):
         ((_, last, *_),) = self._run_layer(input.unsqueeze(0), [""], [initial], call, 0)
         return as_hx(last if batch else [state.squeeze(0) for state in last])
 
-    @unrecorded
     def _check_inputs(self, input: Tensor, hx: Any) -> tuple[tuple[int, ...], Sequence[Tensor | None]]:
         batch = self._batch(input, "BI", "I")
         return batch, self._initial_states(hx, batch, "B" if batch else "", input)
@@ -576,6 +580,7 @@ class GRUCell(RecurrentCell):
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
+@unrecorded
 def checked_batch_sizes(batch_sizes: Tensor, data: Tensor) -> list[int]:
     """The batch size of every time step, or an error that repeats what doesn't fit."""
     sizes = batch_sizes.tolist()

@@ -91,13 +91,15 @@ class Stream:
                 state.copy_(value)
 
     def __call__(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            refuse_if_observed("a stream", "use layer.step, which takes the states and returns them")
         if x.shape != self._x.shape:
             raise ShapeError(f"x has shape {shape(x)}; expected [B, I] = {shape(self._x)}")
         if (x.dtype, x.device) != (self._x.dtype, self._x.device):
             raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
-        if torch.compiler.is_compiling():
+        if compiling:
             return step_layers(self._layer, x, self._y, self._states)
-        refuse_if_observed("a stream", "use layer.step, which takes the states and returns them")
         self._x.copy_(x.detach() if x.requires_grad else x)
         self._advance()
         return self._y
