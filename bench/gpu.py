@@ -194,6 +194,7 @@ class GpuRun:
         earlier = sorted({*results.FOLDER.glob("*-tests.jsonl"), *self.out.glob("*-tests.jsonl")} - {self.tests.path})
         seconds = {k: v["seconds"] for path in earlier for k, v in Journal(path).outcomes().items()}
         arguments = ["-m", "gpu", "-qq", "--tb=short", "--continue-on-collection-errors", "-k", words, *gpu_tests()]
+        arguments += ["-o", "filterwarnings="]  # what another version of torch or NumPy warns of fails no test here
         count = 1 if self.dry else TEST_PROCESSES
 
         def run(journal: Journal, share: int) -> str:

@@ -80,6 +80,7 @@ def test_of_a_call_and_of_the_rest(wrong):
         refused(label, lambda: gpu_rnn.cell(lambda x, h, s: (x[0],), **own | {label: value}))  # noqa: B023
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_mask_is_not_ignored(name):
     """NumPy's and torch's, of every array."""

@@ -93,6 +93,7 @@ def test_the_errors_are_those_of_the_table():
     assert {error for row in rows() for error in QUOTED.findall(row["torch.nn"])} == set(ERRORS)
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights")  # torch.nn's layers, exported
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="the table is of torch 2.13")
 @pytest.mark.parametrize(
     "message", [pytest.param(m, marks=[pytest.mark.gpu] * (device == "cuda")) for m, (_, device) in ERRORS.items()]

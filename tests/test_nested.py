@@ -172,6 +172,7 @@ def test_explain_and_inspect_look_into_them():
         torch.testing.assert_close(torch.from_numpy(inside[: len(x), b]), layer(x)[0].detach())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the layout that is refused
 def test_errors():
     layer, rows = gpu_rnn.LSTM(I, H), sequences(dtype=torch.float32)
     x = jagged(rows)

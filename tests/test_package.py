@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -96,3 +97,9 @@ def test_completion_finds_what_is_public_and_nothing_else():
     assert before == {name for name in gpu_rnn.__all__ if not name.startswith("__")} | loaded_lazily
     assert {"LSTM", "stream", "cell", "replace_", "tbptt"} < before
     assert after == before
+
+
+@pytest.mark.parametrize("module", ["gpu_rnn.nn.layers", "gpu_rnn.kernels.philox", "tests.test_package", "bench.gpu"])
+def test_a_warning_of_ours_fails_a_test(module):
+    with pytest.raises(RuntimeWarning):
+        warnings.warn_explicit("overflow", RuntimeWarning, "file.py", 1, module=module)
