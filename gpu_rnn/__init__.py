@@ -39,6 +39,7 @@ from .core.optional_imports import require as _require
 from .core.optional_imports import when_imported as _when_imported
 from .core.validation import ShapeError
 from .functional import gru, lstm, rnn, vjp
+from .kernels.cells import LIBRARIES as _LIBRARIES
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -78,6 +79,14 @@ def _custom_ops() -> None:
 
 
 _when_imported("torch", _custom_ops)
+
+
+def _published_cell(name: str) -> None:
+    """Load the definition of a cell of gpu_rnn.cells, which a saved program knows by its name."""
+    getattr(_import_module(".cells", __name__), name, None)
+
+
+_LIBRARIES["cells"] = _published_cell
 
 
 def _onnx_translation() -> None:

@@ -354,6 +354,30 @@ for run in (torch.export.load(folder + "/exported.pt2").module(), torch.jit.load
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_saved_program_finds_its_cell(tmp_path):
+    """A published one by its name, one of a user's own once the module that defines it is imported."""
+    x = torch.randn(5, 2, 3)
+    for name, layer in {"published": gpu_rnn.cells.JANET(3, 4), "own": plain(3, 4)}.items():
+        torch.export.save(torch.export.export(layer, (x,)), tmp_path / f"{name}.pt2")
+        torch.save((x, layer(x)[0].detach()), tmp_path / f"{name}.pt")
+    script = f"""
+import gpu_rnn, torch
+def check(name):
+    x, y = torch.load({str(tmp_path)!r} + f"/{{name}}.pt")
+    torch.testing.assert_close(torch.export.load({str(tmp_path)!r} + f"/{{name}}.pt2").module()(x)[0], y)
+check("published")
+try:
+    check("own")
+except ValueError as error:
+    assert "unknown cell 'plain'" in str(error) and "imported" in str(error), error
+else:
+    raise AssertionError("nothing has defined that cell")
+import {__name__}
+check("own")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_watching_for_torch_costs_nothing_and_hides_nothing():
     script = """
 import gpu_rnn, sys

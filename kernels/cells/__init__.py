@@ -32,6 +32,7 @@ A cell defined elsewhere is made by `make_cell`, and found by its name after `re
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -49,6 +50,7 @@ from ..emit import assignments
 from ..modifiers import Option, build_modified, format_option, parse_options
 
 REGISTERED: dict[str, "Cell"] = {}  # cells defined elsewhere
+LIBRARIES: dict[str, Callable[[str], object]] = {}  # what defines "library.name" elsewhere, once it is looked up
 
 
 def definitions() -> dict[str, ModuleType]:
@@ -66,8 +68,14 @@ NAMES = tuple(sorted(MODULES))
 def get(name: str) -> Cell:
     """Return the cell of that name, modifiers included. ValueError, with all names, for an unknown one."""
     base, *parts = name.split("+")
+    library, _, short = base.partition(".")
+    if base not in REGISTERED and library in LIBRARIES:
+        LIBRARIES[library](short)
     if base not in MODULES and base not in REGISTERED:
-        raise ValueError(f"unknown cell {base!r}; there are {', '.join((*NAMES, *REGISTERED))}")
+        raise ValueError(
+            f"unknown cell {base!r}; there are {', '.join((*NAMES, *REGISTERED))}, and a cell of gpu_rnn.cell once the "
+            "module that defines it is imported"
+        )
     if name in REGISTERED:
         return REGISTERED[name]
     options, own = parse_options(parts), {}
