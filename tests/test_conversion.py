@@ -419,6 +419,8 @@ def test_the_python_of_the_document_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.LSTM(3, 4))
     names = {"gpu_rnn": gpu_rnn, "torch": torch, "model": model, "x": torch.randn(5, 2, 3)}
+    layer, lengths = nn.LSTM(3, 4, batch_first=True), torch.tensor([2, 1, 2, 2, 1])
+    names |= {"layer": layer, "lengths": lengths}
     expected = flat(model(names["x"]))
     text = (Path(__file__).parents[1] / "docs" / "conversion.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -426,3 +428,5 @@ def test_the_python_of_the_document_runs(tmp_path, monkeypatch):
     for made, tolerance in {"traced": 0.0, "small": 0.05}.items():
         torch.testing.assert_close(flat(names[made](names["x"])), expected, rtol=tolerance, atol=tolerance)
     assert equal_bits(torch.jit.load("model.pt")(names["x"]), expected)
+    y, _ = gpu_rnn.replace_(layer)(names["x"], lengths=lengths)
+    torch.testing.assert_close(names["y"], y)
