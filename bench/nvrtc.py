@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,7 @@ def functions(listing: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@lru_cache(maxsize=2)  # the disassembler takes half a second to start, and a listing is read more than once
 def cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
