@@ -42,11 +42,11 @@ _RUNTIME_FLAGS: dict[Sanitizer | None, tuple[str, ...]] = {
 }
 # Return addresses name the place in the kernel, so calls must stay calls. trace-pc calls the scheduler at
 # every basic block, so that a seeded schedule can switch between any two; a sanitizer does not need it to see
-# a race.
+# a race, and takes longer to compile optimized code than to run the other.
 _KERNEL_FLAGS: dict[Sanitizer | None, tuple[str, ...]] = {
     None: ("-O1", "-fsanitize-coverage=trace-pc"),
-    "thread": ("-O1", "-fsanitize=thread", "-fno-omit-frame-pointer"),
-    "address": ("-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"),
+    "thread": ("-O0", "-fsanitize=thread", "-fno-omit-frame-pointer"),
+    "address": ("-O0", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"),
 }
 _KERNEL_COMMON = (
     *("-fno-optimize-sibling-calls", "-fno-strict-aliasing", "-ffp-contract=off"),
