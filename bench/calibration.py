@@ -36,8 +36,8 @@ def plans() -> Iterator[tuple[Problem, persistent.PersistentConfig]]:
         for backward in (False, True):
             cost = persistent.cell_cost(cell, dtype, backward=backward)
             for scope in on.scopes:
-                found = persistent.candidates(scope, backward, cost, H, B, on)
-                best = sorted(found, key=lambda plan: plan.waves * plan.launches * plan.predicted_us)
+                candidates = persistent.candidates(scope, backward, cost, H, B, on)
+                best = sorted(candidates, key=lambda plan: plan.waves * plan.launches * plan.predicted_us)
                 yield from ((problem, plan) for plan in best[:MOST])
 
 

@@ -58,10 +58,10 @@ def compiled_loop(name: str, H: int) -> Callable:
         return graph.run({**known, RECURRENT_MATMUL: recurrent}, x=x.split(H, -1), h=h, state=state, extra=units)[0]
 
     def run(x: Any) -> Any:
-        given, state, y = layer.function_arguments(), (x.new_zeros(x.shape[1], H),) * cell.S, []
-        blocks = [*zip(given["w_hh"].split(H), given["b_hh"].split(H))]
-        joined, units = [torch.cat(parts) for parts in zip(*(blocks[g] for g in read))], given.get("units", x[:0])
-        for row in linear(x, given["w_ih"], given["b_ih"]).unbind():
+        weights, state, y = layer.function_arguments(), (x.new_zeros(x.shape[1], H),) * cell.S, []
+        blocks = [*zip(weights["w_hh"].split(H), weights["b_hh"].split(H))]
+        joined, units = [torch.cat(parts) for parts in zip(*(blocks[g] for g in read))], weights.get("units", x[:0])
+        for row in linear(x, weights["w_ih"], weights["b_ih"]).unbind():
             state = step(row, state, joined, blocks, units.split(H) if len(units) else ())
             y.append(state[0])
         return torch.stack(y), state
@@ -97,10 +97,10 @@ def main(names: list[str]) -> None:
             if (run := kind(name, H)) is None:
                 continue
             x, label = torch.randn(T, B, H), kind.__name__.replace("_", " ")
-            found = {mode: f"{milliseconds(run, x, mode == 'training'):.2f}" for mode in modes}
-            writer.writerow({"cell": name, "kind": label} | found | dict(zip(sizes, (T, B, H, H))) | facts)
+            times = {mode: f"{milliseconds(run, x, mode == 'training'):.2f}" for mode in modes}
+            writer.writerow({"cell": name, "kind": label} | times | dict(zip(sizes, (T, B, H, H))) | facts)
             file.flush()
-            print(f"[{number}/{len(runs)}] {label} {name} B={B} H={H}:", *found.values(), flush=True)
+            print(f"[{number}/{len(runs)}] {label} {name} B={B} H={H}:", *times.values(), flush=True)
 
 
 if __name__ == "__main__":

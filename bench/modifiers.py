@@ -96,8 +96,8 @@ def prepared(keywords: dict[str, Any], case: Case, data: Data, call: Callable[..
             outputs |= dict(zip(letters[1:], as_tuple(history[0])[1:]))
         if not case.training:
             return outputs
-        wanted = [grad_of[name] for name in outputs]
-        grads = torch.autograd.grad((*outputs.values(),), (*leaves.values(),), wanted)
+        douts = [grad_of[name] for name in outputs]
+        grads = torch.autograd.grad((*outputs.values(),), (*leaves.values(),), douts)
         return {k: v.detach() for k, v in outputs.items()} | {f"d{k}": v for k, v in zip(leaves, grads)}
 
     return run

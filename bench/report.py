@@ -172,9 +172,9 @@ def cpu(rows: DataFrame) -> Block:
     columns = sorted(set(zip(rows["mode"], rows["threads"])), key=lambda at: (list(WAYS).index(at[0]), at[1]))
 
     def cell_of(name: str, cell: str, mode: str, threads: int) -> str:
-        found = rows[(rows[["contender", "cell", "mode", "threads"]] == [name, cell, mode, threads]).all(axis=1)]
-        goals, cases = math.prod(map(len, problems.GOALS[mode == "step" :])), found["ratio"].count()
-        return speedup(found) + (f", {cases} of {goals}" if 0 < cases < goals else "")
+        selected = rows[(rows[["contender", "cell", "mode", "threads"]] == [name, cell, mode, threads]).all(axis=1)]
+        goals, cases = math.prod(map(len, problems.GOALS[mode == "step" :])), selected["ratio"].count()
+        return speedup(selected) + (f", {cases} of {goals}" if 0 < cases < goals else "")
 
     head = ["", *(f"{WAYS[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
     known = {*zip(rows["contender"], rows["cell"])}
@@ -297,12 +297,12 @@ def write(folder: Path, out: Path, documents: Iterable[Path], publish: Path | No
         if after != before:
             document.write_text(after)
             yield document
-    page = [f"<h2>{title}</h2>\n{blocks[name].html()}" for name, (title, _) in BLOCKS.items() if title]
-    page += [text[text.index("<svg") :] for text in map(Path.read_text, figures)]  # without their XML declaration
+    parts = [f"<h2>{title}</h2>\n{blocks[name].html()}" for name, (title, _) in BLOCKS.items() if title]
+    parts += [text[text.index("<svg") :] for text in map(Path.read_text, figures)]  # without their XML declaration
     used = every.loc[:, (every.notna() & (every != "")).any()]
     table = used.to_html(index=False, na_rep="", float_format="{:.6g}".format)
-    page.append(f"<details><summary>All {len(every)} rows</summary><div class=rows>{table}</div></details>\n</html>\n")
-    (out / "benchmarks.html").write_text(PAGE + "\n".join(page))
+    parts.append(f"<details><summary>All {len(every)} rows</summary><div class=rows>{table}</div></details>\n</html>\n")
+    (out / "benchmarks.html").write_text(PAGE + "\n".join(parts))
     yield out / "benchmarks.html"
     if publish is not None:
         for end, name in PUBLISHED.items():

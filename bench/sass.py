@@ -109,9 +109,11 @@ class MachineCode:
         """The numbers of its first instruction and of the last branch back to it."""
         loops = list(networkx.strongly_connected_components(self.flow))
         for matmul in ("HMMA", "FFMA"):
-            found = [loop for loop in loops if len(loop) > 1 and any(self.instructions[n].base == matmul for n in loop)]
-            if found:
-                loop = max(found, key=len)
+            candidates = [
+                loop for loop in loops if len(loop) > 1 and any(self.instructions[n].base == matmul for n in loop)
+            ]
+            if candidates:
+                loop = max(candidates, key=len)
                 begin = min(n for n in loop if not loop.issuperset(self.flow.predecessors(n)))  # where it is entered
                 return begin, max(n for n in self.flow.predecessors(begin) if n in loop)
         raise ValueError("no loop has a matmul")
@@ -145,14 +147,14 @@ class MachineCode:
         def matmuls(path: list[int]) -> int:
             return sum(self.instructions[n].kind == "mma" for n in path)
 
-        passed_by, found = set[int](), longest(set())
-        if not found:
+        passed_by, best = set[int](), longest(set())
+        if not best:
             raise ValueError("no way through the time loop has none of the instructions avoided")
         for wait in self.waits:
             other = longest({*passed_by, wait})
-            if other and matmuls(other) == matmuls(found):
-                found, passed_by = other, {*passed_by, wait}
-        return [self.instructions[n] for n in found]
+            if other and matmuls(other) == matmuls(best):
+                best, passed_by = other, {*passed_by, wait}
+        return [self.instructions[n] for n in best]
 
 
 class Kernel(NamedTuple):
@@ -250,16 +252,16 @@ def key(row: Row) -> tuple[str, ...]:
 
 def changes(now: Sequence[Row], table: Sequence[Row]) -> list[str]:
     """What the kernels have that isn't in the table, or is another number there."""
-    known, found = {key(row): row for row in table}, []
+    known, differences = {key(row): row for row in table}, []
     for row in now:
         name, before = "{} {} H={} {}".format(*key(row)), known.get(key(row))
         if before is None:
-            found.append(f"{name}: not in the table")
+            differences.append(f"{name}: not in the table")
         elif before["nvrtc"] != row["nvrtc"]:
-            found.append(f"{name}: compiled by NVRTC {row['nvrtc']}, in the table by {before['nvrtc']}")
+            differences.append(f"{name}: compiled by NVRTC {row['nvrtc']}, in the table by {before['nvrtc']}")
         elif differ := [f"{fact} {before[fact]} -> {row[fact]}" for fact in FACTS if before[fact] != row[fact]]:
-            found.append(f"{name}: {', '.join(differ)}")
-    return found
+            differences.append(f"{name}: {', '.join(differ)}")
+    return differences
 
 
 def command(words: str | None, check: bool, code: bool) -> int:

@@ -112,10 +112,10 @@ def checked(name: str, case: Case, data: Data, default: AccuracyCheck) -> Checke
         if name == NN:
             check.set_baseline(errors)
         others = (*named(case, outputs[0]).values(), *data.x)
-        found = Checked(run, check.relative(errors), None if name in KERNELS else saved.bytes(others), one.plan(case))
+        result = Checked(run, check.relative(errors), None if name in KERNELS else saved.bytes(others), one.plan(case))
         if case.device == "cpu" and first[0] > SLOW_S and not one.compiles:
-            found.first = first
-        return found
+            result.first = first
+        return result
     except (MemoryError, torch.OutOfMemoryError) as error:
         return {"status": "out of memory", "note": " ".join(str(error).split())[:300]}
     except Exception as error:  # whatever it is, it costs one row

@@ -23,11 +23,11 @@ Size = tuple[str, ...]
 
 def measured() -> dict[Size, dict[str, dict[str, Row]]]:
     """The newest measurements: by sizes T, B, H, then by cell, then by kind."""
-    found: dict[Size, dict[str, dict[str, Row]]] = {}
+    measurements: dict[Size, dict[str, dict[str, Row]]] = {}
     with max((ROOT / "bench" / "results" / "cells").glob("*.csv")).open() as file:
         for row in csv.DictReader(file):
-            found.setdefault((row["T"], row["B"], row["H"]), {}).setdefault(row["cell"], {})[row["kind"]] = row
-    return found
+            measurements.setdefault((row["T"], row["B"], row["H"]), {}).setdefault(row["cell"], {})[row["kind"]] = row
+    return measurements
 
 
 def factors(by_kind: dict[str, Row], kind: str) -> list[float]:
@@ -36,25 +36,27 @@ def factors(by_kind: dict[str, Row], kind: str) -> list[float]:
 
 
 def table() -> str:
-    found = measured()
+    measurements = measured()
     head, means = ["cell", "parameters", "states", "matmuls"], ["geometric mean", "", "", ""]
-    for (T, B, H), by_cell in found.items():
+    for (T, B, H), by_cell in measurements.items():
         head += [f"T={T}, B={B}, H={H}: native, ms", *(f"{kind}, x" for kind in KINDS[1:])]
         columns = [zip(*filter(None, (factors(by_kind, kind) for by_kind in by_cell.values()))) for kind in KINDS[1:]]
         means += ["", *(" / ".join(f"**{geometric_mean(column):.1f}**" for column in pair) for pair in columns)]
     lines = [head, ["---", "---:", "---", *["---:"] * (len(head) - 3)]]
-    first = next(iter(next(iter(found.values())).values()))["native"]
+    first = next(iter(next(iter(measurements.values())).values()))["native"]
     for name in cells.__all__:
         cls = getattr(cells, name)
         cell = definitions.get(cls.cell_name)
         count = sum(parameter.numel() for parameter in cls(int(first["I"]), int(first["H"])).parameters())
         matmuls = "2" if cell.lowered else "1" if definitions.reads(cell)["h"] else "0"
         line = [f"[{name}](#{name.lower()})", f"{count:,}", ", ".join(cell.states), matmuls]
-        for by_cell in found.values():
+        for by_cell in measurements.values():
             line.append(" / ".join(by_cell[name]["native"][mode] for mode in MODES))
             line += [" / ".join(f"{factor:.1f}" for factor in factors(by_cell[name], kind)) for kind in KINDS[1:]]
         lines.append(line)
-    dates = {row["date"] for by_cell in found.values() for by_kind in by_cell.values() for row in by_kind.values()}
+    dates = {
+        row["date"] for by_cell in measurements.values() for by_kind in by_cell.values() for row in by_kind.values()
+    }
     where = "Measured on {machine}, torch {torch}, {dates}; float32, I = H; parameters for H = {H}"
     where = where.format(dates=" and ".join(sorted(dates)), **first)
     rows = "".join(f"| {' | '.join(line)} |\n" for line in [*lines, means])
@@ -62,12 +64,12 @@ def table() -> str:
 
 
 def gallery() -> str:
-    found = []
+    sections = []
     for name in cells.__all__:
         title, equations, *notes = inspect.cleandoc(getattr(cells, name).__doc__).split("\n\n")
         prose = [" ".join(part.split()) for part in (title, *notes)]
-        found.append("\n\n".join([f"### {name}", prose[0], f"```text\n{equations}\n```", *prose[1:]]))
-    return "\n\n".join(found) + "\n"
+        sections.append("\n\n".join([f"### {name}", prose[0], f"```text\n{equations}\n```", *prose[1:]]))
+    return "\n\n".join(sections) + "\n"
 
 
 def text() -> str:
@@ -83,12 +85,12 @@ def draw() -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "gpu_rnn", "svg.fonttype": "none", "font.size": 8}
     figure = Figure(figsize=(8, 7), layout="constrained")
     (T, B, H), by_cell = next(iter(measured().items()))
-    found = sorted(by_cell.items(), key=lambda item: float(item[1]["native"]["training"]))
-    names = [name for name, _ in found]
+    ranked = sorted(by_cell.items(), key=lambda item: float(item[1]["native"]["training"]))
+    names = [name for name, _ in ranked]
     for axes, mode in zip(figure.subplots(1, 2, sharey=True), MODES):
-        xs = [float(row[mode]) for _, by_kind in found for row in by_kind.values()]
+        xs = [float(row[mode]) for _, by_kind in ranked for row in by_kind.values()]
         for kind, marker in zip(KINDS, "oxs"):
-            there = [(float(by_kind[kind][mode]), k) for k, (_, by_kind) in enumerate(found) if kind in by_kind]
+            there = [(float(by_kind[kind][mode]), k) for k, (_, by_kind) in enumerate(ranked) if kind in by_kind]
             axes.plot(*zip(*there), marker, markersize=4, label=kind)
         axes.set(xscale="log", xlabel=f"{mode}, ms; T={T}, B={B}, I=H={H}", axisbelow=True)
         axes.set_yticks(range(len(names)), names)

@@ -337,10 +337,10 @@ def draw_gates(H=1, updates=1000, T=32) -> None:
         descend(gpu_rnn.lstm, p, optimizer, *latch(30, 64, rng), last_only=False)
 
     x, target = latch(T, 1, np.random.default_rng(7))
-    page, state, rows = kernels.cells.get("lstm"), (np.zeros(H, np.float32),) * 2, []
+    cell, state, rows = kernels.cells.get("lstm"), (np.zeros(H, np.float32),) * 2, []
     for t in range(T):
         u, q = p["w_ih"] @ x[t, 0] + p["b_ih"], p["w_hh"] @ state[0]
-        state, gates = page.step(u.reshape(4, H), q.reshape(4, H), state)
+        state, gates = cell.step(u.reshape(4, H), q.reshape(4, H), state)
         rows.append([float(value[0]) for value in (*gates, state[1], p["v"] @ state[0] + p["b"])])
     i, f, g, o, c, out = np.array(rows).T
 

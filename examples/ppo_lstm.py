@@ -155,11 +155,11 @@ def rollouts(model: Model) -> Iterator[Rollout]:
 
 def advantages(paid: Tensor, value: Tensor, done: Tensor) -> Tensor:
     """paid [T, B], value [T+1, B], done [T, B] -> how much better [T, B] than expected (Schulman et al. 2016)."""
-    advantage, found = torch.zeros_like(paid[0]), []
+    advantage, steps = torch.zeros_like(paid[0]), []
     for t in reversed(range(len(paid))):
         advantage = paid[t] - value[t] + ~done[t] * DISCOUNT * (value[t + 1] + TRACE * advantage)
-        found.append(advantage)
-    return torch.stack(found[::-1])
+        steps.append(advantage)
+    return torch.stack(steps[::-1])
 
 
 def loss(model: Model, rollout: Rollout) -> Tensor:

@@ -109,10 +109,10 @@ def gpus() -> list[str]:
     if reason := no_gpu():
         return [reason]
     if missing("torch") is None and (cuda := require("torch", "info").cuda).is_available():
-        found = [cuda.get_device_properties(k) for k in range(cuda.device_count())]
+        devices = [cuda.get_device_properties(k) for k in range(cuda.device_count())]
         return [
             f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
-            f"{gpu.total_memory / 2**30:.0f} GiB" for gpu in found
+            f"{gpu.total_memory / 2**30:.0f} GiB" for gpu in devices
         ]  # fmt: skip
     runtime = require("cupy", "info").cuda.runtime
     return [runtime.getDeviceProperties(k)["name"].decode() for k in range(runtime.getDeviceCount())]

@@ -26,7 +26,7 @@ from .core.optional_imports import require
 from .core.problem import Weights
 from .core.validation import ShapeError, shape
 from .weights.interchange import Stack, chosen, reading, reordered
-from .weights.keras_layers import COMPUTED, FREE, GATES, KINDS, Found, layers_in
+from .weights.keras_layers import COMPUTED, FREE, GATES, KINDS, KerasLayer, layers_in
 
 CELLS = {  # class and activation
     ("SimpleRNN", "tanh"): "rnn_tanh",
@@ -70,14 +70,14 @@ def weights(source: Any, name: str | Iterable[str] | None = None, **config: Any)
     """What `load` loads, as NumPy arrays in torch's layout and gate order. Arguments and errors are those of `load`."""
     known(config)
     path = fspath(source) if isinstance(source, (str, PathLike)) else None
-    with reading(path, "a Keras file"), layers_in(source) as (found, sequential):
-        layers = picked(found, sequential, name, path or type(source).__name__)
-        cell_names = {name: cell_name(name, found, config) for name, found in layers.items()}
+    with reading(path, "a Keras file"), layers_in(source) as (every, sequential):
+        layers = picked(every, sequential, name, path or type(source).__name__)
+        cell_names = {name: cell_name(name, layer, config) for name, layer in layers.items()}
         if len(set(cell_names.values())) > 1:
             raise ValueError(f"layers of one stack must be alike, got {cell_names}")
         units = tuple(
-            tuple(ours(found, cell_names[name], *arrays) for arrays in found.directions())
-            for name, found in layers.items()
+            tuple(ours(layer, cell_names[name], *arrays) for arrays in layer.directions())
+            for name, layer in layers.items()
         )
         return Stack(next(iter(cell_names.values())), units, batch_first=True)
 
@@ -87,21 +87,23 @@ def known(config: dict[str, Any]) -> None:
         raise TypeError(f"{', '.join(unknown)} can't be given; there are {', '.join(FREE | COMPUTED)}")
 
 
-def picked(found: dict[str, Found], sequential: bool, name: str | Iterable[str] | None, where: str) -> dict[str, Found]:
+def picked(
+    every: dict[str, KerasLayer], sequential: bool, name: str | Iterable[str] | None, where: str
+) -> dict[str, KerasLayer]:
     """The layers of these names, from the bottom up."""
-    refused = {name: layer.refusal for name, layer in found.items() if layer.refusal}
-    recurrent = {name: layer for name, layer in found.items() if layer.kind in KINDS and not layer.refusal}
-    stacked = sequential and len(recurrent) == len(found) and not any("/" in name for name in found)
+    refused = {name: layer.refusal for name, layer in every.items() if layer.refusal}
+    recurrent = {name: layer for name, layer in every.items() if layer.kind in KINDS and not layer.refusal}
+    stacked = sequential and len(recurrent) == len(every) and not any("/" in name for name in every)
     sequence = list(recurrent) if stacked or len(recurrent) == 1 else []
     return chosen(recurrent, name, sequence, where, refused)
 
 
 def ours(
-    found: Found, cell_name: str, kernel: np.ndarray, recurrent: np.ndarray, bias: np.ndarray | None = None
+    layer: KerasLayer, cell_name: str, kernel: np.ndarray, recurrent: np.ndarray, bias: np.ndarray | None = None
 ) -> Weights:
     """One direction: kernel [I, G*H], recurrent [H, G*H], bias [G*H], or [2, G*H] of a GRU, in Keras's gate order."""
-    gates = GATES[found.cell]
-    if found.cudnn:
+    gates = GATES[layer.cell]
+    if layer.cudnn:
         # Each gate's block has Keras's shape [I, H] and the bytes of cuDNN's [H, I]; a bias has both, [2*G*H].
         blocks = [np.split(array, len(gates), axis=1) for array in (kernel, recurrent)]
         w_ih, w_hh = (np.concatenate([block.ravel().reshape(block.shape[::-1]) for block in each]) for each in blocks)
@@ -112,31 +114,31 @@ def ours(
     return Weights(*(reordered(array, gates, cells.get(cell_name).gates) for array in (w_ih, w_hh, *both)))
 
 
-def cell_name(name: str, found: Found, given: dict[str, Any]) -> str:
+def cell_name(name: str, layer: KerasLayer, overrides: dict[str, Any]) -> str:
     """The cell that the layer computes; or an error that says why there is none."""
-    config = FREE | COMPUTED | found.config | given
-    cell = CELLS.get((found.cell, str(config["activation"])))
+    config = FREE | COMPUTED | layer.config | overrides
+    cell = CELLS.get((layer.cell, str(config["activation"])))
     lacking = ["activation"] * (cell is None) + [key for key, value in COMPUTED.items() if config[key] != value]
     lacking += ["reset_after"] * (not isinstance(config["reset_after"], bool))  # each direction has another
     if cell is None or lacking:
         raise NotImplementedError(
-            f"{name!r}, {found}, has what no layer here has: {', '.join(f'{key}={config[key]!r}' for key in lacking)}; "
+            f"{name!r}, {layer}, has what no layer here has: {', '.join(f'{key}={config[key]!r}' for key in lacking)}; "
             f"{lacking[0]}=... as an argument takes another value for it, where only the weights are wanted"
         )
-    G, n = len(GATES[found.cell]), len(found.arrays) // found.D
-    kernel, recurrent = (array.shape for array in found.arrays[:2]) if n > 1 else ((), ())
-    I, H = kernel[0] if kernel else 0, found.config.get("units", recurrent[0] if recurrent else 0)
-    after = found.cell == "GRU" and bool(config["reset_after"])
-    bias = (2 * G * H,) if found.cudnn else (2, G * H) if after else (G * H,)
-    expected = [(I, G * H), (H, G * H), bias][:n] * found.D
-    if n not in (2, 3) or [array.shape for array in found.arrays] != expected:
+    G, n = len(GATES[layer.cell]), len(layer.arrays) // layer.D
+    kernel, recurrent = (array.shape for array in layer.arrays[:2]) if n > 1 else ((), ())
+    I, H = kernel[0] if kernel else 0, layer.config.get("units", recurrent[0] if recurrent else 0)
+    after = layer.cell == "GRU" and bool(config["reset_after"])
+    bias = (2 * G * H,) if layer.cudnn else (2, G * H) if after else (G * H,)
+    expected = [(I, G * H), (H, G * H), bias][:n] * layer.D
+    if n not in (2, 3) or [array.shape for array in layer.arrays] != expected:
         raise ShapeError(
-            f"{name!r} is {found}; expected, in each of {found.D} directions, kernel [I, {G}*H], recurrent_kernel "
-            f"[H, {G}*H] and a bias [{'2*' * found.cudnn}{'2, ' * (len(bias) - 1)}{G}*H] or none"
+            f"{name!r} is {layer}; expected, in each of {layer.D} directions, kernel [I, {G}*H], recurrent_kernel "
+            f"[H, {G}*H] and a bias [{'2*' * layer.cudnn}{'2, ' * (len(bias) - 1)}{G}*H] or none"
             + f", with H = units = {H}"
-            * ("units" in found.config)
+            * ("units" in layer.config)
         )
-    return apply_modifiers(cells.get(cell), before=found.cell == "GRU" and not config["reset_after"]).name
+    return apply_modifiers(cells.get(cell), before=layer.cell == "GRU" and not config["reset_after"]).name
 
 
 # ---- to Keras -------------------------------------------------------------------------------------------------------
@@ -172,16 +174,16 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
     if len(layers) != stack.L:
         raise ValueError(f"{stack.L} layers don't go into {len(layers)} of Keras: {', '.join(layers)}")
     pairs = []
-    for (name, found), directions in zip(layers.items(), stack.weights):
-        if not found.layer.built:
-            found.layer.build((None, None, directions[0].w_ih.shape[1]))
-            found = found._replace(arrays=found.layer.get_weights())
-        if (cell := cell_name(name, found, config)) != stack.cell:
-            raise ValueError(f"{name!r} is {found}, a {cell}, not {stack.cell}")
+    for (name, layer), directions in zip(layers.items(), stack.weights):
+        if not layer.layer.built:
+            layer.layer.build((None, None, directions[0].w_ih.shape[1]))
+            layer = layer._replace(arrays=layer.layer.get_weights())
+        if (cell := cell_name(name, layer, config)) != stack.cell:
+            raise ValueError(f"{name!r} is {layer}, a {cell}, not {stack.cell}")
         arrays = theirs(stack, directions)
-        if [array.shape for array in arrays] != [array.shape for array in found.arrays]:
-            raise ShapeError(f"{name!r} is {found}; these weights are {', '.join(map(shape, arrays))}")
-        pairs.append((found.layer, arrays))
+        if [array.shape for array in arrays] != [array.shape for array in layer.arrays]:
+            raise ShapeError(f"{name!r} is {layer}; these weights are {', '.join(map(shape, arrays))}")
+        pairs.append((layer.layer, arrays))
     for target, arrays in pairs:
         target.set_weights(arrays)
 

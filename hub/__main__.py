@@ -1,7 +1,7 @@
 """python -m hub: the Triton kernels in the layout of Hugging Face's kernels hub, written from the same sources.
 
-Copied is what imports reach from `edition/`, from the Triton backend and from the cells' pages, both of which are found
-by name. So the edition follows the sources by itself. On the way
+Copied is what imports reach from `edition/`, from the Triton backend and from the cells' definitions, both of which are
+found by name. So the edition follows the sources by itself. On the way
 
     imports     of the package's own modules become relative: the hub loads a kernel under a name that it makes up
     operators   get the namespace that the hub's builder makes for every build, so that versions live side by side
@@ -59,16 +59,16 @@ def write(out: Path, repo: str) -> None:
 
 def modules() -> dict[Path, str]:
     """Every module of the edition, by its place in the package."""
-    pages = [f"kernels.cells.{page.stem}" for page in (ROOT / "kernels" / "cells").glob("[!_]*.py")]
-    waiting = [*OWN, *(f"backends.{name}" for name in BACKENDS), *pages]
-    found: dict[str, Module] = {}
+    cells = [f"kernels.cells.{file.stem}" for file in (ROOT / "kernels" / "cells").glob("[!_]*.py")]
+    waiting = [*OWN, *(f"backends.{name}" for name in BACKENDS), *cells]
+    reached: dict[str, Module] = {}
     while waiting:
         name = waiting.pop()
-        if name in found or (file := source(name)) is None:
+        if name in reached or (file := source(name)) is None:
             continue
-        found[name] = Module(name, file)
-        waiting += [name.rpartition(".")[0], *found[name].imports()]
-    return {module.place: module.rewritten() for module in found.values()}
+        reached[name] = Module(name, file)
+        waiting += [name.rpartition(".")[0], *reached[name].imports()]
+    return {module.place: module.rewritten() for module in reached.values()}
 
 
 def source(name: str) -> Path | None:
@@ -144,18 +144,18 @@ class Module:
                 yield self.replaced(node, ast.unparse(ast.ImportFrom(name, node.names, len(dots))))
 
     def operators(self) -> Iterator[Edit]:
-        found = []
+        edits = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Constant) and (operator := OPERATOR.fullmatch(str(node.value))):
-                found.append(self.replaced(node, f'add_op_namespace_prefix("{operator[1]}")'))
+                edits.append(self.replaced(node, f'add_op_namespace_prefix("{operator[1]}")'))
             elif isinstance(node, ast.Attribute) and ast.unparse(node) == f"torch.ops.{PACKAGE}":
-                found.append(self.replaced(node, "ops"))
-        if found:
+                edits.append(self.replaced(node, "ops"))
+        if edits:
             last = [node for node in self.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))][-1]
             end = self.replaced(last, "").end
             dots, name = self.relative([GENERATED])
-            found.append(Edit(end, end, f"\nfrom {dots}{name} import add_op_namespace_prefix, ops"))
-        yield from found
+            edits.append(Edit(end, end, f"\nfrom {dots}{name} import add_op_namespace_prefix, ops"))
+        yield from edits
 
     def deferred_numpy(self) -> Iterator[Edit]:
         for statement in self.tree.body:

@@ -174,7 +174,7 @@ def push_mean_inside(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]) 
     for factor, value in as_sum_of_products(d, depends_on_reduction):
         sums[factor] = sums[factor] + value if factor in sums else value
     means = [mul(factor, mathematics.mean(value)) for factor, value in sums.items() if not has_zero_mean(value)]
-    return reduce(lambda found, factor: factor * found, reversed(uniform), sum_of(means, d.graph))
+    return reduce(lambda product, factor: factor * product, reversed(uniform), sum_of(means, d.graph))
 
 
 def sum_of(values: list[Symbol], graph: Graph) -> Symbol:
@@ -188,7 +188,7 @@ def as_sum_of_products(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]
     """Return d as a sum of (factor, value), as far as it is one: a factor is the same for all units, a value depends on
     no reduction."""
     one = d.graph.symbol(1.0)
-    found: dict[Symbol, Terms] = {}
+    terms: dict[Symbol, Terms] = {}
 
     def summed(symbol: Symbol) -> Sequence[Symbol]:
         """The operands whose terms a symbol's terms follow from."""
@@ -200,11 +200,11 @@ def as_sum_of_products(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]
 
     for symbol in ascending([d], summed):
         alone = (symbol, one) if symbol.uniform and depends_on_reduction(symbol) else (one, symbol)
-        parts = [found[operand] for operand in summed(symbol)]
+        parts = [terms[operand] for operand in summed(symbol)]
         sizes = [len(part) for part in parts]
         many = (prod if symbol.op == "multiply" else sum)(sizes) > MAX_TERMS
-        found[symbol] = combined(symbol, parts) if parts and not many else [alone]
-    return found[d]
+        terms[symbol] = combined(symbol, parts) if parts and not many else [alone]
+    return terms[d]
 
 
 def combined(symbol: Symbol, parts: list[Terms]) -> Terms:
@@ -237,16 +237,16 @@ def has_zero_mean(value: Symbol) -> bool:
 
 def used_values(gradients: tuple, values: set[Symbol]) -> set[Symbol]:
     """Return the cell's values that the gradients read."""
-    found, waiting = set(), [value for group in gradients for value in group]
+    used, waiting = set(), [value for group in gradients for value in group]
     seen = set(waiting)
     while waiting:
         value = waiting.pop()
         if value in values:
-            found.add(value)
+            used.add(value)
         elif is_op(value):
             waiting += (fresh := [operand for operand in value.operands if operand not in seen])
             seen |= set(fresh)
-    return found
+    return used
 
 
 def choose_saved_values(

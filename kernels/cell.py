@@ -112,11 +112,11 @@ def make_cell(
 def read_separately(graph: Graph, G: int) -> list[bool]:
     """For each gate, whether x or h is read alone, be it without a gradient, as by the condition of a `where`."""
     gates = [{graph.node("input", name, g) for name in ("x", "h")} for g in range(G)]
-    found = [not pair.isdisjoint(value for group in graph.outputs for value in group) for pair in gates]
+    separate = [not pair.isdisjoint(value for group in graph.outputs for value in group) for pair in gates]
     for node in graph.nodes.values():
         for g, pair in enumerate(gates):
-            found[g] |= not pair.isdisjoint(operands(node)) and (node.op != "add" or set(node.operands) != pair)
-    return found
+            separate[g] |= not pair.isdisjoint(operands(node)) and (node.op != "add" or set(node.operands) != pair)
+    return separate
 
 
 def lower_two_pass(

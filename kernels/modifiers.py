@@ -35,11 +35,11 @@ def format_option(word: str, value: Option) -> str:
 
 def parse_options(parts: Sequence[str]) -> dict[str, Any]:
     """Parse the parts of a name after the cell's."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for part in parts:
         word, _, values = part.rstrip(")").partition("(")
-        found[word] = tuple(map(float, values.split(","))) if values else True
-    return found
+        options[word] = tuple(map(float, values.split(","))) if values else True
+    return options
 
 
 def build_modified(

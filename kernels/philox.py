@@ -16,10 +16,10 @@ def uniforms(seed: Any, t: Any, b: Any, unit: Any, count: int) -> list[Any]:
     All arguments are int64 arrays that broadcast against each other: of NumPy, CuPy or torch. Products of two words
     wrap around in int64, with the right bits.
     """
-    found: list[Any] = []
+    words: list[Any] = []
     for group in range(-(-count // 4)):
-        found += philox(seed & WORD, (seed >> 32) & WORD, [unit, b, t, group + 0 * seed])
-    return [(word >> 8) * SCALE for word in found[:count]]
+        words += philox(seed & WORD, (seed >> 32) & WORD, [unit, b, t, group + 0 * seed])
+    return [(word >> 8) * SCALE for word in words[:count]]
 
 
 def philox(low: Any, high: Any, counter: list[Any]) -> list[Any]:

@@ -81,11 +81,11 @@ def gate_of(product: Symbol) -> int:
 
 def dependents(nodes: Sequence[Symbol], first: Sequence[Symbol]) -> set[Symbol]:
     """These, and all that is computed from them; nodes with operands first."""
-    found = set(first)
+    result = set(first)
     for node in nodes:
-        if is_op(node) and not found.isdisjoint(node.operands):
-            found.add(node)
-    return found
+        if is_op(node) and not result.isdisjoint(node.operands):
+            result.add(node)
+    return result
 
 
 def select_by_pass(

@@ -89,26 +89,26 @@ def derivative(cell: Cell) -> None:
     extra = [drawn(cell.E)] if cell.E else []
     after: Sequence = [np.zeros(sizes)] * cell.S
     for _ in range(3):
-        given = [drawn(cell.G), drawn(cell.G), after, *extra]
-        new, saved = cell.step(*given)
+        args = [drawn(cell.G), drawn(cell.G), after, *extra]
+        new, saved = cell.step(*args)
         after = [np.broadcast_to(value, sizes) for value in new]
         if not np.isfinite(after).all():
             raise ValueError(f"{cell.name}: from zero states, step leads to states that aren't finite")
     dnew = drawn(cell.S)
-    gradients = cell.grad(dnew, after, given[2], saved, *extra)
+    gradients = cell.grad(dnew, after, args[2], saved, *extra)
 
     def moved(which: int, k: int, by: float) -> np.ndarray:
         """[unit, row]: every row's sum, with one input of one unit moved."""
         sums = []
         for unit in np.eye(sizes[1]):
-            changed = [list(group) for group in given]
+            changed = [list(group) for group in args]
             changed[which][k] = changed[which][k] + by * unit
             sums.append(sum((d * new).sum(-1) for d, new in zip(dnew, cell.step(*changed)[0])))
         return np.array(sums)
 
     groups = {"x of gate": cell.gates, "h of gate": cell.gates, "state": cell.states, "unit": cell.per_unit_params}
     wrong = []
-    for which, (what, letters) in enumerate(list(groups.items())[: len(given)]):
+    for which, (what, letters) in enumerate(list(groups.items())[: len(args)]):
         for k, letter in enumerate(letters):
             numeric = (moved(which, k, DELTA) - moved(which, k, -DELTA)) / (2 * DELTA)
             analytic = np.broadcast_to(gradients[which][k], sizes).T

@@ -44,8 +44,8 @@ def load(name: str, source: str, flags: Sequence[str]) -> ctypes.CDLL:
         CompileError: the same one again at every further call, without another attempt.
     """
     key = name, source, tuple(flags), os.environ.get("CXX")
-    found = LIBRARIES.get(key)
-    if found is None:
+    result = LIBRARIES.get(key)
+    if result is None:
         with BUILDING:
             if key not in LIBRARIES:
                 try:
@@ -53,10 +53,10 @@ def load(name: str, source: str, flags: Sequence[str]) -> ctypes.CDLL:
                 except CompileError as error:
                     LOG.warning("no native code for %s: %s", name, error)
                     LIBRARIES[key] = error
-            found = LIBRARIES[key]
-    if isinstance(found, CompileError):
-        raise CompileError(*found.args)
-    return found
+            result = LIBRARIES[key]
+    if isinstance(result, CompileError):
+        raise CompileError(*result.args)
+    return result
 
 
 def find() -> list[str]:
@@ -135,11 +135,11 @@ def wanted_folder() -> Path:
 def folder() -> Path:
     """The user's cache, if it can be written and by nobody else; or one for this process."""
     try:
-        wanted = wanted_folder()
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if is_private(wanted) and os.access(wanted, os.W_OK | os.X_OK):
-            return wanted
-        why = "others can write to it" if os.access(wanted, os.W_OK | os.X_OK) else "it can't be written"
+        path = wanted_folder()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if is_private(path) and os.access(path, os.W_OK | os.X_OK):
+            return path
+        why = "others can write to it" if os.access(path, os.W_OK | os.X_OK) else "it can't be written"
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         why = str(error)
     return own_folder(os.getpid(), why)

@@ -83,10 +83,10 @@ class Custom(RecurrentLayer):
     def function_arguments(self, layer: int = 0, reverse: bool = False) -> dict[str, Tensor]:
         """The arrays of one layer and direction that `function` takes: w_ih, w_hh [G*H, .], b_ih, b_hh, units [N*H]."""
         suffix = self._suffixes[layer * self._directions + reverse]
-        found = self._weights(suffix)._asdict() | {
+        named = self._weights(suffix)._asdict() | {
             name: array for name, (array,) in self._per_unit_params(suffix).items()
         }
-        return {name: array for name, array in found.items() if array is not None}
+        return {name: array for name, array in named.items() if array is not None}
 
     @property
     def _all_weights(self) -> list[list[str]]:
@@ -158,8 +158,8 @@ class Custom(RecurrentLayer):
     def _has_modifiers(self) -> bool:
         return bool(self.layout.own) or super()._has_modifiers()
 
-    def _try_cached(self, *given: Any) -> tuple[Tensor, tuple] | None:
-        return super()._try_cached(*given) if self._plain else None
+    def _try_cached(self, *args: Any) -> tuple[Tensor, tuple] | None:
+        return super()._try_cached(*args) if self._plain else None
 
     @property
     def _plain(self) -> bool:
@@ -245,8 +245,8 @@ def cell(
         dict(initial),
     )  # fmt: skip
     known = {*layout.rows, *(f"weight_{unit}" for unit in names), *scalars}
-    for what, given in {"transforms": transforms, "initial": initial}.items():
-        if unknown := {key for key in given if key.partition(".")[0] not in known}:
+    for what, functions in {"transforms": transforms, "initial": initial}.items():
+        if unknown := {key for key in functions if key.partition(".")[0] not in known}:
             raise ValueError(f"{label}: {what} are of {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
     new = cells.register(new)  # last: what is refused leaves nothing behind
     CELLS[new.name] = new

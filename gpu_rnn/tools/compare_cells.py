@@ -199,18 +199,18 @@ def run(cells: Sequence[str], tasks: Sequence[str], settings: Settings, out: Pat
 
 def table(results: Sequence[Result], tasks: dict[str, Task]) -> Table:
     """The last scores, the best of each task in bold, and the time of a step."""
-    found = Table("cell", title="after training; less is better")
+    rendered = Table("cell", title="after training; less is better")
     for name, task in tasks.items():
-        found.add_column(f"{name}\n{task.scored}\n(by chance {task.chance:.3f})", justify="right")
-        found.add_column("ms per\nstep", justify="right")
+        rendered.add_column(f"{name}\n{task.scored}\n(by chance {task.chance:.3f})", justify="right")
+        rendered.add_column("ms per\nstep", justify="right")
     best = {name: min(r.curve[-1][1] for r in results if r.task == name) for name in tasks}
     for cell in dict.fromkeys(r.cell for r in results):
         row = []
         for r in (r for r in results if r.cell == cell):
             score = r.curve[-1][1]
             row += [f"[bold]{score:.4f}[/]" if score == best[r.task] else f"{score:.4f}", f"{r.step_ms:.1f}"]
-        found.add_row(cell, *row)
-    return found
+        rendered.add_row(cell, *row)
+    return rendered
 
 
 def draw(results: Sequence[Result], tasks: dict[str, Task], path: Path) -> None:

@@ -194,26 +194,26 @@ class Stack:
         return layer
 
 
-def reordered(array: np.ndarray, given: str, wanted: str) -> np.ndarray:
+def reordered(array: np.ndarray, source: str, target: str) -> np.ndarray:
     """The blocks of H rows, one for each gate, for other gates: [G*H, ...] -> the same with another G, a copy.
 
-    Of a gate that isn't given there are zeros.
+    Of a gate that `source` lacks there are zeros.
     """
-    blocks = array.reshape(len(given), -1, *array.shape[1:])
-    made = [blocks[given.index(gate)] if gate in given else np.zeros_like(blocks[0]) for gate in wanted]
+    blocks = array.reshape(len(source), -1, *array.shape[1:])
+    made = [blocks[source.index(gate)] if gate in source else np.zeros_like(blocks[0]) for gate in target]
     return np.concatenate(made)
 
 
 def chosen(
-    found: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object,
+    layers: dict[str, Any], name: str | Iterable[str] | None, sequence: list[str], where: object,
     refused: dict[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What is found under the name or names; for None, all of it where `sequence` says in which order it is a stack.
+    """Return the layers of the name or names; for None, all of them where `sequence` says in which order it is a stack.
 
     Of a name "a/b/c" the end is enough where no other has the same. `refused` says why others can't be taken.
     """
     reasons = "".join(f"; {other!r} is {why}" for other, why in (refused or {}).items())
-    listing = (", ".join(found) or "none") + reasons
+    listing = (", ".join(layers) or "none") + reasons
     if name is None:
         if not sequence:
             raise ValueError(
@@ -223,12 +223,12 @@ def chosen(
         names = sequence
     else:
         names = []
-        for wanted in [name] if isinstance(name, str) else list(name):
-            matches = [each for each in found if each.endswith(f"/{wanted}")]
-            if wanted not in found and len(matches) != 1:
-                why = f"several recurrent layers {wanted!r}" if matches else f"no recurrent layer {wanted!r}"
+        for requested in [name] if isinstance(name, str) else list(name):
+            matches = [each for each in layers if each.endswith(f"/{requested}")]
+            if requested not in layers and len(matches) != 1:
+                why = f"several recurrent layers {requested!r}" if matches else f"no recurrent layer {requested!r}"
                 raise ValueError(f"{where} has {why}; it has: {listing}")
-            names.append(wanted if wanted in found else matches[0])
+            names.append(requested if requested in layers else matches[0])
         if not names:
             raise ValueError(f"no name was given; {where} has: {listing}")
-    return {wanted: found[wanted] for wanted in names}
+    return {each: layers[each] for each in names}

@@ -44,7 +44,7 @@ PARTS = ("forward_layer", "backward_layer", "layer", "cell")  # of a layer that 
 PACKAGES = ("keras", "tf_keras", "tensorflow")
 
 
-class Found(NamedTuple):
+class KerasLayer(NamedTuple):
     """A layer of Keras's."""
 
     kind: str  # its class; within Bidirectional that of the wrapped layer
@@ -74,7 +74,7 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def layers_in(source: Any) -> Iterator[tuple[dict[str, Found], bool]]:
+def layers_in(source: Any) -> Iterator[tuple[dict[str, KerasLayer], bool]]:
     """Every layer of a Keras layer, model or file by its name; and whether it is a Sequential.
 
     Of a file of weights alone the recurrent layers. A file is open within the context, as long as arrays are read.
@@ -103,13 +103,13 @@ def layers_in(source: Any) -> Iterator[tuple[dict[str, Found], bool]]:
             yield with_config(config, lambda name, path: arrays.get(name, (1, [])))
         else:
             arrays = by_name(file, budget) if "layer_names" in file.attrs else by_path(file, budget)
-            yield {name: found for name, (D, each) in arrays.items() if (found := guessed(D, each))}, False
+            yield {name: layer for name, (D, each) in arrays.items() if (layer := guessed(D, each))}, False
 
 
 # ---- objects and configurations -------------------------------------------------------------------------------------
 
 
-def in_object(layer: Any, inside: str = "") -> Iterator[tuple[str, Found]]:
+def in_object(layer: Any, inside: str = "") -> Iterator[tuple[str, KerasLayer]]:
     """Every layer of a model by its name; a layer by its own."""
     kind = type(layer).__name__
     if hasattr(layer, "layers"):
@@ -120,11 +120,11 @@ def in_object(layer: Any, inside: str = "") -> Iterator[tuple[str, Found]]:
         parts = [part for name in PARTS if (part := getattr(layer, name, None)) is not None]
         whys = (refused(kind, own_class(layer), type(part).__name__, own_class(part)) for part in parts or [None])
         if refusal := next(filter(None, whys), ""):
-            yield inside + layer.name, Found(kind, {}, 1, [], layer, refusal)
+            yield inside + layer.name, KerasLayer(kind, {}, 1, [], layer, refusal)
         elif kind in (*KINDS, "Bidirectional"):
             yield inside + layer.name, made(kind, layer.get_config(), layer.get_weights(), layer)
         else:
-            yield inside + layer.name, Found(kind, {}, 1, [], layer)
+            yield inside + layer.name, KerasLayer(kind, {}, 1, [], layer)
 
 
 def own_class(layer: Any) -> str:
@@ -144,10 +144,10 @@ def refused(kind: str, own: str, part: str = "NoneType", part_own: str = "") -> 
     return f"{kind}({part})" + f", {part} being {part_own}" * bool(part_own) + f"; {TAKEN}"
 
 
-def made(kind: str, config: dict[str, Any], arrays: list[Any], layer: Any = None) -> Found:
+def made(kind: str, config: dict[str, Any], arrays: list[Any], layer: Any = None) -> KerasLayer:
     """A layer with its configuration. Where the two directions of Bidirectional differ, it has both as a pair."""
     if kind != "Bidirectional":
-        return Found(kind, config, 1, arrays, layer)
+        return KerasLayer(kind, config, 1, arrays, layer)
     forward = config["layer"]["config"]
     backward = (config.get("backward_layer") or {}).get("config", forward | {"go_backwards": True})
     backward = backward | {"go_backwards": not backward.get("go_backwards", False)}
@@ -155,22 +155,22 @@ def made(kind: str, config: dict[str, Any], arrays: list[Any], layer: Any = None
         key: value if value == backward.get(key, value) else (value, backward[key])
         for key, value in forward.items() if key in FREE | COMPUTED | {"units": None}
     }  # fmt: skip
-    return Found(config["layer"]["class_name"], both | {"merge_mode": config["merge_mode"]}, 2, arrays, layer)
+    return KerasLayer(config["layer"]["class_name"], both | {"merge_mode": config["merge_mode"]}, 2, arrays, layer)
 
 
-def with_config(model: dict[str, Any], arrays: Callable) -> tuple[dict[str, Found], bool]:
+def with_config(model: dict[str, Any], arrays: Callable) -> tuple[dict[str, KerasLayer], bool]:
     """Every layer of a model, from its configuration and `arrays(name, path)`."""
-    found: dict[str, Found] = {}
+    layers: dict[str, KerasLayer] = {}
     kind = model["class_name"]
     for name, path, layer in walked(model["config"].get("layers", ())):
         each = arrays(name, path)[1]
-        found[name] = Found(layer["class_name"], {}, 1, [], refusal=refused_config(layer, bool(each)))
-        if not found[name].refusal and layer["class_name"] in (*KINDS, "Bidirectional"):
-            found[name] = made(layer["class_name"], layer["config"], each)
-    if not found:
+        layers[name] = KerasLayer(layer["class_name"], {}, 1, [], refusal=refused_config(layer, bool(each)))
+        if not layers[name].refusal and layer["class_name"] in (*KINDS, "Bidirectional"):
+            layers[name] = made(layer["class_name"], layer["config"], each)
+    if not layers:
         why = f"{kind}, a model whose configuration names no layers; its weights file has them, without a model"
-        found[model["config"].get("name", kind)] = Found(kind, {}, 1, [], refusal=why)
-    return found, kind == "Sequential"
+        layers[model["config"].get("name", kind)] = KerasLayer(kind, {}, 1, [], refusal=why)
+    return layers, kind == "Sequential"
 
 
 def refused_config(layer: dict[str, Any], recurrent: bool) -> str:
@@ -201,7 +201,7 @@ def walked(layers: Iterable[dict], names: str = "", path: str = "") -> Iterator[
             yield names + config["name"], here, layer
 
 
-def guessed(D: int, arrays: list[Any]) -> Found | None:
+def guessed(D: int, arrays: list[Any]) -> KerasLayer | None:
     """A layer of which there are weights only: the recurrent ones tell the class, the bias its form."""
     recurrent: tuple[int, ...] = arrays[1].shape if len(arrays) > 1 else ()
     H, columns = recurrent if len(recurrent) == 2 else (1, 0)  # the others are those of convolutions
@@ -210,8 +210,8 @@ def guessed(D: int, arrays: list[Any]) -> Found | None:
         return None
     bias = arrays[2].shape if len(arrays) > 2 * D else ()
     if kind != "SimpleRNN" and bias == (2 * columns,):
-        return Found(CUDNN + kind, {}, D, arrays)
-    return Found(kind, {"reset_after": False} if kind == "GRU" and len(bias) == 1 else {}, D, arrays)
+        return KerasLayer(CUDNN + kind, {}, D, arrays)
+    return KerasLayer(kind, {"reset_after": False} if kind == "GRU" and len(bias) == 1 else {}, D, arrays)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -317,24 +317,24 @@ def by_path(file: Any, budget: Budget) -> dict[str, tuple[int, list[Any]]]:
     """Keras 3: the directions and arrays of every recurrent layer, by its path without "layers"."""
     paths: list[str] = []
     file.visit(lambda path: paths.append(path) if path.endswith("/cell/vars") else None)
-    found: dict[str, tuple[int, list[Any]]] = {}
+    arrays: dict[str, tuple[int, list[Any]]] = {}
     for path in sorted(paths, key=lambda path: "/backward_layer/" in path):
         layer = re.sub("/(forward|backward)_layer/cell/vars$|/cell/vars$", "", path)
         name = "/".join(layer.split("/")[1::2]) if layer.startswith("layers/") else layer
-        D, before = found.get(name, (0, []))
+        D, before = arrays.get(name, (0, []))
         vars = member(file, path)
-        found[name] = D + 1, before + [stored(vars, str(k), budget) for k in range(len(vars))]
-    return found
+        arrays[name] = D + 1, before + [stored(vars, str(k), budget) for k in range(len(vars))]
+    return arrays
 
 
 def by_name(group: Any, budget: Budget) -> dict[str, tuple[int, list[Any]]]:
     """HDF5 as Keras 2 wrote it and `model.save("model.h5")` still does: the same, by the layer's name."""
-    found = {}
+    layers = {}
     for layer in texts(group, "layer_names", budget):
         weights = member(group, layer)
         names = texts(weights, "weight_names", budget)
         recurrent = [name for name in names if name.removesuffix(":0").endswith("recurrent_kernel")]
         if recurrent:
             both = len(recurrent) == 2 and "forward_" in recurrent[0] and "backward_" in recurrent[1]
-            found[layer] = 1 + both, [stored(weights, name, budget) for name in names]
-    return found
+            layers[layer] = 1 + both, [stored(weights, name, budget) for name in names]
+    return layers

@@ -64,11 +64,11 @@ class Nodes:
         values = [v if v is None or isinstance(v, ir.Value) else self.constant(v) for v in inputs]
         made = ir.convenience.convert_attributes(attributes)
         self.nodes.append(ir.Node("", op, values, made, num_outputs=outputs, version=self.version))
-        found = self.nodes[-1].outputs
+        results = self.nodes[-1].outputs
         if self.prefix:
-            for k, output in enumerate(found):
+            for k, output in enumerate(results):
                 output.name = f"{self.prefix}_{len(self.nodes)}_{k}"
-        return found[0] if outputs == 1 else tuple(found)
+        return results[0] if outputs == 1 else tuple(results)
 
     def constant(self, value: float | Sequence[int]) -> ir.Value:
         dtype = self.real.numpy() if isinstance(value, float) else np.int64
@@ -93,8 +93,8 @@ class Nodes:
 
     def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         """x [.., I], weight [I, rows], bias [rows] or None."""
-        found = self.add("MatMul", x, weight)
-        return found if bias is None else self.add("Add", found, bias)
+        product = self.add("MatMul", x, weight)
+        return product if bias is None else self.add("Add", product, bias)
 
     def operations(self, recurrent: Callable) -> dict[str, Callable]:
         """What `Graph.run` takes. Operands are values, or floats for a graph's constants."""
@@ -145,12 +145,12 @@ def translate(
         directions = [with_dense_weights(nodes, definition, direction, heads) for direction in directions]
     key = operator_of(definition, directions, history)
     if key is None:
-        found = [loop(nodes, definition, direction, history) for direction in directions]
+        outputs = [loop(nodes, definition, direction, history) for direction in directions]
     elif alike(directions):
-        found = recurrent(nodes, definition, directions, *key)
+        outputs = recurrent(nodes, definition, directions, *key)
     else:
-        found = [result for direction in directions for result in recurrent(nodes, definition, [direction], *key)]
-    return [value for result in found for value in result]
+        outputs = [result for direction in directions for result in recurrent(nodes, definition, [direction], *key)]
+    return [value for result in outputs for value in result]
 
 
 def with_dense_weights(nodes: Nodes, cell: cells.Cell, direction: Run, heads: int) -> Run:
@@ -212,13 +212,13 @@ def recurrent(
     x, weights, *_ = directions[0]
     D, H, gates = len(directions), weights.w_hh.shape[1], GATES[op]
 
-    def reordered(array: ir.Value, ours: str, wanted: str, *columns: int) -> ir.Value:
+    def reordered(array: ir.Value, ours: str, theirs: str, *columns: int) -> ir.Value:
         """[G*H, *columns] with a block for each of our gates -> the same for other gates, zeros where there is none."""
-        if ours == wanted:
+        if ours == theirs:
             return array
-        if len(ours) < len(wanted):
+        if len(ours) < len(theirs):
             array = nodes.add("Concat", array, nodes.zeros([H, *columns], x.dtype), axis=0)
-        places = [ours.index(gate) if gate in ours else len(ours) for gate in wanted]
+        places = [ours.index(gate) if gate in ours else len(ours) for gate in theirs]
         return nodes.add("Gather", array, [place * H + unit for place in places for unit in range(H)], axis=0)
 
     def each(of: Callable[[Run], ir.Value]) -> ir.Value:
@@ -309,13 +309,13 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
     shown = [body.add("Identity", new) for new in (after if history else after[:1])]
     after = [body.add("Identity", new) for new in after]  # a state that stays is an input, which no output may be
 
-    found = nodes.add(
+    results = nodes.add(
         "Scan", *(nodes.cast(initial, real) for initial in state), *scanned, outputs=len(after) + len(shown),
         body=ir.Graph([*states, *now], [*after, *shown], nodes=body.nodes, name=cell.name),
         num_scan_inputs=len(scanned), scan_input_directions=[int(reverse)] * len(scanned),
         scan_output_directions=[int(reverse)] * len(shown),
     )  # fmt: skip
-    last, (y, *others) = found[: len(after)], found[len(after) :]
+    last, (y, *others) = results[: len(after)], results[len(after) :]
     return [each if dtype == real else nodes.add("Cast", each, to=dtype.value) for each in (y, *last, *others)]
 
 

@@ -348,14 +348,14 @@ class Graph:
         x = node.values[0] if node.values else None
         if not isinstance(x, Axes) or len(x.axes) != 3:
             return None
-        found = next((factor.of for axis in x.axes for factor in axis if factor.of in self.recurrent), "")
-        source = self.recurrent.get(found)
+        name = next((factor.of for axis in x.axes for factor in axis if factor.of in self.recurrent), "")
+        source = self.recurrent.get(name)
         if source is None or source.graph != node.graph:
             return None
         sizes = {factor.axis: factor for axis in x.axes for factor in axis}
         order = "BT" if node.get("layout", "INT", 0) == 1 else "TB"
         side_by_side = Axes([[sizes[axis] for axis in axes if axis in sizes] for axes in (*order, "DH")])
-        return found if x == side_by_side and all(factor.of == found for factor in sizes.values()) else None
+        return name if x == side_by_side and all(factor.of == name for factor in sizes.values()) else None
 
     def chain(self) -> list[str]:
         """All recurrent nodes from the bottom up, where each feeds the next and only it; else nothing."""
@@ -432,13 +432,13 @@ def listed(array: np.ndarray) -> list[int]:
     return [int(size) for size in small(array, MOST_SIZES).ravel()]
 
 
-def told(node: Node, name: str, given: np.ndarray | None) -> list[int] | None:
+def told(node: Node, name: str, operand: np.ndarray | None) -> list[int] | None:
     """Sizes or axes, which are an attribute in older versions of an operator and an input in later ones."""
-    return node.get(name, "INTS", None) if given is None else listed(given)
+    return node.get(name, "INTS", None) if operand is None else listed(operand)
 
 
-def reshape(node: Node, x: Any, given: np.ndarray | None = None) -> Any:
-    sizes = list(told(node, "shape", given) or [])
+def reshape(node: Node, x: Any, operand: np.ndarray | None = None) -> Any:
+    sizes = list(told(node, "shape", operand) or [])
     if not node.get("allowzero", "INT", 0):
         sizes = [size or x.shape[k] for k, size in enumerate(sizes)]
     if sizes.count(-1) == 1 and (others := -math.prod(sizes)):
@@ -446,15 +446,15 @@ def reshape(node: Node, x: Any, given: np.ndarray | None = None) -> Any:
     return x.reshape(sizes)
 
 
-def squeeze(node: Node, x: Any, given: np.ndarray | None = None) -> Any:
+def squeeze(node: Node, x: Any, operand: np.ndarray | None = None) -> Any:
     n = len(x.shape)
-    axes = told(node, "axes", given)
+    axes = told(node, "axes", operand)
     gone = {k for k in range(n) if x.shape[k] == 1} if axes is None else {range(n)[axis] for axis in axes}
     return x.reshape([x.shape[k] for k in range(n) if k not in gone])
 
 
-def unsqueeze(node: Node, x: Any, given: np.ndarray | None = None) -> Any:
-    axes = told(node, "axes", given) or []
+def unsqueeze(node: Node, x: Any, operand: np.ndarray | None = None) -> Any:
+    axes = told(node, "axes", operand) or []
     rank = len(x.shape) + len(axes)
     new, sizes = {range(rank)[axis] for axis in axes}, iter(x.shape)
     return x.reshape([1 if k in new else next(sizes) for k in range(rank)])
@@ -470,9 +470,9 @@ def expand(node: Node, x: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return small(np.broadcast_to(x, shape))
 
 
-def cut(node: Node, x: np.ndarray, *given: np.ndarray | None) -> np.ndarray:
+def cut(node: Node, x: np.ndarray, *operands: np.ndarray | None) -> np.ndarray:
     names = "starts", "ends", "axes", "steps"
-    starts, ends, axes, steps = (told(node, name, one) for name, one in zip(names, (*given, None, None, None, None)))
+    starts, ends, axes, steps = (told(node, name, one) for name, one in zip(names, (*operands, None, None, None, None)))
     where = [slice(None)] * x.ndim
     for k, (start, end) in enumerate(zip(starts or [], ends or [])):
         where[axes[k] if axes else k] = slice(start, end, steps[k] if steps else None)
@@ -490,8 +490,8 @@ def concat(node: Node, *parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, node.get("axis", "INT", 0))
 
 
-def split(node: Node, x: np.ndarray, given: np.ndarray | None = None) -> list[np.ndarray]:
-    sizes = told(node, "split", given)
+def split(node: Node, x: np.ndarray, operand: np.ndarray | None = None) -> list[np.ndarray]:
+    sizes = told(node, "split", operand)
     axis, parts = node.get("axis", "INT", 0), min(node.get("num_outputs", "INT", 0), MOST_SIZES)
     return np.split(x, np.cumsum(sizes)[:-1] if sizes else parts, axis)
 

@@ -249,10 +249,10 @@ def compile_program(program: Program, fixed: tuple[str, ...], batched: bool) -> 
         return views.setdefault(view, re.sub(r"\W+", "_", operand[0]).rstrip("_"))
 
     body = [re.sub(r"(?<=[( ])(\w+)(?:\[(\d+)(:\d+)?\])?", name, call) for call in program.calls]
-    changing = {view: given for view, given in views.items() if view.partition("[")[0] not in stay}
+    changing = {view: label for view, label in views.items() if view.partition("[")[0] not in stay}
     lines = [
         f"def bind({', '.join([*stay, *(f'c{k}' for k in range(len(program.constants)))])}):",
-        *(f"    {given} = {view}" for view, given in views.items() if view not in changing and view != given),
+        *(f"    {label} = {view}" for view, label in views.items() if view not in changing and view != label),
         f"    def make_views({', '.join(array for array in program.arrays if array not in fixed)}):",
         f"        return {', '.join([*changing, ''])[:-1] or '()'}",
         f"    def execute({', '.join(changing.values())}):",

@@ -49,10 +49,10 @@ def columns(first, top, row, B, H, BLOCK_H: tl.constexpr):
 @triton.jit
 def zeros(BLOCK_B: tl.constexpr, REAL: tl.constexpr, N: tl.constexpr):
     """[BLOCK_B, 1], N of them."""
-    found = ()
+    columns = ()
     for _ in tl.static_range(N):
-        found = found + (tl.zeros([BLOCK_B, 1], REAL),)
-    return found
+        columns = columns + (tl.zeros([BLOCK_B, 1], REAL),)
+    return columns
 
 
 @triton.jit
