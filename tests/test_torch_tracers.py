@@ -167,9 +167,13 @@ def test_a_function_is_refused_by_script_by_name_and_can_be_traced_for_it():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it is deprecated in torch
-def test_the_old_onnx_exporter_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"dynamo=True.*gpu_rnn\.restore_"):
-        torch.onnx.export(pair("GRU", {})[0], (torch.zeros(5, 2, 3),), io.BytesIO(), dynamo=False)
+@every_layer
+def test_the_old_onnx_exporter_is_refused_by_name(kind, arguments):
+    """For a layer in a model, and for a layer alone, to which the exporter passes more than it takes."""
+    model, _ = pair(kind, arguments)
+    for module in (model, model[0]):
+        with pytest.raises(NotImplementedError, match=r"dynamo=True.*gpu_rnn\.restore_"):
+            torch.onnx.export(module, (inputs(kind),), io.BytesIO(), dynamo=False)
 
 
 # ---- torch.fx -------------------------------------------------------------------------------------------------------

@@ -53,13 +53,18 @@ def refuse_if_observed(what: str, instead: str) -> None:
         )
 
 
-def call_op(name: str, runs: Sequence[Run], options: Options, linked: bool = False) -> list[tuple[Tensor, tuple]]:
-    """As `eager.run`, as one node of a graph."""
+def refuse_torchscript_onnx() -> None:
+    """Raise NotImplementedError within torch.onnx.export(dynamo=False)."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError(
             "torch.onnx.export(dynamo=False) has no ONNX operator for gpu_rnn's layers: export with dynamo=True, which "
             "writes ONNX's own, or gpu_rnn.restore_(model) first, which puts torch.nn's layers there"
         )
+
+
+def call_op(name: str, runs: Sequence[Run], options: Options, linked: bool = False) -> list[tuple[Tensor, tuple]]:
+    """As `eager.run`, as one node of a graph."""
+    refuse_torchscript_onnx()
     x = runs[0].x
     filled = [run._replace(state=fill_states(x, run, options.heads)) for run in runs]
     layout = FlatRuns.of(filled, linked)

@@ -74,6 +74,21 @@ def guard_scalar(value: Any) -> Any:
     return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
 
 
+class Traced(torch.nn.Module):
+    """A module that may refuse a tracer of TorchScript before arguments are bound to its `forward`.
+
+    torch.onnx.export(dynamo=False) passes the defaults of keyword-only parameters to a module by position. If torch
+    renames the method overridden here, that is a TypeError in Python's words.
+    """
+
+    def check_tracer(self) -> None:
+        """Raise where the active tracer can't have this module."""
+
+    def _slow_forward(self, *args: Any, **keywords: Any) -> Any:
+        self.check_tracer()
+        return super()._slow_forward(*args, **keywords)
+
+
 @contextmanager
 def without_jit_tracing() -> Iterator[None]:
     """Hide what is done from torch.jit.trace, which would record and warn about arithmetic with sizes."""

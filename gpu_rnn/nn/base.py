@@ -15,9 +15,9 @@ from gpu_rnn.kernels import cells
 
 from .. import functional
 from ..autograd import eager
-from ..autograd.custom_ops import is_exporting_to_onnx
+from ..autograd.custom_ops import is_exporting_to_onnx, refuse_torchscript_onnx
 from ..autograd.functions import run_cached
-from ..autograd.torch_private import is_any_autocast_enabled, is_capturing, is_meta_or_fake, is_observed
+from ..autograd.torch_private import Traced, is_any_autocast_enabled, is_capturing, is_meta_or_fake, is_observed
 from ..backends.call_cache import CachedCall, lookup
 from ..backends.dispatch import ORDER
 from ..core.arrays import default_precision, unrecorded
@@ -138,7 +138,7 @@ CACHE_KEY_ATTRS = attrgetter(
 Recorder = Callable[[str, Sequence[Run], Options], list[tuple[Tensor, tuple]]]
 
 
-class Recurrent(nn.Module):
+class Recurrent(Traced):
     """What layers and cells share. Not an nn.RNNBase, because Dynamo refuses those."""
 
     input_size: int
@@ -185,6 +185,9 @@ class Recurrent(nn.Module):
             for name, parameter in self.named_parameters():
                 if name.startswith((PARAM_NAMES.b_ih, PARAM_NAMES.b_hh)):
                     nn.init.constant_(parameter[gate], self.forget_bias if name.startswith(PARAM_NAMES.b_ih) else 0.0)
+
+    def check_tracer(self) -> None:
+        refuse_torchscript_onnx()
 
     def extra_repr(self) -> str:
         defaults = {**self.repr_defaults, **{name: getattr(Recurrent, name) for name in self.keywords.__annotations__}}
