@@ -195,7 +195,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
 
     weights = Weights(np.eye(G * H), R, None, b_hh, units=None if units is None else units.astype(float))
     x, state = xg.reshape(T, B, G * H), (h0, *others0)
-    exact, last, tape = calls.forward(oracle.forward, cell, x, weights, state, reverse=case.reverse, save=True)
+    exact, last, oracle_saved = calls.forward(oracle.forward, cell, x, weights, state, reverse=case.reverse, save=True)
     scale = EPSILON[case.dtype] * math.sqrt(T)
     found = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
     final = others[(0 if case.reverse else T) if case.save else 0]
@@ -206,11 +206,13 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
 
     dxg, dhg = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
-    tape_before = [a.copy() for a in (y, others, saved)]
+    saved_before = [a.copy() for a in (y, others, saved)]
     back = [encode(dy, dtype), dh_ours, dothers_ours, stored, y, encode(h0, dtype), others, saved]
     dunits = np.zeros((cell.num_trainable, B, H), np.float32)
     run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(tape_before, (y, others, saved))), "backward wrote the tape"
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(saved_before, (y, others, saved))), (
+        "backward wrote the saved activations"
+    )
 
     gradients = calls.backward(
         oracle.backward,
@@ -219,7 +221,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         weights,
         state,
         exact,
-        tape,
+        oracle_saved,
         dy,
         (dh, *dothers),
         reverse=case.reverse,

@@ -223,7 +223,7 @@ def test_a_bidirectional_layer_trains_as_one_graph():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("L", "T", "B", "H"), [(2, 300, 3, 700), (4, 300, 9, 512), (3, 500, 5, 330)])
 def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
-    """As good as one after the other, forward and, over its tape, back."""
+    """As good as one after the other, forward and, over what it saved, back."""
     problem = Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch", layers=L)
     if not cuda.fuses_layers(problem, backward=False):
         assert "layer after layer" in cuda.plan(problem)
@@ -232,8 +232,8 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
     found, x = calls.forward_many(cuda.forward, cases, linked=True), cases[0].x
     exact = sequences.wide(x)
-    for case, (y, last, _, tape) in zip(cases, found):
-        alone, last_alone, tape_alone = calls.forward(
+    for case, (y, last, _, saved) in zip(cases, found):
+        alone, last_alone, saved_alone = calls.forward(
             cuda.forward, problem.cell, x, case.weights, case.state, reverse=False, save=True
         )
         wide = case.mapped(sequences.wide)
@@ -242,7 +242,7 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
         )
         for ours, peer, truth in zip((y, *last), (alone, *last_alone), (exact, *last_exact)):
             assert_close(*map(sequences.wide, (ours, truth, peer)), dtype, f"{name} T={T} H={H} L={L}")
-        tapes = [(y, tape), (alone, tape_alone)]
+        forwards = [(y, saved), (alone, saved_alone)]
         dx, dx_alone = (
             calls.backward(
                 cuda.backward,
@@ -256,7 +256,7 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
                 reverse=False,
                 needs={"x"},
             )["x"]
-            for kept in tapes
+            for kept in forwards
         )
         torch.testing.assert_close(dx, dx_alone, rtol=0, atol=0.02 * dx_alone.abs().max().item())
         x = y
@@ -266,7 +266,7 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("L", "T", "B", "H"), [(2, 200, 3, 700), (4, 100, 9, 512), (3, 150, 5, 330)])
 def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
-    """As good as one after the other over the same tape, and repeatable; only the last layer's y is asked for."""
+    """As good as one by one over the same saved activations, and repeatable; only the last layer has a dy."""
     problem = replace(Problem(cells.get(name), T, B, H, H, dtype=dtype, device="cuda", library="torch"), layers=L)
     if not cuda.fuses_layers(problem, backward=True):
         assert "layer after layer" in cuda.plan(replace(problem, training=True)).split("back:")[1]
@@ -274,28 +274,28 @@ def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
     cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
     seen, exact_seen = [cases[0].x], [sequences.wide(cases[0].x)]
-    tapes, exact_tapes = [], []
+    forwards, exact_forwards = [], []
     for case in cases:
-        y, _, tape = calls.forward(
+        y, _, saved = calls.forward(
             cuda.forward, problem.cell, seen[-1], case.weights, case.state, reverse=False, save=True
         )
         wide = case.mapped(sequences.wide)
         exact = calls.forward(
             oracle.forward, problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True
         )
-        tapes.append((y, tape))
-        exact_tapes.append((exact[0], exact[2]))
+        forwards.append((y, saved))
+        exact_forwards.append((exact[0], exact[2]))
         seen.append(y)
         exact_seen.append(exact[0])
     dys = [*[None] * (L - 1), cases[-1].dy]
-    results = [Result(y, (), (), saved) for y, saved in tapes]
+    results = [Result(y, (), (), saved) for y, saved in forwards]
     ours, again = (calls.backward_many(cuda.backward, cases, results, linked=True, dys=dys) for _ in range(2))
     dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
     for k in reversed(range(L)):
         case, wide = cases[k], cases[k].mapped(sequences.wide)
-        given = problem.cell, seen[k], case.weights, case.state, *tapes[k], dy, case.dlast
+        given = problem.cell, seen[k], case.weights, case.state, *forwards[k], dy, case.dlast
         alone = calls.backward(cuda.backward, *given, reverse=False, needs=case.needs)
-        given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_tapes[k], exact_dy, wide.dlast
+        given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_forwards[k], exact_dy, wide.dlast
         truth = calls.backward(oracle.backward, *given, reverse=False, needs=case.needs)
         for what in case.needs - ({"x"} if k else set()):
             assert torch.equal(ours[k][what], again[k][what]), what
@@ -481,10 +481,10 @@ def test_offsets_beyond_32_bits():
     weights = Weights(*(torch.randn(4 * H, n, device="cuda") * n**-0.5 for n in (I, H)))
     state = tuple(torch.zeros(B, H, device="cuda") for _ in range(2))
     cell = cells.get("lstm")
-    y, _, tape = calls.forward(cuda.forward, cell, x, weights, state, reverse=False, save=True)
+    y, _, saved = calls.forward(cuda.forward, cell, x, weights, state, reverse=False, save=True)
     rows = torch.tensor([0, 4097, B - 1], device="cuda")
     few, _, _ = calls.forward(
         cuda.forward, cell, x[:, rows], weights, tuple(s[rows] for s in state), reverse=False, save=False
     )
     np.testing.assert_allclose(y[:, rows].cpu().numpy(), few.cpu().numpy(), atol=1e-4)
-    assert tape[0].numel() > 2**31
+    assert saved[0].numel() > 2**31

@@ -86,14 +86,14 @@ def compare_with_torch(name, reverse, bias, T, B, I, H, P, rng):
         weights = weights._replace(b_ih=None, b_hh=None)
     dy, dlast = rng.standard_normal((T, B, P or H)), tuple(rng.standard_normal(s.shape) for s in state)
     exact_y, exact_last, exact = torch_run(name, x, weights, state, dy, dlast, reverse)
-    y, last, tape = calls.forward(backend.forward, cell, x, weights, state, reverse=reverse, save=True)
+    y, last, saved = calls.forward(backend.forward, cell, x, weights, state, reverse=reverse, save=True)
     close(y, exact_y, "y")
     for letter, ours, theirs in zip(cell.states, last, exact_last, strict=True):
         close(ours, theirs, f"{letter}T")
     needs = NEEDS - {field for field, w in zip(Weights._fields, weights) if w is None}
-    for attempt in ("once", "twice over the same tape"):
+    for attempt in ("once", "twice over the same saved activations"):
         ours = calls.backward(
-            backend.backward, cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs
+            backend.backward, cell, x, weights, state, y, saved, dy, dlast, reverse=reverse, needs=needs
         )
         for key, gradient in exact.items():
             if key == "state":
@@ -222,8 +222,8 @@ def test_results_are_the_callers_own(name, rng):
 
     def run(k):
         x, weights, state = given[k]
-        y, last, tape = calls.forward(backend.forward, cell, x, weights, state, reverse=False, save=True)
-        return y, *last, *tape
+        y, last, saved = calls.forward(backend.forward, cell, x, weights, state, reverse=False, save=True)
+        return y, *last, *saved
 
     first = [run(k) for k in range(8)]
     copies = [[array.copy() for array in results] for results in first]

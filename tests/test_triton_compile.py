@@ -308,8 +308,8 @@ def test_no_length_and_no_batch_compiles_anything(monkeypatch, H):
         x, h0 = whole[at:].view(T, B, H), whole[at : at + B * H].view(B, H)
         seed = torch.zeros(2, dtype=torch.int64)[at : at + 1]
         weights = Weights(None, w_hh, None, b_hh, flags=flags[at:].view(T, B), seed=seed)
-        y, last, tape = calls.forward(backend.forward, cell, x, weights, (h0,), reverse=False, save=True)
-        calls.backward(backend.backward, cell, x, weights, (h0,), y, tape, x, last, reverse=False, needs={"w_hh"})
+        y, last, saved = calls.forward(backend.forward, cell, x, weights, (h0,), reverse=False, save=True)
+        calls.backward(backend.backward, cell, x, weights, (h0,), y, saved, x, last, reverse=False, needs={"w_hh"})
     compiled = [len(kernel.device_caches[0][0]) for kernel in kernels if kernel.device_caches[0][0]]
     assert compiled == [1, 1]
 

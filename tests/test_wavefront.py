@@ -435,7 +435,7 @@ def test_the_driver_is_asked():
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """The NumPy backend, as if it could run a stack at once; notes how many layers, and whether they keep a tape."""
+    """The NumPy backend, as if it ran stacks at once; notes how many layers, and whether they save activations."""
     return pretending(monkeypatch, (False,))
 
 

@@ -89,9 +89,9 @@ def test_inference_and_training_agree_and_backward_is_repeatable(name, how):
 def test_only_the_wanted_gradients():
     case = sequences.draw("gru", "float32", 2, 2, 3, 4)
     given = (case.cell, case.x, case.weights, case.state)
-    y, _, tape = calls.forward(backend.forward, *given, reverse=False, save=True)
+    y, _, saved = calls.forward(backend.forward, *given, reverse=False, save=True)
     for needs in (set(), {"x"}, {"w_hh", "b_ih"}):
-        gradients = calls.backward(backend.backward, *given, y, tape, case.dy, case.dlast, reverse=False, needs=needs)
+        gradients = calls.backward(backend.backward, *given, y, saved, case.dy, case.dlast, reverse=False, needs=needs)
         assert gradients.keys() == needs | {"state"}
 
 
