@@ -351,16 +351,18 @@ def one_graph(kind, names, dynamic, sizes, backend):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(("kind", "names"), ALONE, ids=str)
-def test_every_keyword_is_one_graph_for_ten_sizes(kind, names):
+def test_every_keyword_is_one_graph_for_ten_sizes(kind, names, dynamic):
     """Compiled anew once at most, when sizes turn out to differ."""
-    one_graph(kind, names, None, SIZES, "aot_eager")
+    one_graph(kind, names, dynamic, SIZES, "aot_eager")
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(("kind", "names"), PAIRS, ids=str)
-def test_pairs_of_keywords_are_one_graph_of_any_size(kind, names):
+def test_pairs_of_keywords_are_one_graph(kind, names, dynamic):
     """Every fifth pair: each keyword is in some."""
-    one_graph(kind, names, True, SIZES[:3], "eager")
+    one_graph(kind, names, dynamic, SIZES[:3], "eager")
 
 
 # ---- torch.func, compiled -------------------------------------------------------------------------------------------
