@@ -255,7 +255,7 @@ def test_cells_are_compared(tmp_path):
     result = call("compare-cells", "JANET", "CoRNN", "GRU", *tasks, "--steps", 3, "-T", 5, "-H", 4, "--out", out)
     assert result.exit_code == 0, result.output
     assert (out / "curves.png").read_bytes().startswith(PNG)
-    rows = list(csv.DictReader((out / "curves.csv").open()))
+    rows = list(csv.DictReader((out / "curves.csv").read_text().splitlines()))
     assert {(row["task"], row["cell"]) for row in rows} == set(product(("adding", "copy"), ("JANET", "CoRNN", "GRU")))
     assert [int(row["step"]) for row in rows][:3] == [1, 2, 3]
     for row in rows[2::3]:

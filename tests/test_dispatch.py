@@ -83,11 +83,12 @@ def test_the_plan_tells_the_program_that_runs():
 
 def test_backends_have_one_signature():
     modules = [dispatch.backend(name) for name in dispatch.ORDER]
-    for name in (name for name in vars(Backend) if not name.startswith("_") and name != "NAME"):
+    for name in (name for name in vars(Backend) if not name.startswith("_") and not name.isupper()):
         signatures = [inspect.signature(getattr(module, name)).parameters.values() for module in modules]
         first, *others = [[(p.name, p.kind) for p in parameters] for parameters in signatures]
         assert all(other == first for other in others), name
     assert [module.NAME for module in modules] == list(dispatch.ORDER)
+    assert all(isinstance(flag, bool) for module in modules for flag in (module.RUNS_HEADS, module.REPEATS_INPUTS))
 
 
 CUDNN = [
