@@ -1,8 +1,8 @@
 """Layers with heads beside the loops that flashrnn and TiRex-2 run on a CPU: `python -m bench.heads`.
 
 Times `gpu_rnn.flashrnn` on native code and flashrnn's own function, at the sizes of FlashRNN's benchmarks, and the
-sLSTM layer of TiRex-2 with either; with `--compiled` also the layer compiled by torch, which takes many minutes: its
-loop is unrolled. One thread, processor time, the best of several calls; into bench/results/heads/*.csv and the table in
+sLSTM layer of TiRex-2 with either. `--slow` adds what takes many minutes: the loop's training, and TiRex-2's layer
+compiled by torch, which unrolls the loop. One thread, processor time, the best of several calls; into bench/results/heads/*.csv and the table in
 docs/modifiers.md.
 """
 
@@ -46,7 +46,7 @@ def functions(name: str, T: int, B: int, N: int, D: int) -> tuple[Tensor, Kinds]
     }
 
 
-def tirex(T: int, B: int, N: int, D: int, compiled: bool) -> tuple[Tensor, Kinds]:
+def tirex(T: int, B: int, N: int, D: int, slow: bool) -> tuple[Tensor, Kinds]:
     """TiRex-2's sLSTM layer: its input, and the layer on our function and on flashrnn's."""
     import flashrnn
     from tirex2.model.component.flashrnn_slstm import FlashRNNLayerConfig, sLSTMFlashRNNLayer
@@ -64,10 +64,10 @@ def tirex(T: int, B: int, N: int, D: int, compiled: bool) -> tuple[Tensor, Kinds
         return run
 
     kinds = {"native": by(ours, layer), "loop": by(theirs, layer)}
-    return torch.randn(B, T, N * D), kinds | ({"compiled loop": by(theirs, torch.compile(layer))} if compiled else {})
+    return torch.randn(B, T, N * D), kinds | ({"compiled loop": by(theirs, torch.compile(layer))} if slow else {})
 
 
-def rows(compiled: bool) -> Iterator[Row]:
+def rows(slow: bool) -> Iterator[Row]:
     facts = {"machine": describe()["machine"], "torch": torch.__version__, "date": date.today()}
     for what, (T, B, N, D), make, modes in (
         *(
@@ -79,9 +79,11 @@ def rows(compiled: bool) -> Iterator[Row]:
         sizes = {"T": T, "B": B, "heads": N, "size": D}
         own = (what.split()[1],) if make is functions else ()
         torch.manual_seed(0)
-        x, kinds = make(*own, T, B, N, D, *([compiled] if make is tirex else []))
+        x, kinds = make(*own, T, B, N, D, *([slow] if make is tirex else []))
         for mode in modes:
             for kind, run in kinds.items():
+                if kind == "loop" and mode == "training" and not slow:
+                    continue
                 ms = f"{milliseconds(run, x, mode == 'training'):.4g}"
                 yield {"what": what} | sizes | {"mode": mode, "kind": kind, "ms": ms} | facts
 
@@ -108,10 +110,11 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     done = []
+    RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{date.today()}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row in rows("--compiled" in arguments):
+        for row in rows("--slow" in arguments):
             writer.writerow(row)
             file.flush()
             print(*(row[name] for name in FIELDS[:8]), flush=True)
