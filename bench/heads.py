@@ -2,8 +2,8 @@
 
 Times `gpu_rnn.flashrnn` on native code and flashrnn's own function, at the sizes of FlashRNN's benchmarks, and the
 sLSTM layer of TiRex-2 with either. `--slow` adds what takes many minutes: the loop's training, and TiRex-2's layer
-compiled by torch, which unrolls the loop. One thread, processor time, the best of several calls; into bench/results/heads/*.csv and the table in
-docs/modifiers.md.
+compiled by torch, which unrolls the loop. One thread, processor time, the best of several calls; into
+bench/results/heads/*.csv and the table in docs/modifiers.md.
 """
 
 import csv
