@@ -68,7 +68,8 @@ def split(graph: Graph, G: int, S: int, E: int, place: int, trainable: int) -> T
     others = [graph.node("input", "state", k) for k in range(1, S)]
     first.outputs = (tuple(first.image(value, known_in_first) for value in (shown, *others, *carried)), ())
     second.outputs = ((*(second.image(value, known) for value in new), *[second.symbol(0.0)] * len(carried)), ())
-    inputs = [node.operands for node in nodes if node.op == "input"]
+    read = {*new, *(value for node in nodes if is_op(node) for value in node.operands)}
+    inputs = [node.operands for node in nodes if node.op == "input" and node in read]
     earlier = sorted(gate for part, gate in inputs if part == "h" and gate not in later)
     ranges = [g for gates in (earlier, later) for g in ((gates[0], gates[-1] + 1) if gates else (0, 0))]
     step, grad = select_by_pass(first, second, G, S + len(carried), E, place, trainable)

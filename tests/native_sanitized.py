@@ -12,6 +12,7 @@ from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import apply_modifiers
+from gpu_rnn.kernels.mathematics import recurrent, sigmoid, tanh
 
 from . import calls
 from .conftest import sequence_arrays
@@ -22,10 +23,19 @@ CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", {}, 3, 1, 5, 37, None), ("lstm", {}, 2, 14, 3, 8, None), ("lstm", {}, 2, 2, 130, 131, None),
     ("lstm", EVERYTHING, 3, 2, 4, 19, None), ("lstm", {"norm": True}, 2, 3, 4, 21, None),
     ("gru", {}, 3, 1, 4, 35, None), ("gru+before", {}, 3, 1, 4, 35, None), ("gru+before", {}, 2, 50, 3, 38, None, 2),
-    ("lstm", {}, 3, 1, 4, 38, None, 2), ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
+    ("late", {}, 3, 3, 4, 70, None), ("late", {}, 2, 1, 4, 70, None), ("lstm", {}, 3, 1, 4, 38, None, 2),
+    ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
     ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
     ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
 ]  # fmt: skip
+
+
+def late(x, h, state):
+    """A step whose first pass reads no gate of R h, and the second a single one of four."""
+    return (tanh(x[1] + recurrent(1, sigmoid(x[0]) * state[0])) * x[2] + x[3],)
+
+
+cells.register(cells.make_cell("late", "abcd", "h", late))
 
 
 def run(reverse, name, options, T, B, I, H, P, heads=1):

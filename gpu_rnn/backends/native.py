@@ -68,8 +68,8 @@ def plan(problem: Problem) -> str:
     )
     ways = "forward and backward" if problem.training else "forward"
     projection = problem.projection or "input projection: one GEMM per chunk of time steps"
-    heads = f"{problem.of_heads}, each a recurrence by itself\n" if problem.heads > 1 else ""
-    return f"{heads}{projection}\n{ways}: native code, one call for the whole sequence: {how}"
+    apart = f"{problem.of_heads}, each a recurrence by itself\n" if problem.heads > 1 else ""
+    return f"{apart}{projection}\n{ways}: native code, one call for the whole sequence: {how}"
 
 
 def method(problem: Problem, backward: bool) -> str:
@@ -80,8 +80,8 @@ def memory(problem: Problem) -> Memory:
     """Without what its code allocates for itself while it runs: the input projection of a chunk, packed weights."""
     cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
     halves, states = problem.itemsize == 2, problem.state_elements
-    passes = 2 if cell.pass_gates else 1
-    y, x, rows = problem.output_elements, problem.input_elements // passes, T * B * cell.G * H
+    twice = bool(cell.pass_gates)  # two time steps for each of x
+    y, x, rows = problem.output_elements, problem.input_elements >> twice, T * B * cell.G * H
     copies = x + problem.weight_elements + states if halves else 0  # in float32
     activations, *kept = [math.prod(shape) for shape, _ in saved_shapes(problem)]
     record = sum((activations, *kept)) if problem.training else kept[0] if problem.history else 0
@@ -89,7 +89,7 @@ def memory(problem: Problem) -> Memory:
     forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
     if not problem.training:
         return Memory(0, forward * r, 0)
-    back = rows * (1 + any(cell.separate)) + (rows // 2 if passes == 2 else 0) + (y if problem.P else 0)
+    back = rows * (1 + any(cell.separate)) + (rows // 2 if twice else 0) + (y if problem.P else 0)
     back += cell.num_trainable * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
     converted = copies + 2 * y + gradients // 2 if halves else 0
@@ -107,12 +107,12 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
     if problem.layers > 1:
         return forward_in_turn(forward, problem, runs)
     calls, together, inside = [], *shared_threads(problem, len(runs))
+    activations, states, *others = problem.decide(saved_shapes, saved_shapes, problem)
+    shapes = [activations, states, *others] if problem.training else [None, states] if problem.history else []
     for run in runs:
         x, w, first = as_plain(run.x), plain_weights(problem, run.weights), [as_plain(s) for s in run.state]
         empty = allocator(x)
         y, last = empty((problem.T, problem.B, problem.P or problem.H)), [empty(s.shape) for s in first]
-        activations, states, *others = problem.decide(saved_shapes, saved_shapes, problem)
-        shapes = [activations, states, *others] if problem.training else [None, states] if problem.history else []
         calls.append((x, w, first, y, last, [shape and empty(shape[0]) for shape in shapes]))
     values = [forward_arguments(problem, *each, reverse=run.reverse, threads=inside) for each, run in zip(calls, runs)]
     call(entries(problem).forward, b"".join(values), len(runs), together)

@@ -402,9 +402,8 @@ DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
     for (Index u = u0; u < u1; u += cut.blocks) body(u, min(u1, u + cut.blocks));
 }
 
-// Elements of a buffer for R rows of a product that is read before the next blocks are computed, however few gates it has.
-DEVICE Index scratch_elements(Index G, Index R, Index fewest) { return R * max(Cut(G, R).blocks, Cut(fewest, R).blocks) * G * V; }
-DEVICE Index scratch_elements(Index G, Index R) { return scratch_elements(G, R, G); }
+// Elements of a buffer for R rows of a product that is read before the next blocks are computed.
+DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
 
 // [G, units], gates `of_gate` apart -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
 static void pack_bias(const scalar* bias, Index of_gate, Index G, Index units, Index gates, scalar* to, bool add) {
@@ -472,9 +471,9 @@ static int forward_of_head(const Forward& f) {
     const Index passes = f.passes, inputs_T = T / passes;
     const Index chunk = rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
     const Index inputs = chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
-    Index fewest = G;
-    for (Index pass = 0; pass < passes; ++pass) fewest = min(fewest, f.gates[pass][1] - f.gates[pass][0]);
-    const Index gates = cell.REDUCES ? rows * blocks * GV : scratch_elements(G, rows, fewest), projected = scratch_elements(1, rows);
+    Index across = 0;  // blocks of the recurrent part side by side, of either pass
+    for (const auto& range : f.gates) across = max(across, Cut(range[0], range[1], rows).blocks);
+    const Index gates = rows * (cell.REDUCES ? blocks : across) * GV, projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
     Scratch scratch(threads * own), packed(once || f.packed ? 0 : weights.size(blocks, outputs));
@@ -524,9 +523,9 @@ static int forward_of_head(const Forward& f) {
                               load(input(r) + g * H + block * V, lanes_of(block, f.D)) + load(bias_x.data + block * GV + g * V));
         };
         if (passes > 1) memset(Rh, 0, gates * sizeof(scalar));  // a pass sees numbers, whichever gates it doesn't read
-        const Cut output(1, mine);
+        const Cut of_pass[2] = {{f.gates[0][0], f.gates[0][1], mine}, {f.gates[1][0], f.gates[1][1], mine}}, output(1, mine);
         for (Index n = 0; n < T; ++n) {
-            const Cut recurrent(f.gates[n % passes][0], f.gates[n % passes][1], mine);
+            const Cut& recurrent = of_pass[n & 1];
             const Index at = chunk ? n / passes % chunk : 0;
             if (chunk && n % (chunk * passes) == 0) {
                 const Index steps = min(chunk, (T - n) / passes);
@@ -694,8 +693,11 @@ static int gradients(const Backward& f) {
                 cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(Q)}, h_before(t * B) + n * Q,
                              seen.data + t * B * P + n * Q);
         }
-        for (Index t = part.first(T / f.passes); f.dWx_sum && f.passes > 1 && t < part.last(T / f.passes); ++t)
-            for (Index k = 0; k < B * M; ++k) f.dWx_sum[t * B * M + k] = f.dWx[2 * t * B * M + k] + f.dWx[(2 * t + 1) * B * M + k];
+        const bool two = f.passes == 2 && f.dWx_sum;
+        for (Index t = part.first(T / f.passes); two && t < part.last(T / f.passes); ++t) {
+            const scalar* both = f.dWx + 2 * t * B * M;
+            for (Index k = 0; k < B * M; ++k) f.dWx_sum[t * B * M + k] = both[k] + both[B * M + k];
+        }
         ready.wait();
 
         for (Index r0 = part.first(Kx), end = part.last(Kx); f.dx && r0 < end; r0 += CHUNK_ROWS) {
@@ -799,7 +801,7 @@ static int backward_of_head(const Backward& f) {
             barrier.wait();
             each_blocks(cut, p0, p1, [&](Index u, Index end) {
                 const auto row = [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; };
-                const Index(&gates)[2] = f.gates[n % f.passes];
+                const Index(&gates)[2] = f.gates[n & 1];
                 multiply(R_back, cut, u, end, row, zero.data, back, cut.blocks * V, gates[0] * f.D, gates[1] * f.D);
                 cell.operand_grad(f, n, {b0, b1, u, end}, {back, cut.blocks * V});
             });

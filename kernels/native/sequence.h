@@ -31,7 +31,7 @@ struct Forward {
     Index T, B, I, H, P, heads, reverse, threads;
     Index D, Q;             // H / heads and P / heads
     Index passes;           // time steps that have the same x, one after the other; of two, each reads other gates of R h
-    Index gates[2][2];      // by pass the first of them, and the one after the last
+    Index gates[2][2];      // by pass the first of them, and the one after the last; of one pass twice the same
     const scalar* x;        // [T / passes, B, I]; [.., G, H], the input part of all gates, where W is null
     const scalar* W;        // [G, H, I] input weights, or null
     const scalar* R;        // [G, H, Q] recurrent weights
