@@ -43,9 +43,8 @@ def plans() -> Iterator[tuple[Problem, persistent.PersistentConfig]]:
 
 def units() -> list[Unit]:
     """What all of them compile."""
-    return list(
-        dict.fromkeys(persistent.translation_unit(plan, cells.get(name), dtype) for (name, dtype, *_), plan in plans())
-    )
+    units = (persistent.translation_unit(plan, cells.get(name), dtype) for (name, dtype, *_), plan in plans())
+    return list(dict.fromkeys(units))
 
 
 def measure(problem: Problem, plan: persistent.PersistentConfig) -> float:

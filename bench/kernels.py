@@ -42,9 +42,7 @@ def current_device() -> LaunchContext:
 
 
 class KernelOnly:
-    def __init__(
-        self, backend: str, way: str, part: str, context: Callable[[], LaunchContext] = current_device
-    ) -> None:
+    def __init__(self, backend: str, way: str, part: str, context: Callable[[], LaunchContext] = current_device):
         self.triton, self.backward, self.part, self.context = backend == "triton", way == "backward", part, context
 
     def implementation(self) -> Implementation:
@@ -97,10 +95,8 @@ class KernelOnly:
 
     def call(self, case: Case, data: Data, forward: Callable, backward: Callable) -> tuple:
         """(y, last states[, gradients]) of a call whose time loops are these."""
-        run, problem = (
-            LayerRun(data.x[0], Weights(**data.weights), tuple(data.state.values())),
-            case.problem(tf32(case)),
-        )
+        run = LayerRun(data.x[0], Weights(**data.weights), tuple(data.state.values()))
+        problem = case.problem(tf32(case))
         with arrays.matmul_precision(run.x, problem.tf32):
             ((y, last, _, saved),) = gpu_common.forward(forward, problem, [run])
             if not case.training:
@@ -163,9 +159,8 @@ def units(case: Case, names: Sequence[str]) -> set[Unit]:
     for backend, way, part in (problems.KERNELS[name] for name in names if name in problems.KERNELS):
         plan, _ = cuda.persistent_config(problem, cuda.device(), way == "backward")
         if backend == "cuda" and part != "step" and plan is not None:
-            compiled.add(
-                persistent.translation_unit(plan, problem.cell, problem.dtype, None if part == "sequence" else part)
-            )
+            only = None if part == "sequence" else part
+            compiled.add(persistent.translation_unit(plan, problem.cell, problem.dtype, only))
     return compiled
 
 

@@ -161,10 +161,8 @@ def lstm(
         BackendError: the requested backend does not support this call; the message lists every reason.
         ValueError: an unknown backend or precision, or "tf32" for float64.
     """
-    weights, options = (
-        Weights(w_ih, w_hh, b_ih, b_hh, w_hr),
-        Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
-    )
+    options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
+    weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
     return unpack_states(run("lstm", x, weights, (h0, c0), *parse_keywords(options, modifiers, LSTMKeywords)), 2)
 
 
@@ -217,10 +215,8 @@ def rnn(
         ValueError for another f.
     """
     options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
-    weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
-    return unpack_states(
-        run(rnn_cell_name(nonlinearity), x, weights, (h0,), *parse_keywords(options, modifiers, ModifierKeywords)), 1
-    )
+    weights, name = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), rnn_cell_name(nonlinearity)
+    return unpack_states(run(name, x, weights, (h0,), *parse_keywords(options, modifiers, ModifierKeywords)), 1)
 
 
 KEYWORDS: dict[Callable, type] = {}  # of what vjp takes

@@ -75,11 +75,9 @@ def weights(source: Any, name: str | Iterable[str] | None = None, **config: Any)
         cell_names = {name: cell_name(name, layer, config) for name, layer in layers.items()}
         if len(set(cell_names.values())) > 1:
             raise ValueError(f"layers of one stack must be alike, got {cell_names}")
-        units = tuple(
-            tuple(ours(layer, cell_names[name], *arrays) for arrays in layer.directions())
-            for name, layer in layers.items()
-        )
-        return Stack(next(iter(cell_names.values())), units, batch_first=True)
+        cell, *_ = cell_names.values()
+        stacked = (tuple(ours(layer, cell, *arrays) for arrays in layer.directions()) for layer in layers.values())
+        return Stack(cell, tuple(stacked), batch_first=True)
 
 
 def known(config: dict[str, Any]) -> None:
@@ -132,11 +130,10 @@ def cell_name(name: str, layer: KerasLayer, overrides: dict[str, Any]) -> str:
     bias = (2 * G * H,) if layer.cudnn else (2, G * H) if after else (G * H,)
     expected = [(I, G * H), (H, G * H), bias][:n] * layer.D
     if n not in (2, 3) or [array.shape for array in layer.arrays] != expected:
+        of_units = f", with H = units = {H}" if "units" in layer.config else ""
         raise ShapeError(
             f"{name!r} is {layer}; expected, in each of {layer.D} directions, kernel [I, {G}*H], recurrent_kernel "
-            f"[H, {G}*H] and a bias [{'2*' * layer.cudnn}{'2, ' * (len(bias) - 1)}{G}*H] or none"
-            + f", with H = units = {H}"
-            * ("units" in layer.config)
+            f"[H, {G}*H] and a bias [{'2*' * layer.cudnn}{'2, ' * (len(bias) - 1)}{G}*H] or none{of_units}"
         )
     return apply_modifiers(cells.get(cell), before=layer.cell == "GRU" and not config["reset_after"]).name
 
@@ -229,13 +226,10 @@ def model(layer: Any) -> Any:
     dtype, layers = stack.dtype.name, []
     for k, directions in enumerate(stack.weights):
         name, bias = f"{kind.lower()}_l{k}", directions[0].b_ih is not None
-        layers.append(
-            getattr(keras.layers, kind)(
-                stack.H, activation=activation, use_bias=bias, return_sequences=True, name=name, dtype=dtype, **form
-            )
+        own = getattr(keras.layers, kind)(
+            stack.H, activation=activation, use_bias=bias, return_sequences=True, name=name, dtype=dtype, **form
         )
-        if stack.D == 2:
-            layers[-1] = keras.layers.Bidirectional(layers[-1], name=name, dtype=dtype)
+        layers.append(keras.layers.Bidirectional(own, name=name, dtype=dtype) if stack.D == 2 else own)
     made = keras.Sequential([keras.Input((None, stack.I), dtype=dtype), *layers])
     save(stack, made)
     return made

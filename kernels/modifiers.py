@@ -48,12 +48,9 @@ def build_modified(
 ) -> Cell:  # fmt: skip
     own, S = len(cell.per_unit_params), cell.S
     stochastic = [k for k in range(S) if zoneout and zoneout[k] and not mean]
-    units = (
-        *cell.per_unit_params,
-        *(f"{letter}_reset" for letter in cell.states if given),
-        *([DROPOUT] if dropout or candidate else []),
-    )
-    flags = (*cell.flags, *([RESET] if reset else []), *([HOLD] if hold else []))
+    units = *cell.per_unit_params, *(f"{letter}_reset" for letter in cell.states if given)
+    units += (DROPOUT,) * (dropout or candidate)
+    flags = (*cell.flags, *[RESET] * reset, *[HOLD] * hold)
     places = {name: k for k, name in enumerate((*units, *flags))}
 
     graph = with_candidate_mask(cell) if candidate else step_graph(cell)

@@ -17,14 +17,9 @@ SMALL_H = {  # the largest hidden size of PERSIST_STATIC_SMALL_H: in inference, 
 
 
 def algorithm(
-    problem: Problem,
-    *,
-    layers: int = 1,
-    directions: int = 1,
-    packed: bool = False,
-    capability: tuple[int, int] = (9, 0),
-    multiprocessors: int = 132,
-) -> str:
+    problem: Problem, *, layers: int = 1, directions: int = 1, packed: bool = False,
+    capability: tuple[int, int] = (9, 0), multiprocessors: int = 132,
+) -> str:  # fmt: skip
     """STANDARD, PERSIST_STATIC_SMALL_H or PERSIST_STATIC; "none" for what cuDNN lacks: a cell, a dtype, an input
     part that is there already.
 

@@ -34,10 +34,7 @@ NAME = "numpy"
 RUNS_HEADS = REPEATS_INPUTS = False
 POOLS, MAX_POOLED_BYTES = 16, 1 << 23  # problems whose workspaces are pooled for the next call; bytes of each of these
 CHUNK, CHUNK_BYTES = 32, 1 << 22  # time steps forward whose views are made once, for all chunks; their input projection
-CHUNK_BACKWARD, CHUNK_ROWS = (
-    64,
-    512,
-)  # the same backward, and times batch size: a matmul needs them to run at full speed
+CHUNK_BACKWARD, CHUNK_ROWS = 64, 512  # the same backward; and times batch size, rows of a matmul at full speed
 MIN_STEPS_FOR_TRANSPOSED_R = 128  # time steps that repay a transposed copy of the recurrent weights
 # Batch sizes from which an input matmul per time step pays: with any weights, with so few
 MIN_BATCH_FOR_STEP_GEMM, MIN_BATCH_FOR_SMALL_STEP_GEMM, SMALL_WEIGHTS = 32, 8, 1 << 16
@@ -420,14 +417,13 @@ pool_for = lru_cache(POOLS)(WorkspacePool)
 @lru_cache(POOLS)
 def forward_pool(
     cell: Cell, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype, step_exact: bool
-) -> WorkspacePool:  # fmt: skip
+) -> WorkspacePool:
     """The pool of `ForwardWorkspace`s for a sequence. I is 0 where x is the input projection."""
     rows = cell.G * H
     n = min(T, CHUNK, 1 + CHUNK_BYTES // max(rows * B * dtype.itemsize, 1))
     small = B >= MIN_BATCH_FOR_SMALL_STEP_GEMM and rows * I <= SMALL_WEIGHTS
-    step_gemm, order = (
-        step_exact or B >= MIN_BATCH_FOR_STEP_GEMM or small, choose_layout(cell, T, B, H, I + P, dtype, step_exact)
-    )  # fmt: skip
+    step_gemm = step_exact or B >= MIN_BATCH_FOR_STEP_GEMM or small
+    order = choose_layout(cell, T, B, H, I + P, dtype, step_exact)
     return pool_for(ForwardWorkspace, cell, order, n, step_gemm, B, I, H, P, dtype)
 
 
@@ -603,9 +599,8 @@ class Aux:
             for j in range(len(cell.flags)):
                 now[:, row + j] = (self.inputs.flags[t] >> j & 1)[:, None]
             if cell.uniforms:
-                random = uniforms(
-                    self.inputs.seed, t[:, None, None], np.arange(B), np.arange(H)[:, None], cell.uniforms
-                )
+                row_of, unit = np.arange(B), np.arange(H)[:, None]
+                random = uniforms(self.inputs.seed, t[:, None, None], row_of, unit, cell.uniforms)
                 for j, uniform in enumerate(random, row + len(cell.flags)):
                     now[:, j] = uniform
 

@@ -38,9 +38,7 @@ class Step(NamedTuple):
     Rh: Any  # [B, G, H] product; recurrent projection of this time step, without b_hh
     b_hh: Any  # [G, H] storage, or None
     h: Any  # [B, H] real; the h that the cell itself takes, updated in place
-    cell_states: (
-        Any  # [T+1 or 1, S-1, B, H] real; reads `state_in`, writes `state_out`: the same one if nothing is saved
-    )
+    cell_states: Any  # [T+1 or 1, S-1, B, H] real; reads `state_in`, writes `state_out`, the same if nothing is saved
     saved: Any  # [T, B, K, H] storage, or None; it is Wx itself where K = G: an element is read, then written
     y: Any  # [T, B, H] storage, written; h before its projection
     recurrent_input: Any  # [B, H] storage, written: the input of the next recurrent matmul; None where that is y
@@ -91,9 +89,8 @@ def memory(problem: Problem) -> tuple[int, int]:
     """Return the bytes that `run_forward` and `run_backward` take for themselves."""
     cell, B, H, P = problem.cell, problem.B, problem.H, problem.P or problem.H
     product = 4 if arrays.product_dtype(problem.library, problem.dtype) == "float32" else problem.itemsize
-    forward = B * H * (cell.G * product + problem.real_itemsize) + (
-        B * P * problem.itemsize if cell.recurrent_input else 0
-    )
+    dropped = B * P * problem.itemsize if cell.recurrent_input else 0
+    forward = B * H * (cell.G * product + problem.real_itemsize) + dropped
     projected = B * H * (problem.real_itemsize + product + problem.itemsize) if problem.P else 0
     return forward, B * P * product + projected
 

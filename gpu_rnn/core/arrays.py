@@ -59,12 +59,10 @@ def library_of(kind: type) -> str:
 def advice(kind: type) -> str:
     """How to call gpu_rnn where a tracer's class stands for arrays; "" for any other class."""
     bases = [(base.__module__, base.__name__) for base in kind.__mro__]
-    texts = (
-        text
-        for (package, name), text in TRACERS.items()
-        if any(module.startswith(package) and base == name for module, base in bases)
-    )
-    return next(texts, "")
+    for (package, name), text in TRACERS.items():
+        if any(module.startswith(package) and base == name for module, base in bases):
+            return text
+    return ""
 
 
 def module(kind: str) -> Any:

@@ -62,10 +62,8 @@ class Watch(MetaPathFinder):
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, specs), None)
-        if (
-            spec is not None and spec.loader is not None
-        ):  # a spec of its own in every call: some only ask, as `installed`
-            loader: Any = spec.loader
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader  # a new one in every call: some only ask, as `installed`
             load = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:

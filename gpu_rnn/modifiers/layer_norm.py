@@ -22,9 +22,7 @@ class Norm(NamedTuple):
 
     x: Any  # [T, B, I], or [T, B, G*H] without w_ih
     weights: Weights
-    gains: tuple[
-        Any, ...
-    ]  # of the input projection [G*H], of the recurrent one [G*H], then what else the cell has, [H]
+    gains: tuple[Any, ...]  # of the input projection [G*H], of the recurrent one [G*H], then of the cell state [H]
     gates: str
     groups: tuple[slice, ...]  # rows of gates that are normalized together, of a head
     recurrent_bias: str  # gates that add b_hh to their recurrent projection alone
@@ -76,12 +74,9 @@ class Norm(NamedTuple):
         if self.weights.b_hh is not None:
             each = [of_recurrent_bias.get(gate, self.rows(dbias, k)) for k, gate in enumerate(self.gates)]
             own["b_hh"] = arrays.concatenate(each, 0)
-        gains = (
-            (dWx * self.by_group(standardize, projection)).sum((0, 1)),
-            dunits[:G].reshape(-1),
-            *dunits[G + len(of_recurrent_bias) :],
-        )
-        own["layer_norm"] = tuple(None if array is None else d for array, d in zip(self.gains, gains))
+        dgain = (dWx * self.by_group(standardize, projection)).sum((0, 1))
+        dgains = dgain, dunits[:G].reshape(-1), *dunits[G + len(of_recurrent_bias) :]
+        own["layer_norm"] = tuple(None if array is None else d for array, d in zip(self.gains, dgains))
         return gradients | own
 
     def projection(self) -> Any:
@@ -134,7 +129,7 @@ def affine(a: Any, gain: Any, bias: Any) -> Any:
 
 
 def standardize(a: Any) -> Any:
-    """a less its mean over the last axis, divided by its standardize deviation."""
+    """a less its mean over the last axis, divided by its standard deviation."""
     return arrays.astype(statistics(a)[0], arrays.dtype(a))
 
 
@@ -146,7 +141,7 @@ def standardize_backward(a: Any, d: Any) -> Any:
 
 
 def statistics(a: Any) -> tuple[Any, Any]:
-    """`standardize`, and 1 / the standardize deviation, in the dtype of computing."""
+    """`standardize`, and 1 / the standard deviation, in the dtype of computing."""
     wide = arrays.astype(a, arrays.real_dtype(a))
     e = wide - wide.mean(-1)[..., None]
     r = ((e * e).mean(-1)[..., None] + EPSILON) ** -0.5

@@ -248,9 +248,9 @@ class Recurrent(Traced):
 
     def _norm_params(self) -> list[str]:
         """The names of a normalization's parameters."""
-        return [name for name in NORM_PARAM_NAMES if "c" in CELLS[self._cell].states or name in NORM_PARAM_NAMES[:2]][
-            : None if self.bias else 3
-        ]
+        if "c" not in CELLS[self._cell].states:
+            return [*NORM_PARAM_NAMES[:2]]
+        return [*NORM_PARAM_NAMES[: None if self.bias else 3]]
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Tell what to do instead: torch.jit.script asks here for a module whose source it can compile."""
@@ -389,13 +389,8 @@ class Recurrent(Traced):
             state = hx
         else:
             return None
-        settings = (
-            CACHE_KEY_ATTRS(self),
-            layout,
-            type(hx),
-            torch.is_grad_enabled(),
-            input.is_cuda and default_precision(input),
-        )
+        precision = input.is_cuda and default_precision(input)
+        settings = CACHE_KEY_ATTRS(self), layout, type(hx), torch.is_grad_enabled(), precision
         call = lookup(settings, "torch", (input, *state, *weights), self._make_cached_call, input, hx, weights)
         if call is None:
             return None

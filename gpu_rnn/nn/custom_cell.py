@@ -83,9 +83,8 @@ class Custom(RecurrentLayer):
     def function_arguments(self, layer: int = 0, reverse: bool = False) -> dict[str, Tensor]:
         """The arrays of one layer and direction that `function` takes: w_ih, w_hh [G*H, .], b_ih, b_hh, units [N*H]."""
         suffix = self._suffixes[layer * self._directions + reverse]
-        named = self._weights(suffix)._asdict() | {
-            name: array for name, (array,) in self._per_unit_params(suffix).items()
-        }
+        own = {name: array for name, (array,) in self._per_unit_params(suffix).items()}
+        named = self._weights(suffix)._asdict() | own
         return {name: array for name, array in named.items() if array is not None}
 
     @property
@@ -286,28 +285,15 @@ def function(cell: cells.Cell) -> Callable:
     initial = first_states(cell)
 
     def run(
-        x,
-        w_ih,
-        w_hh,
-        b_ih=None,
-        b_hh=None,
-        *,
-        reverse=False,
-        backend=None,
-        precision=None,
-        recompute=False,
-        step_exact=False,
-        **modifiers,
-    ):
+        x, w_ih, w_hh, b_ih=None, b_hh=None, *, reverse=False, backend=None, precision=None, recompute=False,
+        step_exact=False, **modifiers,
+    ):  # fmt: skip
         state = tuple(modifiers.pop(label, None) for label in initial)
         if cell.per_unit_params and modifiers.get("units") is None:
             names = cell.per_unit_params
             raise TypeError(f"{cell.name} has weights per unit ({', '.join(names)}): units=[{len(names)}*H]")
-        parsed = parse_keywords(
-            Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact),
-            modifiers,
-            FunctionKeywords,
-        )
+        options = Options(reverse, backend, precision, recompute=recompute, step_exact=step_exact)
+        parsed = parse_keywords(options, modifiers, FunctionKeywords)
         return unpack_states(functional.run(cell.name, x, Weights(w_ih, w_hh, b_ih, b_hh), state, *parsed), cell.S)
 
     run.__name__ = run.__qualname__ = cell.name

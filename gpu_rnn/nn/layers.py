@@ -49,13 +49,8 @@ class RecurrentLayer(Recurrent):
     """Several layers in one or two directions over a whole sequence, padded, packed or nested."""
 
     repr_defaults: ClassVar = {
-        "proj_size": 0,
-        "num_layers": 1,
-        "bias": True,
-        "batch_first": False,
-        "dropout": 0,
-        "bidirectional": False,
-    }
+        "proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False,
+    }  # fmt: skip
     mode: str
     num_layers: int
     batch_first: bool
@@ -201,9 +196,8 @@ class RecurrentLayer(Recurrent):
                 lengths = self._lengths(mask, lengths, input)
             self._check_marks(input, batch, reset=reset, lengths=lengths, left_padding=left_padding)
             if not batch:
-                reset, lengths, left_padding = (
-                    None if m is None else m.unsqueeze(-1) for m in (reset, lengths, left_padding)
-                )
+                marks = reset, lengths, left_padding
+                reset, lengths, left_padding = (None if mark is None else mark.unsqueeze(-1) for mark in marks)
             elif transposed and reset is not None:
                 reset = reset.t()
             resets = None if reset_state is None else self._reset_states(reset_state)
@@ -333,22 +327,17 @@ class RecurrentLayer(Recurrent):
         (T, B, _), N = x.shape, len(values)
         if T == 0:
             raise ShapeError(f"{name}: every sequence of the nested input, of shape {shape}, is empty")
-        initial, lengths = (
-            self._initial_states(hx, (self.num_layers * self._directions, B), "L*D B", values),
-            offsets.diff(),
-        )
+        initial = self._initial_states(hx, (self.num_layers * self._directions, B), "L*D B", values)
+        lengths = offsets.diff()
         y, last = self._run_layers(x, initial, ragged(lengths, N == T * B, generator))
         row = torch.repeat_interleave(lengths, output_size=N)
         t = torch.arange(N, device=row.device) - offsets[row]
         return torch.nested.nested_tensor_from_jagged(y[t, row], offsets, max_seqlen=T), as_hx(last)
 
     def _run_layers(
-        self,
-        x: Tensor,
-        initial: Sequence[Tensor | None],
-        call: CallModifiers,
+        self, x: Tensor, initial: Sequence[Tensor | None], call: CallModifiers,
         drop: Callable[[Tensor, float], Tensor] = F.dropout,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Run every layer in every direction.
 
         -> the last layer's outputs; the final states [L*D, B, P or H]; with return_states those of every time step,

@@ -19,8 +19,6 @@ from ..functional import PROJECTED, gru, lstm, rnn, rnn_cell_name
 
 FUNCTIONS = (lstm, gru, rnn)
 
-# ---- where it runs --------------------------------------------------------------------------------------------------
-
 
 class Explanations(tuple[Explanation, ...]):
     """One Explanation for each direction of each layer, in torch's order; prints equal ones once.
@@ -44,22 +42,10 @@ class Explanations(tuple[Explanation, ...]):
 
 
 def explain(
-    what: str | Callable,
-    x: Any = None,
-    *,
-    T: int | None = None,
-    B: int | None = None,
-    I: int | None = None,
-    H: int | None = None,
-    P: int | None = None,
-    num_heads: int = 1,
-    input_projection: bool = False,
-    dtype: Any = None,
-    device: Any = None,
-    library: str | None = None,
-    training: bool | None = None,
-    backend: str | None = None,
-) -> Explanation | Explanations:
+    what: str | Callable, x: Any = None, *, T: int | None = None, B: int | None = None, I: int | None = None,
+    H: int | None = None, P: int | None = None, num_heads: int = 1, input_projection: bool = False, dtype: Any = None,
+    device: Any = None, library: str | None = None, training: bool | None = None, backend: str | None = None,
+) -> Explanation | Explanations:  # fmt: skip
     """Explain which backend runs a call and how, why not the others, and which cuDNN algorithm torch.nn would use.
 
         print(gpu_rnn.explain("lstm", T=256, B=64, I=512, H=512, dtype="float16", training=True))

@@ -21,10 +21,6 @@ from ..core.validation import validate, with_zeros, zero_states
 from ..functional import ModifierKeywords, cell_name, gru, lstm, parse_keywords, rnn
 
 FUNCTIONS = (lstm, gru, rnn)
-
-# ---- where it runs --------------------------------------------------------------------------------------------------
-
-
 TITLES = {
     "i": "input gate", "f": "forget gate", "g": "candidate", "o": "output gate", "r": "reset gate", "z": "update gate",
     "n": "candidate", "c": "cell state", "h": "output",
@@ -57,12 +53,9 @@ class Inspection(Mapping[str, np.ndarray]):
         return len(self.recorded)
 
     def plot(
-        self,
-        path: str | PathLike | None = None,
-        row: int = 0,
-        units: int | Sequence[int] | None = None,
+        self, path: str | PathLike | None = None, row: int = 0, units: int | Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Draw heat maps, units by time: a panel for every gate and state, a column for every layer and direction.
 
         Args:

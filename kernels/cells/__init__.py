@@ -83,9 +83,8 @@ def get(name: str) -> Cell:
         module = MODULES[base]
         candidate = getattr(module, "CANDIDATE", "")
         if not parts:
-            step, grad = (
-                module.CELLS[base] if hasattr(module, "CELLS") else (module.step, getattr(module, "grad", None))
-            )
+            own_functions = getattr(module, "step", None), getattr(module, "grad", None)
+            step, grad = getattr(module, "CELLS", {}).get(base, own_functions)
             cell = make_cell(name, module.GATES, module.STATES, step, grad, getattr(module, "UNITS", ()))
             return replace(cell, candidate=candidate)
         own = {word: options.pop(word) for word in getattr(module, "VARIANTS", ()) if word in options}

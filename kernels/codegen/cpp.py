@@ -21,29 +21,18 @@ def render_cell(cell: Cell) -> str:
                                 const real* extra = nullptr, const real* means = nullptr) {
             const real x_0 = x[0];
     """
-    sizes = {
-        "G": cell.G,
-        "S": cell.S,
-        "K": cell.K,
-        "PER_UNIT": len(cell.per_unit_params),
-        "LEARNED": cell.num_trainable,
-    }
+    sizes = {"G": cell.G, "S": cell.S, "K": cell.K}
+    sizes |= {"PER_UNIT": len(cell.per_unit_params), "LEARNED": cell.num_trainable}
     sizes |= {"FLAGS": len(cell.flags), "UNIFORMS": cell.uniforms, "OPERAND": int(cell.recurrent_input is not None)}
     separate = {"SEPARATE": sum(1 << gate for gate, own in enumerate(cell.separate) if own)}  # a bit for each gate
     separate["COUNT_SEPARATE"] = sum(cell.separate)
     step, grad = step_split(cell), grad_split(cell)
     levels = {"STEP_LEVELS": len(step.levels), "STEP_MEANS": step.means_before[-1]}
     levels |= {"GRAD_LEVELS": len(grad.levels), "GRAD_MEANS": grad.means_before[-1]}
-    operand, operand_grad = (
-        body(recurrent_input_graph(cell), "h"),
-        body(recurrent_input_grad_graph(cell), "dnew", "dunits"),
-    )
+    constants = sizes, separate, levels
     lines = [
         "struct Cell {",
-        *(
-            f"    enum {{ {', '.join(f'{name} = {size}' for name, size in numbers.items())} }};"
-            for numbers in (sizes, separate, levels)
-        ),
+        *(f"    enum {{ {', '.join(f'{name} = {n}' for name, n in group.items())} }};" for group in constants),
         "    DEVICE static void step(const real* x, const real* h, real* state, real* saved,",
         "                            const real* extra = nullptr, const real* means = nullptr) {",
         *(line.replace("tanh(", "forward_tanh(") for line in body(step.graph, "state", "saved")),
@@ -56,10 +45,10 @@ def render_cell(cell: Cell) -> str:
         *reduction_levels("step", "const real* x, const real* h, const real* state", step),
         *reduction_levels("grad", "const real* dnew, const real* next, const real* state, const real* saved", grad),
         "    DEVICE static void operand(real* h, const real* extra) {",
-        *operand,
+        *body(recurrent_input_graph(cell), "h"),
         "    }",
         "    DEVICE static void operand_grad(real* dnew, real* dunits, const real* extra) {",
-        *operand_grad,
+        *body(recurrent_input_grad_graph(cell), "dnew", "dunits"),
         "    }",
         "};\n",
     ]

@@ -1,8 +1,8 @@
 """Predicted microseconds of a time step. They rank configurations, and decide between persistent and per-step kernels.
 
-Constants marked "measured" are a least squares fit over 96 configurations of bf16 and TF32 LSTMs and GRUs, which
-`python -m bench.plans` timed on an H200 at 1980 MHz: off by 8 % in the mean, by 22 % at worst. "documented" are rates
-of the hardware. The rest is assumed. Keys False and True are forward and backward.
+Constants marked "measured" are a least squares fit over 96 configurations of bf16 and TF32 LSTMs and GRUs, timed by
+`python -m bench gpu --only plans` on an H200 at 1980 MHz: off by 8 % in the mean, by 22 % at worst. "documented" are
+rates of the hardware. The rest is assumed. Keys False and True are forward and backward.
 """
 
 from typing import TYPE_CHECKING
