@@ -4,15 +4,16 @@ Times them on one thread of this machine's CPU into bench/results/cells/*.csv: p
 what else runs, the best of several calls. `python docs/cells.py` then renews docs/cells.md and its figure.
 """
 
-import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
+from itertools import product
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import torch
+from pandas import DataFrame
 from torch.nn.functional import linear
 
 from gpu_rnn import cells
@@ -20,10 +21,11 @@ from gpu_rnn.core.arrays import operations
 from gpu_rnn.kernels import cells as definitions
 from gpu_rnn.kernels.mathematics import RECURRENT_MATMUL
 
-from .results import describe
+from .results import FOLDER, describe
+from .worker import Row
 
-RESULTS = Path(__file__).parent / "results" / "cells"
 SIZES = (100, 16, 128), (100, 1, 32)  # T, B, H; and I = H
+MODES = ("forward", "training")
 SECONDS, LEAST = 0.5, 3  # of a measurement; calls
 THEIRS = {"NBRC": "NBR", "BRC": "BR", "CoRNN": "coRNN", "ResidualLSTM": "ResLSTM"}
 
@@ -84,24 +86,28 @@ def milliseconds(run: Callable, x: torch.Tensor, training: bool) -> float:
     return 1e3 * best
 
 
-def main(names: list[str]) -> None:
+def rows(names: list[str]) -> Iterator[Row]:
+    """Measure; a row for each kind, size and cell."""
+    for kind, (T, B, H), name in product((native, torchrecurrent, compiled_loop), SIZES, names):
+        torch.manual_seed(0)
+        if (run := kind(name, H)) is not None:
+            x = torch.randn(T, B, H)
+            times = {mode: f"{milliseconds(run, x, mode == 'training'):.2f}" for mode in MODES}
+            yield {"cell": name, "kind": kind.__name__.replace("_", " "), **times, "T": T, "B": B, "I": H, "H": H}
+
+
+def record(folder: Path, rows: Iterable[Row]) -> list[Row]:
+    """Write rows, with where they come from, to a file of today as soon as they are known; on one thread."""
     torch.set_num_threads(1)
-    facts = {"machine": describe()["machine"], "torch": torch.__version__, "date": date.today()}
-    sizes, modes = ("T", "B", "I", "H"), ("forward", "training")
-    runs = [(kind, size, name) for kind in (native, torchrecurrent, compiled_loop) for size in SIZES for name in names]
-    with (RESULTS / f"{date.today()}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["cell", "kind", *modes, *sizes, *facts], lineterminator="\n")
-        writer.writeheader()
-        for number, (kind, (T, B, H), name) in enumerate(runs, 1):
-            torch.manual_seed(0)
-            if (run := kind(name, H)) is None:
-                continue
-            x, label = torch.randn(T, B, H), kind.__name__.replace("_", " ")
-            times = {mode: f"{milliseconds(run, x, mode == 'training'):.2f}" for mode in modes}
-            writer.writerow({"cell": name, "kind": label} | times | dict(zip(sizes, (T, B, H, H))) | facts)
+    facts, done = {"machine": describe()["machine"], "torch": torch.__version__, "date": date.today()}, list[Row]()
+    with (folder / f"{date.today()}.csv").open("w", newline="") as file:
+        for row in rows:
+            DataFrame([row | facts]).to_csv(file, header=not done, index=False, lineterminator="\n")
             file.flush()
-            print(f"[{number}/{len(runs)}] {label} {name} B={B} H={H}:", *times.values(), flush=True)
+            print(*row.values(), flush=True)
+            done.append(row | facts)
+    return done
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or cells.__all__)
+    record(FOLDER / "cells", rows(sys.argv[1:] or cells.__all__))

@@ -6,30 +6,23 @@ compiled by torch, which unrolls the loop. One thread, processor time, the best 
 bench/results/heads/*.csv and the table in docs/modifiers.md.
 """
 
-import csv
-import re
 import sys
 from collections.abc import Callable, Iterator
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from pandas import DataFrame
 from torch import Tensor
 
 from gpu_rnn.flashrnn import FUNCTIONS
 from gpu_rnn.flashrnn import flashrnn as ours
 
-from .cells import milliseconds
-from .results import describe
+from .cells import MODES, milliseconds, record
+from .report import Block, filled
+from .results import FOLDER
+from .worker import ROOT, Row
 
-RESULTS = Path(__file__).parent / "results" / "heads"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "modifiers.md"
-TABLE = re.compile(r"(<!-- heads -->\n).*?(<!-- /heads -->)", re.DOTALL)
-FIELDS = ["what", "T", "B", "heads", "size", "mode", "kind", "ms", "machine", "torch", "date"]
-MODES = ("forward", "training")
-
-Row = dict[str, Any]
+DOCUMENT = ROOT / "docs" / "modifiers.md"
 Kinds = dict[str, Callable[[Tensor], Any]]
 
 
@@ -68,7 +61,7 @@ def tirex(T: int, B: int, N: int, D: int, slow: bool) -> tuple[Tensor, Kinds]:
 
 
 def rows(slow: bool) -> Iterator[Row]:
-    facts = {"machine": describe()["machine"], "torch": torch.__version__, "date": date.today()}
+    """Measure; a row for each layer or function, mode and kind."""
     for what, (T, B, N, D), make, modes in (
         *(
             (f"flashrnn, {name}", (1024, 16, N, 768 // N), functions, MODES)
@@ -76,7 +69,6 @@ def rows(slow: bool) -> Iterator[Row]:
         ),
         *(("TiRex-2's layer", (512, B, 4, 128), tirex, MODES[:1]) for B in (1, 64)),
     ):  # fmt: skip
-        sizes = {"T": T, "B": B, "heads": N, "size": D}
         own = (what.split()[1],) if make is functions else ()
         torch.manual_seed(0)
         x, kinds = make(*own, T, B, N, D, *([slow] if make is tirex else []))
@@ -85,43 +77,24 @@ def rows(slow: bool) -> Iterator[Row]:
                 if kind == "loop" and mode == "training" and not slow:
                     continue
                 ms = f"{milliseconds(run, x, mode == 'training'):.4g}"
-                yield {"what": what} | sizes | {"mode": mode, "kind": kind, "ms": ms} | facts
+                yield {"what": what, "T": T, "B": B, "heads": N, "size": D, "mode": mode, "kind": kind, "ms": ms}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row]) -> Block:
     """Milliseconds of native code, and how many times as long the others take."""
-    cases: dict[tuple, dict[tuple, float]] = {}
-    for row in rows:
-        case = cases.setdefault(tuple(row[name] for name in FIELDS[:5]), {})
-        case[row["mode"], row["kind"]] = float(row["ms"])
-    columns = [(mode, kind) for mode in MODES for kind in ("native", "loop", "compiled loop")]
-    columns = [column for column in columns if any(column in case for case in cases.values())]
+    subject = ["what", "T", "B", "heads", "size"]
+    ms = DataFrame(rows).astype({"ms": float}).pivot_table("ms", subject, ["mode", "kind"], sort=False)
+    columns = [(mode, kind) for mode in MODES for kind in ("native", "loop", "compiled loop") if (mode, kind) in ms]
     head = ["", *(f"{mode}: {kind}, {'ms' if kind == 'native' else 'x'}" for mode, kind in columns)]
-    lines = [head, ["---", *["---:"] * len(columns)]]
-    for (what, T, B, N, D), case in cases.items():
-        line = [f"{what}, T={T}, B={B}, {N} x {D}"]
-        for mode, kind in columns:
-            ms, native = case.get((mode, kind)), case.get((mode, "native"), 1.0)
-            line.append("" if ms is None else f"{ms:.4g}" if kind == "native" else f"{ms / native:.1f}")
-        lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)
-    done = []
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{date.today()}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows("--slow" in arguments):
-            writer.writerow(row)
-            file.flush()
-            print(*(row[name] for name in FIELDS[:8]), flush=True)
-            done.append(row)
-    where = "\nMeasured on {machine}, torch {torch}, {date}; float32, one thread.\n".format(**done[0])
-    DOCUMENT.write_text(TABLE.sub(lambda match: f"{match[1]}{table(done)}{where}{match[2]}", DOCUMENT.read_text()))
+    shown = {
+        (mode, kind): ms[mode, kind].map("{:.4g}".format) if kind == "native"
+        else (ms[mode, kind] / ms[mode, "native"]).map("{:.1f}".format) for mode, kind in columns
+    }  # fmt: skip
+    texts = DataFrame(shown).where(ms[columns].notna(), "")
+    body = [[f"{what}, T={T}, B={B}, {N} x {D}", *line] for (what, T, B, N, D), line in zip(ms.index, texts.values)]
+    return Block(head, body, ["Measured on {machine}, torch {torch}, {date}; float32, one thread.".format(**rows[0])])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    block = table(record(FOLDER / "heads", rows("--slow" in sys.argv)))
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(), {"heads": block.markdown()}, DOCUMENT.name))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import gpu_rnn
 from gpu_rnn.backends import cuda, dispatch
+from gpu_rnn.core.arrays import torch_precision
 from gpu_rnn.core.optional_imports import missing, no_gpu
 from gpu_rnn.core.problem import Problem, Weights
 from gpu_rnn.core.problem import Run as LayerRun
@@ -65,11 +66,8 @@ def chosen_plan(case: Case) -> str:
 
 
 def tf32(case: Case) -> bool:
-    """Whether torch.nn's recurrent layers round the matmuls of a case. The old flag raises where the new is set."""
-    if case.device != "cuda" or case.dtype != "float32":
-        return False
-    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
-    return precision == "tf32" if precision not in (None, "none") else torch.backends.cudnn.allow_tf32
+    """Whether torch.nn's recurrent layers, and so ours, round the matmuls of a case."""
+    return (case.device, case.dtype) == ("cuda", "float32") and torch_precision() == "tf32"
 
 
 def differentiated(case: Case, data: Data, call: Callable, weights: Tensors, state: Tensors) -> Run:

@@ -1,7 +1,7 @@
 """Our functions with their modifiers (`problems.MODIFIERS`): what does each cost?
 
 The same data, the backend that would be chosen anyway, and torch's autograd. Their outputs are judged by the plain
-reference (gpu_rnn/reference.py): in float64 it is exact, in the case's own dtype the measure of what is allowed.
+reference (gpu_rnn/core/reference.py): in float64 it is exact, in the case's own dtype the measure of what is allowed.
 """
 
 from collections.abc import Callable
