@@ -147,12 +147,12 @@ class Batcher:
                 batch.append(self.queue.get_nowait())
             requests = [request for request, _ in batch]
             try:
-                found = await asyncio.get_running_loop().run_in_executor(self.thread, self.compute, requests)
+                outputs = await asyncio.get_running_loop().run_in_executor(self.thread, self.compute, requests)
             except Exception as error:  # closes the connections of these clients, not of others
                 for _, answer in batch:
                     answer.set_exception(error)
             else:
-                for (_, answer), y in zip(batch, found, strict=True):
+                for (_, answer), y in zip(batch, outputs, strict=True):
                     answer.set_result(y)
 
 

@@ -128,9 +128,9 @@ def initial_states(
     return tuple(Wx.new_full((sizes["B"], sizes["H"] * sizes["D"]), v) if v else None for v in values)
 
 
-def ordered(name: str, array: Tensor, layout: str, wanted: str, sizes: dict[str, int]) -> Tensor:
+def ordered(name: str, array: Tensor, layout: str, target: str, sizes: dict[str, int]) -> Tensor:
     """An array in another order of axes, or an error that repeats its shape."""
     expected = [sizes[letter] for letter in layout] if sizes.keys() >= {*layout} else None
     if list(array.shape) != expected:
         raise ShapeError(f"{name} has shape {shape(array)}; expected [{', '.join(layout)}] = {expected}")
-    return array.permute([layout.index(letter) for letter in wanted])
+    return array.permute([layout.index(letter) for letter in target])

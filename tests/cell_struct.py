@@ -14,10 +14,10 @@ ROWS = 200
 FUNCTIONS = ("sigmoid", "tanh", "exp", "log", "relu", "positive")
 
 
-def run(ready, name, kernel, dtype, *given, n):
+def run(ready, name, kernel, dtype, *operands, n):
     """`given`: arrays [n, ...] of what runs the launch, which works on them in place."""
     made = unit(SOURCE, cells.get(name), {"REAL": C_TYPES[dtype]})
-    ready(Launch(made, kernel, (-(-n // 64), 1, 1), (64, 1, 1), (*map(arrays.pointer, given), n)))()
+    ready(Launch(made, kernel, (-(-n // 64), 1, 1), (64, 1, 1), (*map(arrays.pointer, operands), n)))()
 
 
 def check_cell(ready, to_device, from_device, name, dtype):
@@ -30,10 +30,10 @@ def check_cell(ready, to_device, from_device, name, dtype):
     def blank(width):
         return np.full((ROWS, width), np.nan, dtype)
 
-    def launched(kernel, *given):
-        given = [to_device(array) for array in given]
-        run(ready, name, kernel, dtype, *given, n=ROWS)
-        return [from_device(array) for array in given]
+    def launched(kernel, *operands):
+        operands = [to_device(array) for array in operands]
+        run(ready, name, kernel, dtype, *operands, n=ROWS)
+        return [from_device(array) for array in operands]
 
     x, h, state = draw(cell.G), draw(cell.G), draw(cell.S)
     _, _, new, saved = launched("twin_step", x, h, state, blank(cell.K))
@@ -82,9 +82,9 @@ def check_functions(ready, to_device, from_device, dtype):
     ]
     a = np.concatenate([special, rng.standard_normal(3000), rng.uniform(-100, 100, 3000), rng.uniform(-1, 1, 3000)])
     a = a.astype(dtype)
-    given = to_device(a), to_device(np.full((len(FUNCTIONS), a.size), np.nan, dtype))
-    run(ready, "lstm", "functions", dtype, *given, n=a.size)
-    for name, ours in zip(FUNCTIONS, from_device(given[1]), strict=True):
+    operands = to_device(a), to_device(np.full((len(FUNCTIONS), a.size), np.nan, dtype))
+    run(ready, "lstm", "functions", dtype, *operands, n=a.size)
+    for name, ours in zip(FUNCTIONS, from_device(operands[1]), strict=True):
         with np.errstate(all="ignore"):
             exact = exact_functions(name, a.astype(np.float64))
             rounded = exact.astype(dtype)

@@ -35,8 +35,8 @@ def prepare_launch(launch: Launch, sanitizer=None):
 
 def execute(library: runtime.Library, launch: Launch, *more, **options) -> None:
     """A launch as the plan has it, and the arguments that follow its own."""
-    given = zip(library.parameters(launch.kernel), (*launch.arguments, *more), strict=True)
-    arguments = [passed(parameter.kind, value) for parameter, value in given]
+    pairs = zip(library.parameters(launch.kernel), (*launch.arguments, *more), strict=True)
+    arguments = [passed(parameter.kind, value) for parameter, value in pairs]
     library.launch(
         launch.kernel, launch.grid, launch.block, arguments, shared=launch.shared, cluster=launch.cluster, **options
     )

@@ -61,10 +61,10 @@ def compare(device):
             model(input).square().mean().backward()
         expected = dict(plain.named_parameters())
         for model in (replicated.module, sharded):
-            found = dict(model.named_parameters())
-            assert found.keys() == expected.keys()
+            actual = dict(model.named_parameters())
+            assert actual.keys() == expected.keys()
             for name, parameter in expected.items():
-                torch.testing.assert_close(ours(found[name].grad), parameter.grad, rtol=1e-12, atol=1e-14)
+                torch.testing.assert_close(ours(actual[name].grad), parameter.grad, rtol=1e-12, atol=1e-14)
         for optimizer in optimizers:
             optimizer.step()
 

@@ -56,14 +56,14 @@ CALLS = {"plain": [], "reset_state": ["reset_state"], "padded": ["left_padding",
 
 def check(made, x, hx, call):
     """Outputs, states after and all gradients."""
-    call = {"reset": RESET, **{name: given for name, given in call.items() if name == "reset_state"}} | {
+    call = {"reset": RESET, **{name: value for name, value in call.items() if name == "reset_state"}} | {
         name: {"left_padding": STARTS, "lengths": LENGTHS}[name] for name in call if name in ("left_padding", "lengths")
     }
-    theirs, given = twin(made), [x, *as_tuple(hx), *as_tuple(call.get("reset_state", ()))]
+    theirs, leaves = twin(made), [x, *as_tuple(hx), *as_tuple(call.get("reset_state", ()))]
     results = []
     for layer, (y, last) in ((made, made(x, hx, **call)), (theirs, by_episodes(made, theirs, x, hx, **call))):
         outputs = [y, *as_tuple(last)]
         loss = sum((torch.linspace(1, 2, out.numel()).reshape(out.shape) * out.square()).sum() for out in outputs)
-        results.append([*outputs, *torch.autograd.grad(loss, [*given, *layer.parameters()])])
+        results.append([*outputs, *torch.autograd.grad(loss, [*leaves, *layer.parameters()])])
     close = {"rtol": 1e-10, "atol": 1e-11} if x.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(results[0], results[1], **close)

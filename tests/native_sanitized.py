@@ -63,8 +63,8 @@ def main():
     native.threads, native.WORTH_A_THREAD = lambda: 2, 0
     if mutation:
         text, (old, new) = native.text, mutation
-        found = text("simd.h", "sequence.h", "sequence.cpp")
-        assert old in found, old
+        source = text("simd.h", "sequence.h", "sequence.cpp")
+        assert old in source, old
         native.text = lambda *names: text(*names).replace(old, new, 1)
     for case in CASES[:1] if mutation else CASES:
         for reverse in (False, True):

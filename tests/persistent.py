@@ -119,12 +119,12 @@ def forced(case: Case, *, k_chunks=(1, 1), blocks, unit_tiles, k_splits, k_share
 def variants(cell: str, dtype: str, scope: str) -> list[tuple[Case, Plans]]:
     """Cases that run every statement of a scope."""
     case = Case(cell, dtype, scope, T=4, B=5, H=40)
-    found = [(case, planned(case))]
+    result = [(case, planned(case))]
     if scope == "grid":  # a team of several warps, and of one; the operand in pieces
-        found.append((case, forced(case, k_chunks=(2, 4), blocks=2, unit_tiles=2, k_splits=2)))
+        result.append((case, forced(case, k_chunks=(2, 4), blocks=2, unit_tiles=2, k_splits=2)))
         case = case._replace(dtype="ieee")
-        found.append((case, forced(case, k_chunks=(2, 4), blocks=3, unit_tiles=1, k_splits=2)))
-    return found
+        result.append((case, forced(case, k_chunks=(2, 4), blocks=3, unit_tiles=1, k_splits=2)))
+    return result
 
 
 def check_machine_code(plan: persistent.PersistentConfig, cell: cells.Cell, dtype: str, arch: str) -> nvrtc.Resources:
@@ -197,12 +197,12 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     x, state = xg.reshape(T, B, G * H), (h0, *others0)
     exact, last, oracle_saved = calls.forward(oracle.forward, cell, x, weights, state, reverse=case.reverse, save=True)
     scale = EPSILON[case.dtype] * math.sqrt(T)
-    found = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
+    result = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
     final = others[(0 if case.reverse else T) if case.save else 0]
     for letter, ours, theirs in zip(cell.states[1:], final, last[1:]):
-        found[letter + "T"] = np.abs(ours - theirs).max() / (8 * scale)
+        result[letter + "T"] = np.abs(ours - theirs).max() / (8 * scale)
     if not case.save:
-        return found
+        return result
 
     dxg, dhg = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
@@ -228,19 +228,19 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         needs={"x", "b_hh"} | ({"units"} if cell.per_unit_params else set()),
     )
     bound = 8 * scale * max(1.0, np.abs(gradients["x"]).max())
-    found["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
+    result["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
     for letter, ours, exact0 in zip(cell.states, (dh_ours, *dothers_ours), gradients["state"]):
-        found[f"d{letter}0"] = np.abs(ours - exact0).max() / (2 * bound)
+        result[f"d{letter}0"] = np.abs(ours - exact0).max() / (2 * bound)
     if dhg is not None:
         total = decode(dhg, dtype).sum((0, 1)).ravel()
-        found["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
+        result["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
     if cell.per_unit_params:
-        found["dunits"] = np.abs(dunits.sum(1) - gradients["units"][:, 0]).max() / (bound * math.sqrt(T * B))
-    return found
+        result["dunits"] = np.abs(dunits.sum(1) - gradients["units"][:, 0]).max() / (bound * math.sqrt(T * B))
+    return result
 
 
-def wrong(found: dict[str, float]) -> dict[str, float]:
-    return {name: error for name, error in found.items() if not error < 1}  # NaN is wrong, too
+def wrong(result: dict[str, float]) -> dict[str, float]:
+    return {name: error for name, error in result.items() if not error < 1}  # NaN is wrong, too
 
 
 def main() -> None:
@@ -254,9 +254,9 @@ def main() -> None:
     kernel = runtime.Source("persistent.cu", Path(options.source).read_text()) if options.source else None
     failed = False
     for case, plans in variants(options.cell, options.dtype, options.scope):
-        found = errors(case, plans, libraries(case, plans, options.sanitizer, kernel), seed=1)
-        print(case, "wrong:", wrong(found))
-        failed = failed or bool(wrong(found))
+        result = errors(case, plans, libraries(case, plans, options.sanitizer, kernel), seed=1)
+        print(case, "wrong:", wrong(result))
+        failed = failed or bool(wrong(result))
     raise SystemExit(failed)
 
 

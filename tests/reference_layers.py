@@ -102,7 +102,7 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
             if seed is not None:
                 seen = x * kept(seed, 1, made.input_dropout, *x.shape[1:])
                 R = R * kept(seed, 2, made.weight_dropout, *R.shape)
-            state, found = [s[k] for s in as_tuple(hx)], [None] * len(x)
+            state, history = [s[k] for s in as_tuple(hx)], [None] * len(x)
             P = state[0].shape[1]
             instead = [torch.zeros_like(s) if reset_state is None else None for s in state]
             if reset_state is not None:
@@ -150,10 +150,10 @@ def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, leng
                 if lengths is not None:
                     there &= t < lengths
                 state = [torch.where(there[:, None], n, old) for n, old in zip(new, state)]
-                found[t] = [torch.where(there[:, None], n, 0.0) for n in state]
-            outputs.append(torch.stack([states[0] for states in found]))
+                history[t] = [torch.where(there[:, None], n, 0.0) for n in state]
+            outputs.append(torch.stack([states[0] for states in history]))
             last.append(state)
-            every.append([torch.stack(states) for states in zip(*found)])
+            every.append([torch.stack(states) for states in zip(*history)])
             k += 1
         x = torch.cat(outputs, -1)
     return x, *(as_hx([torch.stack(states) for states in zip(*group)]) for group in (last, every))

@@ -69,13 +69,13 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
     P = initial[0].shape[1]
     rows = dict(zip(case.cell.per_unit_params, () if units is None else units))
     flags = {name: (case.weights.flags >> k & 1).bool() for k, name in enumerate(case.cell.flags)}
-    given = [rows.get(f"{letter}_reset", torch.zeros(1, H, dtype=dtype)) for letter in plain.states]
-    given[0] = given[0][:, :P]
+    reset_state = [rows.get(f"{letter}_reset", torch.zeros(1, H, dtype=dtype)) for letter in plain.states]
+    reset_state[0] = reset_state[0][:, :P]
     state, y, others = list(initial), [None] * T, [None] * T
     for t in reversed(range(T)) if case.reverse else range(T):
         s = list(state)
         if "reset" in options:
-            s = [torch.where(flags["reset"][t, :, None], r, old) for r, old in zip(given, s)]
+            s = [torch.where(flags["reset"][t, :, None], r, old) for r, old in zip(reset_state, s)]
         seen = s[0] * rows["dropout"][:, :P] if "dropout" in options else s[0]
         a = x[t] @ w_ih.T + (0 if b_ih is None else b_ih)
         r = seen @ w_hh.T + (0 if b_hh is None else b_hh)

@@ -43,16 +43,16 @@ class Case(NamedTuple):
 
         forward, backward: a backend's operations.
         """
-        given = (self.cell, self.x, self.weights, self.state)
-        y, last, saved = calls.forward(forward, *given, reverse=self.reverse, save=True, tf32=tf32)
+        inputs = (self.cell, self.x, self.weights, self.state)
+        y, last, saved = calls.forward(forward, *inputs, reverse=self.reverse, save=True, tf32=tf32)
         results = {"y": y} | {f"{letter}T": array for letter, array in zip(self.cell.states, last, strict=True)}
         how = {"reverse": self.reverse, "needs": self.needs, "tf32": tf32}
         gradients, again = (
-            named(self, calls.backward(backward, *given, y, saved, self.dy, self.dlast, **how)) for _ in range(2)
+            named(self, calls.backward(backward, *inputs, y, saved, self.dy, self.dlast, **how)) for _ in range(2)
         )
         for name, gradient in gradients.items():
             assert np.array_equal(wide(gradient), wide(again[name])), f"{name}: backward is repeatable"
-        unsaved, unsaved_last, nothing = calls.forward(forward, *given, reverse=self.reverse, save=False, tf32=tf32)
+        unsaved, unsaved_last, nothing = calls.forward(forward, *inputs, reverse=self.reverse, save=False, tf32=tf32)
         assert nothing == ()
         for ours, theirs in zip((y, *last), (unsaved, *unsaved_last), strict=True):
             assert np.array_equal(wide(ours), wide(theirs)), "inference and training agree bit for bit"

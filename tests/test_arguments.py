@@ -33,18 +33,18 @@ def refused(label, run):
 @pytest.mark.parametrize("kind", [np, torch], ids=["numpy", "torch"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_of_a_function(name, kind, wrong):
-    function, given = getattr(gpu_rnn, name), arrays(name, kind)
+    function, kwargs = getattr(gpu_rnn, name), arrays(name, kind)
     for label in [*ARRAYS, *FLAGS, *AROUND, "w_hr"]:
-        refused(label, lambda: function(**given | {label: wrong}))  # noqa: B023
-        refused(label, lambda: gpu_rnn.vjp(function, **given | {label: wrong}))  # noqa: B023
+        refused(label, lambda: function(**kwargs | {label: wrong}))  # noqa: B023
+        refused(label, lambda: gpu_rnn.vjp(function, **kwargs | {label: wrong}))  # noqa: B023
     for label in ("backend", "precision"):
-        refused(label, lambda: function(**given | {label: wrong if wrong != "2" else 2}))  # noqa: B023
+        refused(label, lambda: function(**kwargs | {label: wrong if wrong != "2" else 2}))  # noqa: B023
     own = {
         "lstm": ["coupled", "cell_clip", "peephole", "layer_norm", "recurrent_dropout_on", "layer_norm_over", "c0"],
         "rnn": ["nonlinearity"],
     }
     for label in own.get(name, ["reset_after", "layer_norm", "recurrent_dropout_on", "layer_norm_over"]):
-        refused(label, lambda: function(**given | {label: wrong}))  # noqa: B023
+        refused(label, lambda: function(**kwargs | {label: wrong}))  # noqa: B023
 
 
 @ANY
@@ -61,8 +61,8 @@ def test_of_a_constructor(name, wrong):
 def test_of_a_call_and_of_the_rest(wrong):
     layer, x = gpu_rnn.LSTM(I, H), torch.zeros(T, B, I)
     for label in ("reset", "reset_state", "lengths", "left_padding", "return_states", "generator"):
-        given = {label: wrong}
-        refused(label, lambda: layer(x, **given))  # noqa: B023
+        kwargs = {label: wrong}
+        refused(label, lambda: layer(x, **kwargs))  # noqa: B023
     refused("hx", lambda: layer(x, wrong))
     refused("batch", lambda: gpu_rnn.stream(layer, wrong))
     refused("layer", lambda: gpu_rnn.stream(wrong))
@@ -86,14 +86,14 @@ def test_a_mask_is_not_ignored(name):
     """NumPy's and torch's, of every array."""
     function = getattr(gpu_rnn, name)
     for kind in (np, torch):
-        given = arrays(name, kind)
-        for label, array in given.items():
+        kwargs = arrays(name, kind)
+        for label, array in kwargs.items():
             masked = (
                 np.ma.masked_array(array, mask=True) if kind is np else torch.masked.masked_tensor(array, array > 0)
             )
-            for run in (function, lambda **given: gpu_rnn.vjp(function, **given)):
+            for run in (function, lambda **kwargs: gpu_rnn.vjp(function, **kwargs)):
                 with pytest.raises(TypeError, match=f"{label}: .* without a mask, got Masked.*lengths="):
-                    run(**given | {label: masked})
+                    run(**kwargs | {label: masked})
     lengths = np.ma.masked_array([3, 2], mask=[False, True])
     with pytest.raises(TypeError, match=r"lengths: .* without a mask"):
         function(**arrays(name, np), lengths=lengths)
@@ -102,6 +102,6 @@ def test_a_mask_is_not_ignored(name):
 def test_numpy_numbers_are_numbers():
     layer = gpu_rnn.LSTM(np.int64(3), np.int32(4), np.uint8(2), proj_size=np.int64(2), dropout=np.float32(0.5))
     assert layer.weight_hr_l1.shape == (2, 4)
-    given = arrays("lstm", np)
-    y, _ = gpu_rnn.lstm(**given, reverse=np.bool_(True))
-    np.testing.assert_array_equal(y, gpu_rnn.lstm(**given, reverse=True)[0])
+    kwargs = arrays("lstm", np)
+    y, _ = gpu_rnn.lstm(**kwargs, reverse=np.bool_(True))
+    np.testing.assert_array_equal(y, gpu_rnn.lstm(**kwargs, reverse=True)[0])

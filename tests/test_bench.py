@@ -248,8 +248,8 @@ def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
 def test_memory_is_what_is_kept_for_the_gradient():
     case = Case("lstm", 16, 4, 8, 8, mode="training")
     rows = measured(case, problems.LAYER, problems.PLAIN, "ours, recompute", NUMPY)
-    tape = 4 * 16 * 4 * (4 + 1) * 8  # four gates and c, of all instants
-    assert tape <= rows[problems.PLAIN]["saved_bytes"] <= rows[problems.LAYER]["saved_bytes"] < 1.2 * tape
+    saved = 4 * 16 * 4 * (4 + 1) * 8  # four gates and c, of all instants
+    assert saved <= rows[problems.PLAIN]["saved_bytes"] <= rows[problems.LAYER]["saved_bytes"] < 1.2 * saved
     assert rows["ours, recompute"]["saved_bytes"] == 0
     assert rows[NUMPY]["saved_bytes"] is None, "autograd knows nothing of it"
     assert rows[NN]["saved_bytes"] > 0
@@ -263,8 +263,8 @@ def test_memory_is_what_is_kept_for_the_gradient():
 def test_every_modifier_is_right_and_has_a_row(cell, mode):
     rows = measured(Case(cell, 9, 3, 4, 16, mode=mode), *problems.MODIFIERS)
     lacking = {keyword for keywords in modifiers.OF.values() for keyword in keywords} - set(modifiers.OF.get(cell, ()))
-    wanted = {name: "absent" if lacking & keywords.keys() else "ok" for name, keywords in problems.MODIFIERS.items()}
-    assert {name: row["status"] for name, row in rows.items() if name != NN} == wanted, rows
+    expected = {name: "absent" if lacking & keywords.keys() else "ok" for name, keywords in problems.MODIFIERS.items()}
+    assert {name: row["status"] for name, row in rows.items() if name != NN} == expected, rows
 
 
 @pytest.mark.parametrize("name", list(problems.MODIFIERS)[1:])
@@ -272,11 +272,11 @@ def test_a_modifier_that_does_nothing_is_noticed(name, monkeypatch):
     cell = "gru" if name == "ours, reset before" else "lstm"
     ours = getattr(functional, cell)
 
-    def forgetful(*args, **given):
+    def forgetful(*args, **kwargs):
         left = {"w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0"}
         if name == "ours, coupled":
             raise ValueError("three gates")
-        y, last = ours(*args, **{key: value for key, value in given.items() if key in left})
+        y, last = ours(*args, **{key: value for key, value in kwargs.items() if key in left})
         return (y, last, (y, 0 * y)) if name == "ours, return_states" else (y, last)
 
     monkeypatch.setattr(modifiers, "function", lambda cell: (forgetful, {}))
@@ -332,15 +332,15 @@ def test_every_kernel_alone_runs_and_has_a_row(H, monkeypatch):
 def test_a_resident_kernel_alone_computes_what_the_call_does(way):
     case = Case("gru", 4, 3, 5, 20, mode="training")
     alone, data = on_cpu("cuda", way, "sequence"), Data(case)
-    given = alone.args(case, data)
-    written = given.y if way == "forward" else given.dWx
-    written.fill_(float("nan"))
-    alone.launch(case, given)()
-    ours = written.clone()
-    written.fill_(float("nan"))
-    again = alone.args(case, data)
-    alone.loop(way == "backward")(case.problem(), [again])
-    assert torch.equal(ours, again.dWx if way == "backward" else again.y)
+    args = alone.args(case, data)
+    output = args.y if way == "forward" else args.dWx
+    output.fill_(float("nan"))
+    alone.launch(case, args)()
+    ours = output.clone()
+    output.fill_(float("nan"))
+    args_of_loop = alone.args(case, data)
+    alone.loop(way == "backward")(case.problem(), [args_of_loop])
+    assert torch.equal(ours, args_of_loop.dWx if way == "backward" else args_of_loop.y)
 
 
 @HOST
@@ -351,14 +351,14 @@ def test_an_instant_alone_is_launched_for_all_instants(way):
     run = alone.context().run
     counted = kernels.LaunchContext(lambda launch: told.append(launch) or run(launch), *alone.context()[1:])
     alone.context = lambda: counted
-    given = alone.args(case, data)
+    args = alone.args(case, data)
     told.clear()
-    launch = alone.launch(case, given)
+    launch = alone.launch(case, args)
     assert [each.kernel for each in told] == [f"stepwise_{way}"]
-    written = given.y if way == "forward" else given.dWx
-    written.fill_(float("nan"))
+    output = args.y if way == "forward" else args.dWx
+    output.fill_(float("nan"))
     launch()
-    assert torch.isfinite(written).all()
+    assert torch.isfinite(output).all()
 
 
 def fill_ones(problem, buffers):
@@ -464,9 +464,9 @@ def checked(function, *args, journal, patience=60.0, seconds=60.0):
 def test_checks_go_on_after_one_that_hangs_or_crashes(tmp_path):
     journal = worker.Journal(tmp_path / "journal.jsonl")
     assert checked("checks", journal=journal, patience=4) == ""
-    found = {name: (line["outcome"], line["note"]) for name, line in journal.outcomes().items()}
-    assert found.pop("b") == ("hung", "nothing happened for 4 s")
-    assert found == {
+    outcomes = {name: (line["outcome"], line["note"]) for name, line in journal.outcomes().items()}
+    assert outcomes.pop("b") == ("hung", "nothing happened for 4 s")
+    assert outcomes == {
         "a": ("passed", ""), "c": ("crashed", "SIGABRT: free(): invalid pointer | Aborted"), "d": ("passed", ""),
     }  # fmt: skip
     assert checked("script", "time.sleep(60)", journal=journal, seconds=0.3) == "out of time"
@@ -506,11 +506,11 @@ def test_time_goes_to_every_function_and_a_file_that_cannot_be_read_is_told(tmp_
     known = {"test_a.py::test_known": 0.1}
     how = {"journal": journal, "patience": 60, "until": time.monotonic() + 60}
     worker.run_checks(Worker(), "bench.pytest_journal:run", [*arguments, str(tmp_path)], (0, 1), known, **how)
-    found = journal.outcomes()
+    outcomes = journal.outcomes()
     order = ["test_many[0]", "test_one", "test_many[1]", "test_many[2]", "test_known"]
-    assert list(found) == ["test_b.py", *(f"test_a.py::{name}" for name in order)]
-    assert [line["outcome"] for line in found.values()] == ["failed", *["passed"] * 5]
-    assert "a_library_that_is_not_here" in found["test_b.py"]["note"]
+    assert list(outcomes) == ["test_b.py", *(f"test_a.py::{name}" for name in order)]
+    assert [line["outcome"] for line in outcomes.values()] == ["failed", *["passed"] * 5]
+    assert "a_library_that_is_not_here" in outcomes["test_b.py"]["note"]
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
@@ -629,9 +629,9 @@ def test_report(tmp_path, capsys):
         "<!-- bench:modifiers -->\n<!-- /bench -->\n<!-- bench:kernels -->\n<!-- /bench -->\n"
     )
     (tmp_path / "published").mkdir()
-    given = ["report", "--results", tmp_path / "results", "--out", tmp_path / "out", "--document", readme, other]
-    given = [*map(str, given), "--publish", str(tmp_path / "published")]
-    assert command.main(given) == 0
+    argv = ["report", "--results", tmp_path / "results", "--out", tmp_path / "out", "--document", readme, other]
+    argv = [*map(str, argv), "--publish", str(tmp_path / "published")]
+    assert command.main(argv) == 0
     assert str(readme) in capsys.readouterr().out
     text = readme.read_text()
     assert "| NumPy: lstm | 2.00 (2.00), 3 of 27 | 2.00 (2.00), 3 of 27 |" in text
@@ -649,10 +649,10 @@ def test_report(tmp_path, capsys):
     page = (tmp_path / "out" / "benchmarks.html").read_text()
     assert "<svg" in page
     assert "src=" not in page, "it needs nothing else"
-    command.main(given)
+    command.main(argv)
     assert text == readme.read_text(), "the same results, the same report"
     readme.write_text("<!-- bench:typo -->\n<!-- /bench -->\n")
-    assert command.main(given) == 2
+    assert command.main(argv) == 2
     assert "bench:typo" in capsys.readouterr().err
 
 
@@ -662,9 +662,9 @@ def reported(tmp_path, *rows, blocks=("cpu", "products", "peers", "calls", "sour
     (tmp_path / "results").mkdir()
     for one in rows:
         results.append(tmp_path / "results" / "x.csv", one)
-    readme, given = tmp_path / "README.md", {"results": "results", "out": "out", "document": "README.md"}
+    readme, paths = tmp_path / "README.md", {"results": "results", "out": "out", "document": "README.md"}
     readme.write_text("".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in blocks))
-    command.main(["report", *(word for name, path in given.items() for word in (f"--{name}", str(tmp_path / path)))])
+    command.main(["report", *(word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path)))])
     return dict(re.findall(r"<!-- bench:(\w+) -->\n(.*?)\n<!-- /bench -->", readme.read_text(), re.S))
 
 
@@ -675,9 +675,9 @@ def test_a_report_is_of_the_machine_measured_last(tmp_path):
     old, foreign = tmp_path / "out" / "old.svg", tmp_path / "out" / "foreign.svg"
     old.write_text("<svg>python -m bench report</svg>")
     foreign.write_text("<svg/>")
-    found = reported(tmp_path, row(case=case, ratio=0.5), earlier, row(case=replace(case, H=32, I=32), ratio=0.5))
-    assert "| NumPy: lstm | 2.00 (2.00), 2 of 27 |" in found["cpu"]
-    assert "another" not in found["sources"]
+    blocks = reported(tmp_path, row(case=case, ratio=0.5), earlier, row(case=replace(case, H=32, I=32), ratio=0.5))
+    assert "| NumPy: lstm | 2.00 (2.00), 2 of 27 |" in blocks["cpu"]
+    assert "another" not in blocks["sources"]
     assert "another" in (tmp_path / "out" / "benchmarks.html").read_text()
     assert foreign.exists()
     assert not old.exists()
@@ -686,24 +686,24 @@ def test_a_report_is_of_the_machine_measured_last(tmp_path):
 def test_peers_that_are_absent_are_named(tmp_path):
     case = Case("lstm", 32, 8, 128, 128)
     absent = row(problems.HASTE, case, ratio=None) | {"status": "absent", "median_us": None, "note": "not installed"}
-    found = reported(tmp_path, row(NN, case, ratio=1.0), row(case=case), row(problems.EAGER, case, ratio=3.0), absent)
-    assert "| lstm forward T=32 B=8 H=128 float32, threads 1 | 2.00 | 0.33 |" in found["peers"]
-    assert "- Haste: not installed." in found["peers"]
+    blocks = reported(tmp_path, row(NN, case, ratio=1.0), row(case=case), row(problems.EAGER, case, ratio=3.0), absent)
+    assert "| lstm forward T=32 B=8 H=128 float32, threads 1 | 2.00 | 0.33 |" in blocks["peers"]
+    assert "- Haste: not installed." in blocks["peers"]
 
 
 def test_what_a_call_costs_is_told(tmp_path):
     case = Case("gru", 1, 1, 64, 64, mode="step")
     costs = {NN: 50.0, problems.NN_KERNEL: 30.0, problems.LAYER: 40.0, problems.KERNEL: 25.0, problems.STREAM: 9.0}
-    found = reported(tmp_path, *(row(name, case, us=us) for name, us in costs.items()))["calls"]
-    assert "| gru T=1 B=1 H=64, threads 1: ours (layer) | 40 | 25 | 15 |" in found
-    assert "ours (stream) | 9 |" in found
+    table = reported(tmp_path, *(row(name, case, us=us) for name, us in costs.items()))["calls"]
+    assert "| gru T=1 B=1 H=64, threads 1: ours (layer) | 40 | 25 | 15 |" in table
+    assert "ours (stream) | 9 |" in table
 
 
 def test_products_alone_are_held_against_ours(tmp_path):
     whole = [row(case=replace(CASE, B=B), ratio=r) for B, r in ((1, 0.4), (8, 0.9))]
     alone = [row(problems.MATMULS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
-    found = reported(tmp_path, *whole, *alone)["products"]
-    assert "threads 1 |  | 1.67 (1.11) | 2.50 (1.25) | 2 |" in found  # without the case that ours has no time for
+    table = reported(tmp_path, *whole, *alone)["products"]
+    assert "threads 1 |  | 1.67 (1.11) | 2.50 (1.25) | 2 |" in table  # without the case that ours has no time for
 
 
 # ---- the session on a GPU machine -----------------------------------------------------------------------------------
@@ -796,8 +796,8 @@ def test_scopes_that_hang_or_crash_are_left_out_by_name(trying, capsys):
     run.try_scopes()
     assert cuda.SCOPES == ("block",)
     assert os.environ["GPU_RNN_CUDA_SCOPES"] == "block"
-    found = {name.partition("[")[2]: line["outcome"] for name, line in run.tests.outcomes().items()}
-    assert found == {
+    outcomes = {name.partition("[")[2]: line["outcome"] for name, line in run.tests.outcomes().items()}
+    assert outcomes == {
         "block-gru]": "passed", "block-lstm]": "failed", "cluster-gru]": "passed", "cluster-lstm]": "hung",
         "grid-gru]": "crashed", "grid-lstm]": "passed",
     }  # fmt: skip

@@ -61,9 +61,9 @@ class Walks:
                 for whole, walk in ((gpu_common.forward, self.walk), (gpu_common.backward, self.walk_back))
             )
             unsaved = calls.forward_many(run_forward, these, tf32=tf32, save=False)
-            found = calls.forward_many(run_forward, these, tf32=tf32)
-            gradients = calls.backward_many(run_backward, these, found, tf32=tf32)
-            for k, (y, last, *_), (inferred, *_), each in zip(turn, found, unsaved, gradients):
+            outputs = calls.forward_many(run_forward, these, tf32=tf32)
+            gradients = calls.backward_many(run_backward, these, outputs, tf32=tf32)
+            for k, (y, last, *_), (inferred, *_), each in zip(turn, outputs, unsaved, gradients):
                 assert torch.equal(y, inferred), "inference and training agree bit for bit"
                 states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
                 results.append({"y": y} | states | sequences.named(cases[k], each))
@@ -260,12 +260,12 @@ def test_a_layer_asks_for_both_and_gets_the_same(kind, call, at_once, monkeypatc
         inferred = results(False)
     assert at_once == [("forward", 2, call == "history")] * 2
     at_once.clear()
-    found = results(True)
+    trained = results(True)
     kept = call != "recompute"
     ways = [("backward", 2)] if kept else [("forward", 2, True), ("backward", 2)]
     assert at_once == [("forward", 2, kept or call == "history")] * 2 + ways * 2
     monkeypatch.undo()
-    for ours, alone in zip((*inferred, *found), (*results(False), *results(True)), strict=True):
+    for ours, alone in zip((*inferred, *trained), (*results(False), *results(True)), strict=True):
         assert torch.equal(ours, alone)
 
 

@@ -81,15 +81,15 @@ def gone(call):
 
 
 def assert_seen(call):
-    found, expected = gone(call), the_long_way(lambda: gone(call))
-    assert len(found) == len(expected)
-    for mine, true in zip(found, expected, strict=True):
+    actual, expected = gone(call), the_long_way(lambda: gone(call))
+    assert len(actual) == len(expected)
+    for mine, true in zip(actual, expected, strict=True):
         if isinstance(mine, tuple):
             assert mine[:3] == true[:3]
             assert torch.equal(mine[3], true[3])
         else:
             assert mine == true
-    return found
+    return actual
 
 
 def made_plans():
@@ -97,17 +97,17 @@ def made_plans():
 
 
 @every
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("has_states", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_second_call_asks_nobody_again(kind, given, grad):
+def test_a_second_call_asks_nobody_again(kind, has_states, grad):
     layer, x, hx = made(kind)
     with torch.set_grad_enabled(grad):
-        expected = flat(layer(x, hx if given else None))
-        found = flat(without_checks(lambda: layer(x, hx if given else None)))
-    assert all(map(torch.equal, found, expected))
-    assert all(y.requires_grad == grad for y in found)
-    assert len({y.data_ptr() for y in [*found, *expected]}) == len(found) + len(expected)
-    assert_seen(lambda: layer(x, hx if given else None))
+        expected = flat(layer(x, hx if has_states else None))
+        actual = flat(without_checks(lambda: layer(x, hx if has_states else None)))
+    assert all(map(torch.equal, actual, expected))
+    assert all(y.requires_grad == grad for y in actual)
+    assert len({y.data_ptr() for y in [*actual, *expected]}) == len(actual) + len(expected)
+    assert_seen(lambda: layer(x, hx if has_states else None))
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ def test_attributes_that_change(kind, name):
     before = gone(lambda: layer(x, hx))
     setattr(layer, name, ATTRIBUTES[name])
     torch.manual_seed(3)
-    found = gone(lambda: layer(x, hx))
+    actual = gone(lambda: layer(x, hx))
     torch.manual_seed(3)
     expected = the_long_way(lambda: gone(lambda: layer(x, hx)))
-    assert str(found) == str(expected)
+    assert str(actual) == str(expected)
     if name in ("backend", "precision", "zoneout", "recurrent_dropout"):
-        assert str(found) != str(before)
+        assert str(actual) != str(before)
 
 
 def test_a_list_of_probabilities_is_no_key():
@@ -363,9 +363,9 @@ def test_input_and_states_of_other_kinds(kind):
         (x.as_subclass(nn.Buffer), hx),
     ]  # fmt: skip
     for input, first in odd:
-        found, again = (gone(lambda i=input, f=first: layer(i, f)) for _ in range(2))
+        actual, again = (gone(lambda i=input, f=first: layer(i, f)) for _ in range(2))
         expected = the_long_way(lambda i=input, f=first: gone(lambda: layer(i, f)))
-        assert str(found) == str(again) == str(expected)
+        assert str(actual) == str(again) == str(expected)
 
 
 @every
@@ -385,20 +385,20 @@ def test_shapes_alone(kind):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_first_and_second_derivatives(kind, recompute):
     layer, x, hx = made(kind, torch.float64, recompute=recompute)
-    given = [tensor.requires_grad_() for tensor in flat((x, hx))]
+    leaves = [tensor.requires_grad_() for tensor in flat((x, hx))]
 
     def call(x, *state):
         return tuple(flat(layer(x, state if len(state) > 1 else state[0])))
 
-    assert torch.autograd.gradcheck(call, given)
-    assert torch.autograd.gradgradcheck(call, given)
-    outputs, every_one = call(*given), [*given, *layer.parameters()]
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    outputs, every_one = call(*leaves), [*leaves, *layer.parameters()]
     arriving = [torch.randn(2, *y.shape, dtype=y.dtype) for y in outputs]
     pullback = torch.func.vmap(lambda *d: torch.autograd.grad(outputs, every_one, d, retain_graph=True))
     together = pullback(*arriving)
     for k in range(2):
         alone = torch.autograd.grad(outputs, every_one, [d[k] for d in arriving], retain_graph=True)
-        true = torch.autograd.grad(the_long_way(lambda: call(*given)), every_one, [d[k] for d in arriving])
+        true = torch.autograd.grad(the_long_way(lambda: call(*leaves)), every_one, [d[k] for d in arriving])
         for a, b, c in zip(together, alone, true, strict=True):
             torch.testing.assert_close(a[k], c)
             assert torch.equal(b, c)
@@ -485,8 +485,8 @@ def test_swapped_modules_and_hooks(kind):
     for _ in range(2):
         for a, b in zip(flat(ours(x)), expected, strict=True):
             torch.testing.assert_close(a, b)
-    ours.register_forward_hook(lambda module, given, output: (output[0] + 1, output[1]))
-    ours.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    ours.register_forward_hook(lambda module, args, output: (output[0] + 1, output[1]))
+    ours.register_forward_pre_hook(lambda module, args: (2 * args[0],))
     torch.testing.assert_close(flat(ours(x))[0], the_long_way(lambda: flat(ours(x)))[0])
 
 
@@ -504,7 +504,7 @@ library = pytest.mark.parametrize("library", ["numpy", "torch"])
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
-def given(kind, library, dtype="float32"):
+def cached_call(kind, library, dtype="float32"):
     """The function, and its arguments by name, once called."""
     G, (T, B, I, H) = GATES[kind], (2, 3, 4, 4)
     shapes = {"x": (T, B, I), "w_ih": (G * H, I), "w_hh": (G * H, H), "b_ih": (G * H,), "b_hh": (G * H,), "h0": (B, H)}
@@ -520,12 +520,12 @@ def given(kind, library, dtype="float32"):
 @function
 @pytest.mark.parametrize("without", [(), ("h0",), ("b_ih", "b_hh"), ("c0",)], ids=" ".join)
 def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without):
-    run, named = given(kind, library)
+    run, named = cached_call(kind, library)
     named = {name: array for name, array in named.items() if name not in without}
     expected = each(run(**named))
-    found = each(without_checks(lambda: run(**named)))
-    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
-    outputs = [np.asarray(y) for y in [*found, *expected]]
+    actual = each(without_checks(lambda: run(**named)))
+    assert all((a == b).all() for a, b in zip(actual, expected, strict=True))
+    outputs = [np.asarray(y) for y in [*actual, *expected]]
     assert not any(np.shares_memory(a, b) for k, a in enumerate(outputs) for b in outputs[:k])
     assert not any(np.shares_memory(a, np.asarray(b)) for a in outputs for b in named.values())
     assert_seen(lambda: run(**named))
@@ -534,7 +534,7 @@ def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without):
 @library
 @function
 def test_arrays_that_change(kind, library):
-    run, named = given(kind, library)
+    run, named = cached_call(kind, library)
     before = assert_seen(lambda: run(**named))
     for name, array in named.items():
         array += 1
@@ -547,7 +547,7 @@ def test_arrays_that_change(kind, library):
 @library
 @function
 def test_arguments_of_other_kinds(kind, library):
-    run, named = given(kind, library)
+    run, named = cached_call(kind, library)
     other = torch.from_numpy if library == "numpy" else torch.Tensor.numpy
     changes = [
         lambda a: a[..., :2], lambda a: a[None], lambda a: a[0], lambda a: a.tolist(), lambda a: None, other,
@@ -558,9 +558,9 @@ def test_arguments_of_other_kinds(kind, library):
     for name in named:
         for change in changes:
             changed = named | {name: change(named[name])}
-            found, again = (gone(lambda changed=changed: run(**changed)) for _ in range(2))
+            actual, again = (gone(lambda changed=changed: run(**changed)) for _ in range(2))
             expected = the_long_way(lambda changed=changed: gone(lambda: run(**changed)))
-            assert str(found) == str(again) == str(expected), name
+            assert str(actual) == str(again) == str(expected), name
     assert_seen(lambda: run(**named))
 
 
@@ -576,20 +576,20 @@ ASKED = [
 @function
 @pytest.mark.parametrize("asked", ASKED, ids=str)
 def test_what_a_function_is_asked(kind, library, asked):
-    run, named = given(kind, library, "float64")
-    found, again = (gone(lambda: run(**named, **asked)) for _ in range(2))
+    run, named = cached_call(kind, library, "float64")
+    actual, again = (gone(lambda: run(**named, **asked)) for _ in range(2))
     expected = the_long_way(lambda: gone(lambda: run(**named, **asked)))
-    assert str(found) == str(again) == str(expected)
+    assert str(actual) == str(again) == str(expected)
     before = gone(lambda: run(**named))
     if asked.keys() & {"reverse", "return_states", "unheard_of"} or asked in ASKED[:1]:
-        assert str(found) != str(before)
+        assert str(actual) != str(before)
     assert_seen(lambda: run(**named))
 
 
 @library
 @function
 def test_a_function_asks_the_environment_every_time(kind, library, monkeypatch):
-    run, named = given(kind, library)
+    run, named = cached_call(kind, library)
     monkeypatch.setenv("GPU_RNN_BACKEND", "cuda")
     with pytest.raises(BackendError, match="cuda"):
         run(**named)
@@ -602,7 +602,7 @@ def test_a_function_asks_the_environment_every_time(kind, library, monkeypatch):
 
 
 def test_an_activation_is_a_cell_of_its_own():
-    run, named = given("rnn", "numpy")
+    run, named = cached_call("rnn", "numpy")
     before = assert_seen(lambda: run(**named))
     assert not torch.equal(assert_seen(lambda: run(**named, nonlinearity="relu"))[0][3], before[0][3])
 
@@ -610,7 +610,7 @@ def test_an_activation_is_a_cell_of_its_own():
 @function
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_function_under_autograd(kind, recompute):
-    run, named = given(kind, "torch", "float64")
+    run, named = cached_call(kind, "torch", "float64")
     names, tensors = [*named], [tensor.requires_grad_() for tensor in named.values()]
 
     def call(*tensors):
@@ -645,7 +645,7 @@ def test_a_function_under_autograd(kind, recompute):
 @library
 @function
 def test_arrays_of_a_call_are_let_go(kind, library):
-    run, named = given(kind, library)
+    run, named = cached_call(kind, library)
     watched = [weakref.ref(array) for array in [*named.values(), *each(run(**named))]]
     assert made_plans()
     del named
@@ -656,7 +656,7 @@ def test_arrays_of_a_call_are_let_go(kind, library):
 @library
 @function
 def test_threads_call_functions_at_once(kind, library):
-    several = [given(kind, library) for _ in range(6)]
+    several = [cached_call(kind, library) for _ in range(6)]
     expected = [each(run(**named)) for run, named in several]
 
     def call(k):

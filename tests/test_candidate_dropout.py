@@ -55,9 +55,9 @@ def test_cuda_resident(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gru", "before", "lstm", "projected"])
 def test_derivatives_and_vjp(rng, name):
-    function, given = drawn(rng, name, "dropout")
-    given["recurrent_dropout_on"] = "candidate"
-    leaves = tensors(given)
+    function, kwargs = drawn(rng, name, "dropout")
+    kwargs["recurrent_dropout_on"] = "candidate"
+    leaves = tensors(kwargs)
     learned = [label for label, value in leaves.items() if isinstance(value, torch.Tensor)]
 
     def run(*values):
@@ -67,7 +67,7 @@ def test_derivatives_and_vjp(rng, name):
     values = [leaves[label] for label in learned]
     assert gradcheck(run, values, fast_mode=True)
     assert gradgradcheck(run, values, fast_mode=True)
-    (y, _), pullback = gpu_rnn.vjp(function, **given)
+    (y, _), pullback = gpu_rnn.vjp(function, **kwargs)
     y_leaf, _ = function(**leaves)
     y_leaf.backward(torch.ones_like(y_leaf))
     for label, gradient in pullback((y * 0 + 1, None)).items():

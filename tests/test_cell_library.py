@@ -104,9 +104,9 @@ def test_gradients(name):
     layer, x, state = drawn(name, 3, 2, 2, 3)
     names, parameters = zip(*layer.named_parameters())
 
-    def run(x, *given):
-        named = dict(zip(names, given))
-        y, last = functional_call(layer, named, (x, hx(given[len(names) :])))
+    def run(x, *tensors):
+        named = dict(zip(names, tensors))
+        y, last = functional_call(layer, named, (x, hx(tensors[len(names) :])))
         return y, *(last if isinstance(last, tuple) else (last,))
 
     inputs = (x, *(p.detach() for p in parameters), *state)
@@ -209,7 +209,7 @@ def test_a_function_takes_the_arrays_of_a_layer(name):
     below = x
     for k in range(2):
         ways = [layer.function_arguments(k, reverse=bool(d)) for d in range(D)]
-        below = torch.cat([function(below, **given, reverse=bool(d))[0] for d, given in enumerate(ways)], -1)
+        below = torch.cat([function(below, **weights, reverse=bool(d))[0] for d, weights in enumerate(ways)], -1)
     torch.testing.assert_close(layer(x)[0], below)
     arrays = {label: array.detach().numpy() for label, array in layer.function_arguments().items()}
     y = function(x.numpy(), **arrays)[0]

@@ -65,8 +65,8 @@ def test_the_compiled_step_is_the_page(name, arrange, by, rng):
     record[0, cell.K :] = np.reshape(others, (-1, B, H))
     look, run = compiled.bind((B, H), np.dtype("float64"), h=rows_h, b=bias)
     run(*look(rows_x, first, h_after, *record))
-    for found, exact in zip([h_after, *record[1, cell.K :]], expected, strict=True):
-        np.testing.assert_allclose(found, exact, rtol=1e-14, atol=1e-15)
+    for actual, exact in zip([h_after, *record[1, cell.K :]], expected, strict=True):
+        np.testing.assert_allclose(actual, exact, rtol=1e-14, atol=1e-15)
     for row, k in enumerate(order.saved):
         np.testing.assert_allclose(record[0, row], saved[k], rtol=1e-14, atol=1e-15)
 
@@ -111,7 +111,7 @@ def test_numbers_of_calls_do_not_grow(name, expected):
     compiled, backward = numpy.step_program(cell), numpy.gradient(cell)
     in_torch_order = numpy.step_program(cell, numpy.torch_layout(cell))
     programs = compiled, in_torch_order, backward.coefficients, backward.grad
-    assert all(len(found.calls) <= most for found, most in zip(programs, expected, strict=True))
+    assert all(len(program.calls) <= most for program, most in zip(programs, expected, strict=True))
 
 
 def test_compiling_a_cell_searches_nothing():

@@ -57,9 +57,9 @@ def test_every_operation_in_second_derivatives(forgotten, monkeypatch):
         return state
 
     def layer(x):
-        given = gpu_rnn.functional.Weights(w_ih, w_hh, b_ih, b_hh)
+        weights = gpu_rnn.functional.Weights(w_ih, w_hh, b_ih, b_hh)
         options = gpu_rnn.functional.Options()
-        return gpu_rnn.functional.run("constants", x, given, case.state, options)[1]
+        return gpu_rnn.functional.run("constants", x, weights, case.state, options)[1]
 
     def second(run):
         outputs = run(x)
@@ -138,8 +138,8 @@ def test_any_value_is_a_new_state(name, forgotten):
 def test_a_persistent_kernel_hands_on_any_state(name, forgotten, monkeypatch):
     cells.register(cells.make_cell("mine", "a", "hc", STATES[name]))
 
-    def published(_, *given):
-        return [value + 0 * sum(map(sum, given)) for value in SAME[name](*given)]
+    def published(_, *inputs):
+        return [value + 0 * sum(map(sum, inputs)) for value in SAME[name](*inputs)]
 
     monkeypatch.setattr(reference_modifiers, "published", published)
     made = reference_modifiers.drawn("mine", {}, "float32", 4, 3, 5, 20)

@@ -31,8 +31,8 @@ def some_input(kind):
     return torch.randn(*([2, 3] if kind.endswith("Cell") else [5, 2, 3]), dtype=torch.float64)
 
 
-def equal_bits(found, expected):
-    return all(torch.equal(a, b) for a, b in zip(flat(found), flat(expected), strict=True))
+def equal_bits(actual, expected):
+    return all(torch.equal(a, b) for a, b in zip(flat(actual), flat(expected), strict=True))
 
 
 # ---- replace_ -------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_replace_checks_its_keywords_before_anything():
 
 def by_lambda(layer):
     forward = layer.forward
-    layer.forward = lambda *given: forward(*given)
+    layer.forward = lambda *args: forward(*args)
 
 
 def by_weight_drop(layer):
@@ -160,9 +160,9 @@ def by_weight_drop(layer):
     del layer._parameters[name]
     layer.register_parameter(name + "_raw", nn.Parameter(weight))
 
-    def dropping(*given):
+    def dropping(*args):
         setattr(layer, name, dropout(getattr(layer, name + "_raw"), 0.5, layer.training))
-        return forward(*given)
+        return forward(*args)
 
     layer.forward = dropping
 
@@ -170,8 +170,8 @@ def by_weight_drop(layer):
 def by_hook(layer):
     """As accelerate's `add_hook_to_module` does it."""
 
-    def forward(module, *given):
-        return module._old_forward(*given)
+    def forward(module, *args):
+        return module._old_forward(*args)
 
     layer._old_forward = layer.forward
     layer.forward = functools.update_wrapper(functools.partial(forward, layer), layer._old_forward)
@@ -245,8 +245,8 @@ def test_restore_undoes_replace(kind, arguments):
     assert all(getattr(layer, name) is parameter for name, parameter in kept.items())
     assert not layer.training
     assert not first.requires_grad
-    found = results(layer, x)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = results(layer, x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert equal_bits(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
@@ -263,8 +263,8 @@ def test_replace_undoes_restore(kind, arguments):
     restored.load_state_dict(state, strict=True)
     assert gpu_rnn.replace_(layer, backend="numpy") is layer
     assert vars(layer).keys() == before.keys()
-    found = results(layer, x)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = results(layer, x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_restore_within_a_model_whose_training_goes_on():
@@ -272,7 +272,7 @@ def test_restore_within_a_model_whose_training_goes_on():
     ours = gpu_rnn.replace_(copy.deepcopy(theirs))
     ours.heads[1].eval()
     parameters, seen = list(ours.parameters()), []
-    ours.encoder["rnn"].register_forward_hook(lambda module, given, output: seen.append(type(module)))
+    ours.encoder["rnn"].register_forward_hook(lambda module, args, output: seen.append(type(module)))
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.1) for model in (theirs, ours)]
     x = torch.randn(6, 2, 3, dtype=torch.float64)
     for step in range(4):
@@ -287,8 +287,10 @@ def test_restore_within_a_model_whose_training_goes_on():
     assert ours.again is ours.encoder["rnn"]
     assert not ours.heads[1].training
     assert [id(p) for p in ours.parameters()] == [id(p) for p in parameters]
-    for (name, found), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, actual), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -53,8 +53,8 @@ def _poisoned(monkeypatch):
 
 
 def compare(library, case):
-    given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
-    sequences.check(case, given.run(forward, backward))
+    inputs = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
+    sequences.check(case, inputs.run(forward, backward))
 
 
 @EVERY
@@ -90,8 +90,8 @@ def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
 
         forward, backward = cuda_on_cpu.passes(persistent.DEVICES[device], ready)
         case = sequences.draw(name, "float32" if tf32 else dtype, *size, reverse=reverse)
-        given = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
-        sequences.check(case, given.run(forward, backward, tf32), tf32=tf32)
+        inputs = case.mapped(torch.Tensor.numpy) if library == "numpy" else case
+        sequences.check(case, inputs.run(forward, backward, tf32), tf32=tf32)
         assert set(launches) == {"persistent_forward", "persistent_backward"}
 
 
@@ -257,8 +257,8 @@ class Cupy:
             assert shared_mem <= function.max_dynamic_shared_size_bytes
             assert enable_cooperative_groups == (defines.get("SCOPE") == "2")
             kinds = [parameter.kind for parameter in library.parameters(name)]
-            given = list(map(cuda_on_cpu.passed, kinds, arguments))
-            library.launch(name, grid, block, given, shared=shared_mem, cluster=cluster)
+            values = list(map(cuda_on_cpu.passed, kinds, arguments))
+            library.launch(name, grid, block, values, shared=shared_mem, cluster=cluster)
 
         kernel.ptr = 0
         function.kernel = kernel
@@ -331,13 +331,13 @@ def test_several_at_once_from_cupy_to_kernel(cupy, monkeypatch):
     for problem in (both, stack):
         cuda.warmup(problem)
     compiled = len(cupy.modules)
-    found = calls.forward_many(cuda.forward, cases[:2])
-    gradients = calls.backward_many(cuda.backward, cases[:2], found)
-    for case, (y, last, *_), of_case in zip(cases, found, gradients):
+    outputs = calls.forward_many(cuda.forward, cases[:2])
+    gradients = calls.backward_many(cuda.backward, cases[:2], outputs)
+    for case, (y, last, *_), of_case in zip(cases, outputs, gradients):
         states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
         sequences.check(case, {"y": y} | states | sequences.named(case, of_case))
     ran = calls.forward_many(cuda.forward, cases, linked=True)
-    assert torch.allclose(ran[0].y, found[0].y, atol=1e-6), "the first layer computes as it does alone"
+    assert torch.allclose(ran[0].y, outputs[0].y, atol=1e-6), "the first layer computes as it does alone"
     *_, last = calls.backward_many(cuda.backward, cases, ran, linked=True, dys=[None, None, None, cases[3].dy])
     case, needs = cases[3], cases[3].needs - {"x"}
     args = cell, ran[2].y, case.weights, case.state, ran[3].y, ran[3].saved, case.dy, case.dlast

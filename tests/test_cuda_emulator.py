@@ -357,8 +357,8 @@ extern "C" __global__ void kernel(float* x) {
 
 
 def test_barriers_of_a_source():
-    found = [(b.line, b.text.split("(")[0], b.function) for b in mutate.barriers(SOURCE)]
-    assert found == [
+    barriers = [(b.line, b.text.split("(")[0], b.function) for b in mutate.barriers(SOURCE)]
+    assert barriers == [
         (3, "__syncthreads", "exchange"),
         (7, "named_barrier_sync", "kernel"),
         (9, "mbarrier_wait_cluster", "kernel"),
@@ -389,11 +389,11 @@ def without_comments(text: str) -> str:
 def wrappers() -> dict[str, str]:
     """The functions of device.cuh, by name, with their bodies; overloads together."""
     text = without_comments(DEVICE.read_text())
-    found: dict[str, str] = {}
+    bodies: dict[str, str] = {}
     definition = r"^DEVICE [^\n]*?\b(\w+)(?:<\w+>)?\([^{]*\) \{(.*?)(?:\n\}|\}$)"
     for match in re.finditer(definition, text, re.MULTILINE | re.DOTALL):
-        found[match[1]] = found.get(match[1], "") + match[2]
-    return found
+        bodies[match[1]] = bodies.get(match[1], "") + match[2]
+    return bodies
 
 
 def test_inline_asm_stands_in_device_cuh_alone():

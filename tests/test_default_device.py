@@ -61,24 +61,24 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_of_another_device(way):
-    wanted = way()
+    expected = way()
     torch.set_default_device("meta")
     try:
-        found = way()
+        actual = way()
     finally:
         torch.set_default_device(None)
-    torch.testing.assert_close(tree_leaves(found), tree_leaves(wanted), rtol=0, atol=0)
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_of_another_dtype(way):
-    wanted = way()
+    expected = way()
     torch.set_default_dtype(torch.float64)
     try:
-        found = way() if way is not WAYS["swapped"] else wanted
+        actual = way() if way is not WAYS["swapped"] else expected
     finally:
         torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(tree_leaves(found), tree_leaves(wanted), rtol=0, atol=0)
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])

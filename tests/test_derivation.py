@@ -222,9 +222,9 @@ def merged(equations: list[Equation], others: list[Equation]) -> list[Equation]:
 
 
 def chosen(equations: list[Equation], *names: str) -> list[Equation]:
-    found = [e for e in equations if e.name in names]
-    assert len(found) == len(names), f"{names} are not all there"
-    return found
+    result = [e for e in equations if e.name in names]
+    assert len(result) == len(names), f"{names} are not all there"
+    return result
 
 
 # ---- a layer, as the document has it --------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ class Model:
             env[BAR + "h" + before] = env.setdefault(BAR + "h_{t-1}", np.zeros_like(whole))
             if self.gates:
                 for part in "uq":
-                    found = [env.get(f"{D}{part}_{{{g},t}}", env.get(f"{D}a_{{{g},t}}")) for g in self.gates]
-                    env[f"{D}{part}_t"] = np.concatenate(found)
+                    parts = [env.get(f"{D}{part}_{{{g},t}}", env.get(f"{D}a_{{{g},t}}")) for g in self.gates]
+                    env[f"{D}{part}_t"] = np.concatenate(parts)
             env.setdefault(D + "q_t", env[D + "u_t"])
             run(self.leave, env)
             arriving["h"] = env[f"{HAT}h{before}"]
@@ -604,9 +604,9 @@ def check(page: Page, label: str) -> None:
 
 def slips(line: str) -> Iterator[str]:
     """The equation with one error: a sign turned, a square or transpose forgotten, a factor 2 too many."""
-    for found in re.finditer(r" \+ | - |\^2|\^\{\\top\}|(?<= = )|(?<=\\odot )", line):
-        wrong = {" + ": " - ", " - ": " + ", "": "2 "}.get(found[0], "")
-        yield line[: found.start()] + wrong + line[found.end() :]
+    for match in re.finditer(r" \+ | - |\^2|\^\{\\top\}|(?<= = )|(?<=\\odot )", line):
+        wrong = {" + ": " - ", " - ": " + ", "": "2 "}.get(match[0], "")
+        yield line[: match.start()] + wrong + line[match.end() :]
 
 
 @pytest.mark.parametrize("label", document())

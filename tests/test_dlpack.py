@@ -49,8 +49,8 @@ def call(run, name, rng, kind):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_give_back_the_kind_they_were_given(name):
     expected = flat(call(FUNCTIONS[name], name, np.random.default_rng(1), np.asarray))
-    found = flat(call(FUNCTIONS[name], name, np.random.default_rng(1), Foreign))
-    for ours, plain in zip(found, expected, strict=True):
+    actual = flat(call(FUNCTIONS[name], name, np.random.default_rng(1), Foreign))
+    for ours, plain in zip(actual, expected, strict=True):
         assert type(ours) is Foreign
         np.testing.assert_array_equal(ours._array, plain)
 
@@ -64,9 +64,9 @@ def test_vjp_too(name):
 
         return call(run, name, np.random.default_rng(1), kind)
 
-    (_, expected), (_, found) = both(np.asarray), both(Foreign)
-    assert found.keys() == expected.keys()
-    for label, ours in found.items():
+    (_, expected), (_, actual) = both(np.asarray), both(Foreign)
+    assert actual.keys() == expected.keys()
+    for label, ours in actual.items():
         assert type(ours) is Foreign
         np.testing.assert_array_equal(ours._array, expected[label])
 

@@ -33,7 +33,7 @@ def check(made, names):
     """`reset_state` of all rows or of each; y, states and gradients of nothing."""
     full, hx, call = inputs(made, names)
     x, hx = none_of("x", full), tree_map(lambda s: none_of("hx", s), hx)
-    each = {name: given if name == "reset_state" else none_of(name, given) for name, given in call.items()}
+    each = {name: value if name == "reset_state" else none_of(name, value) for name, value in call.items()}
     for own in (False, True):
         if own and "reset_state" in each:
             each["reset_state"] = tree_map(lambda s: s.detach().new_zeros(len(s), 0, s.shape[-1]), each["reset_state"])

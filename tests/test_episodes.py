@@ -43,10 +43,10 @@ def test_of_functions_and_arrays_of_numpy(kind):
     made = layer(kind, bidirectional=True)
     x, hx, _ = inputs(made)
     theirs = episodes.twin(made)
-    wanted, _ = episodes.by_episodes(made, theirs, x, zeros(hx))
+    expected, _ = episodes.by_episodes(made, theirs, x, zeros(hx))
     weights = [p.detach().numpy() for p in made.parameters()][4:]  # those in reverse
     y, *_ = getattr(gpu_rnn, kind)(x.detach().numpy(), *weights, reset=episodes.RESET.numpy(), reverse=True)
-    np.testing.assert_allclose(y, wanted[..., 4:].detach().numpy(), rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(y, expected[..., 4:].detach().numpy(), rtol=1e-10, atol=1e-11)
 
 
 def zeros(hx):
@@ -59,8 +59,8 @@ def test_under_torch_compile(dynamic):
     x, hx, call = inputs(made, ["reset_state"])
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     y, last = compiled(x, hx, reset=episodes.RESET, **call)
-    wanted = episodes.by_episodes(made, episodes.twin(made), x, hx, **call)
-    torch.testing.assert_close((y, last), wanted, rtol=1e-10, atol=1e-11)
+    expected = episodes.by_episodes(made, episodes.twin(made), x, hx, **call)
+    torch.testing.assert_close((y, last), expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("t", [2, 3])

@@ -70,13 +70,13 @@ async def ask(client, x):
     return np.frombuffer(answer, "<f4").reshape(x.shape)
 
 
-def check(peer, frames, found, label=""):
+def check(peer, frames, outputs, label=""):
     x = torch.from_numpy(np.concatenate(frames))[:, None]
     with torch.no_grad():
         same = peer(x)[0][:, 0].double().numpy()
         exact = peer.double()(x.double())[0][:, 0].numpy()
     peer.float()
-    assert_close(np.concatenate(found).astype("float64"), exact, same, "float32", label)
+    assert_close(np.concatenate(outputs).astype("float64"), exact, same, "float32", label)
 
 
 def frames(rng, serving, *lengths):
@@ -126,7 +126,7 @@ def test_a_reused_slot_begins_with_zero_states(serving, rng, abrupt):
 
     async def in_turn(url):
         async with websockets.connect(url) as client:
-            found = [await ask(client, x) for x in first]
+            outputs = [await ask(client, x) for x in first]
             async with websockets.connect(url) as other:
                 with pytest.raises(websockets.ConnectionClosed, match=r"1013.*all 1 slots are taken; try again later"):
                     await ask(other, first[0])
@@ -135,11 +135,11 @@ def test_a_reused_slot_begins_with_zero_states(serving, rng, abrupt):
                 client.transport.abort()
         client = await connect_to_a_free_slot(url)
         async with client:
-            return found, [await ask(client, x) for x in second]
+            return outputs, [await ask(client, x) for x in second]
 
     with service(serving, slots=1) as (url, peer, _):
-        found, again = asyncio.run(in_turn(url))
-    check(peer, first, found)
+        outputs, again = asyncio.run(in_turn(url))
+    check(peer, first, outputs)
     check(peer, second, again)
 
 
@@ -148,18 +148,18 @@ def test_a_client_begins_a_new_sequence(serving, rng):
 
     async def both(url):
         async with websockets.connect(url) as client, websockets.connect(url) as other:
-            found = []
+            outputs = []
             for k, (x, theirs) in enumerate(zip([*first, *second], others, strict=True)):
                 if k == len(first):
                     await client.send("reset")
-                found.append(await asyncio.gather(ask(client, x), ask(other, theirs)))
-        return found
+                outputs.append(await asyncio.gather(ask(client, x), ask(other, theirs)))
+        return outputs
 
     with service(serving, budget=0.05) as (url, peer, sizes):
-        found, theirs = zip(*asyncio.run(both(url)))
+        outputs, theirs = zip(*asyncio.run(both(url)))
     assert 2 in sizes
-    check(peer, first, found[:2])
-    check(peer, second, found[2:])
+    check(peer, first, outputs[:2])
+    check(peer, second, outputs[2:])
     check(peer, others, theirs)
 
 
@@ -175,16 +175,16 @@ def test_bad_input_is_told_to_its_sender_alone(serving, rng):
 
     async def both(url):
         async with websockets.connect(url) as client, websockets.connect(url) as other:
-            found, others = [await ask(client, good[0])], []
+            outputs, others = [await ask(client, good[0])], []
             for (message, error), x in zip(bad.items(), theirs, strict=True):
                 await client.send(message)
                 others.append(await ask(other, x))
                 assert re.search(error, await client.recv())
-            return [*found, await ask(client, good[1])], others
+            return [*outputs, await ask(client, good[1])], others
 
     with service(serving) as (url, peer, _):
-        found, others = asyncio.run(both(url))
-    check(peer, good, found)
+        outputs, others = asyncio.run(both(url))
+    check(peer, good, outputs)
     check(peer, theirs, others)
 
 

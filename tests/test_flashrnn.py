@@ -21,16 +21,16 @@ def arguments(function, N, B=3, T=5, D=4):
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    given = [draw(B, T, kind.input, N, D), draw(kind.recurrent, N, D, D), draw(kind.bias, N, D)]
-    return [*given, draw(kind.states, B, 1, N, D)]
+    inputs = [draw(B, T, kind.input, N, D), draw(kind.recurrent, N, D, D), draw(kind.bias, N, D)]
+    return [*inputs, draw(kind.states, B, 1, N, D)]
 
 
-def checked(ours, theirs, given):
+def checked(ours, theirs, inputs):
     """The results of both, and the gradients of a random weighting of them all."""
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **EQUAL)
     weights = [torch.randn_like(a) for a in ours]
-    for a, b in zip(*(torch.autograd.grad(results, given, weights) for results in (ours, theirs))):
+    for a, b in zip(*(torch.autograd.grad(results, inputs, weights) for results in (ours, theirs))):
         torch.testing.assert_close(a, b, **EQUAL)
 
 
@@ -38,12 +38,12 @@ def checked(ours, theirs, given):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_it_is_the_package(function, N):
     peer = pytest.importorskip("flashrnn").flashrnn
-    *given, states = arguments(function, N)
+    *inputs, states = arguments(function, N)
     how = {"function": function, "backend": "vanilla"}
-    checked(flashrnn(*given, states, **how), peer(*given, states, **how), [*given, states])
-    checked(flashrnn(*given, **how), peer(*given, **how), given)
+    checked(flashrnn(*inputs, states, **how), peer(*inputs, states, **how), [*inputs, states])
+    checked(flashrnn(*inputs, **how), peer(*inputs, **how), inputs)
     zeros = torch.zeros_like(states).requires_grad_()
-    checked(flashrnn(*given, zeros, **how), peer(*given, zeros, **how), [*given, zeros])
+    checked(flashrnn(*inputs, zeros, **how), peer(*inputs, zeros, **how), [*inputs, zeros])
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -54,15 +54,15 @@ def test_in_the_layouts_of_a_config(function):
         "vanilla", function, hidden_dim=12, num_heads=3, dtype="float32", **layouts, initial_val=0.5
     )
     Wx, R, b, states = arguments(function, 3)
-    given = [Wx.transpose(0, 1), R.permute(1, 3, 0, 2), b.transpose(0, 1)]
+    inputs = [Wx.transpose(0, 1), R.permute(1, 3, 0, 2), b.transpose(0, 1)]
     for more in ((), (states.transpose(1, 2),)):
-        checked(flashrnn(*given, *more, config=config), package.flashrnn(*given, *more, config=config), [Wx, R, b])
+        checked(flashrnn(*inputs, *more, config=config), package.flashrnn(*inputs, *more, config=config), [Wx, R, b])
 
 
 def test_it_compiles():
-    given = arguments("slstm", 2)
+    inputs = arguments("slstm", 2)
     compiled = torch.compile(flashrnn, fullgraph=True, backend="aot_eager")
-    checked(compiled(*given, function="slstm"), flashrnn(*given, function="slstm"), given)
+    checked(compiled(*inputs, function="slstm"), flashrnn(*inputs, function="slstm"), inputs)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_it_compiles():
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change, error, words):
-    given = dict(zip(("Wx", "R", "b", "states"), (a.detach() for a in arguments("lstm", 2))))
+    inputs = dict(zip(("Wx", "R", "b", "states"), (a.detach() for a in arguments("lstm", 2))))
     with pytest.raises(error, match=words):
-        flashrnn(**given | change)
+        flashrnn(**inputs | change)
 
 
 @pytest.mark.parametrize("N", [1, 2, 3])

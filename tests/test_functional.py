@@ -66,8 +66,8 @@ def test_vjp_gives_a_gradient_for_what_was_given(rng):
     (y, (hT, cT)), pullback = gpu_rnn.vjp(gpu_rnn.lstm, x, weights.w_ih, weights.w_hh, b_ih=weights.b_ih, c0=c0)
     gradients = pullback((y, (None, cT)))
     assert set(gradients) == {"x", "w_ih", "w_hh", "b_ih", "c0"}
-    given = {"x": x, "c0": c0, **weights._asdict()}
-    assert all(gradient.shape == given[key].shape for key, gradient in gradients.items())
+    inputs = {"x": x, "c0": c0, **weights._asdict()}
+    assert all(gradient.shape == inputs[key].shape for key, gradient in gradients.items())
     again = pullback((y, (None, cT)))
     assert all(np.array_equal(gradients[key], again[key]) for key in gradients), "bitwise the same"
 

@@ -63,16 +63,16 @@ def moved(library, case):
 
 def trained(case, x, needs):
     """y and the gradients of a case with another x, by the CUDA backend."""
-    given = case.cell, x, case.weights, case.state
-    y, _, saved = calls.forward(cuda.forward, *given, save=True)
-    return y, calls.backward(cuda.backward, *given, y, saved, case.dy, case.dlast, needs=needs)
+    inputs = case.cell, x, case.weights, case.state
+    y, _, saved = calls.forward(cuda.forward, *inputs, save=True)
+    return y, calls.backward(cuda.backward, *inputs, y, saved, case.dy, case.dlast, needs=needs)
 
 
 def problem_of(name, dtype, size, **options):
     """float32 is multiplied as TF32 in one direction, and as IEEE's in two."""
     tf32 = dtype == "float32" and options.get("directions", 1) == 1
-    given = {"dtype": dtype, "device": "cuda", "library": "torch", "training": True, "tf32": tf32}
-    return Problem(cells.get(name), *size, **given, **options)
+    keywords = {"dtype": dtype, "device": "cuda", "library": "torch", "training": True, "tf32": tf32}
+    return Problem(cells.get(name), *size, **keywords, **options)
 
 
 def plans(problem, on):
@@ -103,8 +103,8 @@ def isolated(name, precision, directions, scope, fill, on):
         on = replace(on, multiprocessors=4 * directions, clusters=clusters)
     elif fill in ("waves", "crowded"):
         on = replace(on, multiprocessors=10**6, clusters=((16, 10**6),))
-    given = {"dtype": dtype, "device": "cuda", "library": "torch", "training": True, "tf32": tf32}
-    return Problem(cells.get(name), 5, B, 3, H, directions=directions, **given), on
+    keywords = {"dtype": dtype, "device": "cuda", "library": "torch", "training": True, "tf32": tf32}
+    return Problem(cells.get(name), 5, B, 3, H, directions=directions, **keywords), on
 
 
 @pytest.mark.parametrize("name", cells.NAMES)
@@ -132,11 +132,11 @@ def test_one_cause(scope, fill, directions, precision, name, monkeypatch):
 def side_by_side(cases, tf32):
     """Every result by name of cases that differ in their direction, in one launch where the plan has it so."""
     cell = cases[0].cell
-    found = calls.forward_many(cuda.forward, cases, tf32=tf32)
-    gradients = calls.backward_many(cuda.backward, cases, found, tf32=tf32)
+    outputs = calls.forward_many(cuda.forward, cases, tf32=tf32)
+    gradients = calls.backward_many(cuda.backward, cases, outputs, tf32=tf32)
     return [
         {"y": y, **{f"{letter}T": a for letter, a in zip(cell.states, last)}, **sequences.named(case, gradient)}
-        for case, (y, last, *_), gradient in zip(cases, found, gradients)
+        for case, (y, last, *_), gradient in zip(cases, outputs, gradients)
     ]
 
 
@@ -230,9 +230,9 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
         pytest.skip(cuda.plan(problem))
     cases = [moved("torch", sequences.draw(name, dtype, T, B, H, H, seed=k)) for k in range(L)]
     cases = [case._replace(weights=case.weights._replace(w_hh=0.5 * case.weights.w_hh)) for case in cases]
-    found, x = calls.forward_many(cuda.forward, cases, linked=True), cases[0].x
+    outputs, x = calls.forward_many(cuda.forward, cases, linked=True), cases[0].x
     exact = sequences.wide(x)
-    for case, (y, last, _, saved) in zip(cases, found):
+    for case, (y, last, _, saved) in zip(cases, outputs):
         alone, last_alone, saved_alone = calls.forward(
             cuda.forward, problem.cell, x, case.weights, case.state, reverse=False, save=True
         )
@@ -293,14 +293,14 @@ def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
     dy, exact_dy = cases[-1].dy, sequences.wide(cases[-1].dy)
     for k in reversed(range(L)):
         case, wide = cases[k], cases[k].mapped(sequences.wide)
-        given = problem.cell, seen[k], case.weights, case.state, *forwards[k], dy, case.dlast
-        alone = calls.backward(cuda.backward, *given, reverse=False, needs=case.needs)
-        given = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_forwards[k], exact_dy, wide.dlast
-        truth = calls.backward(oracle.backward, *given, reverse=False, needs=case.needs)
+        inputs = problem.cell, seen[k], case.weights, case.state, *forwards[k], dy, case.dlast
+        alone = calls.backward(cuda.backward, *inputs, reverse=False, needs=case.needs)
+        inputs = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_forwards[k], exact_dy, wide.dlast
+        truth = calls.backward(oracle.backward, *inputs, reverse=False, needs=case.needs)
         for what in case.needs - ({"x"} if k else set()):
             assert torch.equal(ours[k][what], again[k][what]), what
-            found = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
-            assert_close(*found, dtype, f"{name} d{what}{k} T={T} H={H} L={L}")
+            gradients = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
+            assert_close(*gradients, dtype, f"{name} d{what}{k} T={T} H={H} L={L}")
         dy, exact_dy = alone["x"], truth["x"]
 
 
@@ -409,17 +409,17 @@ def test_grids_on_two_streams_do_not_hold_each_other_up():
     assert 2 * plans(problem, cuda.device())[0].grid > cuda.device().multiprocessors
     name, dtype, size = MOST_OF_THE_GRID
     case = moved("torch", sequences.draw(name, dtype, *size))
-    given = case.cell, case.x, case.weights, case.state
-    expected, _, _ = calls.forward(cuda.forward, *given, reverse=False, save=False)
+    inputs = case.cell, case.x, case.weights, case.state
+    expected, _, _ = calls.forward(cuda.forward, *inputs, reverse=False, save=False)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
-    found = []
+    outputs = []
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(calls.forward(cuda.forward, *given, reverse=False, save=False)[0])
+                outputs.append(calls.forward(cuda.forward, *inputs, reverse=False, save=False)[0])
     torch.cuda.synchronize()
-    assert all(torch.equal(y, expected) for y in found)
+    assert all(torch.equal(y, expected) for y in outputs)
 
 
 def test_waits_for_nothing_and_takes_no_foreign_memory():

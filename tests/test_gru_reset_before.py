@@ -129,7 +129,7 @@ def test_two_states_with_two_products(rng):
     def by_hand(end):
         w = {name: weights[f"{name}_l0{end}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_p")}
         h, c = hx[:, 1 if end else 0]
-        found = [None] * 5
+        history = [None] * 5
         for t in reversed(range(5)) if end else range(5):
             xs = (x[t] @ w["weight_ih"].T + w["bias_ih"]).chunk(3, -1)
             hs = (h @ w["weight_hh"].T + w["bias_hh"]).chunk(3, -1)
@@ -137,16 +137,17 @@ def test_two_states_with_two_products(rng):
             n = torch.tanh(xs[2] + (a * h + b) @ w["weight_hh"][8:].T + w["bias_hh"][8:])
             there = (t < torch.tensor([5, 2]))[:, None]
             h, c = torch.where(there, n * b, h), torch.where(there, a * c + n, c)
-            found[t] = torch.where(there, h, 0.0), torch.where(there, c, 0.0)
-        return [torch.stack(each) for each in zip(*found)], (h, c)
+            history[t] = torch.where(there, h, 0.0), torch.where(there, c, 0.0)
+        return [torch.stack(each) for each in zip(*history)], (h, c)
 
     (forward, f_last), (back, b_last) = by_hand(""), by_hand("_reverse")
-    wanted = [torch.cat([forward[0], back[0]], -1), *map(torch.stack, zip(f_last, b_last))]
-    wanted += [torch.stack(pair) for pair in zip(forward, back)]
-    found = [y, *last, *states]
-    torch.testing.assert_close(found, wanted)
+    expected = [torch.cat([forward[0], back[0]], -1), *map(torch.stack, zip(f_last, b_last))]
+    expected += [torch.stack(pair) for pair in zip(forward, back)]
+    actual = [y, *last, *states]
+    torch.testing.assert_close(actual, expected)
     gradients = [
-        torch.autograd.grad(sum(o.sin().sum() for o in outputs), [*layer.parameters()]) for outputs in (found, wanted)
+        torch.autograd.grad(sum(o.sin().sum() for o in results), [*layer.parameters()])
+        for results in (actual, expected)
     ]
     torch.testing.assert_close(*gradients)
 

@@ -204,8 +204,8 @@ def test_layers_are_torchs(kind, N, arguments, shape):
     L = arguments.get("num_layers", 1) * (1 + arguments.get("bidirectional", False))
     batch = [] if len(shape) == 2 else [shape[0 if "batch_first" in arguments else 1]]
     x, hx = drawn(*shape), initial(kind, L, *batch)
-    for given in (hx, None):
-        assert_equal(results(ours, x, given), results(theirs, x, given))
+    for states in (hx, None):
+        assert_equal(results(ours, x, states), results(theirs, x, states))
 
 
 @HEADS
@@ -294,8 +294,8 @@ def test_pullback_of_a_norm_within_heads():
     how = {"layer_norm": tuple(arrays[4:]), "layer_norm_over": "head", "num_heads": 3}
     (ours, _), pullback = gpu_rnn.vjp(gpu_rnn.lstm, x.detach().numpy(), *arrays[:4], **how)
     gradients = pullback((2 * ours, None))
-    found = [*(gradients[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), *gradients["layer_norm"]]
-    for a, b in zip([gradients["x"], *found], [dx, *expected], strict=True):
+    actual = [*(gradients[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), *gradients["layer_norm"]]
+    for a, b in zip([gradients["x"], *actual], [dx, *expected], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -351,8 +351,8 @@ def test_compiled(dynamic):
 
 def test_operators_are_what_their_fakes_say():
     layer, x = gpu_rnn.LSTM(5, 12, num_heads=3), torch.randn(4, 2, 5, requires_grad=True)
-    given = [x, *layer.parameters(), torch.randn(2, 12), torch.randn(2, 12)]
-    args = "lstm", given, "w_ih w_hh b_ih b_hh", [0], False, "auto", None, False, 3, False, True
+    tensors = [x, *layer.parameters(), torch.randn(2, 12), torch.randn(2, 12)]
+    args = "lstm", tensors, "w_ih w_hh b_ih b_hh", [0], False, "auto", None, False, 3, False, True
     torch.library.opcheck(torch.ops.gpu_rnn.forward.default, args)
 
 
@@ -401,15 +401,15 @@ def test_truncated_gradients_and_copies_of_a_layer():
 
 
 @HEADS
-@pytest.mark.parametrize("given", ["input", "input projection"])
-def test_functions_and_their_pullbacks(N, given):
+@pytest.mark.parametrize("source", ["input", "input projection"])
+def test_functions_and_their_pullbacks(N, source):
     layer, theirs = twins("LSTM", N)
     w_ih, *weights = (p.detach().numpy() for p in layer.parameters())
     x, (h0, c0) = drawn(6, 3, 5), initial("LSTM", 1, 3)
     y, (hT, cT) = theirs(x, (h0, c0))
     dy = torch.randn_like(y)
     dx, dW, *expected = torch.autograd.grad(y, [x, *layer.parameters(), h0, c0], dy)
-    arguments = (x.detach().numpy(), w_ih) if given == "input" else ((x @ layer.weight_ih_l0.T).detach().numpy(), None)
+    arguments = (x.detach().numpy(), w_ih) if source == "input" else ((x @ layer.weight_ih_l0.T).detach().numpy(), None)
     state = {"h0": h0[0].detach().numpy(), "c0": c0[0].detach().numpy()}
     (ours, last), pullback = gpu_rnn.vjp(gpu_rnn.lstm, *arguments, *weights, **state, num_heads=N)
     np.testing.assert_allclose(ours, y.detach(), rtol=1e-12, atol=1e-12)
@@ -418,7 +418,7 @@ def test_functions_and_their_pullbacks(N, given):
     own = [gradients[name] for name in ("w_hh", "b_ih", "b_hh", "h0", "c0")]
     for a, b in zip(own, expected):
         np.testing.assert_allclose(a, b.reshape(a.shape), rtol=1e-10, atol=1e-12)
-    if given == "input":
+    if source == "input":
         np.testing.assert_allclose(gradients["w_ih"], dW, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(gradients["x"], dx, rtol=1e-10, atol=1e-12)
     else:

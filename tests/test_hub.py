@@ -98,17 +98,17 @@ def only(builds, tmp_path):
 
 def required(names):
     """With all that they require in turn, as far as it is installed; without their extras."""
-    found, waiting = set(), list(names)
+    result, waiting = set(), list(names)
     while waiting:
         name = waiting.pop()
         try:
             lines = distribution(name).requires or ()
         except PackageNotFoundError:
             continue
-        if name not in found:
-            found.add(name)
+        if name not in result:
+            result.add(name)
             waiting += [re.match(r"[\w.-]+", line)[0] for line in lines if "extra ==" not in line]
-    return found
+    return result
 
 
 def sources(package):

@@ -27,10 +27,10 @@ def close(ours, theirs):
 
 def named(name, x, weights, state, **options):
     """A call's arguments by keyword, as a user writes them."""
-    given = {key: value for key, value in weights._asdict().items() if value is not None}
-    given |= {letter + "0": array for letter, array in zip(cells.get(name).states, state)}
-    given |= {"nonlinearity": name.removeprefix("rnn_")} if name.startswith("rnn") else {}
-    return {"x": x, **given, **options}
+    arguments = {key: value for key, value in weights._asdict().items() if value is not None}
+    arguments |= {letter + "0": array for letter, array in zip(cells.get(name).states, state)}
+    arguments |= {"nonlinearity": name.removeprefix("rnn_")} if name.startswith("rnn") else {}
+    return {"x": x, **arguments, **options}
 
 
 # ---- inspect --------------------------------------------------------------------------------------------------------
@@ -69,13 +69,13 @@ def by_hand(name, x, w, state):
 @pytest.mark.parametrize(("name", "P"), [*((name, None) for name in FUNCTIONS), ("lstm", 3)])
 def test_gates_and_states_are_the_formulas(rng, name, P, reverse):
     x, weights, state = sequence_arrays(rng, name, T=5, B=3, I=4, H=6, P=P)
-    given = named(name, x, weights, state, reverse=reverse)
-    inside = gpu_rnn.inspect(FUNCTIONS[name], **given)
+    arguments = named(name, x, weights, state, reverse=reverse)
+    inside = gpu_rnn.inspect(FUNCTIONS[name], **arguments)
     expected = by_hand(name, x[::-1] if reverse else x, weights, state)
     assert list(inside) == list(dict.fromkeys(cells.get(name).gates + cells.get(name).states))
     for letter, values in expected.items():
         close(inside[letter], values[::-1] if reverse else values)
-    y, last = FUNCTIONS[name](**given)
+    y, last = FUNCTIONS[name](**arguments)
     close(inside["h"], y)
     last = last if isinstance(last, tuple) else (last,)
     for letter, array in zip(cells.get(name).states, last):
@@ -227,9 +227,10 @@ def test_a_name_is_explained_as_the_dispatcher_does():
 
 def test_a_function_takes_what_an_array_says():
     for x in (np.ones((7, 3, 4)), torch.ones(7, 3, 4, dtype=torch.float64)):
-        found = gpu_rnn.explain(gpu_rnn.rnn, x, H=6).problem
-        assert (found.cell.name, found.T, found.B, found.I, found.H) == ("rnn_tanh", 7, 3, 4, 6)
-        assert (found.dtype, found.device, found.library) == ("float64", "cpu", type(x).__module__.partition(".")[0])
+        problem = gpu_rnn.explain(gpu_rnn.rnn, x, H=6).problem
+        assert (problem.cell.name, problem.T, problem.B, problem.I, problem.H) == ("rnn_tanh", 7, 3, 4, 6)
+        library = type(x).__module__.partition(".")[0]
+        assert (problem.dtype, problem.device, problem.library) == ("float64", "cpu", library)
     assert gpu_rnn.explain(gpu_rnn.lstm, (7, 3, 4), H=6, P=2, device="cpu").problem.P == 2
 
 

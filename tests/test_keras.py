@@ -531,10 +531,10 @@ def test_other_classes_are_named_with_the_reason(k, source, made, tmp_path):
         pytest.skip("the format names the class alone")
     if source == "model.h5":
         why = why.partition(", MyLSTM being")[0]
-    given = model if source == "object" else made.saved(model, tmp_path / source)
+    argument = model if source == "object" else made.saved(model, tmp_path / source)
     for name in (None, "x"):
         with pytest.raises(ValueError, match=f"has: none; 'x' is {why}|bottom up: none; 'x' is {why}"):
-            gpu_rnn.keras.load(given, name)
+            gpu_rnn.keras.load(argument, name)
 
 
 # ---- weights as cuDNN has them

@@ -34,13 +34,13 @@ def test_layers_are_as_published(name, shape, keywords):
         keywords = keywords | VARIANTS
     made = layer(name, shape, layer_norm=True, **keywords)
     x, hx, marks = inputs(made, MARKS if ALL.items() <= keywords.items() else ())
-    given = [x, *as_tuple(hx), *made.parameters(), *as_tuple(marks.get("reset_state", ()))]
-    found = []
+    leaves = [x, *as_tuple(hx), *made.parameters(), *as_tuple(marks.get("reset_state", ()))]
+    results = []
     for run in (partial(made, return_states=True), partial(by_the_rules, made)):
         outputs = flat(run(x, hx, generator=torch.Generator().manual_seed(3), **marks))
         total = sum((output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum() for output in outputs)
-        found.append([*outputs, *torch.autograd.grad(total, given)])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([*outputs, *torch.autograd.grad(total, leaves)])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -57,10 +57,10 @@ def test_derivatives(name):
         y, last = torch.func.functional_call(made, parameters, (x, states), marks)
         return y, *as_tuple(last)
 
-    given = (x[:2].detach().requires_grad_(), *as_tuple(hx), *made.parameters())
+    tensors = (x[:2].detach().requires_grad_(), *as_tuple(hx), *made.parameters())
     marks = {"reset": marks["reset"][:2], "lengths": torch.tensor([2, 0, 1])}
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
 
 
 @LAYERS
@@ -79,8 +79,8 @@ def test_functions_without_autograd(name, rng):
         own[0] = None if part else own[0]
         y, last = function(first, *own[:4], **initial, **marks, layer_norm=tuple(own[4:]))
         dy = torch.from_numpy(rng.standard_normal(y.shape))
-        wanted = [first, *(w for w in own if w is not None)]
-        expected = torch.autograd.grad((y * dy).sum() + sum(s.sum() for s in as_tuple(last)), wanted)
+        leaves = [first, *(w for w in own if w is not None)]
+        expected = torch.autograd.grad((y * dy).sum() + sum(s.sum() for s in as_tuple(last)), leaves)
 
         arrays = [None if w is None else w.detach().numpy() for w in own]
         gains = tuple(arrays[4:])
@@ -89,10 +89,10 @@ def test_functions_without_autograd(name, rng):
         )
         np.testing.assert_allclose(outputs[0], y.detach(), rtol=1e-12)
         ones = tuple(np.ones_like(s) for s in as_tuple(outputs[1]))
-        found = pullback((dy.numpy(), ones if len(ones) > 1 else ones[0]))
+        gradients = pullback((dy.numpy(), ones if len(ones) > 1 else ones[0]))
         labels = ["x", *(["w_ih"] if not part else []), "w_hh", "b_ih", "b_hh"]
-        ours = [*(found[label] for label in labels), *found["layer_norm"]]
-        assert ("w_ih" in found) != part
+        ours = [*(gradients[label] for label in labels), *gradients["layer_norm"]]
+        assert ("w_ih" in gradients) != part
         for a, b in zip(ours, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
@@ -167,8 +167,8 @@ def test_streams_recomputed_and_eval(name):
     torch.testing.assert_close(torch.stack([listen(instant.detach()).clone() for instant in x]), y)
     (expected,) = torch.autograd.grad(y.sum(), x)
     made.recompute = True
-    (found,) = torch.autograd.grad(made(x)[0].sum(), x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (actual,) = torch.autograd.grad(made(x)[0].sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @LAYERS
@@ -177,9 +177,9 @@ def test_compiled(name):
     x, hx, marks = inputs(made, ["reset", "lengths"])
     eager = made(x, hx, **marks)
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    found = compiled(x, hx, **marks)
-    torch.testing.assert_close(flat(found), flat(eager))
-    gradients = [torch.autograd.grad(results[0].square().sum(), list(made.parameters())) for results in (eager, found)]
+    outputs = compiled(x, hx, **marks)
+    torch.testing.assert_close(flat(outputs), flat(eager))
+    gradients = [torch.autograd.grad(y.square().sum(), list(made.parameters())) for y in (eager[0], outputs[0])]
     torch.testing.assert_close(*gradients)
 
 

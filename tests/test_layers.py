@@ -37,10 +37,10 @@ def results(layer, input, hx=None, seed=1):
     torch.manual_seed(seed)
     outputs = flat(layer(input, hx) if hx is not None else layer(input))
     weights = [torch.randint(1, 9, output.shape).to(output.dtype) / 4 for output in outputs]  # exact in every dtype
-    given = {f"argument {i}": tensor for i, tensor in enumerate(flat((input, hx)))} | dict(layer.named_parameters())
-    given = {name: tensor for name, tensor in given.items() if tensor.requires_grad}
-    gradients = torch.autograd.grad(outputs, list(given.values()), weights)
-    return {f"output {i}": tensor for i, tensor in enumerate(outputs)} | dict(zip(given, gradients))
+    leaves = {f"argument {i}": tensor for i, tensor in enumerate(flat((input, hx)))} | dict(layer.named_parameters())
+    leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
+    return {f"output {i}": tensor for i, tensor in enumerate(outputs)} | dict(zip(leaves, gradients))
 
 
 def assert_equal(ours, theirs):
@@ -148,9 +148,9 @@ def test_packed_sequences_are_each_run_alone(kind):
 def test_other_dtypes_err_no_more_than_torch(kind, dtype):
     theirs, ours = twins(kind, input_size=3, hidden_size=4, num_layers=2, bidirectional=True, dtype=dtype)
     input = torch.randn(5, 2, 3, dtype=dtype, requires_grad=True)
-    found, peer = results(ours, input), results(theirs, input)
+    actual, peer = results(ours, input), results(theirs, input)
     exact = results(theirs.double(), input.detach().double().requires_grad_())
-    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert {tensor.dtype for tensor in actual.values()} == {dtype}
     for name, truth in exact.items():
-        error, allowed = ((result[name] - truth).abs().max() for result in (found, peer))
+        error, allowed = ((result[name] - truth).abs().max() for result in (actual, peer))
         assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * truth.abs().max(), name

@@ -150,20 +150,20 @@ class WeightDrop(nn.Module):
     def __init__(self, module, names, p, listed):
         super().__init__()
         self.module, self.names, self.p, self.listed = module, names, p, listed
-        module.flatten_parameters = lambda *given: None
+        module.flatten_parameters = lambda *args: None
         for name in names:
             weight = getattr(module, name)
             del module._parameters[name]
             module.register_parameter(name + "_raw", nn.Parameter(weight.data))
 
-    def forward(self, *given):
+    def forward(self, *args):
         for name in self.names:
             raw = getattr(self.module, name + "_raw")
             setattr(self.module, name, dropped(raw, self.p, self.training))
         if self.listed:
             names = self.module._flat_weights_names
             self.module._flat_weights = [getattr(self.module, name, None) for name in names]
-        return self.module.forward(*given)
+        return self.module.forward(*args)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -273,9 +273,9 @@ def test_dropout_draws_torchs_masks(kind, packed, dtype):
     theirs, ours = twins(kind, **arguments, batch_first=True, dtype=dtype)
     x = torch.randn(4, 7, 3, dtype=dtype)
     input = pack_sequence([x[0], x[1, :5], x[2, :5], x[3, :2]]) if packed else x
-    found, expected = results(ours, input), results(theirs, input)
+    actual, expected = results(ours, input), results(theirs, input)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
     assert not torch.equal(flat(ours.train()(input))[0], flat(ours.eval()(input))[0])
 
 

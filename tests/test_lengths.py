@@ -99,10 +99,10 @@ def test_without_a_look_they_are_clamped(dtype, monkeypatch):
     x = torch.randn(T, B, I)
     right = layer(x, lengths=torch.tensor([T, 0, 2]), left_padding=torch.tensor([0, 0, T]))
     monkeypatch.setattr(apply, "check_bound", lambda *_: None)
-    found = layer(
+    actual = layer(
         x, lengths=torch.tensor([T + 2, -3, 2], dtype=dtype), left_padding=torch.tensor([-9, -1, T + 9], dtype=dtype)
     )
-    torch.testing.assert_close(found, right, rtol=0, atol=0)
+    torch.testing.assert_close(actual, right, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
@@ -113,5 +113,5 @@ def test_on_a_gpu_they_are_clamped(backend, compiled):
     x = torch.randn(T, B, I, device="cuda")
     call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     right = call(x, lengths=torch.tensor([T, 0, 2]).cuda(), left_padding=torch.tensor([0, 0, T]).cuda())
-    found = call(x, lengths=torch.tensor([T + 2, -3, 2]).cuda(), left_padding=torch.tensor([-9, -1, T + 9]).cuda())
-    torch.testing.assert_close(found, right, rtol=0, atol=0)
+    actual = call(x, lengths=torch.tensor([T + 2, -3, 2]).cuda(), left_padding=torch.tensor([-9, -1, T + 9]).cuda())
+    torch.testing.assert_close(actual, right, rtol=0, atol=0)

@@ -83,9 +83,9 @@ def test_numpy(name, dtype, rng):
     x, weights, state = arrays(problem, rng)
     run = Run(x, weights, state, problem.reverse)
     forward = partial(backend.forward, problem, [run])
-    ((y, last, _, tape),) = forward()  # what is made once for a cell isn't a call's
+    ((y, last, _, saved),) = forward()  # what is made once for a cell isn't a call's
     dy = np.ones_like(y)
-    backward = partial(calls.backward_of, backend, problem, run, y, tape, dy, last, needs(weights))
+    backward = partial(calls.backward_of, backend, problem, run, y, saved, dy, last, needs(weights))
     backward()
 
     def measured(function):
@@ -94,7 +94,7 @@ def test_numpy(name, dtype, rng):
         return allocated(function)[1]
 
     memory = dispatch.explain(problem).memory
-    assert memory.saved == sum(array.nbytes for array in (y, *tape))
+    assert memory.saved == sum(array.nbytes for array in (y, *saved))
     close(memory.forward, measured(forward))
     close(memory.backward, measured(backward))
     inference = replace(problem, training=False)
@@ -113,12 +113,12 @@ def test_native(name, dtype, rng):
     x, weights, state = arrays(problem, rng)
     run = Run(x, weights, state, problem.reverse)
     forward = partial(backend.forward, problem, [run])
-    ((y, last, _, tape),) = forward()
+    ((y, last, _, saved),) = forward()
     memory = backend.memory(problem)
-    assert memory.saved == sum(array.nbytes for array in (y, *tape))
+    assert memory.saved == sum(array.nbytes for array in (y, *saved))
     close(memory.forward, allocated(forward)[1])
     dy = np.ones_like(y)
-    backward = partial(calls.backward_of, backend, problem, run, y, tape, dy, last, needs(weights))
+    backward = partial(calls.backward_of, backend, problem, run, y, saved, dy, last, needs(weights))
     close(memory.backward, allocated(backward)[1])
 
 
@@ -132,20 +132,20 @@ def no_kernel(launch):
 @pytest.mark.parametrize("name", [name for name in SIZES if name not in ("gru+before", "rnn_tanh one row")])
 def test_cuda(name, dtype, training, rng, monkeypatch):
     """Its arrays as NumPy's, on a device that isn't there; nothing is computed: torch's matmuls allocate nothing."""
-    monkeypatch.setattr(gpu_common.arrays, "matmul", lambda *given, **named: None)
+    monkeypatch.setattr(gpu_common.arrays, "matmul", lambda *_args, **named: None)
     problem = problem_of(name, dtype, device="cuda", training=training)
     x, weights, state = arrays(problem, rng)
     run = Run(x, weights, state, problem.reverse)
     step = partial(cuda.run_forward, no_kernel, H200)
     call = partial(gpu_common.forward, step, problem, [run])
     foretold = cuda.memory_on(problem, H200)
-    ((y, last, _, tape),), measured = allocated(call)
+    ((y, last, _, saved),), measured = allocated(call)
     close(foretold.forward, measured)
     if training:
-        assert foretold.saved == sum(array.nbytes for array in (y, *tape))
+        assert foretold.saved == sum(array.nbytes for array in (y, *saved))
         back = partial(cuda.run_backward, no_kernel, H200)
         dy = np.ones_like(y)
-        args = [(y, *tape)], [Grads(dy, last)], [needs(weights)]
+        args = [(y, *saved)], [Grads(dy, last)], [needs(weights)]
         close(foretold.backward, allocated(partial(gpu_common.backward, back, problem, [run], *args))[1])
 
 
@@ -157,7 +157,7 @@ def test_cuda_in_a_grid_counts_what_blocks_exchange():
     assert cuda.memory_on(problem, H200).forward == alone.forward + plan.launches * plan.exchange_bytes(8)
 
 
-def kept(layer, *given):
+def kept(layer, *args):
     """Bytes of the storages that autograd keeps, without those of the input and the parameters."""
     storages = {}
 
@@ -166,11 +166,11 @@ def kept(layer, *given):
         storages[storage._cdata] = storage
         return tensor
 
-    held = given[0]
+    held = args[0]
     held = held.data if hasattr(held, "batch_sizes") else held.values() if held.is_nested else held
-    callers = {tensor.untyped_storage()._cdata for tensor in (held, *given[1:], *layer.parameters())}
+    callers = {tensor.untyped_storage()._cdata for tensor in (held, *args[1:], *layer.parameters())}
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        layer(*given)
+        layer(*args)
     return sum(storage.nbytes() for key, storage in storages.items() if key not in callers)
 
 

@@ -66,11 +66,11 @@ def by_the_rules(plain, options, x, h, state, extra):
 @WOVEN
 def test_the_rules(name, options, rng):
     plain, cell = woven(name, options)
-    given = drawn(rng, cell)
-    new, _ = cell.step(*given[:3], *more(cell, given[3]))
-    np.testing.assert_allclose(new, by_the_rules(plain, options, *given), rtol=1e-14)
+    inputs = drawn(rng, cell)
+    new, _ = cell.step(*inputs[:3], *more(cell, inputs[3]))
+    np.testing.assert_allclose(new, by_the_rules(plain, options, *inputs), rtol=1e-14)
     if cell.recurrent_input is not None:
-        _, _, state, extra = given
+        _, _, state, extra = inputs
         names = dict(zip((*cell.per_unit_params, *cell.flags), extra))
         seen = np.where(names.get("reset", np.zeros(60)) > 0, names.get("h_reset", 0.0), state[0])
         np.testing.assert_array_equal(cell.recurrent_input(state[0], extra), seen * names.get("dropout", 1.0))
@@ -89,8 +89,8 @@ def check_gradient(cell, rng):
     gradients = cell.grad(dnew, new, state, saved, *more(cell, extra))
     assert [len(group) for group in gradients] == [cell.G, cell.G, cell.S] + [cell.num_trainable] * bool(cell.E)
     inputs, delta = [x, h, state, *more(cell, extra)], 1e-6
-    for group, (values, found) in enumerate(zip(inputs, gradients)):
-        for k, gradient in enumerate(found):
+    for group, (values, actual) in enumerate(zip(inputs, gradients)):
+        for k, gradient in enumerate(actual):
             sides = []
             for by in (delta, -delta):
                 moved = [list(values) for values in inputs]
@@ -173,10 +173,10 @@ def test_every_operation_has_its_derivative(rng):
     x, h, state, _ = drawn(rng, cell)
     new, saved = cell.step(x, h, state)
     one, delta = [np.ones(60)], 1e-6
-    for k, found in enumerate(cell.grad(one, new, state, saved)):
+    for k, actual in enumerate(cell.grad(one, new, state, saved)):
         moved = [[(v[0] + by * (k == j),) for j, v in enumerate((x, h, state))] for by in (delta, -delta)]
         sides = [cell.step(*values)[0][0] for values in moved]
-        np.testing.assert_allclose(found[0], (sides[0] - sides[1]) / (2 * delta), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(actual[0], (sides[0] - sides[1]) / (2 * delta), rtol=1e-6, atol=1e-8)
 
 
 def test_a_step_that_gives_too_few_states_is_refused():

@@ -21,24 +21,24 @@ def generator(seed=5):
     return torch.Generator().manual_seed(seed)
 
 
-def gradients(made, outputs, given):
+def gradients(made, outputs, inputs):
     """Of a random weighting of all outputs, by the parameters and what is given; None where there is none."""
     torch.manual_seed(2)
     outputs = tree_leaves(outputs)
-    wanted = [*made.parameters(), *(leaf for leaf in tree_leaves(given) if leaf is not None and leaf.requires_grad)]
-    return torch.autograd.grad(outputs, wanted, [torch.randn_like(output) for output in outputs], allow_unused=True)
+    leaves = [*made.parameters(), *(leaf for leaf in tree_leaves(inputs) if leaf is not None and leaf.requires_grad)]
+    return torch.autograd.grad(outputs, leaves, [torch.randn_like(output) for output in outputs], allow_unused=True)
 
 
 def agree(made, x, hx, call):
-    found = made(x, hx, **call, generator=generator(), return_states=True)
-    wanted = by_the_rules(made, x, hx, generator(), **call)
-    for kind, ours, theirs in zip(("y", "last", "every"), found, wanted, strict=True):
+    actual = made(x, hx, **call, generator=generator(), return_states=True)
+    expected = by_the_rules(made, x, hx, generator(), **call)
+    for kind, ours, theirs in zip(("y", "last", "every"), actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE, msg=lambda text, kind=kind: f"{kind}: {text}")
-    ours, theirs = (gradients(made, outputs, (x, hx, call)) for outputs in (found, wanted))
+    ours, theirs = (gradients(made, outputs, (x, hx, call)) for outputs in (actual, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, **CLOSE)
     y, last = made(x, hx, **call, generator=generator())
-    torch.testing.assert_close((y, last), tuple(found[:2]), rtol=0, atol=0)
+    torch.testing.assert_close((y, last), tuple(actual[:2]), rtol=0, atol=0)
 
 
 @every_layer
@@ -93,9 +93,9 @@ def test_batch_first_is_the_same_turned(name, shape):
     x, hx, call = inputs(made, CALLS)
     y, last, states = made(x, hx, **call, return_states=True)
     across = call | {"reset": call["reset"].t()}
-    found = turned(x.transpose(0, 1), hx, **across, return_states=True)
-    wanted = y.transpose(0, 1), last, tree_map(lambda s: s.transpose(1, 2), states)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    actual = turned(x.transpose(0, 1), hx, **across, return_states=True)
+    expected = y.transpose(0, 1), last, tree_map(lambda s: s.transpose(1, 2), states)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @every_layer
@@ -106,16 +106,16 @@ def test_a_single_sequence_is_a_row(name, batch_first):
     y, last, states = layer(name, "stacked")(x, hx, **call, return_states=True)
     for b in range(x.shape[1]):
         alone = {
-            name: given[:, b] if name == "reset" else given if name == "reset_state" else given[b]
-            for name, given in call.items()
+            name: value[:, b] if name == "reset" else value if name == "reset_state" else value[b]
+            for name, value in call.items()
         }
-        found = made(x[:, b], tree_map(lambda s, b=b: s[:, b], hx), **alone, return_states=True)
-        wanted = (
+        actual = made(x[:, b], tree_map(lambda s, b=b: s[:, b], hx), **alone, return_states=True)
+        expected = (
             y[:, b],
             tree_map(lambda s, b=b: s[:, b], last),
             tree_map(lambda s, b=b: s[:, :, b], states),
         )
-        torch.testing.assert_close(found, wanted, **CLOSE)
+        torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @every_layer
@@ -123,9 +123,9 @@ def test_a_reset_state_for_every_row(name):
     made = layer(name, "stacked")
     x, hx, call = inputs(made, ["reset", "reset_state"])
     each = tree_map(lambda s: s[:, None].expand(-1, x.shape[1], -1).detach().requires_grad_(), call["reset_state"])
-    found, wanted = made(x, hx, reset=call["reset"], reset_state=each), made(x, hx, **call)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-    ours, theirs = (gradients(made, outputs, given) for outputs, given in ((found, each), (wanted, call)))
+    actual, expected = made(x, hx, reset=call["reset"], reset_state=each), made(x, hx, **call)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    ours, theirs = (gradients(made, outputs, arguments) for outputs, arguments in ((actual, each), (expected, call)))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a if a.shape == b.shape else a.sum(1), b, **CLOSE)
 

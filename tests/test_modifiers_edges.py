@@ -64,18 +64,18 @@ def test_nan_before_a_reset_is_forgotten():
     bad = x.detach().clone()
     bad[2] = float("nan")
     y, last = made(bad, hx, reset=reset)
-    wanted, wanted_last = made(x, hx, reset=reset)
+    expected, wanted_last = made(x, hx, reset=reset)
     assert y[2].isnan().all()
-    torch.testing.assert_close((y[3:], last), (wanted[3:], wanted_last), rtol=0, atol=0)
+    torch.testing.assert_close((y[3:], last), (expected[3:], wanted_last), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_a_learned_reset_state_learns(kind):
     made = layer(kind)
     x, hx, call = inputs(made, ["reset", "reset_state"])
-    given = as_tuple(call["reset_state"])
+    reset_state = as_tuple(call["reset_state"])
     target = torch.randn(6, 3, 4, dtype=torch.float64)
-    optimizer, losses = torch.optim.Adam(given, 0.1), []
+    optimizer, losses = torch.optim.Adam(reset_state, 0.1), []
     for _ in range(20):
         loss = (made(x, hx, **call)[0] - target).square().sum()
         optimizer.zero_grad()
@@ -83,7 +83,7 @@ def test_a_learned_reset_state_learns(kind):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(state.grad.any() for state in given)
+    assert all(state.grad.any() for state in reset_state)
 
 
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "projected"])
@@ -112,13 +112,13 @@ def test_lengths_are_torchs_packed_sequences(name, shape):
     """Outputs, final states of both directions at the true ends, and gradients."""
     made = layer(name, shape)
     x, hx, _ = inputs(made)
-    found = made(x, hx, lengths=LENGTHS)
+    actual = made(x, hx, lengths=LENGTHS)
     packed, last = twin(made)(pack_padded_sequence(x, LENGTHS, enforce_sorted=False), hx)
-    wanted = pad_packed_sequence(packed)[0], last
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    expected = pad_packed_sequence(packed)[0], last
+    torch.testing.assert_close(actual, expected, **CLOSE)
     ours, theirs = (
         torch.autograd.grad(sum(o.sin().sum() for o in tree_leaves(outputs)), [x, *as_tuple(hx)])
-        for outputs in (found, wanted)
+        for outputs in (actual, expected)
     )
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
@@ -133,10 +133,10 @@ def test_packed_input_draws_its_masks_like_padded_input(name, enforce_sorted):
     y, last = made(packed, hx, generator=torch.Generator().manual_seed(1))
     order = torch.arange(3) if enforce_sorted else packed.sorted_indices
     rows = tree_map(lambda s: s[:, order], hx)
-    wanted, wanted_last = made(
+    expected, wanted_last = made(
         x[:, order], rows, lengths=lengths[order], generator=torch.Generator().manual_seed(1)
     )  # masks go by the rows as they lie, the longest first
-    torch.testing.assert_close(pad_packed_sequence(y)[0][:, order], wanted, **CLOSE)
+    torch.testing.assert_close(pad_packed_sequence(y)[0][:, order], expected, **CLOSE)
     torch.testing.assert_close(tree_map(lambda s: s[:, order], last), wanted_last, **CLOSE)
 
 
@@ -166,15 +166,15 @@ def test_nothing_in_the_padding_matters(name, shape, names):
     padding = (t >= call.get("lengths", torch.full((3,), 9))) | (t < call.get("left_padding", torch.zeros(3)))
     results = []
     for fill in (0.0, float("nan")):
-        given = torch.where(padding[..., None], fill, x).detach().requires_grad_()
-        outputs = made(given, hx, **call, generator=torch.Generator().manual_seed(1), return_states=True)
-        wanted = [given, *as_tuple(hx), *made.parameters()]
+        filled = torch.where(padding[..., None], fill, x).detach().requires_grad_()
+        outputs = made(filled, hx, **call, generator=torch.Generator().manual_seed(1), return_states=True)
+        leaves = [filled, *as_tuple(hx), *made.parameters()]
         y, _, states = outputs
         assert not y[padding].any()
         assert not any(every[:, padding].any() for every in as_tuple(states))
         arriving = [torch.ones_like(o) for o in tree_leaves(outputs)]
         arriving[0] = torch.where(padding[..., None], fill, arriving[0])
-        results.append((outputs, torch.autograd.grad(tree_leaves(outputs), wanted, arriving)))
+        results.append((outputs, torch.autograd.grad(tree_leaves(outputs), leaves, arriving)))
         assert not results[-1][1][0][padding].any()
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
@@ -290,8 +290,8 @@ def test_masks_of_layers_and_rows_and_regularizers_differ():
     seen = []
     original = gpu_rnn.nn.base.dropout_mask
 
-    def noted(*given, **keywords):
-        seen.append(original(*given, **keywords))
+    def noted(*args, **keywords):
+        seen.append(original(*args, **keywords))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -310,8 +310,8 @@ def test_forget_bias():
     made = gpu_rnn.LSTM(2, 4, 2, bidirectional=True, forget_bias=1.5)
     for name, parameter in made.named_parameters():
         if name.startswith("bias"):
-            wanted = 1.5 if name.startswith("bias_ih") else 0.0
-            assert (parameter[4:8] == wanted).all()
+            expected = 1.5 if name.startswith("bias_ih") else 0.0
+            assert (parameter[4:8] == expected).all()
             assert (torch.cat([parameter[:4], parameter[8:]]).abs() <= 0.5).all()
     cell = gpu_rnn.LSTMCell(2, 4, forget_bias=2)
     assert (cell.bias_ih[4:8] == 2).all()
@@ -336,11 +336,11 @@ def test_peepholes_are_in_the_order_i_f_o(gate, place):
     a, g = {"i": 0.5, "f": 0.5, "o": 0.5}, np.tanh(0.7)
     if gate != "o":  # that gate sees the new cell state
         a[gate] = 1 / (1 + np.exp(-2.0))
-    wanted = a["f"] + a["i"] * g
+    expected = a["f"] + a["i"] * g
     if gate == "o":
-        a["o"] = 1 / (1 + np.exp(-2 * wanted))
-    np.testing.assert_allclose(c.detach(), wanted)
-    np.testing.assert_allclose(h.detach(), a["o"] * np.tanh(wanted))
+        a["o"] = 1 / (1 + np.exp(-2 * expected))
+    np.testing.assert_allclose(c.detach(), expected)
+    np.testing.assert_allclose(h.detach(), a["o"] * np.tanh(expected))
 
 
 def test_a_clipped_cell_state_stays_within_its_bound():

@@ -43,11 +43,11 @@ VARIANTS = {
 
 def drawn(rng, name, case):
     """The function, and all its arguments by name, as NumPy arrays in float64."""
-    wanted, P = CASES.get(case) or VARIANTS[case], 2 if name == "projected" else None
+    pieces_of_case, P = CASES.get(case) or VARIANTS[case], 2 if name == "projected" else None
     kind = {"projected": "lstm", "before": "gru"}.get(name, name)
     x, weights, state = sequence_arrays(rng, kind, T, B, I, H, P)
-    given = {"x": x, **weights._asdict(), **dict(zip(("h0", "c0"), state))}
-    given = {label: array for label, array in given.items() if array is not None}
+    kwargs = {"x": x, **weights._asdict(), **dict(zip(("h0", "c0"), state))}
+    kwargs = {label: array for label, array in kwargs.items() if array is not None}
     many, sizes = kind == "lstm", [array.shape[1] for array in state]
     pieces = {
         "reset": {"reset": rng.random((T, B)) < 0.4},
@@ -60,20 +60,20 @@ def drawn(rng, name, case):
         "eval": {"training": False},
         "return_states": {"return_states": True},
         "reverse": {"reverse": True},
-        "peephole": {"peephole": rng.standard_normal((2 if "coupled" in wanted else 3) * H)},
+        "peephole": {"peephole": rng.standard_normal((2 if "coupled" in pieces_of_case else 3) * H)},
         "cell_clip": {"cell_clip": 0.3},
         "coupled": {"coupled": True},
     }
-    for piece in wanted:
-        given |= pieces[piece]
-    if "reset_state" in given:
-        given["reset_state"] = tuple(given["reset_state"]) if many else given["reset_state"][0]
+    for piece in pieces_of_case:
+        kwargs |= pieces[piece]
+    if "reset_state" in kwargs:
+        kwargs["reset_state"] = tuple(kwargs["reset_state"]) if many else kwargs["reset_state"][0]
     if name == "before":
-        given["reset_after"] = False
-    if "coupled" in wanted:
-        given |= {label: given[label][: 3 * H] for label in ("w_ih", "w_hh", "b_ih", "b_hh")}
+        kwargs["reset_after"] = False
+    if "coupled" in pieces_of_case:
+        kwargs |= {label: kwargs[label][: 3 * H] for label in ("w_ih", "w_hh", "b_ih", "b_hh")}
     function = gpu_rnn.rnn if kind.startswith("rnn") else getattr(gpu_rnn, kind)
-    return function, given | ({"nonlinearity": "relu"} if kind == "rnn_relu" else {})
+    return function, kwargs | ({"nonlinearity": "relu"} if kind == "rnn_relu" else {})
 
 
 def every_one():
@@ -85,14 +85,14 @@ def every_one():
     ]
 
 
-def tensors(given, *, grad=True):
+def tensors(kwargs, *, grad=True):
     def tensor(array):
         made = torch.from_numpy(array)
         return made.requires_grad_() if grad and made.is_floating_point() else made
 
     return {
         label: tree_map(lambda v: tensor(v) if isinstance(v, np.ndarray) else v, value)
-        for label, value in given.items()
+        for label, value in kwargs.items()
     }
 
 
@@ -107,9 +107,9 @@ def arrays(results):
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_numpy_arrays_and_tensors_give_the_same_bits(rng, name, case, dtype):
     """Masks of a seed included."""
-    function, given = drawn(rng, name, case)
-    given = tree_map(lambda v: v.astype(dtype) if isinstance(v, np.ndarray) and v.dtype == float else v, given)
-    ours, theirs = function(**given), function(**tensors(given, grad=False))
+    function, kwargs = drawn(rng, name, case)
+    kwargs = tree_map(lambda v: v.astype(dtype) if isinstance(v, np.ndarray) and v.dtype == float else v, kwargs)
+    ours, theirs = function(**kwargs), function(**tensors(kwargs, grad=False))
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype == dtype for leaf in tree_leaves(ours))
     for a, b in zip(arrays(ours), arrays(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -117,28 +117,28 @@ def test_numpy_arrays_and_tensors_give_the_same_bits(rng, name, case, dtype):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 3, np.int64(9)])
 def test_a_seed_is_a_number_or_an_array(rng, seed):
-    function, given = drawn(rng, "lstm", "zoneout")
-    runs = [function(**given | {"seed": s})[0] for s in (seed, np.array([seed], "int64"), int(seed) ^ 1)]
+    function, kwargs = drawn(rng, "lstm", "zoneout")
+    runs = [function(**kwargs | {"seed": s})[0] for s in (seed, np.array([seed], "int64"), int(seed) ^ 1)]
     np.testing.assert_array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0], runs[2])
 
 
 @every_function
 def test_asking_for_nothing_changes_nothing(rng, name):
-    function, given = drawn(rng, name, "states")
+    function, kwargs = drawn(rng, name, "states")
     nothing = {
         "reset": np.zeros((T, B), bool), "lengths": np.full(B, T), "left_padding": np.zeros(B, int), "zoneout": 0,
         "recurrent_dropout": 0, "training": True,
     }  # fmt: skip
-    for a, b in zip(arrays(function(**given)), arrays(function(**given, **nothing)), strict=True):
+    for a, b in zip(arrays(function(**kwargs)), arrays(function(**kwargs, **nothing)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_functions_compile():
-    function, given = drawn(np.random.default_rng(1), "lstm", "everything")
-    given = tensors(given | {"peephole": np.ones(3 * H)})
-    found = torch.compile(function, fullgraph=True, backend="aot_eager")(**given)
-    torch.testing.assert_close(found, function(**given), rtol=0, atol=0)
+    function, kwargs = drawn(np.random.default_rng(1), "lstm", "everything")
+    kwargs = tensors(kwargs | {"peephole": np.ones(3 * H)})
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(**kwargs)
+    torch.testing.assert_close(actual, function(**kwargs), rtol=0, atol=0)
 
 
 # ---- derivatives ----------------------------------------------------------------------------------------------------
@@ -146,17 +146,17 @@ def test_functions_compile():
 
 @pytest.mark.parametrize(("name", "case"), every_one())
 def test_first_and_second_derivatives_are_the_numerical_ones(rng, name, case):
-    function, given = drawn(rng, name, case)
-    given = tensors(given)
-    learned = [label for label, value in given.items() if any(t.requires_grad for t in floats(value))]
-    given["x"].data[:, 0] += 0.01  # away from a rectifier's kink
+    function, kwargs = drawn(rng, name, case)
+    kwargs = tensors(kwargs)
+    learned = [label for label, value in kwargs.items() if any(t.requires_grad for t in floats(value))]
+    kwargs["x"].data[:, 0] += 0.01  # away from a rectifier's kink
 
     def run(*values):
         rest = iter(values)
-        changed = {label: tree_map(lambda _: next(rest), given[label]) for label in learned}
-        return tuple(tree_leaves(function(**given | changed)))
+        changed = {label: tree_map(lambda _: next(rest), kwargs[label]) for label in learned}
+        return tuple(tree_leaves(function(**kwargs | changed)))
 
-    values = [leaf for label in learned for leaf in tree_leaves(given[label])]
+    values = [leaf for label in learned for leaf in tree_leaves(kwargs[label])]
     assert gradcheck(run, values, fast_mode=True)
     assert gradgradcheck(run, values, fast_mode=True)
 
@@ -168,28 +168,28 @@ def floats(value):
 @pytest.mark.parametrize(("name", "case"), every_one())
 def test_vjp_is_torchs_gradient(rng, name, case):
     """On NumPy arrays and on tensors; those of whole tuples have the structure of what was given."""
-    function, given = drawn(rng, name, case)
-    outputs, pullback = gpu_rnn.vjp(function, **given)
+    function, kwargs = drawn(rng, name, case)
+    outputs, pullback = gpu_rnn.vjp(function, **kwargs)
     doutputs = tree_map(lambda output: rng.standard_normal(output.shape), outputs)
-    found = pullback(doutputs)
+    actual = pullback(doutputs)
 
-    leaves = tensors(given)
+    leaves = tensors(kwargs)
     theirs = function(**leaves)
     arriving = [torch.from_numpy(d) for d in tree_leaves(doutputs)]
     torch.autograd.backward(tree_leaves(theirs), arriving)
     for a, b in zip(arrays(outputs), arrays(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
-    wanted = {label: tree_map(lambda t: t.grad, leaves[label]) for label in leaves if floats_learned(leaves[label])}
-    assert found.keys() == wanted.keys()
-    for label, gradient in wanted.items():
-        assert isinstance(found[label], tuple) == isinstance(gradient, tuple)
-        for a, b in zip(tree_leaves(found[label]), tree_leaves(gradient), strict=True):
+    expected = {label: tree_map(lambda t: t.grad, leaves[label]) for label in leaves if floats_learned(leaves[label])}
+    assert actual.keys() == expected.keys()
+    for label, gradient in expected.items():
+        assert isinstance(actual[label], tuple) == isinstance(gradient, tuple)
+        for a, b in zip(tree_leaves(actual[label]), tree_leaves(gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13, err_msg=label)
 
     lent, lent_pullback = gpu_rnn.vjp(function, **leaves)
     assert not any(output.requires_grad for output in tree_leaves(lent))
     for a, b in zip(
-        tree_leaves(lent_pullback(tree_map(torch.from_numpy, doutputs))), tree_leaves(found), strict=True
+        tree_leaves(lent_pullback(tree_map(torch.from_numpy, doutputs))), tree_leaves(actual), strict=True
     ):  # the same order: that of the dict
         np.testing.assert_array_equal(a.numpy(), b)
 
@@ -199,23 +199,23 @@ def floats_learned(value):
 
 
 def test_vjp_takes_none_for_zero(rng):
-    function, given = drawn(rng, "lstm", "everything")
-    (y, (hT, cT), (h, c)), pullback = gpu_rnn.vjp(function, **given)
+    function, kwargs = drawn(rng, "lstm", "everything")
+    (y, (hT, cT), (h, c)), pullback = gpu_rnn.vjp(function, **kwargs)
     zeros = [np.zeros_like(array) for array in (y, hT, cT, h, c)]
-    wanted = pullback((y, (zeros[1], zeros[2]), (zeros[3], c)))
+    expected = pullback((y, (zeros[1], zeros[2]), (zeros[3], c)))
     for some in ((y, None, (None, c)), (None, (None, None), (y, c)), (y, [None, None], [None, c])):
-        for a, b in zip(tree_leaves(pullback(some)), tree_leaves(wanted), strict=True):
+        for a, b in zip(tree_leaves(pullback(some)), tree_leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
     assert not any(gradient.any() for gradient in tree_leaves(pullback((None, None, None))))
 
 
 def test_nan_in_padding_reaches_no_gradient_of_vjp(rng):
-    function, given = drawn(rng, "lstm", "lengths")
+    function, kwargs = drawn(rng, "lstm", "lengths")
     results = []
     for fill in (0.0, np.nan):
-        x, dy = given["x"].copy(), np.ones((T, B, H))
+        x, dy = kwargs["x"].copy(), np.ones((T, B, H))
         x[4:, 0], x[:, 1], dy[4:, 0], dy[:, 1] = fill, fill, fill, fill
-        (y, last), pullback = gpu_rnn.vjp(function, **given | {"x": x})
+        (y, last), pullback = gpu_rnn.vjp(function, **kwargs | {"x": x})
         results.append([y, *last, *pullback((dy, last)).values()])
     for a, b in zip(*results):
         np.testing.assert_array_equal(a, b)
@@ -276,11 +276,11 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_with_its_shapes(case):
-    given, around, error, message = BAD[case]
-    function = gpu_rnn.lstm if len(given["w_ih"]) == 24 else gpu_rnn.gru
+    kwargs, changes, error, message = BAD[case]
+    function = gpu_rnn.lstm if len(kwargs["w_ih"]) == 24 else gpu_rnn.gru
     for call in (function, lambda **all: gpu_rnn.vjp(function, **all)):
         with pytest.raises(error, match=re.escape(message)):
-            call(**given | around)
+            call(**kwargs | changes)
 
 
 def test_vjp_names_a_gradient_that_does_not_fit():

@@ -74,12 +74,12 @@ def test_equals_torch_in_float64(name, reverse, bias, T, B, I, H, P, threads, rn
         weights = weights._replace(b_ih=None, b_hh=None)
     dy, dlast = rng.standard_normal((T, B, P or H)), tuple(rng.standard_normal(s.shape) for s in state)
     exact_y, exact_last, exact = torch_run(name, x, weights, state, dy, dlast, reverse)
-    y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=True)
+    y, last, saved = calls.forward(native.forward, cell, x, weights, state, reverse=reverse, save=True)
     needs = NEEDS - {field for field, w in weights._asdict().items() if w is None}
-    ours = calls.backward(native.backward, cell, x, weights, state, y, tape, dy, dlast, reverse=reverse, needs=needs)
+    ours = calls.backward(native.backward, cell, x, weights, state, y, saved, dy, dlast, reverse=reverse, needs=needs)
     pairs = [(y, exact_y), *zip(last, exact_last), *zip(ours.pop("state"), exact.pop("state"))]
-    for found, expected in pairs + [(ours[key], exact[key]) for key in exact]:
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    for actual, expected in pairs + [(ours[key], exact[key]) for key in exact]:
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @EVERY
@@ -144,9 +144,9 @@ def test_any_number_of_gates(G, threads):
     h = np.zeros((3, 11))
     weights = native.Weights(w, r, b, None)
     y, _, _ = calls.forward(native.forward, cell, x, weights, (h,), reverse=False, save=False)
-    for now, found in zip(x, y):
+    for now, actual in zip(x, y):
         (h,) = step(np.split(now @ w.T + b, G, 1), np.split(h @ r.T, G, 1), (h,))
-        np.testing.assert_allclose(found, h, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(actual, h, rtol=1e-12, atol=1e-14)
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
@@ -160,17 +160,17 @@ def test_bits_depend_on_nothing_but_the_row(name, dtype, monkeypatch, rng):
     cell = cells.get(name)
     for B, H in ((7, 37), (1, 300), (64, 20)):
         x, weights, state = sequences.sequence_arrays(rng, name, 6, B, 5, H, dtype=dtype)
-        found = []
+        results = []
         for count in (1, 2, 5):
             monkeypatch.setattr(native, "threads", lambda: count)  # noqa: B023
-            y, last, tape = calls.forward(native.forward, cell, x, weights, state, reverse=False, save=True)
+            y, last, saved = calls.forward(native.forward, cell, x, weights, state, reverse=False, save=True)
             needs = {"x", "w_ih", "w_hh", "b_ih", "b_hh"}
-            gradients = calls.backward(native.backward, cell, x, weights, state, y, tape, y, last, needs=needs
+            gradients = calls.backward(native.backward, cell, x, weights, state, y, saved, y, last, needs=needs
             )  # fmt: skip
-            found.append([y, *last, *gradients.pop("state"), *gradients.values()])
-        for others in found[1:]:
-            assert all(map(np.array_equal, found[0], others))
-        y, hx = found[0][0], state
+            results.append([y, *last, *gradients.pop("state"), *gradients.values()])
+        for others in results[1:]:
+            assert all(map(np.array_equal, results[0], others))
+        y, hx = results[0][0], state
         for t in range(6):
             now, hx, _ = calls.forward(native.forward, cell, x[t : t + 1], weights, hx, reverse=False, save=False)
             assert np.array_equal(now[0], y[t])
@@ -238,12 +238,12 @@ def test_functions_are_right_to_4_ulp(name, instruction_set):
     values = np.concatenate([values, np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0, -1.0], np.float32)])
     values = np.concatenate([values, np.linspace(-110, 110, 200_001, dtype=np.float32)])
     with np.errstate(all="ignore"):
-        exact, found = EXACT[name](values.astype(np.float64)), over(name, values, "float32")
+        exact, actual = EXACT[name](values.astype(np.float64)), over(name, values, "float32")
         rounded = exact.astype(np.float32)
     finite = np.isfinite(rounded)
     ulp = np.spacing(np.abs(rounded[finite])).astype(np.float64)
-    assert (np.abs(found[finite] - exact[finite]) / ulp).max() <= 4
-    np.testing.assert_array_equal(found[~finite], rounded[~finite])
+    assert (np.abs(actual[finite] - exact[finite]) / ulp).max() <= 4
+    np.testing.assert_array_equal(actual[~finite], rounded[~finite])
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -255,12 +255,12 @@ def test_functions_in_float64(name, instruction_set):
         rng.choice([-1, 1], 50_000) * 10.0 ** rng.uniform(-320, 308, 50_000), [np.inf, -np.inf, np.nan, 0.0, -0.0],
     ])  # fmt: skip
     with np.errstate(all="ignore"):
-        exact, found = EXACT[name](values.astype(np.longdouble)), over(name, values, "float64")
+        exact, actual = EXACT[name](values.astype(np.longdouble)), over(name, values, "float64")
         rounded = exact.astype(np.float64)
     finite = np.isfinite(rounded)
     ulp = np.spacing(np.abs(rounded[finite])).astype(np.longdouble)
-    assert (np.abs(found[finite] - exact[finite]) / ulp).max() <= 4
-    np.testing.assert_array_equal(found[~finite], rounded[~finite])
+    assert (np.abs(actual[finite] - exact[finite]) / ulp).max() <= 4
+    np.testing.assert_array_equal(actual[~finite], rounded[~finite])
 
 
 # ---- threads and processes ------------------------------------------------------------------------------------------
@@ -269,10 +269,10 @@ def test_functions_in_float64(name, instruction_set):
 def test_several_python_threads_at_once(monkeypatch, rng):
     monkeypatch.setattr(native, "threads", lambda: 2)
     monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
-    given = [sequences.sequence_arrays(rng, "lstm", 40, 1 + k % 5, 3, 21, dtype=np.float32) for k in range(12)]
+    cases = [sequences.sequence_arrays(rng, "lstm", 40, 1 + k % 5, 3, 21, dtype=np.float32) for k in range(12)]
 
     def compute(k):
-        x, weights, state = given[k % 12]
+        x, weights, state = cases[k % 12]
         return calls.forward(native.forward, cells.get("lstm"), x, weights, state, reverse=False, save=False)[0]
 
     expected = [compute(k) for k in range(12)]
@@ -337,10 +337,10 @@ def test_arguments_may_be_strided_expanded_read_only_and_stay_untouched(name, fu
     named = {letter + "0": s for letter, s in zip(cells.get(name).states, state)}
     expected, _ = function(x, *weights[:4], **named, backend="native", **options)
     odd = {letter: np.repeat(s, 2, axis=1)[:, ::2] for letter, s in named.items()}
-    given = [np.asfortranarray(a) for a in (x, *weights[:4])]
-    for array in (*given, *odd.values()):
+    inputs = [np.asfortranarray(a) for a in (x, *weights[:4])]
+    for array in (*inputs, *odd.values()):
         array.flags.writeable = False
-    (y, last), pullback = gpu_rnn.vjp(function, *given, **odd, backend="native", **options)
+    (y, last), pullback = gpu_rnn.vjp(function, *inputs, **odd, backend="native", **options)
     assert np.array_equal(y, expected)
     dy = np.broadcast_to(rng.standard_normal((1, 1, 6)), y.shape)
     nothing = [None] * len(state)
@@ -365,14 +365,14 @@ def test_an_empty_batch_gives_empty_results(name, function, options, rng):
 def test_inputs_may_have_no_columns(name, function, options, library, rng):
     """An empty tensor has no address."""
     x, weights, _ = sequences.sequence_arrays(rng, name, 4, 3, 1, 5)
-    arrays, found = (x[..., :0], weights.w_ih[:, :0], *weights[1:4]), []
-    given = [torch.from_numpy(a) if library == "torch" else a for a in arrays]
+    arrays, results = (x[..., :0], weights.w_ih[:, :0], *weights[1:4]), []
+    inputs = [torch.from_numpy(a) if library == "torch" else a for a in arrays]
     for backend in ("native", "numpy"):
-        (y, last), pullback = gpu_rnn.vjp(function, *given, backend=backend, **options)
+        (y, last), pullback = gpu_rnn.vjp(function, *inputs, backend=backend, **options)
         gradients = pullback((y, last))
         assert [gradients[key].shape for key in ("x", "w_ih")] == [a.shape for a in arrays[:2]]
-        found.append([y, *map(gradients.get, ("w_hh", "b_ih", "b_hh"))])
-    for ours, theirs in zip(*found):
+        results.append([y, *map(gradients.get, ("w_hh", "b_ih", "b_hh"))])
+    for ours, theirs in zip(*results):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -384,11 +384,11 @@ def test_layers(kind, options):
     theirs = getattr(torch.nn, kind)(5, 9, **named).double()
     ours = getattr(gpu_rnn, kind)(5, 9, **options, dtype=torch.float64, backend="native")
     ours.load_state_dict(theirs.state_dict())
-    x, found = torch.randn(6, 3, 5, dtype=torch.float64), []
+    x, results = torch.randn(6, 3, 5, dtype=torch.float64), []
     for layer in (ours, theirs):
         y, _ = layer(x)
-        found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
-    for a, b in zip(*found, strict=True):
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -406,21 +406,21 @@ def test_histories_and_streams_and_torch_compile():
     assert torch.equal(captured, y)
     for a, b in zip(*(torch.autograd.grad(o.sum(), list(layer.parameters())) for o in (captured, y)), strict=True):
         torch.testing.assert_close(a, b)
-    given = [torch.randn(s) for s in ((6, 3, 5), (36, 5), (36, 9))]
+    inputs = [torch.randn(s) for s in ((6, 3, 5), (36, 5), (36, 9))]
     for reverse in (False, True):
-        y, last, (h, c) = gpu_rnn.lstm(*given, reverse=reverse, return_states=True, backend="native")
-        _, _, (h_, c_) = gpu_rnn.lstm(*given, reverse=reverse, return_states=True, backend="numpy")
+        y, last, (h, c) = gpu_rnn.lstm(*inputs, reverse=reverse, return_states=True, backend="native")
+        _, _, (h_, c_) = gpu_rnn.lstm(*inputs, reverse=reverse, return_states=True, backend="numpy")
         torch.testing.assert_close((h, c), (h_, c_))
 
 
 def test_vjp_of_tensors_that_need_gradients():
-    given = [torch.randn(s, requires_grad=True) for s in ((6, 3, 5), (36, 5), (36, 9), 36, 36)]
-    (y, _), pullback = gpu_rnn.vjp(gpu_rnn.lstm, *given, backend="native")
-    found = pullback((torch.ones_like(y), (None, None)))
-    y, _ = gpu_rnn.lstm(*given, backend="native")
-    expected = torch.autograd.grad(y.sum(), given)
+    inputs = [torch.randn(s, requires_grad=True) for s in ((6, 3, 5), (36, 5), (36, 9), 36, 36)]
+    (y, _), pullback = gpu_rnn.vjp(gpu_rnn.lstm, *inputs, backend="native")
+    actual = pullback((torch.ones_like(y), (None, None)))
+    y, _ = gpu_rnn.lstm(*inputs, backend="native")
+    expected = torch.autograd.grad(y.sum(), inputs)
     for name, gradient in zip(("x", "w_ih", "w_hh", "b_ih", "b_hh"), expected):
-        assert torch.equal(found[name], gradient)
+        assert torch.equal(actual[name], gradient)
 
 
 def test_long_sums_keep_their_precision(rng):
@@ -436,12 +436,12 @@ def test_long_sums_keep_their_precision(rng):
 
 def test_long_sums_after_two_passes_do_too(rng):
     x, weights, _ = sequences.sequence_arrays(rng, "gru", 1024, 64, 1, 4)
-    dy, found = rng.random((1024, 64, 4)), []
+    dy, gradients = rng.random((1024, 64, 4)), []
     for dtype in ("float32", "float64"):
-        given = [array.astype(dtype) for array in (x, *weights[:4])]
-        _, pullback = gpu_rnn.vjp(gpu_rnn.gru, *given, reset_after=False, backend="native")
-        found.append(pullback((dy.astype(dtype), None))["b_ih"])
-    np.testing.assert_allclose(*found, rtol=0, atol=2e-7 * np.abs(found[1]).max())
+        inputs = [array.astype(dtype) for array in (x, *weights[:4])]
+        _, pullback = gpu_rnn.vjp(gpu_rnn.gru, *inputs, reset_after=False, backend="native")
+        gradients.append(pullback((dy.astype(dtype), None))["b_ih"])
+    np.testing.assert_allclose(*gradients, rtol=0, atol=2e-7 * np.abs(gradients[1]).max())
 
 
 @pytest.mark.parametrize("B", [1, 512])
@@ -458,8 +458,8 @@ def test_extreme_values_stay_finite(B):
 
 def test_it_says_what_it_does():
     text = str(gpu_rnn.explain("lstm", T=5, B=2, I=3, H=4, device="cpu", library="numpy", backend="native"))
-    found = native.instruction_set()
-    assert f"float32, {found.name}, {found.lanes('float32')} lanes, tiles of {found.tile(4)}" in text
+    isa = native.instruction_set()
+    assert f"float32, {isa.name}, {isa.lanes('float32')} lanes, tiles of {isa.tile(4)}" in text
     assert "at most" in text
     assert native.warmup(gpu_rnn.core.problem.Problem(apply_modifiers(cells.get("lstm"), hold=True), 1, 1, 1, 1))
 

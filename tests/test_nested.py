@@ -26,8 +26,8 @@ def sequences(lengths=LENGTHS, dtype=torch.double):
 def states(layer, B):
     L = layer.num_layers * (1 + layer.bidirectional)
     sizes = (layer.proj_size or H, H) if isinstance(layer, gpu_rnn.LSTM) else (H,)
-    found = tuple(torch.randn(L, B, size, dtype=torch.double, requires_grad=True) for size in sizes)
-    return found if len(found) > 1 else found[0]
+    result = tuple(torch.randn(L, B, size, dtype=torch.double, requires_grad=True) for size in sizes)
+    return result if len(result) > 1 else result[0]
 
 
 def each(hx):
@@ -47,13 +47,13 @@ def jagged(rows):
     {}, {"batch_first": True}, {"bidirectional": True}, {"num_layers": 3}, {"bias": False},
     {"num_layers": 2, "bidirectional": True, "batch_first": True},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("given", [True, False], ids=["states", "no states"])
+@pytest.mark.parametrize("has_states", [True, False], ids=["states", "no states"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_states_and_gradients_are_those_of_torch_nn_on_each_sequence(kind, given, how):
+def test_outputs_states_and_gradients_are_those_of_torch_nn_on_each_sequence(kind, has_states, how):
     ours, theirs = pair(kind, **how)
     rows = [x.requires_grad_() for x in sequences()]
-    hx = states(ours, len(rows)) if given else None
-    leaves = [*rows, *(each(hx) if given else ())]
+    hx = states(ours, len(rows)) if has_states else None
+    leaves = [*rows, *(each(hx) if has_states else ())]
 
     x = jagged(rows)
     y, last = ours(x, hx)
@@ -65,7 +65,7 @@ def test_outputs_states_and_gradients_are_those_of_torch_nn_on_each_sequence(kin
     factors = [torch.randn(n, y.shape[2], dtype=torch.double) for n in LENGTHS]
     loss = (y.values() * torch.cat(factors)).sum()
     loss = loss + sum((state**2).sum() for state in each(last))
-    found = torch.autograd.grad(loss, [*leaves, *ours.parameters()])
+    actual = torch.autograd.grad(loss, [*leaves, *ours.parameters()])
 
     outputs, ends, total = [], [], 0
     for b, x in enumerate(rows):
@@ -78,7 +78,7 @@ def test_outputs_states_and_gradients_are_those_of_torch_nn_on_each_sequence(kin
     for a, *b in zip(each(last), *ends, strict=True):
         torch.testing.assert_close(a, torch.stack(b, 1))
     expected = torch.autograd.grad(total, [*leaves, *theirs.parameters()])
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -192,8 +192,8 @@ def test_derivatives(name, rng):
     state = [abs(s) + 0.5 if label == "n0" else s for label, s in zip(labels, state)]
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x, *weights[:4], *state)]
 
-    def run(*given):
-        y, last = custom_cells.CELLS[name].function(*given[:5], **dict(zip(labels, given[5:])), reverse=True)
+    def run(*inputs):
+        y, last = custom_cells.CELLS[name].function(*inputs[:5], **dict(zip(labels, inputs[5:])), reverse=True)
         return y, *(last if isinstance(last, tuple) else (last,))
 
     assert torch.autograd.gradcheck(run, tensors)
@@ -204,13 +204,13 @@ def test_derivatives(name, rng):
 def test_vjp_is_autograd(name, rng):
     x, weights, state = sequence_arrays(rng, name, 3, 2, 2, 3)
     labels = [letter + "0" for letter in cells.get(name).states]
-    given = {"x": x, **{label: w for label, w in weights._asdict().items() if w is not None}, labels[0]: state[0]}
+    kwargs = {"x": x, **{label: w for label, w in weights._asdict().items() if w is not None}, labels[0]: state[0]}
     function = custom_cells.CELLS[name].function
-    tensors = {label: torch.from_numpy(array).requires_grad_() for label, array in given.items()}
+    tensors = {label: torch.from_numpy(array).requires_grad_() for label, array in kwargs.items()}
     function(**tensors)[0].sum().backward()
-    (y, _), pullback = gpu_rnn.vjp(function, **given)
+    (y, _), pullback = gpu_rnn.vjp(function, **kwargs)
     gradients = pullback((np.ones_like(y), None))
-    assert gradients.keys() == given.keys()
+    assert gradients.keys() == kwargs.keys()
     for label, tensor in tensors.items():
         np.testing.assert_allclose(gradients[label], tensor.grad, rtol=1e-12, atol=1e-14, err_msg=label)
 
@@ -222,17 +222,17 @@ def test_a_layer_is_its_function_layer_after_layer(name):
     layer = cls(3, 4, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
     S, x = cells.get(name).S, torch.randn(2, 5, 3, dtype=torch.float64)
     y, last = layer(x)
-    below, found = x.transpose(0, 1), []
+    below, states_of_ways = x.transpose(0, 1), []
     for l in range(2):
         ways = [
             cls.function(below, *layer.all_weights[2 * l + d], reverse=bool(d))  # by hand
             for d in range(2)
         ]
         below = torch.cat([way[0] for way in ways], -1)
-        found += [way[1] if S > 1 else (way[1],) for way in ways]
+        states_of_ways += [way[1] if S > 1 else (way[1],) for way in ways]
     torch.testing.assert_close(y, below.transpose(0, 1))
     for k, states in enumerate(last if S > 1 else (last,)):
-        torch.testing.assert_close(states, torch.stack([each[k] for each in found]))
+        torch.testing.assert_close(states, torch.stack([each[k] for each in states_of_ways]))
     assert repr(layer) == f"{name}(3, 4, num_layers=2, batch_first=True, bidirectional=True)"
     assert (cls.__name__, cls.__module__, cls.__qualname__) == (name, "document", name)
 
@@ -342,8 +342,8 @@ def test_a_gradient_is_checked_on_request(forgotten):
 
     gpu_rnn.cell(step, grad=grad, gates="a", states="h", name="right", check=True)
 
-    def half(*given):
-        dx, dh, dstate = grad(*given)
+    def half(*inputs):
+        dx, dh, dstate = grad(*inputs)
         return (dx[0] * 0.5,), dh, dstate
 
     gpu_rnn.cell(step, grad=half, gates="a", states="h", name="unchecked")
@@ -427,12 +427,12 @@ def test_a_definition_that_looks_at_a_value_is_refused(what, look, with_grad):
         d = look(new[0], dnew[0])
         return (d,), (d,), (0.0,)
 
-    given = {"grad": grad} if with_grad else {}
+    options = {"grad": grad} if with_grad else {}
     why = f"mine: {'grad' if with_grad else 'step'} .*can't {what} a traced value.*use where"
     if what == "make an array of":
         why = f"({why}|can't call numpy.* on a traced value)"
     with pytest.raises(TypeError, match=why):
-        gpu_rnn.cell(step, gates="a", states="h", name="mine", **given)
+        gpu_rnn.cell(step, gates="a", states="h", name="mine", **options)
 
 
 def test_a_numpy_number_stands_on_either_side(forgotten):
@@ -460,8 +460,8 @@ def test_what_is_no_gradient_is_refused():
         return elman(x, h, state), (x[0],)
 
     wrong = {
-        r"must return 3 tuples: gradients of x": lambda *given: (given[0][0], given[0][0]),
-        r"2 gradients of x|1 gradients of x \(a\), got 2": lambda *given: ((0.0, 0.0), (0.0,), (0.0,)),
+        r"must return 3 tuples: gradients of x": lambda *inputs: (inputs[0][0], inputs[0][0]),
+        r"2 gradients of x|1 gradients of x \(a\), got 2": lambda *inputs: ((0.0, 0.0), (0.0,), (0.0,)),
         r"can't be traced.*saved \[1\].*unpack": lambda dnew, new, state, saved: [a for a, b in [saved]],
     }
     for why, grad in wrong.items():
@@ -486,7 +486,7 @@ def test_what_is_no_gradient_is_refused():
 def test_unsuited_definitions_are_refused(arguments, why):
     step = elman if "units" not in arguments else indrnn
     if arguments.get("name", "") is None:
-        step = lambda *given: elman(*given)  # noqa: E731
+        step = lambda *inputs: elman(*inputs)  # noqa: E731
     with pytest.raises((TypeError, ValueError), match=why):
         gpu_rnn.cell(step, **{"gates": "a", "states": "h", "name": "mine"} | arguments)
     with pytest.raises(ValueError, match="units can't be named hh"):

@@ -207,10 +207,10 @@ def test_long_sums_keep_their_precision(rng):
     x, (w_ih, _, b_ih, b_hh, *_), _ = sequence_arrays(rng, "rnn_relu", T, B, 1, H, dtype=np.float32)
     weights = np.zeros_like(w_ih), np.zeros((H, H), np.float32), np.ones_like(b_ih), np.zeros_like(b_hh)  # h = 1
     (y, hT), pullback = gpu_rnn.vjp(gpu_rnn.rnn, x, *weights, nonlinearity="relu")
-    found = pullback((dy, None))["b_ih"]
+    actual = pullback((dy, None))["b_ih"]
     exact = dy.astype(np.float64).sum((0, 1))
     unit = np.spacing(np.abs(exact).max().astype(np.float32))
-    assert np.abs(found - exact).max() <= 16 * unit
+    assert np.abs(actual - exact).max() <= 16 * unit
     assert np.abs(dy.reshape(T * B, H).sum(0) - exact).max() > 16 * unit
 
 
@@ -218,10 +218,10 @@ def test_long_sums_keep_their_precision(rng):
 def test_results_are_the_callers_own(name, rng):
     """Arrays are kept from call to call; nothing that was given away changes with the next call, in any thread."""
     cell, T = cells.get(name), 40
-    given = [sequence_arrays(rng, name, T, 2, 3, 5) for _ in range(8)]
+    cases = [sequence_arrays(rng, name, T, 2, 3, 5) for _ in range(8)]
 
     def run(k):
-        x, weights, state = given[k]
+        x, weights, state = cases[k]
         y, last, saved = calls.forward(backend.forward, cell, x, weights, state, reverse=False, save=True)
         return y, *last, *saved
 
@@ -230,8 +230,8 @@ def test_results_are_the_callers_own(name, rng):
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(run, list(range(8)) * 8))
     for results in (first, *(again[k : k + 8] for k in range(0, 64, 8))):
-        for found, copied in zip(results, copies, strict=True):
-            assert all(map(np.array_equal, found, copied))
+        for arrays, copied in zip(results, copies, strict=True):
+            assert all(map(np.array_equal, arrays, copied))
 
 
 def test_only_wanted_gradients_are_given(rng):

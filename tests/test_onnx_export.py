@@ -104,19 +104,19 @@ def recurrent_nodes(model):
 
 def of(layer, modifiers, T, B, seed):
     """x, and what a call takes, for T time steps of B sequences."""
-    x, hx, given = reference_layers.inputs(layer, modifiers, seed)
+    x, hx, call = reference_layers.inputs(layer, modifiers, seed)
     rng = torch.Generator().manual_seed(seed)
 
     def resized(state):
         return torch.randn(state.shape[0], B, state.shape[-1], generator=rng)
 
-    given |= {"lengths": torch.randint(0, T + 1, (B,), generator=rng)} if "lengths" in given else {}
-    given |= {"left_padding": torch.randint(0, T // 2, (B,), generator=rng)} if "left_padding" in given else {}
-    given |= {"reset": torch.rand(T, B, generator=rng) < 0.3} if "reset" in given else {}
-    if "lengths" in given:
-        given["lengths"][0] = 0
-        given["lengths"][1] = T
-    return {"hx": reference_layers.as_hx([resized(state) for state in reference_layers.as_tuple(hx)]), **given}
+    call |= {"lengths": torch.randint(0, T + 1, (B,), generator=rng)} if "lengths" in call else {}
+    call |= {"left_padding": torch.randint(0, T // 2, (B,), generator=rng)} if "left_padding" in call else {}
+    call |= {"reset": torch.rand(T, B, generator=rng) < 0.3} if "reset" in call else {}
+    if "lengths" in call:
+        call["lengths"][0] = 0
+        call["lengths"][1] = T
+    return {"hx": reference_layers.as_hx([resized(state) for state in reference_layers.as_tuple(hx)]), **call}
 
 
 def to(dtype, structure):
@@ -151,7 +151,7 @@ def test_onnxruntime_computes_what_the_layers_do(group):
     exported = export(model, *data[0], shapes=shapes)
     assert recurrent_nodes(exported) == sum((Counter(case[3]) for case in cases.values()), Counter())
     for x, calls in data:
-        found = iter(run(exported, x, calls))
+        outputs = iter(run(exported, x, calls))
         for label, layer, call in zip(cases, layers, calls):
             with torch.no_grad():
                 peer = reference_layers.by_the_rules(layer, x, **call)[:2]
@@ -160,10 +160,10 @@ def test_onnxruntime_computes_what_the_layers_do(group):
                 )[:2]
             layer.to(dtype)
             for a, b in zip(leaves(exact), leaves(peer), strict=True):
-                ours, name = next(found), str(dtype).removeprefix("torch.")
+                ours, name = next(outputs), str(dtype).removeprefix("torch.")
                 assert ours.dtype == name
                 assert_close(ours.astype("float64"), a.numpy(), b.double().numpy(), name, label)
-        assert next(found, None) is None
+        assert next(outputs, None) is None
 
 
 # ---- a model of everything else -------------------------------------------------------------------------------------
@@ -247,10 +247,10 @@ def test_ours_may_be_anywhere_in_a_model(road, monkeypatch):
         exported = export(model, x, shapes=shapes, custom_translation_table=gpu_rnn.onnx.translations())
     assert recurrent_nodes(exported) == {"LSTM": 1, "Scan": 2, "GRU": 1, "RNN": 1}
     x = torch.randn(2, 9, 3)
-    found = run(exported, x)
+    actual = run(exported, x)
     with torch.no_grad():
         peer, exact = model.by_torch(x), model.double().by_torch(x.double())
-    for k, (ours, a, b) in enumerate(zip(found, exact, peer, strict=True)):
+    for k, (ours, a, b) in enumerate(zip(actual, exact, peer, strict=True)):
         assert_close(ours.astype("float64"), a.numpy(), b.double().numpy(), "float32", f"output {k}")
 
 
@@ -270,8 +270,8 @@ def test_a_layer_under_autocast_is_of_its_dtype():
     peer, x = nn.LSTM(3, 4, bidirectional=True), torch.randn(6, 2, 3)
     ours = gpu_rnn.LSTM(3, 4, bidirectional=True)
     ours.load_state_dict(peer.state_dict())
-    (found,) = run(export(Cast(ours).eval(), x), x)
-    np.testing.assert_allclose(found, peer(x)[0].detach().numpy(), atol=2e-2)
+    (actual,) = run(export(Cast(ours).eval(), x), x)
+    np.testing.assert_allclose(actual, peer(x)[0].detach().numpy(), atol=2e-2)
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):

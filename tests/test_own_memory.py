@@ -24,11 +24,11 @@ def storages(arrays):
 
 def check(made, x, hx, call):
     """Of a call that is differentiated, and of one that isn't."""
-    given = storages([x, hx, call, *made.parameters()])
+    inputs = storages([x, hx, call, *made.parameters()])
     for trains in (True, False):
         with torch.set_grad_enabled(trains):
             results = tree_leaves(made(x, hx, **call, return_states=True))
-        assert not storages(results) & given
+        assert not storages(results) & inputs
         before = [array.detach().clone() for array in results]
         for k, array in enumerate(results):
             array.detach().add_(1)
@@ -69,10 +69,10 @@ def test_on_cuda_kernels(monkeypatch):
 def test_of_functions_and_gradients_in_numpy(kind, T):
     G, S, H = {"rnn": (1, 1, 4), "gru": (3, 1, 4), "lstm": (4, 2, 4)}[kind]
     draw = np.random.default_rng(0).standard_normal
-    given = draw((T, 3, 2)), draw((G * H, 2)), draw((G * H, H)), draw(G * H), draw(G * H)
+    inputs = draw((T, 3, 2)), draw((G * H, 2)), draw((G * H, H)), draw(G * H), draw(G * H)
     initial = dict(zip(("h0", "c0"), (draw((3, H)), draw((3, H)))[:S]))
     function = getattr(gpu_rnn, kind)
-    results, pullback = gpu_rnn.vjp(function, *given, **initial, return_states=True)
-    for arrays in (results, function(*given, **initial, return_states=True), pullback(results)):
-        for a, b in combinations([*tree_leaves(arrays), *given, *initial.values()], 2):
+    results, pullback = gpu_rnn.vjp(function, *inputs, **initial, return_states=True)
+    for arrays in (results, function(*inputs, **initial, return_states=True), pullback(results)):
+        for a, b in combinations([*tree_leaves(arrays), *inputs, *initial.values()], 2):
             assert not np.shares_memory(a, b)

@@ -301,9 +301,9 @@ class Library:
         return self.status
 
     def cuOccupancyMaxActiveClusters(self, count, function, launch):
-        given = launch._obj
+        config = launch._obj
         count._obj.value = self.count
-        self.asked.append((function.value, given.grid_x, given.block_x, given.shared, given.attribute_count))
+        self.asked.append((function.value, config.grid_x, config.block_x, config.shared, config.attribute_count))
         return self.status
 
     def cuFuncSetAttribute(self, function, attribute, value):
@@ -449,18 +449,18 @@ def test_arguments_are_as_large_as_the_parameters(members, backward):
     blank = kind(*[None] * len(kind._fields))._replace(aux=AuxInputs())
     member = persistent.Instance(tuple(map(arrays.pointer, ordered(blank))), reverse=False)
     (launch,) = persistent.launches(plan, cell, "bfloat16", T, B, H, 1, save=True)
-    given = *launch.arguments, persistent.kernel_params([member] * plan.instances), 0
+    arguments = *launch.arguments, persistent.kernel_params([member] * plan.instances), 0
     options = [*OPTIONS, *(f"-D{name}={value}" for name, value in launch.unit.defines)]
-    found = nvrtc.parameters(nvrtc.compile(launch.unit.source, "sm_90", options))
-    assert found[launch.kernel] == [8 if isinstance(a, int) else a.nbytes for a in given]
+    sizes = nvrtc.parameters(nvrtc.compile(launch.unit.source, "sm_90", options))
+    assert sizes[launch.kernel] == [8 if isinstance(a, int) else a.nbytes for a in arguments]
 
 
 def test_benchmarks_compile_the_exchange_alone_and_the_product_alone():
     plan, _ = planned("lstm", "bfloat16", 1024, 8, DEVICES["h200"])
-    found = {}
+    instructions = {}
     for only in ("exchange", "product"):
         unit = persistent.translation_unit(plan, cells.get("lstm"), "bfloat16", only)
         options = [*OPTIONS[1:], *(f"-D{name}={value}" for name, value in unit.defines)]
         code = nvrtc.sass(nvrtc.compile(unit.source, "sm_90", options))["persistent_backward"]
-        found[only] = "HMMA" in code, "STRONG.GPU" in code
-    assert found == {"exchange": (False, True), "product": (True, False)}
+        instructions[only] = "HMMA" in code, "STRONG.GPU" in code
+    assert instructions == {"exchange": (False, True), "product": (True, False)}

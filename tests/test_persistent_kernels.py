@@ -29,8 +29,8 @@ def test_equals_the_oracle(cell, dtype, scope):
         plans = planned(case)
         kernels = libraries(case, plans)
         for seed in (0, 1, 2) if save else (3,):
-            found = errors(case, plans, kernels, seed)
-            assert not wrong(found), (case, seed, found)
+            result = errors(case, plans, kernels, seed)
+            assert not wrong(result), (case, seed, result)
 
 
 @EVERY_SCOPE
@@ -41,8 +41,8 @@ def test_shapes(scope, T, B, H):
         H = min(H, 40)
     case = Case("lstm", "bfloat16", scope, T, B, H)
     plans = planned(case)
-    found = errors(case, plans, libraries(case, plans), seed=1)
-    assert not wrong(found), found
+    result = errors(case, plans, libraries(case, plans), seed=1)
+    assert not wrong(result), result
 
 
 @pytest.mark.parametrize("name", ["lstm+norm", "gru+norm"])
@@ -53,8 +53,8 @@ def test_units_that_meet(name, scope):
     for dtype, B, reverse, seed in (("bfloat16", 5, False, 1), ("float32", 11, True, 2), ("ieee", 3, False, 3)):
         case = Case(name, dtype, scope, T=4, B=B, H=H, reverse=reverse)
         plans = planned(case)
-        found = errors(case, plans, libraries(case, plans), seed)
-        assert not wrong(found), (case, found)
+        result = errors(case, plans, libraries(case, plans), seed)
+        assert not wrong(result), (case, result)
 
 
 @EVERY_SCOPE
@@ -63,8 +63,8 @@ def test_groups_that_meet_of_many_tiles_and_rows(scope):
     H = 16 * shape["blocks"] * 2 - 3
     case = Case("lstm+norm", "float16", scope, T=3, B=19, H=H)
     plans = forced(case, unit_tiles=2, k_shared=1, **shape)
-    found = errors(case, plans, libraries(case, plans), seed=4)
-    assert not wrong(found), found
+    result = errors(case, plans, libraries(case, plans), seed=4)
+    assert not wrong(result), result
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "ieee"])
@@ -83,8 +83,8 @@ def test_weights_in_shared_memory_many_rows_a_group_and_operands_in_pieces(dtype
         plans = forced(case, k_chunks=pieces, **shape)
         if plans[0].k_tiles < pieces[0]:
             continue
-        found = errors(case, plans, libraries(case, plans), seed=2)
-        assert not wrong(found), (plans, found)
+        result = errors(case, plans, libraries(case, plans), seed=2)
+        assert not wrong(result), (plans, result)
 
 
 def test_a_grid_that_does_not_fit_takes_several_launches():
@@ -94,8 +94,8 @@ def test_a_grid_that_does_not_fit_takes_several_launches():
     for plan in plans:
         assert plan.launches > 1
         assert plan.grid <= small.multiprocessors
-    found = errors(case, plans, libraries(case, plans), seed=1, resident_blocks=small.multiprocessors)
-    assert not wrong(found), found
+    result = errors(case, plans, libraries(case, plans), seed=1, resident_blocks=small.multiprocessors)
+    assert not wrong(result), result
 
 
 def test_a_grid_that_is_not_resident_would_hang_and_is_reported():
@@ -194,8 +194,8 @@ def test_swapped_fragments_are_caught():
     for what, (right, swapped) in swaps.items():
         assert right in SOURCE, what
         broken = runtime.Source("persistent.cu", SOURCE.replace(right, swapped))
-        found = [errors(case, planned(case), libraries(case, planned(case), kernel=broken)) for case in cases]
-        assert any(map(wrong, found)), what
+        result = [errors(case, planned(case), libraries(case, planned(case), kernel=broken)) for case in cases]
+        assert any(map(wrong, result)), what
 
 
 @EVERY_SCOPE
@@ -206,9 +206,9 @@ def test_the_exchange_alone_and_the_product_alone_run(scope):
         (plan,) = planned(case)
         unit = persistent.translation_unit(plan, cells.get(case.cell), "float16", only)
         kernels = runtime.compile(sources(case.cell), dict(unit.defines))
-        launch, given, _ = inference(case, plan, np.random.default_rng(0), only)
+        launch, params, _ = inference(case, plan, np.random.default_rng(0), only)
         waits = plan.blocks if only == "exchange" or scope == "cluster" else 1
-        cuda_on_cpu.execute(kernels, launch, *given, seed=1, resident_blocks=waits)
+        cuda_on_cpu.execute(kernels, launch, *params, seed=1, resident_blocks=waits)
 
 
 # ---- Two layers on two streams --------------------------------------------------------------------------------------
@@ -246,8 +246,8 @@ def two_layers(seed: int, *, share_exchange: bool = False) -> None:
     exchange = zeros(plan.exchange_bytes(case.T))
     inputs = [inference(case._replace(T=T), plan, np.random.default_rng(T)) for T in (7, 4)]
     alone = []
-    for launch, given, arrays in inputs:
-        cuda_on_cpu.execute(kernels, launch, *given)
+    for launch, params, arrays in inputs:
+        cuda_on_cpu.execute(kernels, launch, *params)
         alone.append(arrays["y"].copy())
         arrays["y"][...] = np.nan
         arrays["exchange"][...] = 0
@@ -299,9 +299,9 @@ def test_nan_travels():
     case = Case("lstm", "float16", "cluster", T=3, B=4, H=40, save=False)
     plans = planned(case)
     (plan,), (kernels,) = plans, libraries(case, plans)
-    launch, given, arrays = inference(case, plan, np.random.default_rng(0))
+    launch, params, arrays = inference(case, plan, np.random.default_rng(0))
     arrays["xg"][1, 2, 0, 7] = np.nan
-    cuda_on_cpu.execute(kernels, launch, *given, seed=1)
+    cuda_on_cpu.execute(kernels, launch, *params, seed=1)
     expected = np.zeros((3, 4, 40), bool)
     expected[1, 2, 7] = True  # its own unit at once, all units of the row an instant later
     expected[2, 2] = True

@@ -46,11 +46,11 @@ def setting(monkeypatch):
 @pytest.mark.parametrize(("precision", "tf32"), [("tf32", True), ("ieee", False), (None, False)])
 def test_functions(name, precision, tf32, told, rng):
     x, weights, _ = sequence_arrays(rng, name, 3, 2, 4, 5)
-    given = [a.astype("f") for a in (x, *weights[:4])]
-    y, _ = FUNCTIONS[name](*given, precision=precision)
-    (_, _), pullback = gpu_rnn.vjp(FUNCTIONS[name], *given, precision=precision)
+    inputs = [a.astype("f") for a in (x, *weights[:4])]
+    y, _ = FUNCTIONS[name](*inputs, precision=precision)
+    (_, _), pullback = gpu_rnn.vjp(FUNCTIONS[name], *inputs, precision=precision)
     pullback((y, (None, None) if name == "lstm" else None))
-    tensors = [torch.from_numpy(a).requires_grad_() for a in given]
+    tensors = [torch.from_numpy(a).requires_grad_() for a in inputs]
     FUNCTIONS[name](*tensors, precision=precision)[0].sum().backward()
     assert told == [("forward", tf32), ("forward", tf32), ("backward", tf32), ("forward", tf32), ("backward", tf32)]
 

@@ -36,21 +36,21 @@ def without_product(case, *, bias):
 
 def check(case, forward, backward, *, exact=True):
     """Against the case with its w_ih: the same bits where the input part is the same, b_ih included; dx is its own."""
-    product, wanted = without_product(case, bias=False), case.run(forward, backward)
+    product, expected = without_product(case, bias=False), case.run(forward, backward)
     before = product.x.clone()
-    found = product.run(forward, backward)
+    actual = product.run(forward, backward)
     assert torch.equal(product.x, before)
     compare = np.testing.assert_array_equal if exact else partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    for label in found.keys() - {"dx"}:
-        compare(wide(found[label]), wide(wanted[label]), err_msg=label)
-    rows = found["dx"].flatten(0, 1)
-    assert found["dx"].shape == product.x.shape
-    close = {"rtol": 0, "atol": 0.02 * wide(wanted["dw_ih"]).max()} if case.dtype == "bfloat16" else {"rtol": 1e-4}
-    assert torch.allclose(rows.T @ case.x.flatten(0, 1), wanted["dw_ih"], **{"atol": 1e-5} | close)
+    for label in actual.keys() - {"dx"}:
+        compare(wide(actual[label]), wide(expected[label]), err_msg=label)
+    rows = actual["dx"].flatten(0, 1)
+    assert actual["dx"].shape == product.x.shape
+    close = {"rtol": 0, "atol": 0.02 * wide(expected["dw_ih"]).max()} if case.dtype == "bfloat16" else {"rtol": 1e-4}
+    assert torch.allclose(rows.T @ case.x.flatten(0, 1), expected["dw_ih"], **{"atol": 1e-5} | close)
 
     biased = without_product(case, bias=True).run(forward, backward)
     for label in ("y", "db_ih", "dw_hh"):
-        np.testing.assert_allclose(wide(biased[label]), wide(wanted[label]), **{"atol": 1e-5} | close, err_msg=label)
+        np.testing.assert_allclose(wide(biased[label]), wide(expected[label]), **{"atol": 1e-5} | close, err_msg=label)
 
 
 # ---- backends -------------------------------------------------------------------------------------------------------
@@ -95,44 +95,44 @@ def test_cuda_resident(name, monkeypatch):
 
 def both(rng, name, case, **more):
     """A function with everything it takes, and the same without w_ih, as functions of a dict of tensors."""
-    function, given = drawn(rng, name, case)
-    given = tensors(given | more)
-    whole = partial(function, **{k: v for k, v in given.items() if k not in ("x", "w_ih")})
+    function, kwargs = drawn(rng, name, case)
+    kwargs = tensors(kwargs | more)
+    whole = partial(function, **{k: v for k, v in kwargs.items() if k not in ("x", "w_ih")})
 
     def composed(x, w_ih):
         return whole(linear(x, w_ih), None)
 
-    return whole, composed, (given["x"], given["w_ih"])
+    return whole, composed, (kwargs["x"], kwargs["w_ih"])
 
 
 @pytest.mark.parametrize(("name", "case"), [("projected", "everything"), ("gru", "lengths"), ("rnn_relu", "reset")])
 def test_derivatives_of_every_order(rng, name, case):
-    whole, composed, given = both(rng, name, case)
-    torch.testing.assert_close(whole(*given), composed(*given))
+    whole, composed, inputs = both(rng, name, case)
+    torch.testing.assert_close(whole(*inputs), composed(*inputs))
     first = [
-        torch.autograd.grad(sum(o.sin().sum() for o in tree_leaves(f(*given))), given, create_graph=True)
+        torch.autograd.grad(sum(o.sin().sum() for o in tree_leaves(f(*inputs))), inputs, create_graph=True)
         for f in (whole, composed)
     ]
     torch.testing.assert_close(*first)
-    second = [torch.autograd.grad(sum(d.sin().sum() for d in found), given) for found in first]
+    second = [torch.autograd.grad(sum(d.sin().sum() for d in gradients), inputs) for gradients in first]
     torch.testing.assert_close(*second)
-    part = linear(*given).detach().requires_grad_()
+    part = linear(*inputs).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: tree_leaves(whole(x, None)), [part], fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x: tree_leaves(whole(x, None))[0], [part], fast_mode=True)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_vjp_is_torchs_gradient(rng, recompute):
-    function, given = drawn(rng, "gru", "lengths")
-    part = given["x"] @ given.pop("w_ih").T
-    given |= {"x": part, "w_ih": None, "recompute": recompute}
+    function, kwargs = drawn(rng, "gru", "lengths")
+    part = kwargs["x"] @ kwargs.pop("w_ih").T
+    kwargs |= {"x": part, "w_ih": None, "recompute": recompute}
     before = part.copy()
-    (y, hT), pullback = gpu_rnn.vjp(function, **given)
-    found = pullback((np.ones_like(y), None))
-    leaves = tensors(given)
+    (y, hT), pullback = gpu_rnn.vjp(function, **kwargs)
+    actual = pullback((np.ones_like(y), None))
+    leaves = tensors(kwargs)
     function(**leaves)[0].sum().backward()
-    assert found.keys() == {"x", "w_hh", "b_ih", "b_hh", "h0"}
-    for label, gradient in found.items():
+    assert actual.keys() == {"x", "w_hh", "b_ih", "b_hh", "h0"}
+    for label, gradient in actual.items():
         np.testing.assert_allclose(gradient, leaves[label].grad, rtol=1e-12, atol=1e-14, err_msg=label)
     np.testing.assert_array_equal(part, before)
 
@@ -149,12 +149,12 @@ def test_transforms(rng):
 
 @pytest.mark.parametrize("case", ["states", "everything"])
 def test_compile_and_export(rng, case):
-    whole, composed, given = both(rng, "lstm", case)
+    whole, composed, inputs = both(rng, "lstm", case)
     compiled = torch.compile(composed, fullgraph=True, backend="aot_eager")
     results = []
     for run in (composed, compiled):
-        outputs = tree_leaves(run(*given))
-        results.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), given)])
+        outputs = tree_leaves(run(*inputs))
+        results.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
     constants = tree_map(lambda value: value.detach() if torch.is_tensor(value) else value, whole.keywords)
@@ -164,8 +164,8 @@ def test_compile_and_export(rng, case):
             return whole(linear(x, w), None, **constants)
 
     with torch.no_grad():
-        program = torch.export.export(Module(), given).module()
-        torch.testing.assert_close(program(*given), composed(*given))
+        program = torch.export.export(Module(), inputs).module()
+        torch.testing.assert_close(program(*inputs), composed(*inputs))
 
 
 def test_an_embedding_is_looked_up():
@@ -174,18 +174,18 @@ def test_an_embedding_is_looked_up():
     w_ih, w_hh, b_ih, b_hh = layer.parameters()
     tokens = torch.randint(7, (5, 3))
     y, hT = gpu_rnn.gru(embedding(tokens, w_ih.T), None, w_hh, b_ih, b_hh)
-    wanted, _ = layer(torch.nn.functional.one_hot(tokens, 7).float())
-    torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), w_ih)[0] for out in (y, wanted)))
+    expected, _ = layer(torch.nn.functional.one_hot(tokens, 7).float())
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), w_ih)[0] for out in (y, expected)))
 
 
 def test_a_cell_of_ones_own(rng):
     from .custom_cells import CELLS
 
     x, w_ih, w_hh = (rng.standard_normal(size) for size in ((5, 2, 3), (8, 3), (8, 4)))
-    wanted, _ = CELLS["MGU"].function(x, w_ih, w_hh)
-    found, _ = CELLS["MGU"].function(x @ w_ih.T, None, w_hh)
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    expected, _ = CELLS["MGU"].function(x, w_ih, w_hh)
+    actual, _ = CELLS["MGU"].function(x @ w_ih.T, None, w_hh)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 # ---- around ---------------------------------------------------------------------------------------------------------
@@ -197,8 +197,8 @@ def test_inspect_and_explain(rng):
     part = gpu_rnn.inspect(gpu_rnn.gru, x @ weights.w_ih.T, None, *weights[1:4], h0=state[0])
     for letter in whole:
         np.testing.assert_allclose(part[letter], whole[letter], rtol=1e-12)
-    given = {"T": 5, "B": 2, "H": 4, "input_projection": True, "device": "cpu"}
-    for explained in (gpu_rnn.explain("gru", **given), gpu_rnn.explain("gru", (5, 2, 12), input_projection=True)):
+    options = {"T": 5, "B": 2, "H": 4, "input_projection": True, "device": "cpu"}
+    for explained in (gpu_rnn.explain("gru", **options), gpu_rnn.explain("gru", (5, 2, 12), input_projection=True)):
         assert explained.problem.I is None
         assert "gru T=5 B=2 H=4 float32" in str(explained)
         assert "input projection: given as x" in explained.plan

@@ -53,10 +53,10 @@ def test_compiled_exported_recomputed_and_a_step_at_a_time(name):
     made = layer(name, "stacked")
     x, hx, _ = inputs(made)
     torch._dynamo.reset()
-    wanted = made(x, hx)
-    torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x, hx), wanted)
+    expected = made(x, hx)
+    torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x, hx), expected)
     made.recompute = True
-    torch.testing.assert_close(made(x, hx), wanted)
+    torch.testing.assert_close(made(x, hx), expected)
     forward = layer(name)
     listen, (y, _) = gpu_rnn.stream(forward, 3), forward(x)
     torch.testing.assert_close(torch.stack([listen(now).clone() for now in x]), y)
@@ -68,11 +68,11 @@ def test_compiled_exported_recomputed_and_a_step_at_a_time(name):
 def test_functions(rng, name):
     P = 2
     x, weights, (h0, *_) = sequence_arrays(rng, name, 4, 2, 3, 5, P)
-    given = {"x": x, **weights._asdict(), "h0": h0}
-    given = {label: array for label, array in given.items() if array is not None}
-    given |= {"s0": rng.standard_normal((2, 5))} if name == "gru" else {}
+    kwargs = {"x": x, **weights._asdict(), "h0": h0}
+    kwargs = {label: array for label, array in kwargs.items() if array is not None}
+    kwargs |= {"s0": rng.standard_normal((2, 5))} if name == "gru" else {}
     function = gpu_rnn.gru if name == "gru" else gpu_rnn.rnn
-    leaves = {label: torch.from_numpy(array).requires_grad_() for label, array in given.items()}
+    leaves = {label: torch.from_numpy(array).requires_grad_() for label, array in kwargs.items()}
 
     def run(*values):
         y, last = function(**dict(zip(leaves, values)))
@@ -80,11 +80,11 @@ def test_functions(rng, name):
 
     assert gradcheck(run, [*leaves.values()], fast_mode=True)
     assert gradgradcheck(run, [*leaves.values()], fast_mode=True)
-    (y, _), pullback = gpu_rnn.vjp(function, **given)
+    (y, _), pullback = gpu_rnn.vjp(function, **kwargs)
     run(*leaves.values())[0].sum().backward()
-    found = pullback((np.ones_like(y), None))
-    assert found.keys() == given.keys()
-    for label, gradient in found.items():
+    actual = pullback((np.ones_like(y), None))
+    assert actual.keys() == kwargs.keys()
+    for label, gradient in actual.items():
         np.testing.assert_allclose(gradient, leaves[label].grad, rtol=1e-12, atol=1e-14, err_msg=label)
 
 
@@ -102,8 +102,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
     changes, error, message = BAD[case]
-    given = {"x": np.ones((5, 3, 4)), "w_ih": np.ones((18, 4)), "w_hh": np.ones((18, 6))}
+    kwargs = {"x": np.ones((5, 3, 4)), "w_ih": np.ones((18, 4)), "w_hh": np.ones((18, 6))}
     with pytest.raises(error, match=re.escape(message)):
-        gpu_rnn.gru(**given | changes)
+        gpu_rnn.gru(**kwargs | changes)
     with pytest.raises(ValueError, match="proj_size is not defined for a GRU with reset_after=False"):
         gpu_rnn.GRU(3, 4, proj_size=2, reset_after=False)

@@ -28,17 +28,17 @@ OPTIONS = pytest.mark.parametrize(
 
 def bytes_kept(layer, x):
     """Of everything that waits for backward, weights aside; each storage once."""
-    found = {}
+    sizes = {}
 
     def pack(tensor):
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = layer(x)
     for parameter in layer.parameters():
-        found.pop(parameter.untyped_storage().data_ptr(), None)
-    return outputs, sum(found.values())
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    return outputs, sum(sizes.values())
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (64, 32), (32, 32, 3)], ids=["I = H", "I = 2 H", "three layers"])
@@ -132,13 +132,13 @@ LAYERS = [
 def test_layers(kind, options, compiled):
     layer = getattr(gpu_rnn, kind)(3, 5, **options)
     x = torch.randn(2, 3) if kind.endswith("Cell") else torch.randn(6, 2, 3)
-    found = []
+    results = []
     for layer.recompute in (False, True):
         torch.manual_seed(3)
         run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
         y = torch.utils._pytree.tree_leaves(run(x))
-        found.append([*y, *torch.autograd.grad(sum(part.square().sum() for part in y), [*layer.parameters()])])
-    assert all(map(torch.equal, *found))
+        results.append([*y, *torch.autograd.grad(sum(part.square().sum() for part in y), [*layer.parameters()])])
+    assert all(map(torch.equal, *results))
     assert "recompute=True" in repr(layer)
 
 
@@ -157,9 +157,9 @@ def test_compiled_keeps_nothing_either():
 
 def test_functions_and_their_vjp(rng):
     case = draw("lstm", "float64", 4, 2, 3, 5).mapped(np.asarray)
-    given = case.x, *case.weights[:4]
+    inputs = case.x, *case.weights[:4]
     (_, pullback), (_, recorded) = (
-        gpu_rnn.vjp(gpu_rnn.lstm, *given, h0=case.state[0], c0=case.state[1], recompute=recompute)
+        gpu_rnn.vjp(gpu_rnn.lstm, *inputs, h0=case.state[0], c0=case.state[1], recompute=recompute)
         for recompute in (False, True)
     )
     first, second = (pull((case.dy, case.dlast)) for pull in (pullback, recorded))

@@ -47,8 +47,8 @@ def test_runs_on_numpy_arrays(name, P, reverse):
 
 def test_takes_the_input_projection_in_the_place_of_x():
     case = draw("gru", "float64", 4, 2, 3, 5)
-    given = torch.nn.functional.linear(case.x, case.weights.w_ih)
+    Wx = torch.nn.functional.linear(case.x, case.weights.w_ih)
     steps = reference.run(
-        case.cell, cells.step_graph(case.cell), given, case.weights._replace(w_ih=None), case.state, False
+        case.cell, cells.step_graph(case.cell), Wx, case.weights._replace(w_ih=None), case.state, False
     )
     torch.testing.assert_close(torch.stack([states[0] for states, _ in steps]), by_torch(case)["y"])

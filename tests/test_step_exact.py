@@ -71,10 +71,10 @@ def test_a_captured_sequence_too(monkeypatch):
 def test_gradients_are_those_of_a_layer_without(recompute):
     torch.manual_seed(0)
     layer, x = gpu_rnn.LSTM(I, H, dtype=torch.float64), torch.randn(9, 3, I, dtype=torch.float64)
-    found = []
+    results = []
     for layer.step_exact, layer.recompute in ((False, False), (True, recompute)):
-        found.append(torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())))
-    for ours, expected in zip(*found):
+        results.append(torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())))
+    for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -76,8 +76,8 @@ def test_without_it_agrees_to_rounding(kind, options, B):
     listen = gpu_rnn.stream(layer, B)
     y, last = whole(layer, x)
     torch.testing.assert_close(followed(listen, x), y, rtol=1e-12, atol=1e-12)
-    for found, expected in zip(states(listen.state), last, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(states(listen.state), last, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -213,14 +213,14 @@ def test_a_layer_of_torch_and_of_a_page_stream():
 def test_step_is_a_sequence_of_one(kind, options):
     layer, x = getattr(gpu_rnn, kind)(I, H, **options).eval(), torch.randn(T, 8, I)
     y, last = whole(layer, x)
-    hx, found = None, []
+    hx, outputs = None, []
     for now in x:
         out, hx = layer.step(now, hx)
-        found.append(out)
-    torch.testing.assert_close(torch.stack(found), y)
+        outputs.append(out)
+    torch.testing.assert_close(torch.stack(outputs), y)
     for ours, expected in zip(states(hx), last, strict=True):
         torch.testing.assert_close(ours, expected)
-    torch.stack(found).sum().backward()
+    torch.stack(outputs).sum().backward()
     assert all(parameter.grad.any() for parameter in layer.parameters())
 
 
@@ -272,8 +272,8 @@ def test_a_graph_replays_an_instant(kind, options, backend):
     listen = gpu_rnn.stream(layer, 3)
     y, last = whole(layer, x)
     torch.testing.assert_close(followed(listen, x), y)
-    for found, expected in zip(states(listen.state), last, strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(states(listen.state), last, strict=True):
+        torch.testing.assert_close(actual, expected)
     listen(x[0])
     held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for now in x:
@@ -318,14 +318,14 @@ def test_a_stream_has_the_weights_of_when_it_was_made(kind, options, write, monk
     if options == CALLED:  # as on a GPU
         options = monkeypatch.setattr(numpy, "NAME", "another") or {}
     layer, x = getattr(gpu_rnn, kind)(I, H, **options), torch.randn(5, 2, I)
-    wanted, last = whole(layer, x)
+    expected, last = whole(layer, x)
     listen = gpu_rnn.stream(layer, 2)
     y = followed(listen, x[:3])
     with torch.no_grad():
         for parameter in layer.parameters():
             write(parameter)
     y = torch.cat([y, followed(listen, x[3:])])
-    torch.testing.assert_close((y, states(listen.state)), (wanted, last))
+    torch.testing.assert_close((y, states(listen.state)), (expected, last))
     later = gpu_rnn.stream(layer, 2)
     later.state = listen.state
     torch.testing.assert_close(followed(later, x), whole(layer, x, listen.state)[0])
@@ -337,11 +337,11 @@ def test_a_stream_has_the_weights_of_when_it_was_made(kind, options, write, monk
 def test_so_has_one_whose_weights_are_made_of_others(norm, options):
     layer, x = gpu_rnn.GRU(I, H, **options), torch.randn(5, 2, I)
     norm(layer, "weight_hh_l0")
-    wanted, _ = whole(layer, x)
+    expected, _ = whole(layer, x)
     listen = gpu_rnn.stream(layer, 2)
     for parameter in layer.parameters():
         parameter.data.mul_(3)
-    torch.testing.assert_close(followed(listen, x), wanted)
+    torch.testing.assert_close(followed(listen, x), expected)
 
 
 @pytest.mark.parametrize("rows", [[], (), torch.tensor([]), torch.zeros(0, dtype=torch.int64), range(0)], ids=str)

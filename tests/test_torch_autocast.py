@@ -23,14 +23,14 @@ def test_autocast_is_as_good_as_parameters_of_its_dtype(kind, dtype):
     with torch.autocast("cpu", dtype):
         outputs = flat(layer(x))
     expected = flat(half(x.to(dtype)))
-    for output, wanted in zip(outputs, expected, strict=True):
+    for output, expected_output in zip(outputs, expected, strict=True):
         assert output.dtype == dtype
-        assert torch.equal(output, wanted)
+        assert torch.equal(output, expected_output)
     sum(output.float().square().sum() for output in outputs).backward()
     sum(output.float().square().sum() for output in expected).backward()
-    for parameter, wanted in zip(layer.parameters(), half.parameters(), strict=True):
+    for parameter, expected_parameter in zip(layer.parameters(), half.parameters(), strict=True):
         assert parameter.grad.dtype == torch.float32
-        assert torch.equal(parameter.grad, wanted.grad.float())
+        assert torch.equal(parameter.grad, expected_parameter.grad.float())
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "LSTM", "stack"])
@@ -70,13 +70,13 @@ def test_changed_weights_are_cast_again_even_in_an_older_graphs_life(kind, chang
         after = flat(ours(x))
     theirs = getattr(nn, kind)(3, 4)
     theirs.load_state_dict(ours.state_dict())
-    for found, wanted, old in zip(after, flat(theirs(x)), before, strict=True):
-        torch.testing.assert_close(found.float(), wanted, rtol=0.03, atol=0.03)
-        assert (found - old).abs().max() > 0.1
+    for actual, true, old in zip(after, flat(theirs(x)), before, strict=True):
+        torch.testing.assert_close(actual.float(), true, rtol=0.03, atol=0.03)
+        assert (actual - old).abs().max() > 0.1
     gradients = torch.autograd.grad(sum(out.float().sum() for out in after), list(ours.parameters()))
     expected = torch.autograd.grad(sum(out.sum() for out in flat(theirs(x))), list(theirs.parameters()))
-    for found, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
+    for actual, true in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, true, rtol=0.1, atol=0.1)
 
 
 def test_the_graph_of_a_cast_is_differentiated_again():
@@ -92,8 +92,8 @@ def test_the_graph_of_a_cast_is_differentiated_again():
 
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = layer(x)
-    for found, wanted in zip(penalty(y), penalty(layer(x)[0]), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1 * wanted.abs().max().item())
+    for actual, expected in zip(penalty(y), penalty(layer(x)[0]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
 def test_grad_scaler_steps_and_skips():
@@ -125,10 +125,10 @@ def test_autocast_under_compile(dtype):
         y, expected = compiled(x)[0], layer(x)[0]
     assert y.dtype == dtype
     assert torch.equal(y, expected)
-    for found, wanted in zip(
+    for gradient, eager_gradient in zip(
         *(torch.autograd.grad(out.float().sum(), list(layer.parameters())) for out in (y, expected))
     ):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradient, eager_gradient)
 
 
 @pytest.mark.gpu

@@ -50,8 +50,8 @@ def test_compiled_is_eager_at_every_size_from_one_graph(kind, arguments):
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for T, B in ((5, 2), (7, 3), (40, 6)):
         x = torch.randn(B, 3) if kind.endswith("Cell") else torch.randn(T, B, 3)
-        (found, gradients), (expected, wanted) = results(compiled, x), results(layer, x)
-        for ours, theirs in zip((*found, *gradients), (*expected, *wanted), strict=True):
+        (actual, gradients), (expected, expected_gradients) = results(compiled, x), results(layer, x)
+        for ours, theirs in zip((*actual, *gradients), (*expected, *expected_gradients), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.stride() == theirs.stride()
     (graph,) = [graph.graph for graph in counter.graphs if operators(graph.graph)]
@@ -198,33 +198,33 @@ def operands(cell, T, B, P, dtype, reverse, device="cpu", I=3, H=4):
         shapes |= {"b_ih": (known.G * H,), "b_hh": (known.G * H,)}
     if P:
         shapes["w_hr"] = P, H
-    given = []
+    tensors = []
     for _ in reverse:
         weights = {name: draw(*shape) for name, shape in shapes.items()}
         if known.E:
             weights["units"] = draw(len(known.per_unit_params), B, H)
             weights["flags"] = torch.randint(0, 2, (T, B), device=device).to(torch.uint8)
             weights["seed"] = torch.tensor([5], device=device)
-        given += [draw(T, B, I), *weights.values(), draw(B, P or H), *(draw(B, H) for _ in known.states[1:])]
-    return cell, given, " ".join(weights), reverse, "auto"
+        tensors += [draw(T, B, I), *weights.values(), draw(B, P or H), *(draw(B, H) for _ in known.states[1:])]
+    return cell, tensors, " ".join(weights), reverse, "auto"
 
 
 def check(*case, **where):
-    cell, given, names, reverse, backend = operands(*case, **where)
+    cell, tensors, names, reverse, backend = operands(*case, **where)
     S = len(cells.get(cell).states)
     forward, backward = torch.ops.gpu_rnn.forward.default, torch.ops.gpu_rnn.backward.default
     for save, history in product((True, False), {False, S > 1}):
         options = reverse, False, backend, None, False, 1, history
-        arguments = (cell, given, names, *options, save)
+        arguments = (cell, tensors, names, *options, save)
         tests = [name for name in torch.library._OPCHECK_DEFAULT_UTILS if save or "aot" not in name]
         torch.library.opcheck(forward, arguments, test_utils=tests)
         with torch.no_grad():
-            found = chunks(forward(*arguments), len(reverse))
+            runs = chunks(forward(*arguments), len(reverse))
         outputs = 1 + S + (S - 1) * history
-        recorded = [tensor for y, *rest in found for tensor in (y, *rest[outputs - 1 :])]
-        douts = [torch.randn_like(tensor) for each in found for tensor in each[:outputs]]
-        needs = [tensor.requires_grad for tensor in given]
-        detached = [tensor.detach() for tensor in given]
+        recorded = [tensor for y, *rest in runs for tensor in (y, *rest[outputs - 1 :])]
+        douts = [torch.randn_like(tensor) for each in runs for tensor in each[:outputs]]
+        needs = [tensor.requires_grad for tensor in tensors]
+        detached = [tensor.detach() for tensor in tensors]
         torch.library.opcheck(backward, (cell, detached, names, douts, recorded, *options, needs))
 
 
@@ -291,8 +291,8 @@ def test_an_exported_layer_still_trains():
     module = torch.export.export(layer, (x,)).module()
     module(x)[0].square().sum().backward()
     layer(x)[0].square().sum().backward()
-    for found, parameter in zip(module.parameters(), layer.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, parameter.grad)
+    for actual, parameter in zip(module.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, parameter.grad)
 
 
 # ---- every keyword --------------------------------------------------------------------------------------------------
@@ -327,8 +327,8 @@ def drawn(layer, names, T, B):
         "reset": lambda: torch.rand(lead) < 0.3, "reset_state": states, "return_states": lambda: True, "hx": states,
         "lengths": lambda: torch.randint(1, T + 1, (B,)), "left_padding": lambda: torch.randint(0, T, (B,)),
     }  # fmt: skip
-    wanted = {*names, "reset"} if "reset_state" in names else {*names}
-    return torch.randn(*lead, 3), {name: draw() for name, draw in keywords.items() if name in wanted}
+    drawn_names = {*names, "reset"} if "reset_state" in names else {*names}
+    return torch.randn(*lead, 3), {name: draw() for name, draw in keywords.items() if name in drawn_names}
 
 
 def one_graph(kind, names, dynamic, sizes, backend):
@@ -342,11 +342,11 @@ def one_graph(kind, names, dynamic, sizes, backend):
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
     for T, B in sizes:
         x, keywords = drawn(layer, names, T, B)
-        found = []
+        results = []
         for run in (compiled, layer):
             torch.manual_seed(T)
-            found.append(tree_leaves(run(x, **keywords)))
-        for ours, eager in zip(*found, strict=True):
+            results.append(tree_leaves(run(x, **keywords)))
+        for ours, eager in zip(*results, strict=True):
             torch.testing.assert_close(ours, eager, rtol=0, atol=0)
     assert counter.frame_count <= 2
 
@@ -398,14 +398,14 @@ def test_transforms_compile_as_torch_nn_is_transformed(kind, arguments, name):
     def run(parameters, x):
         return TRANSFORMS[name](lambda p, x: loss(ours, p, x), parameters, x)
 
-    found = tree_leaves(torch.compile(run, fullgraph=True, backend="aot_eager")(parameters, x))
-    for each, expected in zip(found, tree_leaves(by_torch_nn(name, theirs, parameters, x)), strict=True):
+    actual = tree_leaves(torch.compile(run, fullgraph=True, backend="aot_eager")(parameters, x))
+    for each, expected in zip(actual, tree_leaves(by_torch_nn(name, theirs, parameters, x)), strict=True):
         torch.testing.assert_close(each, expected, rtol=1e-9, atol=1e-9)
 
 
 def by_torch_nn(name, model, parameters, x):
-    def gradient(wanted, parameters, x, **options):
-        return torch.autograd.grad(loss(model, parameters, x), wanted, **options)
+    def gradient(leaves, parameters, x, **options):
+        return torch.autograd.grad(loss(model, parameters, x), leaves, **options)
 
     tracked = {key: weight.clone().requires_grad_() for key, weight in parameters.items()}
     xs, x = [x, 2 * x, 3 * x], x.clone().requires_grad_()

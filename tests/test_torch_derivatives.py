@@ -27,14 +27,14 @@ def seeded():
 def as_function(rng, name, P=None, reverse=False, T=3, B=2, I=2, H=3):
     """A cell as a function of tensors alone, and the tensors."""
     x, weights, state = sequence_arrays(rng, name, T, B, I, H, P)
-    given = [torch.from_numpy(a).requires_grad_() for a in (x, *weights, *state) if a is not None]
-    count = len(given) - len(state)
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (x, *weights, *state) if a is not None]
+    count = len(inputs) - len(state)
 
     def run(*tensors):
         y, last = functional.run(name, tensors[0], Weights(*tensors[1:count]), tensors[count:], Options(reverse))
         return y, *last
 
-    return run, given
+    return run, inputs
 
 
 def penalized(layer, x):
@@ -51,24 +51,24 @@ def penalized(layer, x):
 @every_cell
 @pytest.mark.parametrize("reverse", [False, True])
 def test_first_and_second_derivatives_are_the_numerical_ones(rng, name, P, reverse):
-    run, given = as_function(rng, name, P, reverse)
-    assert gradcheck(run, given, check_forward_ad=True, fast_mode=True)
-    assert gradgradcheck(run, given, check_fwd_over_rev=True, fast_mode=True)
+    run, inputs = as_function(rng, name, P, reverse)
+    assert gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(run, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
 def test_every_entry_of_a_second_derivative(rng):
-    run, given = as_function(rng, "gru", T=2, B=1, I=1, H=2)
-    assert gradgradcheck(run, given)
+    run, inputs = as_function(rng, "gru", T=2, B=1, I=1, H=2)
+    assert gradgradcheck(run, inputs)
 
 
 @every_cell
 def test_third_derivatives(rng, name, P):
     """Along a line: the value's Taylor series and the derivatives agree."""
-    run, given = as_function(rng, name, P)
-    directions = [torch.randn_like(tensor) for tensor in given]
+    run, inputs = as_function(rng, name, P)
+    directions = [torch.randn_like(tensor) for tensor in inputs]
 
     def along(t):
-        return sum(output.sin().sum() for output in run(*(a + t * d for a, d in zip(given, directions))))
+        return sum(output.sin().sum() for output in run(*(a + t * d for a, d in zip(inputs, directions))))
 
     def derivatives(t):
         t = torch.tensor(t, dtype=torch.float64, requires_grad=True)
@@ -98,8 +98,8 @@ def test_gradient_penalty_is_torchs(kind, training):
         m.train(training) for m in twins(kind, input_size=3, hidden_size=4, num_layers=2, bidirectional=True)
     )
     x = torch.randn(5, 2, 3, dtype=torch.float64)
-    for found, expected in zip(penalized(ours, x), penalized(theirs, x), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(penalized(ours, x), penalized(theirs, x), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @every_layer
@@ -120,9 +120,9 @@ def test_hessian_vector_products(kind):
     expected = torch.autograd.grad(product, list(theirs.parameters()))
     reverse = grad(lambda w: sum((s * direction[n]).sum() for n, s in grad(loss(ours))(w).items()))(parameters)
     _, forward = jvp(grad(loss(ours)), (parameters,), (direction,))
-    for name, wanted in zip(parameters, expected):
-        torch.testing.assert_close(reverse[name], wanted)
-        torch.testing.assert_close(forward[name], wanted)
+    for name, expected_product in zip(parameters, expected):
+        torch.testing.assert_close(reverse[name], expected_product)
+        torch.testing.assert_close(forward[name], expected_product)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,8 +143,8 @@ def test_autocast_does_not_reach_into_second_derivatives():
     loss = slope.square().sum()
     expected = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(loss, list(layer.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        actual = torch.autograd.grad(loss, list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
 # ---- torch.func -----------------------------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ def test_grad_vjp_and_per_sample_gradients(kind, arguments):
     _, pullback = vjp(loss, parameters, batches[0])
     torch.testing.assert_close(pullback(torch.ones((), dtype=torch.float64))[0], plain(batches[0]))
     for inputs in (samples, batches):
-        found = vmap(grad(loss), in_dims=(None, 0))(parameters, inputs)
+        actual = vmap(grad(loss), in_dims=(None, 0))(parameters, inputs)
         for k, x in enumerate(inputs):
-            torch.testing.assert_close({name: gradient[k] for name, gradient in found.items()}, plain(x))
+            torch.testing.assert_close({name: gradient[k] for name, gradient in actual.items()}, plain(x))
 
 
 @some_layers
@@ -203,8 +203,8 @@ def test_vmap_over_an_ensemble(kind, arguments):
     stacked, _ = stack_module_state(models)
     stacked = {name: weight.detach() for name, weight in stacked.items()}
     x = torch.randn(5, 2, 3, dtype=torch.float64)
-    found = vmap(lambda weights: functional_call(layer, weights, (x,))[0])(stacked)
-    torch.testing.assert_close(found, torch.stack([model(x)[0] for model in models]))
+    actual = vmap(lambda weights: functional_call(layer, weights, (x,))[0])(stacked)
+    torch.testing.assert_close(actual, torch.stack([model(x)[0] for model in models]))
     gradients = vmap(grad(loss), in_dims=(0, None))(stacked, x)
     for k, model in enumerate(models):
         alone = grad(loss)({name: p.detach() for name, p in model.named_parameters()}, x)
@@ -278,22 +278,22 @@ def test_batched_gradients_are_each_ones(kind):
     _, layer = twins(kind, input_size=3, hidden_size=4, num_layers=2, bidirectional=True)
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     y, _ = layer(x)
-    given = [x, *layer.parameters()]
+    inputs = [x, *layer.parameters()]
     dy = torch.randn(3, *y.shape, dtype=y.dtype)
-    batched = torch.autograd.grad(y, given, dy, is_grads_batched=True, retain_graph=True)
+    batched = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
     for v, d in enumerate(dy):
-        for ours, alone in zip(batched, torch.autograd.grad(y, given, d, retain_graph=True), strict=True):
+        for ours, alone in zip(batched, torch.autograd.grad(y, inputs, d, retain_graph=True), strict=True):
             torch.testing.assert_close(ours[v], alone, rtol=1e-12, atol=1e-12)
 
 
 def test_vectorized_jacobians_and_hessians(rng):
-    run, given = as_function(rng, "lstm", T=2, B=1, I=2, H=2)
+    run, inputs = as_function(rng, "lstm", T=2, B=1, I=2, H=2)
     for which in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
 
         def function(*tensors, which=which):
             y, *_ = run(*tensors)
             return y if "jacobian" in which.__name__ else (y * y).sum()
 
-        found = [which(function, tuple(given), vectorize=v) for v in (True, False)]
-        for ours, plain in zip(*map(torch.utils._pytree.tree_leaves, found), strict=True):
+        results = [which(function, tuple(inputs), vectorize=v) for v in (True, False)]
+        for ours, plain in zip(*map(torch.utils._pytree.tree_leaves, results), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)

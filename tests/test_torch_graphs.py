@@ -43,8 +43,8 @@ def test_nothing_waits_for_the_gpu_and_a_cuda_graph_captures_a_step(kind):
     graph.replay()
     replayed = [gradient.clone() for gradient in captured]
     step()
-    for found, parameter in zip(replayed, layer.parameters(), strict=True):
-        assert torch.equal(found, parameter.grad)
+    for actual, parameter in zip(replayed, layer.parameters(), strict=True):
+        assert torch.equal(actual, parameter.grad)
 
 
 @pytest.mark.parametrize(("kind", "keywords"), [("LSTM", {}), ("GRU", {"zoneout": 0.1, "recurrent_dropout": 0.1})])

@@ -52,10 +52,10 @@ def test_layouts_of_inputs_states_and_arriving_gradients(kind, layout):
     outputs = {}
     for name, change in (("odd", lambda t: t), ("plain", torch.Tensor.contiguous)):
         inputs = [change(tensor).detach().requires_grad_() for tensor in flat((x, hx))]
-        found = flat(layer(inputs[0], tuple(inputs[1:]) if len(inputs) > 2 else inputs[1]))
-        arriving = [change(arranged(torch.ones_like(y).cumsum(0))) for y in found]
-        gradients = torch.autograd.grad(found, [*inputs, *layer.parameters()], arriving)
-        outputs[name] = dict(enumerate([*found, *gradients]))
+        results = flat(layer(inputs[0], tuple(inputs[1:]) if len(inputs) > 2 else inputs[1]))
+        arriving = [change(arranged(torch.ones_like(y).cumsum(0))) for y in results]
+        gradients = torch.autograd.grad(results, [*inputs, *layer.parameters()], arriving)
+        outputs[name] = dict(enumerate([*results, *gradients]))
     assert_equal(outputs["odd"], outputs["plain"])
 
 
@@ -64,8 +64,8 @@ def test_strided_weights(kind):
     theirs, ours = twins(kind, input_size=3, hidden_size=4)
     weights = {name: LAYOUTS["strided"](p.detach()) for name, p in ours.named_parameters()}
     x = some_input(kind)
-    for found, expected in zip(flat(torch.func.functional_call(ours, weights, (x,))), flat(theirs(x)), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(flat(torch.func.functional_call(ours, weights, (x,))), flat(theirs(x)), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 # ---- parametrizations and such --------------------------------------------------------------------------------------
@@ -218,24 +218,24 @@ def gradients(layer, kind):
 def test_activation_checkpointing(kind, reentrant):
     _, layer = twins(kind, input_size=3, hidden_size=4, num_layers=2, dropout=0.5)
     x = some_input(kind).requires_grad_()
-    found = []
+    results = []
     for run in (layer, lambda a: checkpoint(layer, a, use_reentrant=reentrant)):
         torch.manual_seed(5)
         layer.zero_grad()
         x.grad = None
         run(x)[0].square().sum().backward()
-        found.append([tensor.grad.clone() for tensor in (x, *layer.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+        results.append([tensor.grad.clone() for tensor in (x, *layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_checkpointing_under_autocast():
     layer, x = gpu_rnn.GRU(3, 4), torch.randn(5, 2, 3)
-    found = []
+    results = []
     for run in (layer, lambda a: checkpoint(layer, a, use_reentrant=False)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = run(x)[0].float().sum()
-        found.append(torch.autograd.grad(loss, list(layer.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+        results.append(torch.autograd.grad(loss, list(layer.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_saved_tensors_can_be_moved_away():
@@ -270,7 +270,7 @@ def test_the_last_states_alone_carry_a_gradient():
     """The gradient of y is then none at all, not zeros that somebody allocated."""
     theirs, ours = twins("LSTM", input_size=3, hidden_size=4)
     x = some_input("LSTM")
-    found, expected = (
+    actual, expected = (
         torch.autograd.grad(layer(x)[1][1].sin().sum(), list(layer.parameters())) for layer in (ours, theirs)
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)

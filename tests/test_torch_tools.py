@@ -104,10 +104,10 @@ def test_flops_of_cells_and_functions():
     cell, x = gpu_rnn.GRUCell(I, H), torch.randn(B, I)
     assert flops(lambda: cell(x)) == 2 * B * 3 * H * (I + H)
     layer = gpu_rnn.GRU(I, H)
-    given = torch.randn(T, B, I), layer.weight_ih_l0, layer.weight_hh_l0
-    assert flops(lambda: gpu_rnn.gru(*given)) == 2 * T * B * 3 * H * (I + H)
-    part = given[0] @ given[1].t()
-    assert flops(lambda: gpu_rnn.gru(part, None, given[2])) == 2 * T * B * 3 * H * H
+    inputs = torch.randn(T, B, I), layer.weight_ih_l0, layer.weight_hh_l0
+    assert flops(lambda: gpu_rnn.gru(*inputs)) == 2 * T * B * 3 * H * (I + H)
+    part = inputs[0] @ inputs[1].t()
+    assert flops(lambda: gpu_rnn.gru(part, None, inputs[2])) == 2 * T * B * 3 * H * H
 
 
 def test_flops_of_what_torch_compile_and_export_capture():
@@ -174,7 +174,7 @@ def test_selective_checkpointing_saves_the_layer(monkeypatch):
     runs, forward = [], functions.forward
     monkeypatch.setattr(functions, "forward", lambda *args: runs.append(1) or forward(*args))
 
-    def policy(context, operator, *given, **named):
+    def policy(context, operator, *_args, **named):
         saved = operator == torch.ops.gpu_rnn.forward.default
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -182,8 +182,8 @@ def test_selective_checkpointing_saves_the_layer(monkeypatch):
     runs.clear()
     contexts = partial(create_selective_checkpoint_contexts, policy)
     y = checkpoint(lambda x: layer(x)[0].tanh(), x, use_reentrant=False, context_fn=contexts)
-    (found,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(found, expected)
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(actual, expected)
     assert len(runs) == 1
 
 
@@ -220,13 +220,13 @@ def test_ranges_are_within_their_operator_in_a_compiled_model():
     layer, x = gpu_rnn.LSTM(I, H), torch.randn(T, B, I)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(x)
-    found = ranges(lambda: compiled(x)[0].sum().backward())
+    names_of_ranges = ranges(lambda: compiled(x)[0].sum().backward())
     names = [f"gpu_rnn::lstm {way} T={T} B={B} H={H} numpy" for way in ("forward", "backward")]
-    assert found == ["gpu_rnn::forward", names[0], "gpu_rnn::backward", names[1]]
+    assert names_of_ranges == ["gpu_rnn::forward", names[0], "gpu_rnn::backward", names[1]]
 
 
 def test_no_range_is_made_while_no_profiler_is_on(monkeypatch):
-    def fail(*given):
+    def fail(*args):
         raise AssertionError("a range without a profiler")
 
     monkeypatch.setattr(torch.profiler, "record_function", fail)

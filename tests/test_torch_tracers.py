@@ -38,8 +38,8 @@ def inputs(kind, T=5, B=2):
     return torch.randn(B, 3) if kind.endswith("Cell") else torch.randn(T, B, 3)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def operators(graph):
@@ -100,8 +100,8 @@ def test_a_traced_modifier_is_the_layers(keywords, masked):
 
     traced = torch.jit.trace(run, arguments(5, 1), check_trace=False)
     for sizes in ((5, 2), (7, 3)):
-        given = arguments(*sizes)
-        close(traced(*given), run(*given))
+        inputs = arguments(*sizes)
+        close(traced(*inputs), run(*inputs))
 
 
 def test_a_traced_function_computes():
@@ -125,9 +125,9 @@ def test_a_traced_model_takes_packed_input_of_other_lengths(lengths):
 
     ours, theirs = (Model(model[0]) for model in pair("LSTM", {"bidirectional": True}))
     traced = torch.jit.trace(ours, (torch.randn(5, 2, 3), torch.tensor(lengths)))
-    for given in ((5, 5), (2, 5), (4, 7, 1)):
-        x = torch.randn(max(given), len(given), 3)
-        close(traced(x, torch.tensor(given)), theirs(x, torch.tensor(given)))
+    for other_lengths in ((5, 5), (2, 5), (4, 7, 1)):
+        x = torch.randn(max(other_lengths), len(other_lengths), 3)
+        close(traced(x, torch.tensor(other_lengths)), theirs(x, torch.tensor(other_lengths)))
 
 
 def test_script_is_refused_by_name_and_takes_a_traced_layer():
@@ -200,9 +200,9 @@ def test_a_leafs_arguments_are_recorded():
             return self.inner[0](x * 2, (h, c), reset=reset, return_states=True)[0]
 
     model = Model()
-    given = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.rand(5, 2) < 0.5
+    inputs = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.rand(5, 2) < 0.5
     graph = torch.fx.symbolic_trace(model)
-    assert torch.equal(graph(*given), model(*given))
+    assert torch.equal(graph(*inputs), model(*inputs))
     (node,) = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert (node.target, set(node.kwargs)) == ("inner.0", {"reset", "return_states"})
 
@@ -249,11 +249,11 @@ def test_make_fx_with_weights_as_inputs(mode):
     def loss(parameters, x):
         return torch.func.functional_call(ours, parameters, (x,))[0].square().sum()
 
-    given = dict(ours.named_parameters()), torch.randn(5, 2, 3)
-    graph = make_fx(torch.func.grad(loss), tracing_mode=mode)(*given)
+    inputs = dict(ours.named_parameters()), torch.randn(5, 2, 3)
+    graph = make_fx(torch.func.grad(loss), tracing_mode=mode)(*inputs)
     x = torch.randn(5, 2, 3)
     theirs(x)[0].square().sum().backward()
-    for name, gradient in graph(given[0], x).items():
+    for name, gradient in graph(inputs[0], x).items():
         close(gradient, theirs.get_parameter(name).grad)
 
 
@@ -293,8 +293,8 @@ def test_what_computes_at_once_is_refused(look):
 def test_vmap_is_member_by_member(kind, arguments):
     ours, theirs = pair(kind, arguments, frozen=True)
     xs = torch.stack([inputs(kind) for _ in range(3)])
-    for found, *expected in zip(leaves(torch.vmap(ours)(xs)), *(leaves(theirs(x)) for x in xs), strict=True):
-        close(found, torch.stack(expected))
+    for actual, *expected in zip(leaves(torch.vmap(ours)(xs)), *(leaves(theirs(x)) for x in xs), strict=True):
+        close(actual, torch.stack(expected))
 
 
 def leaves(outputs):

@@ -46,17 +46,17 @@ def trajectories(kind, steps=T, states=2, first=((0, 3), (1, 0), (1, 5), (2, 1),
 
 def results(kind, module, batch):
     """Everything that the module writes, and the gradients of y and of all states."""
-    found = module(batch.clone())
-    outputs = {"y": found["y"]} | {state: found["next", state] for state in STATES[kind]}
+    actual = module(batch.clone())
+    outputs = {"y": actual["y"]} | {state: actual["next", state] for state in STATES[kind]}
     loss = sum((tensor * torch.arange(tensor.numel()).reshape(tensor.shape).cos()).sum() for tensor in outputs.values())
     names, parameters = zip(*module.named_parameters())
     return outputs | dict(zip(names, torch.autograd.grad(loss, parameters)))
 
 
-def assert_same(found, expected):
-    assert list(found) == list(expected)
+def assert_same(actual, expected):
+    assert list(actual) == list(expected)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @every_kind
@@ -103,11 +103,11 @@ def test_parameters_from_outside(kind):
     theirs, ours = pair(kind)
     batch = trajectories(kind)
     others = tensordict.from_module(theirs).apply(lambda weight: weight.detach() * 2)
-    found, expected = [], []
-    for made, outputs in ((ours, found), (theirs, expected)):
+    actual, expected = [], []
+    for made, outputs in ((ours, actual), (theirs, expected)):
         with others.to_module(made):
             outputs.append(made(batch.clone())["y"])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert_same(results(kind, ours, batch), results(kind, theirs, batch))
 
 
@@ -140,9 +140,9 @@ def test_a_mask_says_what_lengths_say(kind, batch_first):
     mask = torch.arange(T)[:, None] < lengths
     if batch_first:
         x, mask = x.transpose(0, 1), mask.t()
-    found, expected = layer(x, mask=mask), layer(x, lengths=lengths)
-    assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(*states) for states in zip(found[1], expected[1]))
+    actual, expected = layer(x, mask=mask), layer(x, lengths=lengths)
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(*states) for states in zip(actual[1], expected[1]))
     alone, _ = layer(x[0] if batch_first else x[:, 0], mask=mask[0] if batch_first else mask[:, 0])
     torch.testing.assert_close(alone, expected[0][0] if batch_first else expected[0][:, 0])
 

@@ -45,15 +45,15 @@ def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
     if backward:
         kernel, page = stepwise.grad_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
-        given = (array, real, real, real, array, array, real, array, array, separate, history, real)
-        given = (*given, *extra(cell, real), 5, 4, 5, 6, 6)
+        args = (array, real, real, real, array, array, real, array, array, separate, history, real)
+        args = (*args, *extra(cell, real), 5, 4, 5, 6, 6)
     else:
         kernel, page = stepwise.step_kernel, backend.forward_constexprs(cell)
         operand = array if cell.recurrent_input else None
-        given = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
+        args = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
     constants = (*page, language, block_b, block_h)
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
-    return fake_gpu.compiled(monkeypatch, capability, kernel, *given, 33, H, 33, *constants, **options)
+    return fake_gpu.compiled(monkeypatch, capability, kernel, *args, 33, H, 33, *constants, **options)
 
 
 def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precision="ieee"):
@@ -62,13 +62,13 @@ def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precisi
     if backward:
         kernel, page = persistent.backward_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
-        given = (array, array, real, real, array, array, real, array, array, separate, history, real)
+        args = (array, array, real, real, array, array, real, array, array, separate, history, real)
     else:
         kernel, page = persistent.forward_kernel, backend.forward_constexprs(cell)
-        given = (array, array, array, array, real, array, array)
+        args = (array, array, array, array, real, array, array)
     constants = (*page, H, chosen.rows, chosen.tile, precision, chosen.stages)
     binary = fake_gpu.compiled(
-        monkeypatch, capability, kernel, *given, *extra(cell, real), 1000, 33, 33, 0, *constants,
+        monkeypatch, capability, kernel, *args, *extra(cell, real), 1000, 33, 33, 0, *constants,
         num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
     most = plans.sequence_bytes(cell, chosen.tile, dtype, chosen.rows, chosen.stages, backward=backward)
@@ -261,8 +261,8 @@ def test_what_a_gpu_can_hold_beside_the_gates():
         ("lstm+reset", 256, "lstm[reset] has 7 live values per time step at H = 256"),
         ("lstm+hold+norm", 64, "lstm[lengths, layer_norm] has 13 live values per time step plus reductions at H = 64"),
     ):
-        found = plans.sequence(cells.get(name), H, "bfloat16", 232448, backward=True)
-        assert found == (None, f"too many registers: {why}")
+        result = plans.sequence(cells.get(name), H, "bfloat16", 232448, backward=True)
+        assert result == (None, f"too many registers: {why}")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

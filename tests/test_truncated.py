@@ -58,18 +58,18 @@ def loss(y, first):
 @WINDOWS
 def test_gradients_are_those_of_the_definition(kind, T, k1, k2):
     x = sequence(T)
-    wanted = by_definition(made(kind, nn), x, k1, k2, loss)
+    expected = by_definition(made(kind, nn), x, k1, k2, loss)
     for home in (gpu_rnn, nn):
-        layer, found, first = made(kind, home), [], 0
+        layer, gradients_of_windows, first = made(kind, home), [], 0
         for y, _ in gpu_rnn.tbptt(layer, x, k1, k2):
             assert len(y) == min(k1, T - first)
             gradients = torch.autograd.grad(loss(y, first), [x, *layer.parameters()])
-            found.append(gradients)
+            gradients_of_windows.append(gradients)
             first += len(y)
             assert not gradients[0][: max(first - k2, 0)].any(), "nothing reaches further back"
             assert gradients[0][max(first - k2, 0)].any()
         assert first == T
-        torch.testing.assert_close([sum(parts) for parts in zip(*found)], list(wanted), **CLOSE)
+        torch.testing.assert_close([sum(parts) for parts in zip(*gradients_of_windows)], list(expected), **CLOSE)
 
 
 @KINDS
@@ -81,7 +81,7 @@ def test_outputs_and_states_are_the_whole_sequences(kind, T, k1, k2, batch_first
     torch.manual_seed(1)
     count = 2 if kind == "LSTM" else 1
     hx, resets = (tuple(torch.randn(*size, dtype=torch.float64) for _ in range(count)) for size in ((2, B, H), (2, H)))
-    hx, resets = (given if count > 1 else given[0] for given in (hx, resets))
+    hx, resets = (tensors if count > 1 else tensors[0] for tensors in (hx, resets))
     reset = torch.rand(T, B) < 0.3
     if batch_first:
         x, reset = x.transpose(0, 1), reset.t()
@@ -91,16 +91,16 @@ def test_outputs_and_states_are_the_whole_sequences(kind, T, k1, k2, batch_first
         "lengths": torch.tensor([T, 3, 0]),
         "left_padding": torch.tensor([1, 0, 2]),
     }
-    wanted, last = layer(x, hx, **around)
+    expected, last = layer(x, hx, **around)
     windows = list(gpu_rnn.tbptt(layer, x, k1, k2, hx, **around))
-    torch.testing.assert_close(torch.cat([y for y, _ in windows], 1 if batch_first else 0), wanted, **CLOSE)
+    torch.testing.assert_close(torch.cat([y for y, _ in windows], 1 if batch_first else 0), expected, **CLOSE)
     torch.testing.assert_close(windows[-1][1], last, **CLOSE)
 
 
 def test_a_single_sequence():
     layer, x = made("LSTM", batch_first=True), sequence(7)[:, 0]
-    found = torch.cat([y for y, _ in gpu_rnn.tbptt(layer, x, 2, 3)])
-    torch.testing.assert_close(found, layer(x)[0], **CLOSE)
+    actual = torch.cat([y for y, _ in gpu_rnn.tbptt(layer, x, 2, 3)])
+    torch.testing.assert_close(actual, layer(x)[0], **CLOSE)
 
 
 def test_weights_may_change_between_windows():

@@ -63,8 +63,8 @@ def public():
 
 
 def test_docstrings():
-    found = {name: words for name, value in public() if (words := retired(getattr(value, "__doc__", None) or ""))}
-    assert not found
+    words_of = {name: words for name, value in public() if (words := retired(getattr(value, "__doc__", None) or ""))}
+    assert not words_of
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -92,9 +92,9 @@ def test_explanations(name, monkeypatch):
     sizes = product((1, 100), (1, 64), (64, 1024, 4096), ("float32", "bfloat16", "float64"), (False, True))
     for T, B, H, dtype, training in sizes:
         P = 8 if "projected" in name else None
-        given = Problem(cell, T, B, 32, H, P, dtype, "cuda", "torch", training)
-        texts += [dispatch.backend_for(backend, given).plan(given) for backend in ("cuda", "triton")]
-        texts += [str(dispatch.explain(given)), str(given)]
+        problem = Problem(cell, T, B, 32, H, P, dtype, "cuda", "torch", training)
+        texts += [dispatch.backend_for(backend, problem).plan(problem) for backend in ("cuda", "triton")]
+        texts += [str(dispatch.explain(problem)), str(problem)]
     stack = Problem(cell, 100, 8, 32, 512, dtype="bfloat16", device="cuda", library="torch", training=True, layers=4)
     texts += [dispatch.backend_for("cuda", stack).plan(stack)]
     texts += [str(dispatch.explain(Problem(cell, 5, 2, 3, 4, dtype=dtype))) for dtype in arrays.DTYPES]

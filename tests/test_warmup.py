@@ -56,8 +56,8 @@ def test_cells_functions_and_autocast(asked):
     gpu_rnn.warmup("rnn_relu", T=5, B=2, I=3, H=4, dtype="float16", device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
         gpu_rnn.warmup(gpu_rnn.RNN(3, 4), T=7)
-    found = [(p.cell.name, p.T, p.B, p.dtype) for p in asked]
-    assert found == [("gru", 1, 2, "float32"), ("rnn_relu", 5, 2, "float16"), ("rnn_tanh", 7, 1, "bfloat16")]
+    problems = [(p.cell.name, p.T, p.B, p.dtype) for p in asked]
+    assert problems == [("gru", 1, 2, "float32"), ("rnn_relu", 5, 2, "float16"), ("rnn_tanh", 7, 1, "bfloat16")]
 
 
 def test_bad_calls_are_refused():

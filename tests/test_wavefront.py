@@ -69,88 +69,91 @@ class Run:
         self.dlast = [draw(S, B, H) for _ in range(layers)]
         self.dy = [draw(T, B, H) if k % 2 == (layers - 1) % 2 else None for k in range(layers)]  # a hidden y, too
 
-    def launch(self, backward, given, *, save, seed, **options):
-        """given: the kernel's arrays of each layer, with places for R and W."""
+    def launch(self, backward, args, *, save, seed, **options):
+        """args: the kernel's arrays of each layer, with places for R and W."""
         (T, B, H), plan, kernels = self.sizes, self.plans[backward], self.kernels[backward]
         places = (3, -1) if backward else (1, -2)
-        for k, each in enumerate(given):
+        for k, layer_args in enumerate(args):
             for place, weights in zip(places, (self.R[k], self.W[k] if k else None)):
-                each[place] = None if weights is None else encode(weights, self.dtype)
-        members = [persistent.Instance(tuple(0 if a is None else a.ctypes.data for a in each), False) for each in given]
-        words, exchange = persistent.kernel_params(members), zeros(plan.launches * plan.exchange_bytes(T))
+                layer_args[place] = None if weights is None else encode(weights, self.dtype)
+        addresses = [tuple(0 if a is None else a.ctypes.data for a in layer_args) for layer_args in args]
+        instances = [persistent.Instance(layer_addresses, False) for layer_addresses in addresses]
+        words, exchange = persistent.kernel_params(instances), zeros(plan.launches * plan.exchange_bytes(T))
         for k, launch in enumerate(persistent.launches(plan, self.cell, self.dtype, T, B, H, 1, save=save)):
             at = exchange.ctypes.data + k * plan.exchange_bytes(T)
             cuda_on_cpu.execute(kernels, launch, words, at, seed=seed, **options)
 
     def forward(self, *, save=True, seed=0, **options):
-        (T, B, H), cell, kept, found = self.sizes, self.cell, self.dtype, {}
-        S, K, given, self.tape = cell.S, cell.K, [], []
+        (T, B, H), cell, storage, errors = self.sizes, self.cell, self.dtype, {}
+        S, K, args, self.saved = cell.S, cell.K, [], []
         for k in range(self.layers):
-            h0, b_hh, b_ih = (encode(array, kept) for array in (self.state[k][0], self.b_hh[k], self.b_ih[k]))
+            h0, b_hh, b_ih = (encode(array, storage) for array in (self.state[k][0], self.b_hh[k], self.b_ih[k]))
             others = np.full((T + 1 if save else 1, S - 1, B, H), np.nan, np.float32)
             others[0] = np.reshape(self.state[k][1:], (S - 1, B, H))
-            y, saved = poison((T, B, H), kept), poison((T, B, K, H), kept) if save else None
-            xg = None if k else encode(self.xg, kept)
-            given.append([xg, None, b_hh, h0, others, saved, y, None, None, None, None, b_ih if k else None])
-            self.tape.append((y, h0, others, saved))
-        self.launch(False, given, save=save, seed=seed, **options)
+            y, saved = poison((T, B, H), storage), poison((T, B, K, H), storage) if save else None
+            xg = None if k else encode(self.xg, storage)
+            args.append([xg, None, b_hh, h0, others, saved, y, None, None, None, None, b_ih if k else None])
+            self.saved.append((y, h0, others, saved))
+        self.launch(False, args, save=save, seed=seed, **options)
         below = self.xg.reshape(T, B, -1)
-        for k, (y, _, others, _) in enumerate(self.tape):
+        for k, (y, _, others, _) in enumerate(self.saved):
             W, b_ih = (self.W[k], self.b_ih[k]) if k else (np.eye(cell.G * H), None)
             weights = Weights(W, self.R[k], b_ih, self.b_hh[k])
             below, last, _ = calls.forward(
                 oracle.forward, cell, below, weights, self.state[k], reverse=False, save=True
             )
             scale = self.epsilon * np.sqrt(T * (k + 1)) * 2**k
-            found[f"y{k}"] = np.abs(decode(y, kept) - below).max() / (4 * scale)
+            errors[f"y{k}"] = np.abs(decode(y, storage) - below).max() / (4 * scale)
             for letter, ours, theirs in zip(cell.states[1:], others[-1], last[1:]):
-                found[f"{letter}T{k}"] = np.abs(ours - theirs).max() / (8 * scale)
-        return found
+                errors[f"{letter}T{k}"] = np.abs(ours - theirs).max() / (8 * scale)
+        return errors
 
     def backward(self, *, seed=0, **options):
-        """Over the tape that `forward` has left, which is read alone."""
-        (T, B, H), cell, kept, found = self.sizes, self.cell, self.dtype, {}
-        before, given = [[a.copy() for a in tape] for tape in self.tape], []
-        for dy, dlast, tape in zip(self.dy, self.dlast, self.tape):
-            dxg, dhg = (poison((T, B, cell.G, H), kept) for _ in range(2))
+        """Read the saved activations of `forward`, and change none."""
+        (T, B, H), cell, storage, errors = self.sizes, self.cell, self.dtype, {}
+        before, args = [[a.copy() for a in layer_saved] for layer_saved in self.saved], []
+        for dy, dlast, layer_saved in zip(self.dy, self.dlast, self.saved):
+            dxg, dhg = (poison((T, B, cell.G, H), storage) for _ in range(2))
             dh, *dothers = dlast.astype(np.float32)
             dothers = np.reshape(dothers, (cell.S - 1, B, H))
-            dy = None if dy is None else encode(dy, kept)
+            dy = None if dy is None else encode(dy, storage)
             dhg = dhg if any(cell.separate) else None
-            given.append([dy, dh.copy(), dothers.copy(), None, *tape, dxg, dhg, None, None, None, None, None, None])
-        self.launch(True, given, save=True, seed=seed, **options)
-        for tape, kept_tape in zip(self.tape, before):
-            assert all(np.array_equal(a, b) for a, b in zip(tape, kept_tape)), "backward wrote the tape"
+            args.append([dy, dh.copy(), dothers.copy(), None, *layer_saved, dxg, dhg, *[None] * 6])
+        self.launch(True, args, save=True, seed=seed, **options)
+        for layer_saved, layer_before in zip(self.saved, before):
+            assert all(np.array_equal(a, b) for a, b in zip(layer_saved, layer_before)), (
+                "backward wrote saved activations"
+            )
         dx = None
         for k in reversed(range(self.layers)):
             dxg, dhg, dstate, dx = self.gradients(k, dx)
-            _, dh, dothers, *_, ours_dxg, ours_dhg, _, _, _, _, _, _ = given[k]
+            _, dh, dothers, *_, ours_dxg, ours_dhg, _, _, _, _, _, _ = args[k]
             scale = 8 * self.epsilon * np.sqrt(T * (self.layers - k)) * max(1.0, np.abs(dxg).max(), np.abs(dhg).max())
-            found[f"dxg{k}"] = np.abs(decode(ours_dxg, kept) - dxg).max() / scale
+            errors[f"dxg{k}"] = np.abs(decode(ours_dxg, storage) - dxg).max() / scale
             if ours_dhg is not None:
-                found[f"dhg{k}"] = np.abs(decode(ours_dhg, kept) - dhg).max() / scale
+                errors[f"dhg{k}"] = np.abs(decode(ours_dhg, storage) - dhg).max() / scale
             for letter, ours, theirs in zip(cell.states, (dh, *dothers), dstate):
-                found[f"d{letter}{k}"] = np.abs(ours - theirs).max() / (2 * scale)
-        return found
+                errors[f"d{letter}{k}"] = np.abs(ours - theirs).max() / (2 * scale)
+        return errors
 
     def gradients(self, k, dx):
-        """Of a layer in float64, by its page and over the very tape: of both parts of its gates, of states, of x."""
-        (T, B, H), cell, kept = self.sizes, self.cell, self.dtype
-        y, h0, others, saved = (decode(a, kept if n != 2 else "float32") for n, a in enumerate(self.tape[k]))
-        asked, dxg, dhg = [*self.dlast[k]], np.empty((T, B, cell.G, H)), np.empty((T, B, cell.G, H))
+        """Compute a layer's in float64 from the same saved activations: of Wx, of Rh, of the states, of x."""
+        (T, B, H), cell, storage = self.sizes, self.cell, self.dtype
+        y, h0, others, saved = (decode(a, storage if n != 2 else "float32") for n, a in enumerate(self.saved[k]))
+        dstate, dxg, dhg = [*self.dlast[k]], np.empty((T, B, cell.G, H)), np.empty((T, B, cell.G, H))
         for t in reversed(range(T)):
             for from_above in (self.dy[k], dx):
-                asked[0] = asked[0] + (0 if from_above is None else from_above[t])
-            given = {"dnew": asked, "new": (y[t], *others[t + 1]), "state": (y[t - 1] if t else h0, *others[t])}
-            given["saved"] = [*saved[t].swapaxes(0, 1)]
-            of_x, of_h, of_state, _ = cells.grad_graph(cell).run(arrays.operations(y), **given)
+                dstate[0] = dstate[0] + (0 if from_above is None else from_above[t])
+            inputs = {"dnew": dstate, "new": (y[t], *others[t + 1]), "state": (y[t - 1] if t else h0, *others[t])}
+            inputs["saved"] = [*saved[t].swapaxes(0, 1)]
+            of_x, of_h, of_state, _ = cells.grad_graph(cell).run(arrays.operations(y), **inputs)
             dxg[t], dhg[t] = np.stack(of_x, 1), np.stack(of_h, 1)
-            asked = [of_state[0] + dhg[t].reshape(B, -1) @ self.R[k], *of_state[1:]]
-        return dxg, dhg, asked, dxg.reshape(T, B, -1) @ self.W[k]
+            dstate = [of_state[0] + dhg[t].reshape(B, -1) @ self.R[k], *of_state[1:]]
+        return dxg, dhg, dstate, dxg.reshape(T, B, -1) @ self.W[k]
 
 
-def wrong(found):
-    return {name: error for name, error in found.items() if not error < 1}  # NaN is wrong, too
+def wrong(errors):
+    return {name: error for name, error in errors.items() if not error < 1}  # NaN is wrong, too
 
 
 def libraries(name, dtype, plans, sanitizer=None, kernel=None):
@@ -184,11 +187,11 @@ def test_equals_the_oracle(variant, alone):
     plans = forced(name, dtype, H, B, layers, alone=alone)
     run = Run(*variant, plans, libraries(name, dtype, plans))
     for seed, save in ((0, True), (2, False), (3, True)):
-        found = run.forward(save=save, seed=seed)
-        assert not wrong(found), (plans, seed, found)
+        errors = run.forward(save=save, seed=seed)
+        assert not wrong(errors), (plans, seed, errors)
     for seed in (0, 1, 2):
-        found = run.backward(seed=seed)
-        assert not wrong(found), (plans, seed, found)
+        errors = run.backward(seed=seed)
+        assert not wrong(errors), (plans, seed, errors)
 
 
 @ON_HOST
@@ -199,8 +202,8 @@ def test_weights_in_shared_memory_and_several_launches(name):
     plans = [replace(plan, k_registers=0, k_shared=plan.k_registers + plan.k_shared) for plan in plans]
     assert all(plan.launches > 1 for plan in plans)
     run = Run(name, "bfloat16", 4, 40, 40, 3, plans, libraries(name, "bfloat16", plans))
-    found = [ways(resident_blocks=small.multiprocessors, seed=1) for ways in (run.forward, run.backward)]
-    assert not any(map(wrong, found)), found
+    errors = [ways(resident_blocks=small.multiprocessors, seed=1) for ways in (run.forward, run.backward)]
+    assert not any(map(wrong, errors)), errors
 
 
 @ON_HOST
@@ -212,8 +215,8 @@ def test_warps_that_share_columns_and_sums():
         shape = {"blocks": 3, "unit_tiles": 2, "k_splits": 2, "k_registers": k_tiles - 1, "k_shared": 1}
         plans.append(replace(plan, **shape, batch_tiles=2, groups=1, launches=1))
     run = Run("gru", "float16", 3, 11, 70, 2, plans, libraries("gru", "float16", plans))
-    found = [ways(seed=1) for ways in (run.forward, run.backward)]
-    assert not any(map(wrong, found)), found
+    errors = [ways(seed=1) for ways in (run.forward, run.backward)]
+    assert not any(map(wrong, errors)), errors
 
 
 @ON_HOST
@@ -236,8 +239,8 @@ def test_nobody_waits_for_who_reads_him():
     plans = forced("gru", "bfloat16", 20, 3, 4)
     run = Run(*variant, plans, libraries("gru", "bfloat16", plans))
     for way in (run.forward, run.backward):
-        found = [way(seed=seed) for seed in range(6)]
-        assert all(each == found[0] for each in found), "two runs are bitwise equal"
+        errors = [way(seed=seed) for seed in range(6)]
+        assert all(each == errors[0] for each in errors), "two runs are bitwise equal"
 
 
 @ON_HOST
@@ -312,7 +315,7 @@ def caught(way, seed):
 @ON_HOST
 @pytest.mark.parametrize(("name", "dtype"), [("lstm", "bfloat16"), ("gru", "float32")])
 def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
-    """As good as one after the other, also over a tape of the other kind."""
+    """As good as one after the other, also over saved activations of the other kind."""
     L, device, launched, cell = 3, DEVICES["a100"], [], cells.get(name)
 
     def ready(launch):
@@ -328,23 +331,23 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
 
     def in_turn(forward, backward, cases):
         """Only the last layer's y is asked for."""
-        x, found, results, dy = cases[0].x, [], {}, cases[-1].dy
+        x, outputs, results, dy = cases[0].x, [], {}, cases[-1].dy
         for case in cases:
-            found.append(calls.forward(forward, cell, x, case.weights, case.state, save=True))
-            x = found[-1][0]
+            outputs.append(calls.forward(forward, cell, x, case.weights, case.state, save=True))
+            x = outputs[-1][0]
         for k in reversed(range(L)):
-            case, (y, _, tape), x = cases[k], found[k], found[k - 1][0] if k else cases[0].x
-            given = cell, x, case.weights, case.state, y, tape, dy, case.dlast
-            results |= gradients_of(k, calls.backward(backward, *given, needs=case.needs))
+            case, (y, _, saved_layer), x = cases[k], outputs[k], outputs[k - 1][0] if k else cases[0].x
+            inputs = cell, x, case.weights, case.state, y, saved_layer, dy, case.dlast
+            results |= gradients_of(k, calls.backward(backward, *inputs, needs=case.needs))
             dy = results[f"dx{k}"]
-        return named(results, found), found
+        return named(results, outputs), outputs
 
     def gradients_of(k, gradients):
         states = {f"d{letter}0{k}": array for letter, array in zip(cell.states, gradients["state"], strict=True)}
         return states | {f"d{what}{k}": array for what, array in gradients.items() if what != "state"}
 
-    def named(results, found):
-        for k, (y, last, _) in enumerate(found):
+    def named(results, outputs):
+        for k, (y, last, _) in enumerate(outputs):
             results |= {f"y{k}": y} | {f"{letter}T{k}": state for letter, state in zip(cell.states, last)}
         return {what: sequences.wide(array) for what, array in results.items()}
 
@@ -352,21 +355,21 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
         results = calls.forward_many(run_forward, cases, save=save, linked=True)
         return [(y, last, saved) for y, last, _, saved in results]
 
-    def back(found):
+    def back(outputs):
         dys, results = [*[None] * (L - 1), cases[-1].dy], {}
-        whole = [Result(y, last, (), saved) for y, last, saved in found]
+        whole = [Result(y, last, (), saved) for y, last, saved in outputs]
         gradients = calls.backward_many(run_backward, cases, whole, linked=True, dys=dys)
         for k, (case, each) in enumerate(zip(cases, gradients)):
             assert each.keys() == (case.needs if k == 0 else case.needs - {"x"}) | {"state"}
             results |= gradients_of(k, each)
-        return named(results, found)
+        return named(results, outputs)
 
     peer, recorded = in_turn(run_forward, run_backward, cases)
     launched.clear()
-    found = stacked(save=True)
-    ours = back(found)
-    resident = launched
-    assert resident == [("persistent_forward", "3"), ("persistent_backward", "3")]
+    outputs = stacked(save=True)
+    ours = back(outputs)
+    persistent_launches = launched
+    assert persistent_launches == [("persistent_forward", "3"), ("persistent_backward", "3")]
     truth, _ = in_turn(oracle.forward, oracle.backward, [case.mapped(sequences.wide) for case in cases])
     over_the_other = back(recorded)
     for what in ours:
@@ -382,7 +385,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
 
     launched.clear()
     at_most(4, backward=True)
-    in_parts = back(found)
+    in_parts = back(outputs)
     assert launched.count(("persistent_backward", "3")) == 2, "cut over time"
     assert all(np.array_equal(in_parts[what], ours[what]) for what in ours), "back it makes no difference"
     at_most(2, backward=False)
@@ -392,8 +395,8 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
         assert_close(array, truth[what], peer[what], dtype, what)
     unsaved = stacked(save=False)
     ours |= named({}, again)
-    for k, (y, _, tape) in enumerate(unsaved):
-        assert tape == ()
+    for k, (y, _, saved_layer) in enumerate(unsaved):
+        assert saved_layer == ()
         assert np.array_equal(sequences.wide(y), ours[f"y{k}"]), "inference and training agree bit for bit"
 
 
@@ -470,8 +473,8 @@ def results(layer, x, trains, owner=None):
     outputs = torch.utils._pytree.tree_leaves(layer(x))
     if not trains:
         return outputs
-    wanted = [p for p in (x, *(owner or layer).parameters()) if p.requires_grad]
-    return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), wanted)]
+    leaves = [p for p in (x, *(owner or layer).parameters()) if p.requires_grad]
+    return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)]
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
@@ -485,9 +488,9 @@ def test_a_stack_asks_for_all_layers_and_gets_the_same(kind, batch_first, ways, 
     with monkeypatch.context() as patched:
         noted = pretending(patched, ways)
         with torch.no_grad():
-            found = results(layer, x, False)
-        found += results(layer, x, True)
-    for ours, alone in zip(found, expected, strict=True):
+            actual = results(layer, x, False)
+        actual += results(layer, x, True)
+    for ours, alone in zip(actual, expected, strict=True):
         assert torch.equal(ours, alone)
     names = sorted({"x", "w_ih", "w_hh", *(("b_ih", "b_hh") if kind != "GRU" else ())})
     there = [(3, False), (3, True)] if False in ways else []
@@ -500,11 +503,11 @@ def test_gradients_end_where_nobody_needs_them(both_ways, monkeypatch):
     layer, x, h0 = gpu_rnn.GRU(3, 4, num_layers=3), torch.randn(5, 2, 3), torch.randn(3, 2, 4)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name.endswith("l2") or name == "weight_ih_l1")
-    wanted = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    leaves = [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
     def gradients():
         y, hT = layer(x, h0)
-        return torch.autograd.grad(y.square().sum() + hT[1].sum(), wanted)
+        return torch.autograd.grad(y.square().sum() + hT[1].sum(), leaves)
 
     def of_states():
         first = h0.clone().requires_grad_()
@@ -529,9 +532,9 @@ def test_it_is_differentiated_again_and_a_graph_is_walked_twice(kind, both_ways)
         y, hx = layer(x)
         return y, *torch.utils._pytree.tree_leaves(hx)
 
-    given = x, layer.weight_ih_l0, layer.weight_hh_l0, layer.weight_ih_l1, layer.bias_hh_l1
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(run, given)
+    inputs = x, layer.weight_ih_l0, layer.weight_hh_l0, layer.weight_ih_l1, layer.bias_hh_l1
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
     loss = layer(x)[0].square().sum()
     once, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, again)
@@ -589,20 +592,20 @@ def test_operators_are_what_their_fakes_say(name):
     layer = getattr(gpu_rnn, name.upper())(3, 4, num_layers=2, bias=name == "lstm")
     S, x = cells.get(name).S, torch.randn(5, 2, 3, requires_grad=True)
     names = "w_ih w_hh b_ih b_hh" if layer.bias else "w_ih w_hh"
-    given = [x]
+    tensors = [x]
     for weights in layer.all_weights:
-        given += [*weights, *(torch.randn(2, 4, requires_grad=k == 0) for k in range(S))]
+        tensors += [*weights, *(torch.randn(2, 4, requires_grad=k == 0) for k in range(S))]
     options = [0, 0], True, "auto", None, False, 1, False
-    arguments = name, given, names, *options, True
+    arguments = name, tensors, names, *options, True
     torch.library.opcheck(torch.ops.gpu_rnn.forward.default, arguments)
-    found = torch.ops.gpu_rnn.forward(*arguments)
-    layers = found[: len(found) // 2], found[len(found) // 2 :]
+    outputs = torch.ops.gpu_rnn.forward(*arguments)
+    layers = outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
     doutputs = [torch.randn_like(tensor) for of_layer in layers for tensor in of_layer[: 1 + S]]
     doutputs[0] = None
-    kept = [tensor for y, *others in layers for tensor in (y, *others[S:])]
-    needs = [tensor.requires_grad for tensor in given]
-    given, kept = ([tensor.detach() for tensor in tensors] for tensors in (given, kept))
-    arguments = name, given, names, doutputs, kept, *options, needs
+    saved = [tensor for y, *others in layers for tensor in (y, *others[S:])]
+    needs = [tensor.requires_grad for tensor in tensors]
+    detached, saved = ([tensor.detach() for tensor in group] for group in (tensors, saved))
+    arguments = name, detached, names, doutputs, saved, *options, needs
     torch.library.opcheck(torch.ops.gpu_rnn.backward.default, arguments)
 
 
@@ -658,11 +661,11 @@ def test_it_is_taken_where_it_is_predicted_to_pay():
     assert "layer by layer" in reason
     for backward, parts in ((False, 4), (True, 7)):
         plan, _ = planned("lstm", "bfloat16", 512, 16384, 8, 4, device, backward)
-        found = persistent.time_slices(plan, 16384)
-        assert len(found) == parts
-        assert sorted(t for cut in found for t in range(*cut)) == list(range(16384)), "every instant once"
-        assert found == sorted(found, reverse=backward)
-        assert plan.launches * max(plan.exchange_bytes(end - begin) for begin, end in found) <= 256 << 20
+        slices = persistent.time_slices(plan, 16384)
+        assert len(slices) == parts
+        assert sorted(t for cut in slices for t in range(*cut)) == list(range(16384)), "every time step once"
+        assert slices == sorted(slices, reverse=backward)
+        assert plan.launches * max(plan.exchange_bytes(end - begin) for begin, end in slices) <= 256 << 20
         assert persistent.time_slices(plan, 1000) == [(0, 1000)]
     assert persistent.time_slices(persistent.select(4, 20, "bfloat16", 512, 8, device, backward=False)[0], 10**6) == [
         (0, 10**6)

@@ -40,7 +40,7 @@ def barriers(text: str, names: Sequence[str] = BARRIERS) -> list[Barrier]:
     code = _blank_out(text)
     functions = list(_functions(code))
     pattern = re.compile(rf"(?<![\w.:])(?:{'|'.join(map(re.escape, names))})\s*\(")
-    found = []
+    result = []
     for match in pattern.finditer(code):
         end = _after_bracket(code, match.end() - 1)
         before = code[: match.start()].rstrip()
@@ -50,8 +50,8 @@ def barriers(text: str, names: Sequence[str] = BARRIERS) -> list[Barrier]:
         inside = [name for name, first, last in functions if first < match.start() < last]
         if inside:
             line = text.count("\n", 0, match.start()) + 1
-            found.append(Barrier(line, text[match.start() : end], inside[0], match.start(), end))
-    return found
+            result.append(Barrier(line, text[match.start() : end], inside[0], match.start(), end))
+    return result
 
 
 def without(text: str, n: int, names: Sequence[str] = BARRIERS) -> str:

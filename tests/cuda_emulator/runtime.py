@@ -227,24 +227,24 @@ _KINDS = {"i": "i", "u": "u", "f": "f", "b": "u"}  # of a NumPy dtype
 
 
 def _argument(where: str, parameter: Parameter, value: Any) -> Any:
-    given: Any
+    argument: Any
     if isinstance(value, np.ndarray):
         if not value.flags.c_contiguous:
             raise HostError(f"{where}: the array is not C-contiguous")
-        kind, given = "p", ctypes.c_void_p(value.ctypes.data)
+        kind, argument = "p", ctypes.c_void_p(value.ctypes.data)
     elif value is None:
-        kind, given = "p", ctypes.c_void_p(None)
+        kind, argument = "p", ctypes.c_void_p(None)
     elif isinstance(value, np.generic):
         kind = _KINDS.get(value.dtype.kind, "?")
-        given = (ctypes.c_char * value.nbytes).from_buffer_copy(value.tobytes())
+        argument = (ctypes.c_char * value.nbytes).from_buffer_copy(value.tobytes())
     elif isinstance(value, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)):
-        kind, given = parameter.kind, value
+        kind, argument = parameter.kind, value
     else:
         raise HostError(f"{where}: {type(value).__name__} is neither an array nor a NumPy or ctypes scalar")
-    if (kind, ctypes.sizeof(given)) != (parameter.kind, parameter.bytes):
-        declared, passed = f"{parameter.kind}{parameter.bytes}", f"{kind}{ctypes.sizeof(given)}"
+    if (kind, ctypes.sizeof(argument)) != (parameter.kind, parameter.bytes):
+        declared, passed = f"{parameter.kind}{parameter.bytes}", f"{kind}{ctypes.sizeof(argument)}"
         raise HostError(f"{where}: the kernel declares {declared}, not {passed} (kind and bytes)")
-    return given
+    return argument
 
 
 # ---- Building ----------------------------------------------------------------------------------------------

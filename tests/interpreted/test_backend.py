@@ -44,14 +44,14 @@ def guarded(array):
 
 def differentiate(case):
     """Every result by name, through the public function and autograd."""
-    given = case.mapped(lambda array: guarded(array).requires_grad_())
-    weights = {name: w for name, w in given.weights._asdict().items() if w is not None}
-    initial = {f"{letter}0": array for letter, array in zip(case.cell.states, given.state, strict=True)}
-    y, last = FUNCTIONS[case.cell.name](given.x, **weights, **initial, reverse=case.reverse, backend="triton")
+    tracked = case.mapped(lambda array: guarded(array).requires_grad_())
+    weights = {name: w for name, w in tracked.weights._asdict().items() if w is not None}
+    initial = {f"{letter}0": array for letter, array in zip(case.cell.states, tracked.state, strict=True)}
+    y, last = FUNCTIONS[case.cell.name](tracked.x, **weights, **initial, reverse=case.reverse, backend="triton")
     last = last if isinstance(last, tuple) else (last,)
     torch.autograd.backward((y, *last), (case.dy, *case.dlast))
     results = {"y": y} | {f"{letter}T": array for letter, array in zip(case.cell.states, last, strict=True)}
-    return results | {f"d{name}": array.grad for name, array in ({"x": given.x} | weights | initial).items()}
+    return results | {f"d{name}": array.grad for name, array in ({"x": tracked.x} | weights | initial).items()}
 
 
 @EVERY
@@ -88,10 +88,10 @@ def test_inference_and_training_agree_and_backward_is_repeatable(name, how):
 
 def test_only_the_wanted_gradients():
     case = sequences.draw("gru", "float32", 2, 2, 3, 4)
-    given = (case.cell, case.x, case.weights, case.state)
-    y, _, saved = calls.forward(backend.forward, *given, reverse=False, save=True)
+    inputs = (case.cell, case.x, case.weights, case.state)
+    y, _, saved = calls.forward(backend.forward, *inputs, reverse=False, save=True)
     for needs in (set(), {"x"}, {"w_hh", "b_ih"}):
-        gradients = calls.backward(backend.backward, *given, y, saved, case.dy, case.dlast, reverse=False, needs=needs)
+        gradients = calls.backward(backend.backward, *inputs, y, saved, case.dy, case.dlast, reverse=False, needs=needs)
         assert gradients.keys() == needs | {"state"}
 
 

@@ -150,6 +150,6 @@ def test_step_and_grad(name, dtype):
     exact += [np.stack([np.broadcast_to(row, 300) for row in rows]) for rows in cell.grad(dnew, new, state, saved)]
     ours += run(grad_kernel, compile_cell(cell).grad, (dnew, new, state, saved), (G, G, S))
     few = 16 * np.finfo(dtype).eps
-    for got, wanted in zip(ours, exact, strict=True):
-        np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
-        np.testing.assert_allclose(got, wanted, rtol=few, atol=few)
+    for actual, expected in zip(ours, exact, strict=True):
+        np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+        np.testing.assert_allclose(actual, expected, rtol=few, atol=few)
