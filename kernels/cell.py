@@ -70,7 +70,7 @@ class Cell:
 
 KEYWORDS = {  # of variants and modifiers, where the caller's keyword is another word
     "before": "reset_after=False", "candidate": "recurrent_dropout_on='candidate'", "clip": "cell_clip",
-    "dropout": "recurrent_dropout", "given": "reset_state", "hold": "lengths", "mean": "training=False",
+    "dropout": "recurrent_dropout", "hold": "lengths", "mean": "training=False",
     "norm": "layer_norm", "projected": "proj_size",
 }  # fmt: skip
 

@@ -43,12 +43,12 @@ def parse_options(parts: Sequence[str]) -> dict[str, Any]:
 
 
 def build_modified(
-    name: str, cell: Cell, *, reset: bool = False, given: bool = False, hold: bool = False, dropout: bool = False,
+    name: str, cell: Cell, *, reset: bool = False, reset_state: bool = False, hold: bool = False, dropout: bool = False,
     candidate: bool = False, zoneout: tuple[float, ...] = (), mean: bool = False,
 ) -> Cell:  # fmt: skip
     own, S = len(cell.per_unit_params), cell.S
     stochastic = [k for k in range(S) if zoneout and zoneout[k] and not mean]
-    units = *cell.per_unit_params, *(f"{letter}_reset" for letter in cell.states if given)
+    units = *cell.per_unit_params, *(f"{letter}_reset" for letter in cell.states if reset_state)
     units += (DROPOUT,) * (dropout or candidate)
     flags = (*cell.flags, *[RESET] * reset, *[HOLD] * hold)
     places = {name: k for k, name in enumerate((*units, *flags))}
@@ -58,7 +58,7 @@ def build_modified(
     def apply_reset(state: Sequence, extra: Sequence) -> list:
         if not reset:
             return list(state)
-        initial = [extra[places[f"{letter}_reset"]] if given else 0.0 for letter in cell.states]
+        initial = [extra[places[f"{letter}_reset"]] if reset_state else 0.0 for letter in cell.states]
         return [where(extra[places[RESET]], r, s) for r, s in zip(initial, state)]
 
     def step(x: Sequence, h: Sequence, state: Sequence, extra: Sequence = ()) -> tuple:
@@ -86,7 +86,7 @@ def build_modified(
 
     return make_cell(
         name, cell.gates, cell.states, step, None, units,
-        num_trainable=cell.num_trainable + S * given, flags=flags, uniforms=len(stochastic),
+        num_trainable=cell.num_trainable + S * reset_state, flags=flags, uniforms=len(stochastic),
         recurrent_input=recurrent_input if reset or dropout else None,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from . import calls
 from .conftest import sequence_arrays
 
 SANITIZERS = {"address": ("-fsanitize=address,undefined",), "thread": ("-fsanitize=thread",)}
-EVERYTHING = {"reset": True, "given": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)}
+EVERYTHING = {"reset": True, "reset_state": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)}
 CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", {}, 3, 1, 5, 37, None), ("lstm", {}, 2, 14, 3, 8, None), ("lstm", {}, 2, 2, 130, 131, None),
     ("lstm", EVERYTHING, 3, 2, 4, 19, None), ("lstm", {"norm": True}, 2, 3, 4, 21, None),

@@ -15,12 +15,12 @@ from .tolerance import assert_close
 
 OPTIONS = {
     "reset": {"reset": True},
-    "given": {"reset": True, "given": True},
+    "reset_state": {"reset": True, "reset_state": True},
     "hold": {"hold": True},
     "dropout": {"dropout": True},
     "zoneout": {"zoneout": (0.3, 0.2)},
     "mean": {"zoneout": (0.3, 0.2), "mean": True},
-    "all": {"reset": True, "given": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)},
+    "all": {"reset": True, "reset_state": True, "hold": True, "dropout": True, "zoneout": (0.3, 0.2)},
 }
 
 NORMED = {

@@ -124,7 +124,7 @@ def test_every_backend_is_as_good_as_torch(name, module):
 
 
 @REPRESENTATIVE
-@pytest.mark.parametrize("option", ["given", "hold", "dropout", "mean"])
+@pytest.mark.parametrize("option", ["reset_state", "hold", "dropout", "mean"])
 def test_modifiers(name, option):
     options = {"mean": {"zoneout": (0.3,) * 5, "mean": True}}.get(option) or reference_modifiers.OPTIONS[option]
     check(library.case(name, options, "float32", 5, 3, 4, 7), numpy_backend.forward, numpy_backend.backward)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [  # of storage and of products
     ("float64", "float64"), ("float32", "float32"), ("float16", "float32"), ("bfloat16", "float32"),
 ]  # fmt: skip
-BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
+BEFORE = "gru+before+dropout+hold+reset+reset_state+zoneout(0.1)"
 MOST_REGISTERS = 128  # 16 warps on a multiprocessor, each with ten wide loads under way, keep its memory busy
 
 
@@ -62,7 +62,7 @@ def test_ragged(name, storage, product, record_property):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
-    "name", ["lstm+dropout+given+hold+reset+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole", BEFORE]
+    "name", ["lstm+dropout+hold+reset+reset_state+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole", BEFORE]
 )
 @pytest.mark.parametrize(("storage", "product"), DTYPES[1:])
 def test_woven(arch, name, storage, product, record_property):
@@ -77,10 +77,10 @@ def test_woven(arch, name, storage, product, record_property):
         ("lstm+norm", "float64", "float64", 64),
         ("lstm+norm", "float32", "float32", 63),
         ("lstm+norm", "bfloat16", "float32", 63),
-        ("gru+dropout+given+hold+norm+reset+zoneout(0.1)", "float16", "float16", 63),
-        ("lstm+clip(1.0)+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)", "float32", "float32", 64),
-        ("lstm+clip(1.0)+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)", "bfloat16", "float32", 63),
-        ("lstm+clip(1.0)+dropout+given+hold+peephole+reset+zoneout(0.1,0.05)", "float64", "float64", 64),
+        ("gru+dropout+hold+norm+reset+reset_state+zoneout(0.1)", "float16", "float16", 63),
+        ("lstm+clip(1.0)+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,0.05)", "float32", "float32", 64),
+        ("lstm+clip(1.0)+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,0.05)", "bfloat16", "float32", 63),
+        ("lstm+clip(1.0)+dropout+hold+peephole+reset+reset_state+zoneout(0.1,0.05)", "float64", "float64", 64),
     ],
 )
 def test_with_most_values(arch, name, storage, product, H, record_property):

@@ -61,7 +61,7 @@ def test_cuda_stepwise(option, reverse):
 
 @on_host_runtime
 @pytest.mark.parametrize("scope", persistent.SCOPES)
-@pytest.mark.parametrize("option", ["plain", "given", "all"])
+@pytest.mark.parametrize("option", ["plain", "reset_state", "all"])
 def test_cuda_resident(option, scope, monkeypatch):
     monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)
@@ -69,7 +69,7 @@ def test_cuda_resident(option, scope, monkeypatch):
     on = persistent.DEVICES["h200"]
     check(
         reference_modifiers.drawn(
-            NAME, reference_modifiers.OPTIONS.get(option, {}), "bfloat16", 5, 9, 4, 20, reverse=option == "given"
+            NAME, reference_modifiers.OPTIONS.get(option, {}), "bfloat16", 5, 9, 4, 20, reverse=option == "reset_state"
         ),
         *cuda_on_cpu.passes(on),
     )

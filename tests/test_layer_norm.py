@@ -197,7 +197,7 @@ def test_the_gradient_waits_for_means_once():
     """However many means a step takes one after the other, its gradient's own don't wait for each other."""
     for name, expected in {"lstm": (3, 1, 10), "gru": (1, 1, 7)}.items():
         plain = cells.get(name)
-        for options in ({}, {"hold": True, "reset": True, "given": True, "zoneout": (0.1, 0.1)[: plain.S]}):
+        for options in ({}, {"hold": True, "reset": True, "reset_state": True, "zoneout": (0.1, 0.1)[: plain.S]}):
             cell = apply_modifiers(plain, norm=True, **options)
             assert (depth(step_graph(cell)), depth(grad_graph(cell)), cell.K) == expected
 

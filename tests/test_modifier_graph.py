@@ -11,12 +11,12 @@ from gpu_rnn.kernels.mathematics import exp, log, maximum, minimum, sigmoid, tan
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
 OPTIONS = {
     "reset": {"reset": True},
-    "given": {"reset": True, "given": True},
+    "reset_state": {"reset": True, "reset_state": True},
     "hold": {"hold": True},
     "dropout": {"dropout": True},
     "zoneout": {"zoneout": (0.4, 0.3)},
     "mean": {"zoneout": (0.4, 0.3), "mean": True},
-    "all": {"reset": True, "given": True, "hold": True, "dropout": True, "zoneout": (0.4, 0.3)},
+    "all": {"reset": True, "reset_state": True, "hold": True, "dropout": True, "zoneout": (0.4, 0.3)},
 }
 WOVEN = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -44,7 +44,7 @@ def more(cell, extra):
 def by_the_rules(plain, options, x, h, state, extra):
     """Element by element, as modifiers.py has it."""
     extra, S, after = list(extra), plain.S, []
-    resets = [extra.pop(0) for _ in range(S)] if "given" in options else [np.zeros_like(x[0])] * S
+    resets = [extra.pop(0) for _ in range(S)] if "reset_state" in options else [np.zeros_like(x[0])] * S
     if "dropout" in options:
         extra.pop(0)
     reset = extra.pop(0) if "reset" in options else np.zeros_like(x[0])
@@ -157,7 +157,7 @@ def test_variants_of_the_lstm(options, rng):
 
 
 def test_a_variant_can_be_woven(rng):
-    cell = apply_modifiers(cells.get("lstm+coupled+peephole"), reset=True, given=True)
+    cell = apply_modifiers(cells.get("lstm+coupled+peephole"), reset=True, reset_state=True)
     assert (cell.gates, cell.per_unit_params, cell.num_trainable) == ("igo", ("i", "o", "h_reset", "c_reset"), 4)
     check_gradient(cell, rng)
 

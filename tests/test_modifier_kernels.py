@@ -40,7 +40,7 @@ def resident(request, monkeypatch):
 RESIDENT = [("lstm", option) for option in reference_modifiers.OPTIONS] + [
     ("gru", "all"),
     ("rnn_tanh", "all"),
-    ("rnn_relu", "given"),
+    ("rnn_relu", "reset_state"),
 ]
 RESIDENT += [(name, option) for name in ("lstm", "gru") for option in reference_modifiers.NORMED]
 
@@ -78,7 +78,7 @@ def test_cuda_stepwise_in_every_dtype(dtype, H, rows):
 
 
 @on_host_runtime
-@pytest.mark.parametrize("options", ["reset", "given", "hold", "dropout"])
+@pytest.mark.parametrize("options", ["reset", "reset_state", "hold", "dropout"])
 def test_cuda_stepwise_with_a_projection(options):
     made = reference_modifiers.drawn("lstm", reference_modifiers.OPTIONS[options], "float64", 6, 4, 3, 5, P=2)
     reference_modifiers.check(made, by_steps(made.case))

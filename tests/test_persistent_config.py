@@ -361,9 +361,9 @@ def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
 
 # ---- What the compiler makes of the plans -----------------------------------------------------------------------
 
-WOVEN = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
-BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
-NORMED = "lstm+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)"
+WOVEN = "lstm+dropout+hold+reset+reset_state+zoneout(0.1,0.05)"
+BEFORE = "gru+before+dropout+hold+reset+reset_state+zoneout(0.1)"
+NORMED = "lstm+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,0.05)"
 COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared memory, one and more batch tiles
     ("lstm", "bfloat16", 64, 8), ("lstm", "bfloat16", 128, 8), ("lstm", "bfloat16", 512, 16),
     ("lstm", "bfloat16", 1024, 8), ("lstm", "bfloat16", 1024, 64), ("lstm", "float16", 512, 128),

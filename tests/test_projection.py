@@ -22,7 +22,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 @EVERY
 @pytest.mark.parametrize(
-    "options", [{}, {"reset": True, "given": True, "hold": True, "dropout": True}], ids=["plain", "all"]
+    "options", [{}, {"reset": True, "reset_state": True, "hold": True, "dropout": True}], ids=["plain", "all"]
 )
 def test_numpy(name, options):
     for B, reverse in ((3, False), (9, True)):
@@ -33,7 +33,7 @@ def test_numpy(name, options):
 @on_host_runtime
 @EVERY
 def test_cuda_stepwise(name):
-    options = {"reset": True, "given": True, "hold": True, "dropout": True}
+    options = {"reset": True, "reset_state": True, "hold": True, "dropout": True}
     made = reference_modifiers.drawn(name, options, "float32", 6, 4, 3, 5, P=2, reverse=name == "rnn_relu")
     reference_modifiers.check(made, made.case.run(*cuda_on_cpu.per_step_passes()))
 

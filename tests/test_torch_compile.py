@@ -183,7 +183,7 @@ OPERANDS = [  # cell, T, B, P, dtype, reverse of each direction: every way the t
     ("lstm", 1, 2, 2, torch.float64, [True]), ("gru", 3, 2, None, torch.bfloat16, [False, True]),
     ("rnn_relu", 2, 2, None, torch.float16, [False]), ("rnn_tanh", 2, 1, None, torch.float64, [False]),
     ("lstm", 5, 2, None, torch.float32, [False, True]),
-    (cell_info("gru", reset=True, given=True, zoneout=(0.3,)).name, 3, 2, None, torch.float32, [True]),
+    (cell_info("gru", reset=True, reset_state=True, zoneout=(0.3,)).name, 3, 2, None, torch.float32, [True]),
 ]  # fmt: skip
 
 

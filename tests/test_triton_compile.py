@@ -90,11 +90,11 @@ def test_an_instant(monkeypatch, name, dtype, capability, backward):
         fake_gpu.check(binary, capability, products=False)
 
 
-ALL = "lstm+dropout+given+hold+reset+zoneout(0.1,0.05)"
-BEFORE = "gru+before+dropout+given+hold+reset+zoneout(0.1)"
+ALL = "lstm+dropout+hold+reset+reset_state+zoneout(0.1,0.05)"
+BEFORE = "gru+before+dropout+hold+reset+reset_state+zoneout(0.1)"
 
 
-MOST = "lstm+clip(1.0)+dropout+given+hold+norm+peephole+reset+zoneout(0.1,0.05)"
+MOST = "lstm+clip(1.0)+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,0.05)"
 
 
 @BACKWARD

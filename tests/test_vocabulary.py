@@ -80,7 +80,8 @@ def test_help():
 
 NAMES = [
     *cells.NAMES, "gru+before", "gru+norm", "lstm+norm", "lstm+coupled+peephole", "gru+projected",
-    "lstm+clip(1.0)+dropout+given+hold+peephole+reset+zoneout(0.1,0.05)", "gru+before+dropout+hold+reset+zoneout(0.1)",
+    "lstm+clip(1.0)+dropout+hold+peephole+reset+reset_state+zoneout(0.1,0.05)",
+    "gru+before+dropout+hold+reset+zoneout(0.1)",
 ]  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def apply(name: str, x: Any, weights: Weights, modifiers: Modifiers, reverse: bo
         states = tuple(m.reset_state) if several else (m.reset_state,)
         if len(states) != len(cell.states):
             raise ValueError(f"reset_state has {len(states)} arrays, but {cell}")
-        options["given"], sources["reset_state"] = True, states if several else states[0]
+        options["reset_state"], sources["reset_state"] = True, states if several else states[0]
         units += [
             broadcast_to_units(f"reset_state {letter}", array, (B, P if k == 0 else H), H, x)
             for k, (letter, array) in enumerate(zip(cell.states, states))

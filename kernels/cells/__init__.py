@@ -125,12 +125,12 @@ def fingerprint(cell: Cell) -> tuple:
 def apply_modifiers(cell: Cell, **options: Option) -> Cell:
     """Return the cell with any of its own variants, and of these modifiers:
 
-    reset      a flag by which states are replaced before the time step: by zero, or by values `given` for every unit
-    given      (with reset)
-    hold       a flag by which a time step leaves the states as they are
-    dropout    a factor of h where the recurrent weights are applied to it
-    candidate  a factor of what is written into the state, instead of that of h
-    zoneout    a probability per state that it stays what it was; with `mean` its expectation, as after training
-    mean       (with zoneout)
+    reset        a flag by which states are replaced before the time step: by zero, or by a `reset_state` of every unit
+    reset_state  (with reset)
+    hold         a flag by which a time step leaves the states as they are
+    dropout      a factor of h where the recurrent weights are applied to it
+    candidate    a factor of what is written into the state, instead of that of h
+    zoneout      a probability per state that it stays what it was; with `mean` its expectation, as after training
+    mean         (with zoneout)
     """
     return get("+".join([cell.name, *(format_option(word, value) for word, value in sorted(options.items()) if value)]))
