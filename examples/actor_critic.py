@@ -2,7 +2,7 @@
 
     python examples/actor_critic.py [--ours] [--compile]
 
-The world shows one of four signs, then nothing for some instants; the action at the end that names the sign is paid.
+The world shows one of four signs, then nothing for some time steps; the action at the end that names the sign is paid.
 """
 
 from collections.abc import Callable

@@ -2,11 +2,11 @@
 
     python examples/ppo_lstm.py [--memory none] [--updates 20] [--device cuda]
 
-The world shows one of four signs, then nothing for 4 to 12 instants, then a question; naming the sign is paid 1. Who
-can't remember gets 0.25, which `--memory none` shows: the same network, but its states are zero before every instant.
+The world shows one of four signs, then nothing for 4 to 12 time steps, then a question; naming the sign is paid 1. Who
+can't remember gets 0.25, which `--memory none` shows: the same network, but its states are zero before every time step.
 
 The LSTM is told by `reset` where episodes begin. At the end a training pass is timed against what RL libraries do with
-torch.nn.LSTM: call it for one instant after the other, or from where any episode ends to where the next one does.
+torch.nn.LSTM: call it for one time step after the other, or from where any episode ends to where the next one does.
 
 With OMP_NUM_THREADS=1 on a busy AMD EPYC, without a GPU, in 17 seconds; `--memory none` stays within 0.21 and 0.29:
 
@@ -42,9 +42,9 @@ from torch.utils.benchmark import Timer
 
 import gpu_rnn
 
-SIGNS, DELAY = 4, (4, 12)  # instants from the sign to the question, at least and at most
+SIGNS, DELAY = 4, (4, 12)  # time steps from the sign to the question, at least and at most
 QUESTION, NOTHING = SIGNS, SIGNS + 1  # what there is to see beside the signs
-T, B, SIZE, EPOCHS = 128, 16, 32, 4  # instants, environments, hidden size, passes over a rollout
+T, B, SIZE, EPOCHS = 128, 16, 32, 4  # time steps, environments, hidden size, passes over a rollout
 RATE, DISCOUNT, TRACE, CLIP, ENTROPY = 5e-3, 0.95, 0.95, 0.2, 0.01  # TRACE is the lambda of advantages
 
 State = tuple[Tensor, Tensor]  # h, c [1, B, SIZE]
@@ -112,7 +112,7 @@ class CallPerEnd(CallPerInstant):
 
 
 class Rollout(NamedTuple):
-    """T instants of B environments; state is the one before the first."""
+    """T time steps of B environments; state is the one before the first."""
 
     seen: Tensor  # [T, B, SIGNS + 1]
     state: State
@@ -126,10 +126,10 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def rollouts(model: Model) -> Iterator[Rollout]:
-    """What the model lives through, T instants at a time; it may learn in between."""
+    """What the model lives through, T time steps at a time; it may learn in between."""
     # With SAME_STEP what comes with done is already the first of the next episode, so that reset[t] = done[t-1] and all
-    # instants count; NEXT_STEP, the default, puts one between whose action is ignored. What the old episode showed last
-    # is worth knowing only where episodes are cut short, and Recall's never are.
+    # time steps count; NEXT_STEP, the default, puts one between whose action is ignored. The last observation of the
+    # old episode is worth knowing only where episodes are cut short, and Recall's never are.
     envs = SyncVectorEnv([Recall] * B, autoreset_mode=AutoresetMode.SAME_STEP)
     weight = model.actor.weight
 
@@ -163,7 +163,7 @@ def advantages(paid: Tensor, value: Tensor, done: Tensor) -> Tensor:
 
 
 def loss(model: Model, rollout: Rollout) -> Tensor:
-    """PPO's (Schulman et al. 2017), of all instants and environments at once."""
+    """PPO's (Schulman et al. 2017), of all time steps and environments at once."""
     policy, value, _ = model(rollout.seen, rollout.state, rollout.reset)
     ratio = (policy.log_prob(rollout.action) - rollout.chance).exp()
     advantage = (rollout.advantage - rollout.advantage.mean()) / rollout.advantage.std()

@@ -12,7 +12,7 @@ from commandline import choice
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-T, B, WORDS, SIZE = 20, 8, 50, 32  # instants, streams, vocabulary, embedded and hidden size
+T, B, WORDS, SIZE = 20, 8, 50, 32  # time steps, streams, vocabulary, embedded and hidden size
 
 
 class Model(nn.Module):

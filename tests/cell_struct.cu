@@ -1,4 +1,4 @@
-// cell_struct.cu: a cell's struct and the functions it calls alone, one thread per row. The tests hold them against the page.
+// cell_struct.cu: a cell's struct and the functions it calls alone, one thread per row. Tests compare them with the definition.
 
 DEVICE long long own_row() { return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; }
 

@@ -49,7 +49,7 @@ def check_cell(ready, to_device, from_device, name, dtype):
 
 
 def columns(array):
-    """[n, width] -> a tuple of float64 [n], as a page takes them."""
+    """[n, width] -> a tuple of float64 [n], as a definition takes them."""
     return tuple(array.T.astype(np.float64))
 
 
@@ -88,7 +88,7 @@ def check_functions(ready, to_device, from_device, dtype):
         with np.errstate(all="ignore"):
             exact = exact_functions(name, a.astype(np.float64))
             rounded = exact.astype(dtype)
-        assert np.array_equal(np.isnan(ours), np.isnan(rounded)), f"{name}: NaN where the page has it"
+        assert np.array_equal(np.isnan(ours), np.isnan(rounded)), f"{name}: NaN where the definition has it"
         finite = np.isfinite(rounded)
         assert np.array_equal(ours[~finite], rounded[~finite], equal_nan=True), f"{name}: infinite where it should be"
         eps, tiny = np.finfo(dtype).eps, np.finfo(dtype).tiny
@@ -97,6 +97,6 @@ def check_functions(ready, to_device, from_device, dtype):
 
 
 def exact_functions(name, a):
-    if name == "sigmoid":  # the page's form is exact in absolute terms only
+    if name == "sigmoid":  # the definition's form is exact in absolute terms only
         return 1 / (1 + np.exp(-a))
     return getattr(mathematics, name)(a)

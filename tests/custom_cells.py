@@ -1,4 +1,4 @@
-"""The cells that docs/new_cell.md defines by `gpu_rnn.cell`, from its text, and what their papers say of an instant."""
+"""The cells that docs/new_cell.md defines by `gpu_rnn.cell`, from its text, and what their papers say of a step."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ TEXT = (Path(__file__).parents[1] / "docs" / "new_cell.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 DEFINITIONS = [block for block in BLOCKS if "@gpu_rnn.cell" in block]
 USE = next(block for block in BLOCKS if "MGU.function" in block)
-PAGE = next(block for block in BLOCKS if "GATES" in block)
+MODULE = next(block for block in BLOCKS if "GATES" in block)
 
 document = sys.modules["document"] = ModuleType("document")  # where pickle finds the classes
 for definition in DEFINITIONS:
@@ -37,12 +37,13 @@ def published(name, x, h, state):
 
 
 def case(name, options, dtype, T, B, I, H, **more):
-    """A woven case. The sLSTM's normalizer is positive, as it is. In halves only its h has a gradient, which doesn't
-    see m: where its two candidates are almost equal, halves may take the other one, and the other states see that.
+    """A case with modifiers. The sLSTM's normalizer is positive, as it is. In half precision only its h has a gradient,
+    which doesn't see m: where its two candidates are almost equal, rounding may take the other one, and the other
+    states see that.
     """
     made = drawn(name, options, dtype, T, B, I, H, **more)
     case, letters = made.case, made.case.cell.states
     state = [s.abs() + 0.5 if letter == "n" else s for letter, s in zip(letters, case.state)]
-    halves = dtype in ("float16", "bfloat16")
-    dlast = [0 * d if halves and letter in "cnm" else d for letter, d in zip(letters, case.dlast)]
+    half = dtype in ("float16", "bfloat16")
+    dlast = [0 * d if half and letter in "cnm" else d for letter, d in zip(letters, case.dlast)]
     return made._replace(case=case._replace(state=tuple(state), dlast=tuple(dlast)))

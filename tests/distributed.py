@@ -38,7 +38,7 @@ def main(device):
     if device == "cuda":
         torch.cuda.set_device(distributed.get_rank())
     compare(device)  # its models go before the process group does
-    distributed.barrier()  # nobody leaves while another still talks
+    distributed.barrier()  # no process leaves while another still communicates
     time.sleep(
         0.2
     )  # gloo's thread needs Python's lock to let go of its tensors, and leaving waits for it with the lock

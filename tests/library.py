@@ -204,7 +204,7 @@ EQUATIONS = {
 
 
 def case(name, options, dtype, T, B, I, H, **more):
-    """A woven case; the sLSTM's normalizer is positive, as it is, and constants have their values."""
+    """A case with modifiers; the sLSTM's normalizer is positive, as it is, and constants have their values."""
     layout = getattr(cells, name).layout
     made = drawn(getattr(cells, name).cell_name, options, dtype, T, B, I, H, **more)
     letters = made.plain.states

@@ -10,7 +10,7 @@ SECONDS, MEMORY = 5.0, 256 << 20  # of one file of some KB
 
 
 def mutations(data: bytes, count: int, seed: int):
-    """The bytes with some changed, cut, doubled, or in the place of others; numbers grow huge and negative, too."""
+    """The bytes with some changed, cut, doubled, or replaced by others; numbers grow huge and negative, too."""
     rng = np.random.default_rng(seed)
     extremes = [b"\xff" * 8, b"\x00" * 8, b"\x7f" + b"\xff" * 7, b"\xff" * 7 + b"\x7f", b"\x01" + b"\x00" * 7]
     for _ in range(count):

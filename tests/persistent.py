@@ -1,4 +1,4 @@
-"""Run the persistent kernels on the CPU, with their configurations, beside the oracle. What tests share, and by
+"""Run the persistent kernels on the CPU, with their configurations, next to the NumPy backend. What tests share, and by
 
     python -m tests.persistent --sanitizer thread lstm bfloat16 grid
 
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bench import nvrtc
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
-from gpu_rnn.kernels.codegen import cpp as pages
+from gpu_rnn.kernels.codegen import cpp as cpp
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda.launch import HERE, OPTIONS
 
@@ -30,7 +30,7 @@ SOURCE = "".join(file.read_text() for file in (*persistent.HEADERS, persistent.K
 EPSILON = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8, "ieee": 2.0**-22}  # of an operand
 
 
-# ---- Halves as NumPy has them: bfloat16 as its bits -------------------------------------------------------------
+# ---- Half precision as NumPy has it: bfloat16 as its bits -------------------------------------------------------
 
 
 def encode(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -151,9 +151,9 @@ def check_machine_code(plan: persistent.PersistentConfig, cell: cells.Cell, dtyp
 
 
 def sources(cell: str, kernel: runtime.Source | None = None) -> list:
-    page = runtime.Source(f"cell {cell}", pages.render_cell(cells.get(cell)))
+    cell_code = runtime.Source(f"cell {cell}", cpp.render_cell(cells.get(cell)))
     kernels = [kernel] if kernel else [*persistent.HEADERS, persistent.KERNELS]
-    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", page, CUDA / "cell_inputs.cuh", *kernels]
+    return [CUDA / "device.cuh", CUDA / "mathematics.cuh", cell_code, CUDA / "cell_inputs.cuh", *kernels]
 
 
 def libraries(case: Case, plans: Plans, sanitizer=None, kernel=None) -> list[runtime.Library]:
@@ -195,7 +195,9 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
 
     weights = Weights(np.eye(G * H), R, None, b_hh, units=None if units is None else units.astype(float))
     x, state = xg.reshape(T, B, G * H), (h0, *others0)
-    exact, last, oracle_saved = calls.forward(oracle.forward, cell, x, weights, state, reverse=case.reverse, save=True)
+    exact, last, exact_saved = calls.forward(
+        numpy_backend.forward, cell, x, weights, state, reverse=case.reverse, save=True
+    )
     scale = EPSILON[case.dtype] * math.sqrt(T)
     result = {"y": np.abs(decode(y, dtype) - exact).max() / (4 * scale)}
     final = others[(0 if case.reverse else T) if case.save else 0]
@@ -215,13 +217,13 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     )
 
     gradients = calls.backward(
-        oracle.backward,
+        numpy_backend.backward,
         cell,
         x,
         weights,
         state,
         exact,
-        oracle_saved,
+        exact_saved,
         dy,
         (dh, *dothers),
         reverse=case.reverse,

@@ -1,4 +1,4 @@
-"""Layers with everything that can be around a cell, by the published rules, in a loop over instants in plain torch."""
+"""Layers with every modifier of a cell, by the published rules, in a loop over time steps in plain torch."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ SHAPES = {"one": {}, "stacked": {"num_layers": 2, "bidirectional": True}}
 T, B, I, H = 6, 3, 2, 4
 NORM = "weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"
 
-# What a layer is made with, and what a call of it is given beside x and hx.
+# Keywords of a layer, and what its calls take besides x and hx.
 FEATURES = {
     "reset": ({}, ["reset"]),
     "reset state": ({}, ["reset", "reset_state"]),
@@ -86,7 +86,7 @@ def as_tuple(hx):
 
 
 def by_the_rules(made, x, hx, generator=None, reset=None, reset_state=None, lengths=None, left_padding=None):
-    """x [T, B, I] -> y, states after (h [L*D, B, .], ...), states after every instant (h [L*D, T, B, .], ...)."""
+    """x [T, B, I] -> y, states after (h [L*D, B, .], ...), states after every time step (h [L*D, T, B, .], ...)."""
     zoneout = made.zoneout if isinstance(made.zoneout, tuple) else (made.zoneout,) * 2
     drops = made.zoneout, made.recurrent_dropout, made.input_dropout, made.weight_dropout
     last, every, k = [], [], 0
@@ -170,7 +170,7 @@ def normalized(made, part, gain, bias):
 
 
 def published(made, x, h, state, p, of_c, recurrent, spared):
-    """The states after an instant, from the input and the recurrent part of all gates, biases included; `recurrent`
+    """The states after a time step, from the input and recurrent projections of all gates, biases included; `recurrent`
     gives a gate's part of another value than h, `spared` is the candidate's mask."""
     if made.mode.startswith("RNN"):
         return [getattr(torch, made.nonlinearity)(x + h)]

@@ -1,4 +1,4 @@
-"""What is woven into a cell, by the rules and in torch alone: the oracle for every backend, and for autograd."""
+"""Modifiers of a cell, by the rules and in torch alone: the reference for every backend, and for autograd."""
 
 from typing import NamedTuple
 
@@ -29,13 +29,13 @@ NORMED = {
 }  # of the LSTM and the GRU
 
 
-class Woven(NamedTuple):
-    case: Case  # its cell is the woven one, its weights have what that takes
+class ModifiedCase(NamedTuple):
+    case: Case  # its cell is the modified one, its weights have what that takes
     plain: cells.Cell
     options: dict
 
 
-def drawn(name, options, dtype, T, B, I, H, P=None, *, rows=None, reverse=False, seed=0) -> Woven:
+def drawn(name, options, dtype, T, B, I, H, P=None, *, rows=None, reverse=False, seed=0) -> ModifiedCase:
     """A case; values per unit have `rows` rows of the batch, all of them unless told."""
     case, rng = draw(name, dtype, T, B, I, H, P, reverse=reverse, seed=seed), np.random.default_rng([seed, 9])
     if "zoneout" in options:
@@ -52,12 +52,12 @@ def drawn(name, options, dtype, T, B, I, H, P=None, *, rows=None, reverse=False,
     flags = torch.from_numpy(rng.integers(0, 1 << len(cell.flags), (T, B)).astype(np.uint8)) if cell.flags else None
     seed_ = torch.tensor([rng.integers(1 << 62)]) if cell.uniforms else None
     weights = case.weights._replace(units=units, flags=flags, seed=seed_)
-    return Woven(case._replace(cell=cell, weights=weights), case.cell, options)
+    return ModifiedCase(case._replace(cell=cell, weights=weights), case.cell, options)
 
 
-def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dict[str, np.ndarray]:
+def by_the_rules(modified: ModifiedCase, dtype: torch.dtype, history: bool = False) -> dict[str, np.ndarray]:
     """Every result by a loop in torch, and its gradients by torch's autograd."""
-    case, plain, options = woven
+    case, plain, options = modified
     T, B, H = *case.x.shape[:2], case.weights.w_hh.shape[0] // plain.G
 
     def leaf(tensor):
@@ -85,12 +85,12 @@ def by_the_rules(woven: Woven, dtype: torch.dtype, history: bool = False) -> dic
             value = value * rows["dropout"] if "dropout" in options else value
             return value @ w_hh.chunk(plain.G)[gate].T + (0 if b_hh is None else b_hh.chunk(plain.G)[gate])
 
-        instant = plain.name, a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
+        step_args = plain.name, a.chunk(plain.G, -1), r.chunk(plain.G, -1), s
         more = [recurrent] if plain.lowered else []
         if "candidate" in options:
             more = [recurrent, lambda candidate: candidate * rows["dropout"]]
         own = {"units": [rows[name] for name in plain.per_unit_params]} if plain.per_unit_params else {}
-        new = list(normalized(*instant, rows) if "norm" in options else published(*instant, *more, **own))
+        new = list(normalized(*step_args, rows) if "norm" in options else published(*step_args, *more, **own))
         zoneout = options.get("zoneout", ())
         if options.get("mean"):
             new = [p * old + (1 - p) * n for p, old, n in zip(zoneout, s, new)]
@@ -155,9 +155,9 @@ def normalized(name, x, h, state, rows):
     return torch.sigmoid(x[3] + h[3]) * torch.tanh(shown), c
 
 
-def check(woven: Woven, results: dict) -> None:
-    truth, peer = by_the_rules(woven, torch.float64), by_the_rules(woven, woven.case.x.dtype)
+def check(modified: ModifiedCase, results: dict) -> None:
+    truth, peer = by_the_rules(modified, torch.float64), by_the_rules(modified, modified.case.x.dtype)
     assert results.keys() == truth.keys()
     for name in truth:
-        what = f"{woven.case.cell.name} {name}"
-        assert_close(wide(results[name]), truth[name], peer[name], woven.case.dtype, what)
+        what = f"{modified.case.cell.name} {name}"
+        assert_close(wide(results[name]), truth[name], peer[name], modified.case.dtype, what)

@@ -62,7 +62,7 @@ class Case(NamedTuple):
 def draw(name, dtype, T, B, I, H, P=None, *, reverse=False, bias=True, seed=0):
     rng = np.random.default_rng([seed, T, B, I, H])
     x, weights, state = sequence_arrays(rng, name, T, B, I, H, P)
-    if name == "rnn_relu":  # halves can't tell on which side of its kink a small sum lies: keep away from there
+    if name == "rnn_relu":  # half precision can't tell on which side of its kink a small sum lies: keep away from there
         weights = Weights(*(None if w is None else 0.2 * w for w in weights))
         weights = weights._replace(b_ih=2 * np.sign(weights.b_ih))
     if not bias:

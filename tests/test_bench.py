@@ -151,7 +151,7 @@ def broken(how):
 
 
 @pytest.mark.parametrize("case", [CASE, TRAINING], ids=str)
-def test_who_is_wrong_or_breaks_has_a_row_without_a_time(case, monkeypatch):
+def test_an_implementation_that_errs_or_breaks_has_a_row_without_a_time(case, monkeypatch):
     for how in ("off", "nan", "memory", "error"):
         monkeypatch.setitem(IMPLEMENTATIONS, how, broken(how))
     rows = measured(case, NUMPY, "off", "nan", "memory", "error")
@@ -221,19 +221,19 @@ def test_several_layers():
 
 def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
     """Either way for itself, of the very call that is timed."""
-    asked = []
-    monkeypatch.setattr(cuda, "fuses_layers", lambda problem, backward: asked.append(backward))
+    queried = []
+    monkeypatch.setattr(cuda, "fuses_layers", lambda problem, backward: queried.append(backward))
     monkeypatch.setattr(numpy, "fuses_layers", lambda *args: cuda.fuses_layers(*args))  # serves here
     monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")
     monkeypatch.setattr(call_cache, "CACHE", {})
     expected = {problems.LAYER: [False, True], problems.PER_LAYER: [], problems.PER_LAYER_BACKWARD: [False]}
     for name in expected:
         run = IMPLEMENTATIONS[name].prepare(replace(TRAINING, L=2), Data(replace(TRAINING, L=2)))
-        asked.clear()
+        queried.clear()
         call_cache.CACHE.clear()
         with torch.enable_grad():
             run(0)
-        assert asked == expected[name]
+        assert queried == expected[name]
     monkeypatch.setattr(cuda, "device", lambda: persistent.DEVICES["h200"])
     monkeypatch.setattr(dispatch, "choose", lambda problem: cuda)
     (case, *_) = [
@@ -248,7 +248,7 @@ def test_a_wavefront_is_held_against_layers_in_turn(monkeypatch):
 def test_memory_is_what_is_kept_for_the_gradient():
     case = Case("lstm", 16, 4, 8, 8, mode="training")
     rows = measured(case, problems.LAYER, problems.PLAIN, "ours, recompute", NUMPY)
-    saved = 4 * 16 * 4 * (4 + 1) * 8  # four gates and c, of all instants
+    saved = 4 * 16 * 4 * (4 + 1) * 8  # four gates and c, of all time steps
     assert saved <= rows[problems.PLAIN]["saved_bytes"] <= rows[problems.LAYER]["saved_bytes"] < 1.2 * saved
     assert rows["ours, recompute"]["saved_bytes"] == 0
     assert rows[NUMPY]["saved_bytes"] is None, "autograd knows nothing of it"
@@ -290,7 +290,7 @@ def test_a_modifier_that_does_nothing_is_noticed(name, monkeypatch):
 # ---- kernels alone --------------------------------------------------------------------------------------------------
 
 
-def test_nobody_is_timed_while_threads_spin(monkeypatch):
+def test_nothing_is_timed_while_threads_spin(monkeypatch):
     """As OpenBLAS's do for a while after a product of several threads."""
     spent = iter((0.0, 0.005, 0.010, 0.015, 0.0151))  # seconds of all threads, at every glance
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -311,7 +311,7 @@ def on_cpu(backend, way, part):
 @HOST
 @pytest.mark.parametrize("H", [13, 130])
 def test_every_kernel_alone_runs_and_has_a_row(H, monkeypatch):
-    """The stepwise ones, and the resident ones in a block and in a cluster."""
+    """The per-step ones, and the persistent ones in a block and in a cluster."""
     cuda = [name for name in problems.KERNELS if name.startswith("cuda")]
     for name in cuda:
         monkeypatch.setitem(IMPLEMENTATIONS, name, on_cpu(*problems.KERNELS[name]).implementation())
@@ -329,7 +329,7 @@ def test_every_kernel_alone_runs_and_has_a_row(H, monkeypatch):
 
 @HOST
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_a_resident_kernel_alone_computes_what_the_call_does(way):
+def test_a_persistent_kernel_alone_computes_what_the_call_does(way):
     case = Case("gru", 4, 3, 5, 20, mode="training")
     alone, data = on_cpu("cuda", way, "sequence"), Data(case)
     args = alone.args(case, data)
@@ -345,7 +345,7 @@ def test_a_resident_kernel_alone_computes_what_the_call_does(way):
 
 @HOST
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_an_instant_alone_is_launched_for_all_instants(way):
+def test_a_per_step_kernel_alone_is_launched_for_all_time_steps(way):
     case = Case("lstm", 5, 2, 3, 4, mode="training")
     alone, data, told = on_cpu("cuda", way, "step"), Data(case), []
     run = alone.context().run
@@ -646,9 +646,9 @@ def test_report(tmp_path, capsys):
     assert "| native: lstm | 4.00 (4.00), 1 of 27 |" in text
     assert "| native, 1 thread: lstm float32 | 4.00 (4.00) |" in text
     assert (tmp_path / "published" / "speedup_cpu.svg").read_text() == speedup.read_text()
-    page = (tmp_path / "out" / "benchmarks.html").read_text()
-    assert "<svg" in page
-    assert "src=" not in page, "it needs nothing else"
+    html = (tmp_path / "out" / "benchmarks.html").read_text()
+    assert "<svg" in html
+    assert "src=" not in html, "it needs nothing else"
     command.main(argv)
     assert text == readme.read_text(), "the same results, the same report"
     readme.write_text("<!-- bench:typo -->\n<!-- /bench -->\n")
@@ -737,7 +737,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys):
     assert command.main(["gpu", "--minutes", "0"]) == 2
 
 
-def test_the_dry_run_walks_the_whole_plan(tmp_path, capsys):
+def test_the_dry_run_goes_through_the_whole_plan(tmp_path, capsys):
     options = SimpleNamespace(dry=True, stage="rest", filter=None, minutes=1)
     planned = gpu.GpuRun(options, tmp_path, time.monotonic()).plan()
     assert {(case.cell, case.mode) for case, _ in planned} >= {("lstm", "training"), ("gru", "step")}

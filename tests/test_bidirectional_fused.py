@@ -33,16 +33,16 @@ def on_numpy():
         yield
 
 
-# ---- The kernels, as the backend walks ------------------------------------------------------------------------------
+# ---- The kernels, as the backend runs them --------------------------------------------------------------------------
 
 
-class Walks:
+class FusedRuns:
     """The backend's forward and backward of one direction or several, on the host runtime."""
 
     def __init__(self, device):
         self.launched = []
-        self.walk, self.walk_back = (
-            partial(walk, self.ready, device) for walk in (cuda.run_forward, cuda.run_backward)
+        self.run_forward, self.run_backward = (
+            partial(loop, self.ready, device) for loop in (cuda.run_forward, cuda.run_backward)
         )
 
     def ready(self, launch):
@@ -56,13 +56,13 @@ class Walks:
         results = []
         for turn in turns:
             these = [cases[k] for k in turn]
-            run_forward, run_backward = (
-                partial(whole, walk)
-                for whole, walk in ((gpu_common.forward, self.walk), (gpu_common.backward, self.walk_back))
+            forward, backward = (
+                partial(whole, loop)
+                for whole, loop in ((gpu_common.forward, self.run_forward), (gpu_common.backward, self.run_backward))
             )
-            unsaved = calls.forward_many(run_forward, these, tf32=tf32, save=False)
-            outputs = calls.forward_many(run_forward, these, tf32=tf32)
-            gradients = calls.backward_many(run_backward, these, outputs, tf32=tf32)
+            unsaved = calls.forward_many(forward, these, tf32=tf32, save=False)
+            outputs = calls.forward_many(forward, these, tf32=tf32)
+            gradients = calls.backward_many(backward, these, outputs, tf32=tf32)
             for k, (y, last, *_), (inferred, *_), each in zip(turn, outputs, unsaved, gradients):
                 assert torch.equal(y, inferred), "inference and training agree bit for bit"
                 states = {f"{letter}T": state for letter, state in zip(cell.states, last)}
@@ -86,12 +86,12 @@ def pair(*sizes):
 def test_numbers_are_those_of_a_launch_for_each(name, dtype, device, size):
     """And right: ragged, each direction with x, weights and states of its own."""
     tf32 = dtype == "tf32"
-    walks, cases = Walks(DEVICES[device]), pair(name, "float32" if tf32 else dtype, *size)
-    alone = walks.run(cases, tf32, together=False)
-    assert {directions for _, directions in walks.launched} == {"1"}
-    walks.launched.clear()
-    both = walks.run(cases, tf32, together=True)
-    kernels = [kernel for kernel, directions in walks.launched if directions == "2"]
+    fused, cases = FusedRuns(DEVICES[device]), pair(name, "float32" if tf32 else dtype, *size)
+    alone = fused.run(cases, tf32, together=False)
+    assert {directions for _, directions in fused.launched} == {"1"}
+    fused.launched.clear()
+    both = fused.run(cases, tf32, together=True)
+    kernels = [kernel for kernel, directions in fused.launched if directions == "2"]
     n, ways = len(kernels) // 3, ("persistent_forward", "persistent_forward", "persistent_backward")
     assert kernels == [way for way in ways for _ in range(n)], "one launch for two directions, and a part of the batch"
     for one, other in zip(alone, both, strict=True):
@@ -105,14 +105,14 @@ def test_numbers_are_those_of_a_launch_for_each(name, dtype, device, size):
 @ON_HOST
 @pytest.mark.parametrize("option", ["all", "reset", "mean", "norm"])
 @pytest.mark.parametrize(("device", "size"), [("h200", (5, 3, 4, 20)), ("a100", (4, 5, 3, 140))], ids=["block", "grid"])
-def test_what_is_woven_in_stays_each_directions_own(option, device, size):
+def test_modifiers_stay_each_directions_own(option, device, size):
     """Flags, values per unit and the seeds of masks."""
-    walks, made = Walks(DEVICES[device]), []
+    fused, made = FusedRuns(DEVICES[device]), []
     for seed, reverse in enumerate((False, True)):
         options = (reference_modifiers.OPTIONS | reference_modifiers.NORMED)[option]
         made.append(reference_modifiers.drawn("lstm", options, "float32", *size, reverse=reverse, seed=seed))
-    both = walks.run([each.case for each in made], False, together=True)
-    assert ("persistent_backward", "2") in walks.launched
+    both = fused.run([each.case for each in made], False, together=True)
+    assert ("persistent_backward", "2") in fused.launched
     for each, results in zip(made, both):
         reference_modifiers.check(each, results)
 
@@ -121,9 +121,9 @@ def test_what_is_woven_in_stays_each_directions_own(option, device, size):
 def test_a_batch_that_does_not_fit_beside_itself_takes_several_launches():
     """Of which each has both directions; every group of one direction is followed by that of the other."""
     small, cases = persistent.Device((9, 0), 24, 232448), pair("gru", "float16", 4, 40, 3, 140)
-    walks = Walks(small)
-    both, alone = (walks.run(cases, False, together=together) for together in (True, False))
-    count = sum(kernel == "persistent_forward" and directions == "2" for kernel, directions in walks.launched)
+    fused = FusedRuns(small)
+    both, alone = (fused.run(cases, False, together=together) for together in (True, False))
+    count = sum(kernel == "persistent_forward" and directions == "2" for kernel, directions in fused.launched)
     plan, _ = planned("gru", "float16", 140, 40, small, False)
     both_ways, _ = persistent.fuse_runs(plan, 2, 40, small)
     assert (plan.scope, both_ways.launches > 1, count) == ("grid", True, 2 * both_ways.launches)
@@ -134,10 +134,10 @@ def test_a_batch_that_does_not_fit_beside_itself_takes_several_launches():
 @ON_HOST
 def test_where_both_do_not_fit_they_go_one_after_the_other():
     device = replace(DEVICES["a100"], multiprocessors=9)
-    cases, walks = pair("lstm", "bfloat16", 4, 3, 3, 140), Walks(device)
-    both, alone = (walks.run(cases, False, together=together) for together in (True, False))
+    cases, fused = pair("lstm", "bfloat16", 4, 3, 3, 140), FusedRuns(device)
+    both, alone = (fused.run(cases, False, together=together) for together in (True, False))
     assert all(torch.equal(one["dx"], other["dx"]) for one, other in zip(alone, both, strict=True))
-    assert {directions for kernel, directions in walks.launched} == {"1"}
+    assert {directions for kernel, directions in fused.launched} == {"1"}
 
 
 # ---- The plans ------------------------------------------------------------------------------------------------------
@@ -172,17 +172,17 @@ def test_every_plan_for_both_fits_and_covers(problem):
         assert launch.arguments[4] == part * both.groups * both.rows, "no row is left out between launches"
 
 
-def test_the_driver_is_asked_about_both():
-    device, asked = DEVICES["h200"], []
+def test_the_driver_is_queried_about_both():
+    device, queried = DEVICES["h200"], []
 
-    def held(cell, dtype, plan):
-        asked.append(plan.directions)
+    def occupancy(cell, dtype, plan):
+        queried.append(plan.directions)
         return 132 if plan.scope == "grid" and plan.directions == 1 else 16
 
     cuda.config_of.cache_clear()
     arguments = cells.get("gru"), "bfloat16", 1024, 8, 2, device, False, True
-    plan, why = cuda.config_of(*arguments, held)
-    assert (plan.directions, asked) == (1, [1, 2])
+    plan, why = cuda.config_of(*arguments, occupancy)
+    assert (plan.directions, queried) == (1, [1, 2])
     assert why == ("grid scope: needs 128 blocks co-resident, but the CUDA driver reports 16",)
     cuda.config_of.cache_clear()
     assert cuda.config_of(*arguments, lambda *_: 132)[0].directions == 2
@@ -215,22 +215,22 @@ def test_compiles_without_spills(problem, arch, backward):
 @pytest.fixture
 def at_once(monkeypatch):
     """The NumPy backend; notes how many runs it is called with at once, but not those that it runs in turn."""
-    backend, noted = dispatch.backend("numpy"), []
+    backend, recorded_calls = dispatch.backend("numpy"), []
     forward, backward = backend.forward, backend.backward
 
-    def noting_forward(problem, runs):
-        noted.append(("forward", len(runs), problem.saves))
+    def recording_forward(problem, runs):
+        recorded_calls.append(("forward", len(runs), problem.saves))
         return forward(problem, runs)
 
-    def noting_backward(problem, runs, *args):
-        noted.append(("backward", len(runs)))
+    def recording_backward(problem, runs, *args):
+        recorded_calls.append(("backward", len(runs)))
         return backward(problem, runs, *args)
 
     monkeypatch.setattr(backend, "forward_in_turn", lambda _, *args: protocol.forward_in_turn(forward, *args))
     monkeypatch.setattr(backend, "backward_in_turn", lambda _, *args: protocol.backward_in_turn(backward, *args))
-    monkeypatch.setattr(backend, "forward", noting_forward)
-    monkeypatch.setattr(backend, "backward", noting_backward)
-    return noted
+    monkeypatch.setattr(backend, "forward", recording_forward)
+    monkeypatch.setattr(backend, "backward", recording_backward)
+    return recorded_calls
 
 
 CALLS = {
@@ -244,14 +244,14 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_a_layer_asks_for_both_and_gets_the_same(kind, call, at_once, monkeypatch):
-    options, around = CALLS[call]
+def test_a_layer_runs_both_and_gets_the_same(kind, call, at_once, monkeypatch):
+    options, call_options = CALLS[call]
     layer = getattr(gpu_rnn, kind)(3, 4, num_layers=2, bidirectional=True, **options)
 
     def results(trains):
         torch.manual_seed(0)
         x = torch.randn(5, 2, 3, requires_grad=trains)
-        outputs = torch.utils._pytree.tree_leaves(layer(x, **around))
+        outputs = torch.utils._pytree.tree_leaves(layer(x, **call_options))
         if not trains:
             return tuple(outputs)
         return *outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *layer.parameters()])
@@ -261,16 +261,16 @@ def test_a_layer_asks_for_both_and_gets_the_same(kind, call, at_once, monkeypatc
     assert at_once == [("forward", 2, call == "history")] * 2
     at_once.clear()
     trained = results(True)
-    kept = call != "recompute"
-    ways = [("backward", 2)] if kept else [("forward", 2, True), ("backward", 2)]
-    assert at_once == [("forward", 2, kept or call == "history")] * 2 + ways * 2
+    saves = call != "recompute"
+    ways = [("backward", 2)] if saves else [("forward", 2, True), ("backward", 2)]
+    assert at_once == [("forward", 2, saves or call == "history")] * 2 + ways * 2
     monkeypatch.undo()
     for ours, alone in zip((*inferred, *trained), (*results(False), *results(True)), strict=True):
         assert torch.equal(ours, alone)
 
 
 def test_it_is_differentiated_again(at_once):
-    """And a graph that is kept is walked twice; and one frozen direction has no gradients."""
+    """A graph that is kept runs backward twice; and one frozen direction has no gradients."""
     layer = gpu_rnn.GRU(2, 3, bidirectional=True, dtype=torch.float64)
     x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: layer(x)[0], x)
@@ -289,6 +289,6 @@ def test_transforms_go_one_after_the_other(at_once):
     layer = gpu_rnn.LSTM(2, 3, bidirectional=True, dtype=torch.float64)
     x = torch.randn(4, 2, 2, dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda x: layer(x)[0])(x)
-    assert {noted[1] for noted in at_once} == {1}
+    assert {recorded_calls[1] for recorded_calls in at_once} == {1}
     expected = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)
     torch.testing.assert_close(jacobian, expected, rtol=1e-12, atol=1e-14)

@@ -99,7 +99,7 @@ def made_plans():
 @every
 @pytest.mark.parametrize("has_states", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_second_call_asks_nobody_again(kind, has_states, grad):
+def test_a_second_call_skips_the_checks(kind, has_states, grad):
     layer, x, hx = made(kind)
     with torch.set_grad_enabled(grad):
         expected = flat(layer(x, hx if has_states else None))
@@ -123,7 +123,7 @@ def stepped(layer):
             weight.add_(0.1)
 
 
-def given_data(change):
+def swapped_data(change):
     def changed(layer):
         _, weight = parameter(layer)
         weight.data = change(weight.data)
@@ -159,11 +159,13 @@ def tied(layer):
 
 CHANGES = {
     "stepped": stepped,
-    "other data": given_data(lambda w: 2 * w),
-    "data in another layout": given_data(lambda w: w.reshape(4, -1).t().contiguous().reshape(w.shape)),
-    "data at the same address": given_data(lambda w: w.view(-1, 2, 2).transpose(1, 2).as_strided(w.shape, (1, len(w)))),
-    "data of another dtype": given_data(torch.Tensor.double),
-    "data of another shape": given_data(lambda w: w[:, :3]),
+    "other data": swapped_data(lambda w: 2 * w),
+    "data in another layout": swapped_data(lambda w: w.reshape(4, -1).t().contiguous().reshape(w.shape)),
+    "data at the same address": swapped_data(
+        lambda w: w.view(-1, 2, 2).transpose(1, 2).as_strided(w.shape, (1, len(w)))
+    ),
+    "data of another dtype": swapped_data(torch.Tensor.double),
+    "data of another shape": swapped_data(lambda w: w[:, :3]),
     "replaced": replaced,
     "loaded": loaded(),
     "assigned": loaded(assign=True),
@@ -295,7 +297,7 @@ def test_batch_first_and_the_nonlinearity():
 
 
 @every
-def test_the_environment_is_asked_every_time(kind, monkeypatch):
+def test_the_environment_is_read_every_time(kind, monkeypatch):
     layer, x, hx = made(kind)
     monkeypatch.setenv("GPU_RNN_BACKEND", "cuda")
     with pytest.raises(BackendError, match="cuda"):
@@ -519,7 +521,7 @@ def cached_call(kind, library, dtype="float32"):
 @library
 @function
 @pytest.mark.parametrize("without", [(), ("h0",), ("b_ih", "b_hh"), ("c0",)], ids=" ".join)
-def test_a_second_call_of_a_function_asks_nobody_again(kind, library, without):
+def test_a_second_call_of_a_function_skips_the_checks(kind, library, without):
     run, named = cached_call(kind, library)
     named = {name: array for name, array in named.items() if name not in without}
     expected = each(run(**named))
@@ -564,7 +566,7 @@ def test_arguments_of_other_kinds(kind, library):
     assert_seen(lambda: run(**named))
 
 
-ASKED = [
+OPTIONS = [
     {"backend": "cuda"}, {"backend": "numpy"}, {"backend": "none"}, {"backend": ["numpy"]}, {"precision": "tf32"},
     {"precision": "half"}, {"precision": []}, {"reverse": True}, {"recompute": True}, {"step_exact": True},
     {"return_states": True}, {"zoneout": 0.5, "training": False}, {"zoneout": 1.0, "seed": 3},
@@ -574,21 +576,21 @@ ASKED = [
 
 @library
 @function
-@pytest.mark.parametrize("asked", ASKED, ids=str)
-def test_what_a_function_is_asked(kind, library, asked):
+@pytest.mark.parametrize("keywords", OPTIONS, ids=str)
+def test_options_of_a_function(kind, library, keywords):
     run, named = cached_call(kind, library, "float64")
-    actual, again = (gone(lambda: run(**named, **asked)) for _ in range(2))
-    expected = the_long_way(lambda: gone(lambda: run(**named, **asked)))
+    actual, again = (gone(lambda: run(**named, **keywords)) for _ in range(2))
+    expected = the_long_way(lambda: gone(lambda: run(**named, **keywords)))
     assert str(actual) == str(again) == str(expected)
     before = gone(lambda: run(**named))
-    if asked.keys() & {"reverse", "return_states", "unheard_of"} or asked in ASKED[:1]:
+    if keywords.keys() & {"reverse", "return_states", "unheard_of"} or keywords in OPTIONS[:1]:
         assert str(actual) != str(before)
     assert_seen(lambda: run(**named))
 
 
 @library
 @function
-def test_a_function_asks_the_environment_every_time(kind, library, monkeypatch):
+def test_a_function_reads_the_environment_every_time(kind, library, monkeypatch):
     run, named = cached_call(kind, library)
     monkeypatch.setenv("GPU_RNN_BACKEND", "cuda")
     with pytest.raises(BackendError, match="cuda"):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_rnn
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.backends import per_step
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
@@ -30,7 +30,9 @@ def check(made, forward, backward):
 @EVERY
 @pytest.mark.parametrize("options", [{"candidate": True}, OPTIONS], ids=["alone", "all"])
 def test_numpy(name, options):
-    check(reference_modifiers.drawn(name, options, "float32", 5, 3, 4, 6), oracle.forward, oracle.backward)
+    check(
+        reference_modifiers.drawn(name, options, "float32", 5, 3, 4, 6), numpy_backend.forward, numpy_backend.backward
+    )
 
 
 @on_host_runtime
@@ -44,7 +46,7 @@ def test_cuda_stepwise(name):
 
 @on_host_runtime
 @EVERY
-def test_cuda_resident(name, monkeypatch):
+def test_cuda_persistent(name, monkeypatch):
     monkeypatch.setattr(per_step, "run_forward", None)
     on = persistent.DEVICES["h200"]
     check(

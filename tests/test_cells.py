@@ -1,4 +1,4 @@
-"""Each page against finite differences, and its compiled NumPy program against the page run as it stands."""
+"""Each cell definition against finite differences, and its compiled NumPy program against it run as it stands."""
 
 import re
 import subprocess
@@ -14,16 +14,16 @@ from gpu_rnn.kernels.trace import ARITY, trace
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
 
 
-def instant(rng, cell, B=3, H=5):
-    """Random x, h, state of one instant: tuples of [B, H]."""
+def step_inputs(rng, cell, B=3, H=5):
+    """Random x, h, state of one time step: tuples of [B, H]."""
     return tuple(tuple(rng.standard_normal((B, H)) for _ in range(count)) for count in (cell.G, cell.G, cell.S))
 
 
 @EVERY
 def test_grad_is_the_derivative_of_step(name, rng):
-    """Perturb each input of one instant; central differences of a random functional of the new states."""
+    """Perturb each input of one time step; central differences of a random functional of the new states."""
     cell = cells.get(name)
-    x, h, state = instant(rng, cell)
+    x, h, state = step_inputs(rng, cell)
     dnew = tuple(rng.standard_normal(state[0].shape) for _ in range(cell.S))
     new, saved = cell.step(x, h, state)
     gradients = cell.grad(dnew, new, state, saved)
@@ -49,13 +49,13 @@ def test_grad_is_the_derivative_of_step(name, rng):
 @EVERY
 @pytest.mark.parametrize("by", ["tanh", "exp"])
 @pytest.mark.parametrize("arrange", [numpy.layout, numpy.torch_layout])
-def test_the_compiled_step_is_the_page(name, arrange, by, rng):
+def test_the_compiled_step_is_the_definition(name, arrange, by, rng):
     cell, B, H = cells.get(name), 3, 5
     order = numpy.with_exp_sigmoid(arrange(cell)) if by == "exp" else arrange(cell)
-    x, h, state = instant(rng, cell, B, H)
+    x, h, state = step_inputs(rng, cell, B, H)
     bias = rng.standard_normal((len(order.separate), B, H))
-    met = [h[g] + bias[order.separate.index(g)] if g in order.separate else h[g] for g in range(cell.G)]
-    expected, saved = cell.step(x, met, state)
+    biased = [h[g] + bias[order.separate.index(g)] if g in order.separate else h[g] for g in range(cell.G)]
+    expected, saved = cell.step(x, biased, state)
 
     rows_x = np.stack([x[g] * order.scale[g] for g in order.inputs])
     rows_h = np.stack([h[g] * order.scale[g] for g in order.recurrent])
@@ -72,10 +72,10 @@ def test_the_compiled_step_is_the_page(name, arrange, by, rng):
 
 
 @EVERY
-def test_the_compiled_grad_is_the_page(name, rng):
+def test_the_compiled_grad_is_the_definition(name, rng):
     cell, B, H = cells.get(name), 3, 5
     order = numpy.layout(cell)
-    x, h, state = instant(rng, cell, B, H)
+    x, h, state = step_inputs(rng, cell, B, H)
     new, saved = cell.step(x, h, state)
     dnew = tuple(rng.standard_normal((B, H)) for _ in range(cell.S))
     dx, dh, dstate = cell.grad(dnew, new, state, saved)
@@ -134,7 +134,7 @@ print(calls)
     assert int(out) < 20_000
 
 
-def test_the_gradient_of_the_lstm_takes_four_calls_an_instant():
+def test_the_gradient_of_the_lstm_takes_four_calls_a_time_step():
     calls = numpy.gradient(cells.get("lstm")).grad.calls
     assert calls == (
         "multiply(q0, c[1], d[0])",
@@ -160,7 +160,7 @@ def test_the_lstm_takes_one_tanh_for_all_gates():
     assert all(call in numpy.__doc__ for call in calls), "the documentation shows this very program"
 
 
-def test_facts_follow_from_the_page():
+def test_facts_follow_from_the_definition():
     facts = {name: (c.G, c.S, c.K, c.separate) for name, c in ((name, cells.get(name)) for name in cells.NAMES)}
     assert facts["lstm"] == (4, 2, 4, (False,) * 4)
     assert facts["gru"] == (3, 1, 4, (False, False, True))
@@ -179,17 +179,17 @@ def test_unknown_cells_and_branches_are_refused():
     with pytest.raises(ValueError, match=f"unknown cell 'gpu'; there are {', '.join(cells.NAMES)}"):
         cells.get("gpu")
 
-    def page(x, h, state):
+    def step_of_cell(x, h, state):
         return ((x[0] if x[0] else h[0]),), ()
 
     with pytest.raises(TypeError, match="can't branch"):
-        trace(page, x=1, h=1, state=1)
+        trace(step_of_cell, x=1, h=1, state=1)
 
 
-def test_every_operation_of_a_page_compiles(rng):
-    """A page that uses all of them, forward only: operators both ways round, and every function of mathematics."""
+def test_every_operation_of_a_definition_compiles(rng):
+    """Forward only: operators both ways round, and every function of mathematics."""
 
-    def page(x, h, state):
+    def step_of_cell(x, h, state):
         a, b = x[0], h[0]
         m = mathematics
         values = (
@@ -199,10 +199,10 @@ def test_every_operation_of_a_page_compiles(rng):
         )  # fmt: skip
         return values, (a, values[0], values[-2], m.sigmoid(m.mean(a)))
 
-    cell = cells.Cell("everything", "a", "h" * 21, page, page, 4, (True,))
+    cell = cells.Cell("everything", "a", "h" * 21, step_of_cell, step_of_cell, 4, (True,))
     x, h = rng.standard_normal((1, 2, 3)), rng.standard_normal((1, 2, 3))
     bias = rng.standard_normal((1, 2, 3))
-    outputs = page(np.swapaxes(x, 1, 2), np.swapaxes(h + bias, 1, 2), [None])  # units on the last axis
+    outputs = step_of_cell(np.swapaxes(x, 1, 2), np.swapaxes(h + bias, 1, 2), [None])  # units on the last axis
     expected, saved = ([np.broadcast_to(value, (3, 2)).T for value in group] for group in outputs)
     first, record = np.full((2, 3), np.nan), np.full((2, 4 + len(expected) - 1, 2, 3), np.nan)
     order = numpy.layout(cell)
@@ -211,5 +211,5 @@ def test_every_operation_of_a_page_compiles(rng):
     for ours, exact in zip([first, *record[1, 4:]], expected, strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-14)
     np.testing.assert_allclose(record[0, :4], [saved[k] for k in order.saved], rtol=1e-14)
-    used = {node.op for node in trace(page, x=1, h=1, state=1).nodes.values()} - {"input", "constant"}
+    used = {node.op for node in trace(step_of_cell, x=1, h=1, state=1).nodes.values()} - {"input", "constant"}
     assert used == set(ARITY)

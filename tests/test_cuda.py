@@ -24,7 +24,7 @@ from .cuda_emulator import runtime, sanitize
 pytestmark = pytest.mark.skipif(runtime.why_not() is not None, reason=str(runtime.why_not()))
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
 BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True])
-# In halves, NumPy's products are halves and torch's float32, so both kinds of kernel run. NumPy has no bfloat16.
+# In half precision, NumPy rounds products and torch doesn't, so both kinds of kernel run. NumPy has no bfloat16.
 ARRAYS = pytest.mark.parametrize(
     ("library", "dtype"),
     [("numpy", "float64"), ("numpy", "float32"), ("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16")],
@@ -38,7 +38,7 @@ forward, backward = cuda_on_cpu.per_step_passes()
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What nobody wrote is NaN."""
+    """What was not written is NaN."""
     empty = arrays.empty
 
     def poisoned(*args, **kwargs):
@@ -78,7 +78,7 @@ def test_projection(library, dtype, reverse):
     [("numpy", "float16"), ("torch", "float16"), ("torch", "bfloat16"), ("torch", "float32"), ("torch", "tf32")],
 )
 @BOTH_WAYS
-def test_a_resident_walk_is_as_good_as_torchs(name, library, dtype, reverse):
+def test_persistent_kernels_are_as_good_as_torch(name, library, dtype, reverse):
     """The weights stay on the chip: in a block, in a cluster, and on a device that has no clusters in the grid."""
     tf32 = dtype == "tf32"
     for device, size in (("h200", (4, 3, 5, 20)), ("h200", (5, 9, 3, 70)), ("a100", (4, 2, 3, 70))):
@@ -161,7 +161,7 @@ def test_no_access_outside_an_array_and_no_race(sanitizer):
 
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_twin_equals_page(name, dtype):
+def test_the_cell_struct_equals_the_definition(name, dtype):
     cell_struct.check_cell(cuda_on_cpu.prepare_launch, np.copy, np.asarray, name, dtype)
 
 
@@ -230,7 +230,7 @@ class Cupy:
     def use(self):
         self.has_context = True
 
-    def asked(self, answer):
+    def queried(self, answer):
         """What the driver says of a kernel, to who has a context."""
         assert self.has_context
         return answer
@@ -276,9 +276,9 @@ def cupy(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     driver = SimpleNamespace(
-        blocks=lambda *launch: stand_in.asked(1),
-        clusters=lambda *launch: stand_in.asked(99),
-        allow_large_clusters=lambda function: stand_in.asked(None),
+        blocks=lambda *launch: stand_in.queried(1),
+        clusters=lambda *launch: stand_in.queried(99),
+        allow_large_clusters=lambda function: stand_in.queried(None),
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
     monkeypatch.setattr(cuda, "max_active_clusters", lambda shared: persistent.DEVICES["h200"].clusters)
@@ -364,7 +364,7 @@ def test_no_reason_on_a_gpu(cupy):
             assert bool(cuda.reasons(replace(problem, library="cupy"))) == (dtype == "bfloat16")
 
 
-def test_why_not_resident(cupy):
+def test_why_not_persistent(cupy):
     problem = Problem(cells.get("lstm"), 50, 4, 3, 64, dtype="float32", device="cuda", library="torch")
     assert "persistent kernel" in cuda.plan(problem)
     for changes, reason in (

@@ -65,7 +65,7 @@ def test_ragged(name, storage, product, record_property):
     "name", ["lstm+dropout+hold+reset+reset_state+zoneout(0.1,0.05)", "gru+hold+reset", "lstm+peephole", BEFORE]
 )
 @pytest.mark.parametrize(("storage", "product"), DTYPES[1:])
-def test_woven(arch, name, storage, product, record_property):
+def test_modifiers(arch, name, storage, product, record_property):
     check(arch, name, storage, product, 64, record_property)
 
 

@@ -255,7 +255,7 @@ def test_a_device_too_small_for_the_grid():
 @needs_gpp
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_take_turns(seed):
-    """Blocks that do not wait for each other need not be resident together."""
+    """Blocks that do not wait for each other need not be co-resident."""
     total, count = np.zeros(1, np.float32), np.zeros(1, np.uint32)
     x = np.ones(20 * 128, np.float32)
     args = [x, total, count]

@@ -1,10 +1,10 @@
 """docs/derivation.md: its equations are read as a small language, run, differentiated, and compared with the package.
 
-    document()      its equations by label: document()["lstm.step"]
-    Model           one layer as the document has it: forward and backward over a few instants, one batch row
+    read_document() its equations by label: read_document()["lstm.step"]
+    Model           one layer as the document has it: forward and backward over a few time steps, one batch row
     derivatives     of every quantity in it by complex steps, from the forward equations alone
 
-Values stand in a dict under their LaTeX names, vectors as columns. At instant t the state that the step reads is
+Values stand in a dict under their LaTeX names, vectors as columns. At time step t the state that the step reads is
 "h_{t-1}", in a reverse layer also "h_{t+1}".
 """
 
@@ -158,10 +158,10 @@ class Parser:
             return binary(lambda a, b: (np.real(a) > b).astype(float), *self.pair("[", ">", "]"))
         if token.startswith("\\sum"):
             inner = self.term()
-            return lambda env: sum(inner(env | instant) for instant in env["instants"])
+            return lambda env: sum(inner(env | step_env) for step_env in env["steps"])
         if token.startswith("\\prod"):
             inner = self.term()
-            return lambda env: reduce(np.matmul, [inner(env | instant) for instant in reversed(env["instants"])])
+            return lambda env: reduce(np.matmul, [inner(env | step_env) for step_env in reversed(env["steps"])])
         self.at -= 1
         return self.group("(", ")")
 
@@ -193,15 +193,15 @@ def product(a: Value, b: Value) -> Value:
     return a * b if np.ndim(a) == 0 or np.ndim(b) == 0 else a @ b
 
 
-Page = dict[str, list[Equation]]  # by label, in the document's order
+Document = dict[str, list[Equation]]  # by label, in the document's order
 
 
 @cache
-def document() -> Page:
-    page: Page = {}
+def read_document() -> Document:
+    document: Document = {}
     for label, line in lines(TEXT):
-        page.setdefault(label, []).append(equation(line))
-    return page
+        document.setdefault(label, []).append(equation(line))
+    return document
 
 
 def lines(text: str) -> Iterator[tuple[str, str]]:
@@ -214,7 +214,7 @@ def lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def merged(equations: list[Equation], others: list[Equation]) -> list[Equation]:
-    """`others` in the place of the equations with the same left sides; t+1 stands where t-1 stood."""
+    """`others` instead of the equations with the same left sides; t+1 stands where t-1 stood."""
     names = {e.name.replace("t+1", "t-1") for e in others}
     first = next(k for k, e in enumerate(equations) if e.name in names)
     rest = [e for e in equations[first:] if e.name not in names]
@@ -235,23 +235,23 @@ T, B, I, H, P = 4, 2, 2, 3, 2
 
 @dataclass
 class Model:
-    page: Page
+    document: Document
     cell: cells.Cell
     reverse: bool = False
     projected: bool = False
 
     def __post_init__(self):
-        page, name = self.page, self.cell.name
-        self.step = page["driver.forward"] if self.cell.G > 0 else []
-        self.leave, self.weights = page["driver.leave"], page["driver.weights"]
+        document, name = self.document, self.cell.name
+        self.step = document["driver.forward"] if self.cell.G > 0 else []
+        self.leave, self.weights = document["driver.leave"], document["driver.weights"]
         if self.reverse:
-            self.step = merged(self.step, chosen(page["reverse"], "q_t"))
-            self.leave = merged(self.leave, chosen(page["reverse"], HAT + "h_{t+1}"))
-            self.weights = merged(self.weights, chosen(page["reverse"], D + "R"))
-        self.inside = page[f"{name}.step"]
+            self.step = merged(self.step, chosen(document["reverse"], "q_t"))
+            self.leave = merged(self.leave, chosen(document["reverse"], HAT + "h_{t+1}"))
+            self.weights = merged(self.weights, chosen(document["reverse"], D + "R"))
+        self.inside = document[f"{name}.step"]
         if self.projected:
-            self.inside = merged(self.inside, chosen(page["projection"], "s_t", "h_t"))
-            self.weights = [*self.weights, *chosen(page["projection"], D + "W_{hr}")]
+            self.inside = merged(self.inside, chosen(document["projection"], "s_t", "h_t"))
+            self.weights = [*self.weights, *chosen(document["projection"], D + "W_{hr}")]
         self.gates = self.cell.gates if self.cell.G > 1 else ""
 
     def pieces(self, name: str, stacked: np.ndarray) -> dict[str, np.ndarray]:
@@ -265,9 +265,9 @@ class Model:
         fixed = dict(p)
         for name in ("W", "R", "b", "b'"):
             fixed |= self.pieces(name, p[name])
-        instants = [{} for _ in x]
+        steps = [{} for _ in x]
         for t in self.order():
-            env = instants[t]
+            env = steps[t]
             env |= fixed | {"x_t": x[t]}
             for letter, value in state.items():
                 env[letter + "_{t-1}"] = env[letter + "_{t+1}"] = value
@@ -284,25 +284,25 @@ class Model:
                             env[piece] = env[piece].astype(complex)
                             env[piece][nudge[2]] += 1j * STEP
             state = {letter: env[letter + "_t"] for letter in state}
-        return instants
+        return steps
 
     def order(self) -> range:
         return range(T - 1, -1, -1) if self.reverse else range(T)
 
-    def backward(self, instants: list[dict], dy: np.ndarray, dlast: dict) -> dict[str, np.ndarray]:
-        """Adds the instants' gradients. dlast: those of the last states. -> gradients of weights and initial states."""
-        page, arriving = self.page, dict(dlast)
+    def backward(self, steps: list[dict], dy: np.ndarray, dlast: dict) -> dict[str, np.ndarray]:
+        """Adds each step's gradients. dlast: those of the last states. -> gradients of weights and initial states."""
+        document, arriving = self.document, dict(dlast)
         before = "_{t+1}" if self.reverse else "_{t-1}"
         for t in reversed(self.order()):
-            env = instants[t]
+            env = steps[t]
             env[D + "y_t"] = dy[t]
             env |= {f"{HAT}{letter}_t": value for letter, value in arriving.items()}
-            run(page["driver.arrive"], env)
+            run(document["driver.arrive"], env)
             whole = env[D + "h_t"]
             if self.projected:
-                run(chosen(page["projection"], D + "s_t"), env)
+                run(chosen(document["projection"], D + "s_t"), env)
                 env[D + "h_t"] = env[D + "s_t"]
-            run(page[f"{self.cell.name}.grad"], env)
+            run(document[f"{self.cell.name}.grad"], env)
             env[D + "h_t"] = whole
             env[BAR + "h" + before] = env.setdefault(BAR + "h_{t-1}", np.zeros_like(whole))
             if self.gates:
@@ -314,9 +314,9 @@ class Model:
             arriving["h"] = env[f"{HAT}h{before}"]
             if "c" in arriving:
                 arriving["c"] = env[HAT + "c_{t-1}"]
-        total = {"instants": instants}
+        total = {"steps": steps}
         run(self.weights, total)
-        del total["instants"]
+        del total["steps"]
         return total | {f"{D}{letter}_0": value for letter, value in arriving.items()}
 
 
@@ -347,12 +347,12 @@ class Example:
     def row(self, k: int) -> tuple[dict, np.ndarray, dict]:
         return self.p, self.x[k], {letter: value[k] for letter, value in self.state.items()}
 
-    def asked(self, k: int) -> tuple[np.ndarray, dict]:
+    def incoming(self, k: int) -> tuple[np.ndarray, dict]:
         return self.dy[k], {letter: value[k] for letter, value in self.dlast.items()}
 
-    def loss(self, model: Model, instants: list[dict], k: int) -> complex:
-        last = instants[model.order()[-1]]
-        total = sum((self.dy[k, t] * instants[t]["h_t"]).sum() for t in range(T))
+    def loss(self, model: Model, steps: list[dict], k: int) -> complex:
+        last = steps[model.order()[-1]]
+        total = sum((self.dy[k, t] * steps[t]["h_t"]).sum() for t in range(T))
         return total + sum((value[k] * last[letter + "_t"]).sum() for letter, value in self.dlast.items())
 
 
@@ -367,26 +367,27 @@ def disturbed(array: np.ndarray, index: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-CASES = {name: (name, False) for name in cells.NAMES if f"{name}.step" in document()} | {"projection": ("lstm", True)}
+EQUATIONS = read_document()
+CASES = {name: (name, False) for name in cells.NAMES if f"{name}.step" in EQUATIONS} | {"projection": ("lstm", True)}
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
 case = pytest.mark.parametrize("name", CASES)
 direction = pytest.mark.parametrize("reverse", [False, True], ids=["onward", "reverse"])
 
 
-def built(page: Page, name: str, reverse: bool) -> tuple[Model, Example]:
+def built(document: Document, name: str, reverse: bool) -> tuple[Model, Example]:
     cell, projected = cells.get(CASES[name][0]), CASES[name][1]
-    return Model(page, cell, reverse, projected), Example(cell, projected)
+    return Model(document, cell, reverse, projected), Example(cell, projected)
 
 
 # ---- equations against differentiation ------------------------------------------------------------------------------
 
 
-def check_gradients(page: Page, name: str, reverse: bool) -> None:
+def check_gradients(document: Document, name: str, reverse: bool) -> None:
     """Every gradient that the document has, against the complex-step derivative of its forward equations."""
-    model, example = built(page, name, reverse)
+    model, example = built(document, name, reverse)
     p, x, state = example.row(0)
-    instants = model.forward(p, x, state)
-    gradients = model.backward(instants, *example.asked(0))
+    steps = model.forward(p, x, state)
+    gradients = model.backward(steps, *example.incoming(0))
 
     def loss(p=p, x=x, state=state, nudge=(None, None, None)) -> complex:
         return example.loss(model, model.forward(p, x, state, nudge), 0)
@@ -398,9 +399,9 @@ def check_gradients(page: Page, name: str, reverse: bool) -> None:
         numeric = by_complex_step(value.shape, lambda at, s=letter, v=value: loss(state=state | {s: disturbed(v, at)}))
         close(gradients[f"{D}{letter}_0"], numeric, err_msg=f"gradient of {letter}_0")
     numeric = by_complex_step(x.shape, lambda at: loss(x=disturbed(x, at)))
-    close(np.stack([env[D + "x_t"] for env in instants]), numeric, err_msg="gradient of x")
+    close(np.stack([env[D + "x_t"] for env in steps]), numeric, err_msg="gradient of x")
 
-    for t, env in enumerate(instants):
+    for t, env in enumerate(steps):
         for label in [key for key in env if key.startswith(D)]:
             value = label.removeprefix(D)
             if value in ("x_t", "y_t"):
@@ -413,46 +414,46 @@ def check_gradients(page: Page, name: str, reverse: bool) -> None:
 @case
 @direction
 def test_gradients_are_the_derivatives(name, reverse):
-    check_gradients(document(), name, reverse)
+    check_gradients(read_document(), name, reverse)
 
 
-def check_jacobians(page: Page) -> None:
-    tanh, (jacobian, chain, back) = built(page, "rnn_tanh", False), page["jacobian"]
+def check_jacobians(document: Document) -> None:
+    tanh, (jacobian, chain, back) = built(document, "rnn_tanh", False), document["jacobian"]
     model, example = tanh
     p, x, state = example.row(0)
-    instants = model.forward(p, x, state)
+    steps = model.forward(p, x, state)
 
     def columns(letter: str, t: int, nudged: str, at: int, model=model, run=(p, x, state)) -> np.ndarray:
-        """Derivative of a state at t with respect to a quantity at an earlier instant."""
+        """Derivative of a state at t with respect to a quantity at an earlier time step."""
         rows = [model.forward(*run, nudge=(at, nudged, (k, 0)))[t][letter + "_t"].imag / STEP for k in range(H)]
         return np.concatenate(rows, axis=1)
 
     assert jacobian.name == "\\frac{\\partial h_t}{\\partial h_{t-1}}"
     assert chain.name == "\\frac{\\partial h_T}{\\partial h_k}"
-    close(jacobian(instants[2]), columns("h", 2, "h_t", 1))
-    close(chain({"instants": instants[2:]}), columns("h", T - 1, "h_t", 1))
+    close(jacobian(steps[2]), columns("h", 2, "h_t", 1))
+    close(chain({"steps": steps[2:]}), columns("h", T - 1, "h_t", 1))
 
-    env = instants[3] | {D + "h_t": example.dlast["h"][0]}
+    env = steps[3] | {D + "h_t": example.dlast["h"][0]}
     assert back.name == D + "h_{t-1}"
     close(back(env), columns("h", 3, "h_t", 2).T @ env[D + "h_t"])
 
-    model, example = built(page, "lstm", False)
+    model, example = built(document, "lstm", False)
     p, x, state = example.row(0)
     still = p | {"R": np.zeros_like(p["R"])}  # the gates don't see the state: what remains is the direct path
-    instants = model.forward(still, x, state)
-    (carousel,) = page["lstm.jacobian"]
+    steps = model.forward(still, x, state)
+    (carousel,) = document["lstm.jacobian"]
     assert carousel.name == "\\frac{\\partial c_t}{\\partial c_{t-1}}"
-    close(carousel(instants[2]), columns("c", 2, "c_t", 1, model, (still, x, state)))
+    close(carousel(steps[2]), columns("c", 2, "c_t", 1, model, (still, x, state)))
 
 
 def test_jacobians():
-    check_jacobians(document())
+    check_jacobians(read_document())
 
 
-def check_functions(page: Page) -> None:
+def check_functions(document: Document) -> None:
     """The sigmoid's forms, and the three derivatives; the layer without memory."""
     a = np.array([[-3.0], [-0.2], [0.1], [2.5]])
-    (sigmoid,) = page["sigmoid"]
+    (sigmoid,) = document["sigmoid"]
     assert sigmoid.name == "\\sigma(a)"
     close(sigmoid({"a": a}), mathematics.sigmoid(a))
     functions = {
@@ -460,13 +461,13 @@ def check_functions(page: Page) -> None:
         "\\tanh'(a)": mathematics.tanh,
         "\\frac{d}{da} \\max(a, 0)": mathematics.relu,
     }
-    assert [e.name for e in page["derivatives"]] == list(functions)
-    for e in page["derivatives"]:
+    assert [e.name for e in document["derivatives"]] == list(functions)
+    for e in document["derivatives"]:
         numeric = by_complex_step(a.shape, lambda at, f=functions[e.name]: f(disturbed(a, at)).sum())
         close(e({"a": a}), numeric, err_msg=e.text)
-    close(page["derivatives"][2]({"a": a}), mathematics.positive(a))
+    close(document["derivatives"][2]({"a": a}), mathematics.positive(a))
 
-    (layer,) = page["layer"]
+    (layer,) = document["layer"]
     rng = np.random.default_rng(0)
     env = {"W": rng.normal(size=(H, I)), "x_t": rng.normal(size=(I, 1)), "b": rng.normal(size=(H, 1))}
     y, _ = gpu_rnn.rnn(env["x_t"].T[None], env["W"], np.zeros((H, H)), env["b"][:, 0], np.zeros(H))
@@ -474,20 +475,20 @@ def check_functions(page: Page) -> None:
 
 
 def test_functions():
-    check_functions(document())
+    check_functions(read_document())
 
 
-def check_reset_before(page: Page) -> None:
-    """The GRU of the papers, over one instant: its forward formula by hand, its gradient by complex steps."""
-    model, example = built(page, "gru", False)
-    model.inside = merged(model.inside, chosen(page["gru_before"], "m_t", "a_{n,t}"))
+def check_reset_before(document: Document) -> None:
+    """The GRU of the papers, over one time step: its forward formula by hand, its gradient by complex steps."""
+    model, example = built(document, "gru", False)
+    model.inside = merged(model.inside, chosen(document["gru_before"], "m_t", "a_{n,t}"))
     p, x, state = example.row(0)
     env = model.forward(p, x, state)[0]
     r, h, n = env["r_t"], state["h"], slice(2 * H, None)
     close(env["a_{n,t}"], p["W"][n] @ x[0] + p["b"][n] + p["R"][n] @ (r * h) + p["b'"][n])
     env[D + "h_t"] = example.dlast["h"][0]
-    run(page["gru.grad"], env)
-    run(chosen(page["gru_before"], D + "m_t", D + "r_t"), env)
+    run(document["gru.grad"], env)
+    run(chosen(document["gru_before"], D + "m_t", D + "r_t"), env)
     for name in ("m_t", "r_t"):
         numeric = by_complex_step(
             (H, 1), lambda at, v=name: (env[D + "h_t"] * model.forward(p, x, state, (0, v, at))[0]["h_t"]).sum()
@@ -496,14 +497,14 @@ def check_reset_before(page: Page) -> None:
 
 
 def test_reset_gate_before_the_product():
-    check_reset_before(document())
+    check_reset_before(read_document())
 
 
 # ---- equations against the package ----------------------------------------------------------------------------------
 
 
 def saved_names() -> dict[str, list[str]]:
-    """The table of what is saved: page -> LaTeX names, in order."""
+    """The table of what is saved: cell -> LaTeX names, in order."""
     rows = re.findall(r"^\| `(\w+)` \| (\d) \| (\d) \| (\d)(?:: ([^|]*))? \|", TEXT, re.MULTILINE)
     for name, gates, states, count, _ in rows:
         cell = cells.get(name)
@@ -513,14 +514,14 @@ def saved_names() -> dict[str, list[str]]:
 
 @case
 @direction
-def test_equations_are_the_pages(name, reverse):
-    model, example = built(document(), name, reverse)
+def test_equations_are_the_definitions(name, reverse):
+    model, example = built(read_document(), name, reverse)
     cell, saved = model.cell, saved_names()[model.cell.name]
     shown = "s" if model.projected else "h"
     for k in range(B):
-        instants = model.forward(*example.row(k))
-        model.backward(instants, *example.asked(k))
-        for env in instants:
+        steps = model.forward(*example.row(k))
+        model.backward(steps, *example.incoming(k))
+        for env in steps:
 
             def gates(letter: str, env=env) -> tuple:
                 return tuple(np.split(env[letter + "_t"], cell.G))
@@ -544,9 +545,9 @@ def test_equations_are_the_pages(name, reverse):
 @case
 @direction
 def test_equations_are_the_functions(name, reverse):
-    model, example = built(document(), name, reverse)
+    model, example = built(read_document(), name, reverse)
     rows = [model.forward(*example.row(k)) for k in range(B)]
-    totals = [model.backward(row, *example.asked(k)) for k, row in enumerate(rows)]
+    totals = [model.backward(row, *example.incoming(k)) for k, row in enumerate(rows)]
 
     arguments = {"w_ih": "W", "w_hh": "R", "b_ih": "b", "b_hh": "b'"} | ({"w_hr": "W_{hr}"} if model.projected else {})
     weights = {key: example.p[label] for key, label in arguments.items()}
@@ -589,17 +590,17 @@ def test_what_is_said_about_rounding():
 # ---- the checks, checked --------------------------------------------------------------------------------------------
 
 
-def check(page: Page, label: str) -> None:
+def check(document: Document, label: str) -> None:
     """The check in which the formulas of that label take part; raises if one is wrong."""
     first = label.partition(".")[0]
     if first in ("sigmoid", "derivatives", "layer"):
-        check_functions(page)
+        check_functions(document)
     elif "jacobian" in label:
-        check_jacobians(page)
+        check_jacobians(document)
     elif first == "gru_before":
-        check_reset_before(page)
+        check_reset_before(document)
     else:
-        check_gradients(page, first if first in CASES else "gru", reverse=first == "reverse")
+        check_gradients(document, first if first in CASES else "gru", reverse=first == "reverse")
 
 
 def slips(line: str) -> Iterator[str]:
@@ -609,15 +610,15 @@ def slips(line: str) -> Iterator[str]:
         yield line[: match.start()] + wrong + line[match.end() :]
 
 
-@pytest.mark.parametrize("label", document())
-def test_every_slip_is_found(label):
-    page = document()
-    check(page, label)
+@pytest.mark.parametrize("label", read_document())
+def test_every_slip_is_caught(label):
+    document = read_document()
+    check(document, label)
     unnoticed = []
-    for k, right in enumerate(page[label]):
+    for k, right in enumerate(document[label]):
         for slip in slips(right.text):
             try:
-                check(page | {label: [*page[label][:k], equation(slip), *page[label][k + 1 :]]}, label)
+                check(document | {label: [*document[label][:k], equation(slip), *document[label][k + 1 :]]}, label)
             except (AssertionError, ValueError):  # a wrong number, or shapes that don't fit
                 continue
             unnoticed.append(slip)

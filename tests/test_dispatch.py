@@ -73,7 +73,7 @@ def test_the_explanation_is_complete():
 
 
 def test_the_plan_tells_the_program_that_runs():
-    """A few instants take the weights as they lie, and more calls for it."""
+    """A few time steps take the weights as they lie, and more calls for it."""
     for T, arrangement in ((4, numpy.torch_layout), (512, numpy.layout)):
         cell = cells.get("lstm")
         calls = len(numpy.step_program(cell, arrangement(cell)).calls)

@@ -1,4 +1,4 @@
-"""Arrays of a library nobody has heard of: they go in by DLPack and come out as that library's."""
+"""Arrays of an unknown library: they go in by DLPack and come out as that library's."""
 
 import numpy as np
 import pytest

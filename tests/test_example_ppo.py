@@ -76,7 +76,7 @@ def test_acting_and_learning_have_the_same_states(ppo):
     assert_close(after, next(living).state, **CLOSE)
 
 
-def test_reset_marks_the_first_instant_of_each_episode(ppo):
+def test_reset_marks_the_first_time_step_of_each_episode(ppo):
     rollout = next(ppo.rollouts(ppo.Model()))
     assert torch.equal(rollout.reset, rollout.seen[..., : ppo.SIGNS].any(-1))
 

@@ -61,7 +61,7 @@ def test_unknown_nonlinearity():
         gpu_rnn.rnn(X, W_IH, W_HH, nonlinearity="gelu")
 
 
-def test_vjp_gives_a_gradient_for_what_was_given(rng):
+def test_vjp_returns_a_gradient_for_each_argument(rng):
     x, weights, (h0, c0) = sequence_arrays(rng, "lstm", 3, 2, 4, 5)
     (y, (hT, cT)), pullback = gpu_rnn.vjp(gpu_rnn.lstm, x, weights.w_ih, weights.w_hh, b_ih=weights.b_ih, c0=c0)
     gradients = pullback((y, (None, cT)))

@@ -8,7 +8,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends import cuda, triton
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.core import arrays
 from gpu_rnn.core.problem import Problem, Result, Weights
 from gpu_rnn.kernels import cells
@@ -28,7 +28,7 @@ SIZES = [  # T, B, I, H: aligned, ragged and degenerate
 ]  # fmt: skip
 # Those where the weights stay on the chip, on a Hopper GPU, both ways; where both directions of a layer go at once; and
 # where the batch takes several launches, at least forward. test_residence sees to it that plans are so.
-RESIDENT = [(4, 3, 5, 20), (20, 17, 9, 128), (6, 40, 7, 300), (5, 9, 33, 512), (7, 5, 8, 700)]
+PERSISTENT = [(4, 3, 5, 20), (20, 17, 9, 128), (6, 40, 7, 300), (5, 9, 33, 512), (7, 5, 8, 700)]
 MODIFIED = {  # where the weights are, and a problem with few time steps that goes step by step
     "block": ("lstm", 6, 9, 24), "cluster": ("gru", 5, 20, 300), "grid": ("rnn_tanh", 6, 5, 1100),
     "per step": ("lstm", 3, 4, 33),
@@ -76,12 +76,12 @@ def problem_of(name, dtype, size, **options):
 
 
 def plans(problem, on):
-    """Forward and back: the resident ones, or None."""
+    """Forward and back: the persistent ones, or None."""
     return [cuda.persistent_config(problem, on, backward)[0] for backward in (False, True)]
 
 
 @EVERY
-@pytest.mark.parametrize("size", RESIDENT, ids=str)
+@pytest.mark.parametrize("size", PERSISTENT, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_persistent_kernels(name, dtype, size, scope, monkeypatch):
@@ -238,7 +238,7 @@ def test_layers_as_a_wavefront(L, T, B, H, dtype, name):
         )
         wide = case.mapped(sequences.wide)
         exact, last_exact, _ = calls.forward(
-            oracle.forward, problem.cell, exact, wide.weights, wide.state, reverse=False, save=False
+            numpy_backend.forward, problem.cell, exact, wide.weights, wide.state, reverse=False, save=False
         )
         for ours, peer, truth in zip((y, *last), (alone, *last_alone), (exact, *last_exact)):
             assert_close(*map(sequences.wide, (ours, truth, peer)), dtype, f"{name} T={T} H={H} L={L}")
@@ -281,7 +281,7 @@ def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
         )
         wide = case.mapped(sequences.wide)
         exact = calls.forward(
-            oracle.forward, problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True
+            numpy_backend.forward, problem.cell, exact_seen[-1], wide.weights, wide.state, reverse=False, save=True
         )
         forwards.append((y, saved))
         exact_forwards.append((exact[0], exact[2]))
@@ -296,7 +296,7 @@ def test_layers_as_a_wavefront_back(L, T, B, H, dtype, name):
         inputs = problem.cell, seen[k], case.weights, case.state, *forwards[k], dy, case.dlast
         alone = calls.backward(cuda.backward, *inputs, reverse=False, needs=case.needs)
         inputs = problem.cell, exact_seen[k], wide.weights, wide.state, *exact_forwards[k], exact_dy, wide.dlast
-        truth = calls.backward(oracle.backward, *inputs, reverse=False, needs=case.needs)
+        truth = calls.backward(numpy_backend.backward, *inputs, reverse=False, needs=case.needs)
         for what in case.needs - ({"x"} if k else set()):
             assert torch.equal(ours[k][what], again[k][what]), what
             gradients = map(sequences.wide, (ours[k][what], truth[what], alone[what]))
@@ -357,7 +357,7 @@ def test_projection(library, dtype, reverse):
 
 @EVERY
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_twin_equals_page(name, dtype):
+def test_the_cell_struct_equals_the_definition(name, dtype):
     cupy = pytest.importorskip("cupy")
     cell_struct.check_cell(cuda.prepare_launch, cupy.asarray, cupy.asnumpy, name, dtype)
 
@@ -369,7 +369,7 @@ def test_functions(dtype):
 
 
 @pytest.mark.parametrize("dtype", arrays.HALVES)
-def test_products_of_halves_are_not_rounded(dtype):
+def test_products_in_half_precision_are_not_rounded(dtype):
     a, b = (torch.randn(64, 64, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty(64, 64, device="cuda", dtype=getattr(torch, arrays.product_dtype("torch", dtype)))
     arrays.matmul(a, b.T, out=out)

@@ -1,4 +1,4 @@
-"""Pages with a product of their own: how they are cut, and what each backend makes of the GRU with its reset before."""
+"""Cells with a second recurrent projection: how they are split, and the GRU with its reset before it by backend."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends import cuda, per_step
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.backends.two_pass import TwoPass
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
@@ -34,7 +34,7 @@ def check(made, forward, backward):
 def test_numpy(options):
     for B, rows, reverse in ((3, None, False), (2, 1, True)):
         made = reference_modifiers.drawn(NAME, options, "float32", 5, B, 4, 6, rows=rows, reverse=reverse)
-        check(made, oracle.forward, oracle.backward)
+        check(made, numpy_backend.forward, numpy_backend.backward)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_numpy(options):
 def test_numpy_in_other_sizes(dtype, T, B):
     check(
         reference_modifiers.drawn(NAME, reference_modifiers.OPTIONS["all"], dtype, T, B, 4, 5),
-        oracle.forward,
-        oracle.backward,
+        numpy_backend.forward,
+        numpy_backend.backward,
     )
 
 
@@ -62,7 +62,7 @@ def test_cuda_stepwise(option, reverse):
 @on_host_runtime
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 @pytest.mark.parametrize("option", ["plain", "reset_state", "all"])
-def test_cuda_resident(option, scope, monkeypatch):
+def test_cuda_persistent(option, scope, monkeypatch):
     monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)
     cuda.config_of.cache_clear()
@@ -76,7 +76,7 @@ def test_cuda_resident(option, scope, monkeypatch):
     cuda.config_of.cache_clear()
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- definitions ----------------------------------------------------------------------------------------------------
 
 
 def test_the_cut():
@@ -99,12 +99,12 @@ def test_the_cut():
         (lambda x, h, s: (h[1] + recurrent(1, s[0] * h[0]),), "this cell uses both"),
     ],
 )
-def test_pages_that_can_not_be_cut(step, what):
+def test_definitions_that_can_not_be_split(step, what):
     with pytest.raises(ValueError, match=what):
         cells.make_cell("bad", "ab", "h", step)
 
 
-def test_only_a_page_has_such_a_product():
+def test_recurrent_is_for_definitions_alone():
     with pytest.raises(TypeError, match=r"recurrent\(\) takes a traced value of a cell definition, got float"):
         recurrent(0, 1.0)
 
@@ -113,7 +113,7 @@ def test_only_a_page_has_such_a_product():
 
 
 def test_two_states_with_two_products(rng):
-    """A page whose other state is changed in both phases, with its history; against torch."""
+    """A cell whose other state is changed in both passes, with its history; against torch."""
 
     @gpu_rnn.cell(gates="abn", states="hc", units=("p",), check=True)
     def Twofold(x, h, state, units):
@@ -195,7 +195,7 @@ def test_a_cell_a_step_and_truncated_gradients_are_the_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves(dtype):
+def test_half_precision(dtype):
     """As good as the other form, which torch.nn has, to a few ulp of outputs below 1."""
     layer = gpu_rnn.GRU(3, 8, reset_after=False, dtype=dtype)
     x = torch.randn(6, 3, 3).to(dtype)

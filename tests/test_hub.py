@@ -263,7 +263,7 @@ for module in ours:
     module.load_state_dict(theirs.state_dict())
     agree(compiled, theirs, 2, 1, 8)
 
-operators = {{}}  # torch would let one take the place of another
+operators = {{}}  # torch would let one replace another
 for name in torch._C._dispatch_get_all_op_names():
     operators.setdefault(name.partition("::")[0], set()).add(name.partition("::")[2])
 assert operators["gpu_rnn"] == operators["_gpu_rnn_1"] == operators["_gpu_rnn_2"]

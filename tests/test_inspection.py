@@ -41,9 +41,9 @@ def sigmoid(a):
 
 
 def by_hand(name, x, w, state):
-    """The formulas as a textbook writes them, one instant after the other."""
+    """The formulas as a textbook writes them, one time step after the other."""
     h, *c = state
-    instants = []
+    steps = []
     for x_t in x:
         a, b = x_t @ w.w_ih.T + w.b_ih, h @ w.w_hh.T + w.b_hh
         if name == "lstm":
@@ -52,17 +52,17 @@ def by_hand(name, x, w, state):
             c = [f * c[0] + i * g]
             h = o * np.tanh(c[0])
             h = h if w.w_hr is None else h @ w.w_hr.T
-            instants.append({"i": i, "f": f, "g": g, "o": o, "h": h, "c": c[0]})
+            steps.append({"i": i, "f": f, "g": g, "o": o, "h": h, "c": c[0]})
         elif name == "gru":
             (xr, xz, xn), (hr, hz, hn) = np.split(a, 3, axis=1), np.split(b, 3, axis=1)
             r, z = sigmoid(xr + hr), sigmoid(xz + hz)
             n = np.tanh(xn + r * hn)
             h = (1 - z) * n + z * h
-            instants.append({"r": r, "z": z, "n": n, "h": h})
+            steps.append({"r": r, "z": z, "n": n, "h": h})
         else:
             h = np.tanh(a + b) if name == "rnn_tanh" else np.maximum(a + b, 0)
-            instants.append({"a": h, "h": h})
-    return {letter: np.stack([instant[letter] for instant in instants]) for letter in instants[0]}
+            steps.append({"a": h, "h": h})
+    return {letter: np.stack([step[letter] for step in steps]) for letter in steps[0]}
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -82,7 +82,7 @@ def test_gates_and_states_are_the_formulas(rng, name, P, reverse):
         close(inside[letter][0 if reverse else -1], array)
 
 
-def test_every_page_shows_its_gates():
+def test_every_cell_shows_its_gates():
     for name in cells.NAMES:
         cell = cells.get(name)
         assert len(set(activated(cell).outputs[1])) == cell.G
@@ -133,7 +133,7 @@ def test_a_layers_gates_are_its_functions():
 
 
 @pytest.mark.parametrize("kind", [gpu_rnn.RNNCell, gpu_rnn.GRUCell, gpu_rnn.LSTMCell, nn.GRUCell])
-def test_cells_are_layers_of_one_instant(kind):
+def test_cells_are_layers_of_one_time_step(kind):
     cell, x = make(kind), torch.randn(3, 4, dtype=torch.float64)
     inside, after = gpu_rnn.inspect(cell, x), cell(x)
     assert inside["h"].shape == (1, 3, 6)
@@ -157,7 +157,7 @@ def test_packed_rows_end_in_nan(enforce_sorted):
         assert np.isnan(inside["z_l0_reverse"][length:, row]).all()
 
 
-def test_halves_are_inspected_in_float32():
+def test_half_precision_is_inspected_in_float32():
     layer = gpu_rnn.LSTM(4, 6).to(torch.bfloat16)
     x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
     inside = gpu_rnn.inspect(layer, x)
@@ -201,7 +201,7 @@ def test_a_figure_has_a_panel_for_each_gate_and_state(tmp_path):
     assert [tick.get_text() for tick in images[-1].axes.get_xticklabels()] == ["a", "␣", "b", "⇥", "c"]
 
 
-def test_a_figure_shows_what_was_asked_for():
+def test_a_figure_shows_what_is_requested():
     inside = gpu_rnn.inspect(gpu_rnn.RNN(4, 6), torch.randn(5, 3, 4))
     (panel,) = [axes for axes in inside.plot(row=1, units=[4, 0]).axes if axes.images]
     close(panel.images[0].get_array().data, inside["h"][:, 1, [4, 0]].T)

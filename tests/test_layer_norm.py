@@ -71,8 +71,8 @@ def test_functions_without_autograd(name, rng):
     weights = [p.detach() for p in made.parameters()]
     initial = dict(zip(("h0", "c0"), (s[0].detach() for s in as_tuple(hx))))
     function = getattr(gpu_rnn, name)
-    numpied = {label: s.numpy() for label, s in initial.items()}
-    marks_numpied = {label: m.numpy() for label, m in marks.items()}
+    as_numpy = {label: s.numpy() for label, s in initial.items()}
+    numpy_marks = {label: m.numpy() for label, m in marks.items()}
     for part in (False, True):
         first = (x.detach() @ weights[0].T if part else x.detach()).requires_grad_()
         own = [w.clone().requires_grad_() for w in weights]
@@ -85,7 +85,7 @@ def test_functions_without_autograd(name, rng):
         arrays = [None if w is None else w.detach().numpy() for w in own]
         gains = tuple(arrays[4:])
         outputs, pullback = gpu_rnn.vjp(
-            function, first.detach().numpy(), *arrays[:4], **numpied, **marks_numpied, layer_norm=gains
+            function, first.detach().numpy(), *arrays[:4], **as_numpy, **numpy_marks, layer_norm=gains
         )
         np.testing.assert_allclose(outputs[0], y.detach(), rtol=1e-12)
         ones = tuple(np.ones_like(s) for s in as_tuple(outputs[1]))
@@ -148,7 +148,7 @@ def test_scales_of_the_weights_do_not_matter(name):
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
-def test_cells_are_layers_of_one_instant(kind):
+def test_cells_are_layers_of_one_time_step(kind):
     cell = getattr(gpu_rnn, kind)(I, H, layer_norm=True, dtype=torch.float64)
     made = layer(kind.removesuffix("Cell").lower(), layer_norm=True)
     cell.load_state_dict({key.removesuffix("_l0"): value for key, value in made.state_dict().items()})
@@ -164,7 +164,7 @@ def test_streams_recomputed_and_eval(name):
     x, _, _ = inputs(made)
     y, last = made(x)
     listen = gpu_rnn.stream(made, batch=B)
-    torch.testing.assert_close(torch.stack([listen(instant.detach()).clone() for instant in x]), y)
+    torch.testing.assert_close(torch.stack([listen(step.detach()).clone() for step in x]), y)
     (expected,) = torch.autograd.grad(y.sum(), x)
     made.recompute = True
     (actual,) = torch.autograd.grad(made(x)[0].sum(), x)

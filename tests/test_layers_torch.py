@@ -209,7 +209,7 @@ def test_the_backend_is_told_and_taken():
     layer(torch.ones(5, 2, 3))
 
 
-def test_dropout_on_one_layer_warns_where_it_was_asked_for():
+def test_dropout_on_one_layer_warns_where_it_is_set():
     with pytest.warns(UserWarning, match=r"dropout option adds dropout after all but last.*dropout=0.5") as caught:
         gpu_rnn.GRU(3, 4, dropout=0.5)
     assert caught[0].filename == __file__
@@ -219,7 +219,7 @@ def test_dropout_on_one_layer_warns_where_it_was_asked_for():
 
 
 @every_layer
-def test_a_retained_graph_is_walked_twice(kind):
+def test_a_retained_graph_runs_backward_twice(kind):
     layer = getattr(gpu_rnn, kind)(3, 4, **FULL)
     x = some_input(kind).requires_grad_()
     y, _ = layer(x)

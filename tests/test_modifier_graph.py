@@ -1,4 +1,4 @@
-"""What is woven into a cell: the rules said twice, and every gradient against finite differences."""
+"""Modifiers of a cell: the rules said twice, and every gradient against finite differences."""
 
 import numpy as np
 import pytest
@@ -18,10 +18,10 @@ OPTIONS = {
     "mean": {"zoneout": (0.4, 0.3), "mean": True},
     "all": {"reset": True, "reset_state": True, "hold": True, "dropout": True, "zoneout": (0.4, 0.3)},
 }
-WOVEN = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+MODIFIERS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-def woven(name, options):
+def modified(name, options):
     cell = cells.get(name)
     if "zoneout" in options:
         options = options | {"zoneout": options["zoneout"][: cell.S]}
@@ -63,9 +63,9 @@ def by_the_rules(plain, options, x, h, state, extra):
 
 
 @EVERY
-@WOVEN
+@MODIFIERS
 def test_the_rules(name, options, rng):
-    plain, cell = woven(name, options)
+    plain, cell = modified(name, options)
     inputs = drawn(rng, cell)
     new, _ = cell.step(*inputs[:3], *more(cell, inputs[3]))
     np.testing.assert_allclose(new, by_the_rules(plain, options, *inputs), rtol=1e-14)
@@ -77,9 +77,9 @@ def test_the_rules(name, options, rng):
 
 
 @EVERY
-@WOVEN
+@MODIFIERS
 def test_the_gradient(name, options, rng):
-    check_gradient(woven(name, options)[1], rng)
+    check_gradient(modified(name, options)[1], rng)
 
 
 def check_gradient(cell, rng):
@@ -117,12 +117,12 @@ def test_a_held_or_reset_past_may_be_anything(name, rng):
 @EVERY
 def test_names_find_the_cell_again(name):
     for options in OPTIONS.values():
-        _, cell = woven(name, options)
+        _, cell = modified(name, options)
         assert cells.get(cell.name) is cell
 
 
 @EVERY
-def test_the_derived_gradient_is_the_page_s(name, rng):
+def test_the_derived_gradient_is_that_of_the_definition(name, rng):
     cell = cells.get(name)
     step, grad = derive(cell.step, cell.G, cell.S)
     x, h, state, _ = drawn(rng, cell)
@@ -156,7 +156,7 @@ def test_variants_of_the_lstm(options, rng):
     check_gradient(cell, rng)
 
 
-def test_a_variant_can_be_woven(rng):
+def test_a_variant_takes_modifiers(rng):
     cell = apply_modifiers(cells.get("lstm+coupled+peephole"), reset=True, reset_state=True)
     assert (cell.gates, cell.per_unit_params, cell.num_trainable) == ("igo", ("i", "o", "h_reset", "c_reset"), 4)
     check_gradient(cell, rng)

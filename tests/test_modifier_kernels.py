@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from gpu_rnn.backends import cuda, per_step
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 from gpu_rnn.kernels.cuda import stepwise as plans
@@ -26,8 +26,8 @@ def by_steps(case):
 
 
 @pytest.fixture(params=persistent.SCOPES)
-def resident(request, monkeypatch):
-    """A case's `run` by the resident kernels of a scope."""
+def persistent_run(request, monkeypatch):
+    """A case's `run` by the persistent kernels of a scope."""
     monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=request.param))
     on = persistent.DEVICES["h200"]
     cuda.config_of.cache_clear()
@@ -37,27 +37,27 @@ def resident(request, monkeypatch):
     cuda.config_of.cache_clear()
 
 
-RESIDENT = [("lstm", option) for option in reference_modifiers.OPTIONS] + [
+PERSISTENT = [("lstm", option) for option in reference_modifiers.OPTIONS] + [
     ("gru", "all"),
     ("rnn_tanh", "all"),
     ("rnn_relu", "reset_state"),
 ]
-RESIDENT += [(name, option) for name in ("lstm", "gru") for option in reference_modifiers.NORMED]
+PERSISTENT += [(name, option) for name in ("lstm", "gru") for option in reference_modifiers.NORMED]
 
 
 @on_host_runtime
-@pytest.mark.parametrize(("name", "option"), RESIDENT)
-def test_cuda_resident(name, option, resident, monkeypatch):
+@pytest.mark.parametrize(("name", "option"), PERSISTENT)
+def test_cuda_persistent(name, option, persistent_run, monkeypatch):
     options = (reference_modifiers.OPTIONS | reference_modifiers.NORMED)[option]
     monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     made = reference_modifiers.drawn(name, options, "bfloat16", 5, 9, 4, 20, reverse=name == "gru")
-    reference_modifiers.check(made, resident(made.case))
+    reference_modifiers.check(made, persistent_run(made.case))
 
 
 @on_host_runtime
-def test_cuda_resident_in_float32_with_one_row_for_all(resident):
+def test_cuda_persistent_in_float32_with_one_row_for_all(persistent_run):
     made = reference_modifiers.drawn("lstm", reference_modifiers.OPTIONS["all"], "float32", 6, 3, 4, 18, rows=1)
-    reference_modifiers.check(made, resident(made.case))
+    reference_modifiers.check(made, persistent_run(made.case))
 
 
 @on_host_runtime
@@ -91,7 +91,7 @@ def test_numpy(name, options, reverse):
     projected = 4 if name == "lstm" and "zoneout" not in options else None
     for B, rows, P in ((3, None, None), (2, 1, None), (1, None, projected)):
         made = reference_modifiers.drawn(name, options, "float32", 5, B, 4, 6, P, rows=rows, reverse=reverse)
-        reference_modifiers.check(made, made.case.run(oracle.forward, oracle.backward))
+        reference_modifiers.check(made, made.case.run(numpy_backend.forward, numpy_backend.backward))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
@@ -99,7 +99,7 @@ def test_numpy(name, options, reverse):
 def test_numpy_with_layer_normalization(name, options):
     for dtype, B, H, reverse in (("float32", 3, 6, False), ("float32", 1, 5, True), ("bfloat16", 2, 4, False)):
         made = reference_modifiers.drawn(name, options, dtype, 5, B, 4, H, reverse=reverse)
-        reference_modifiers.check(made, made.case.run(oracle.forward, oracle.backward))
+        reference_modifiers.check(made, made.case.run(numpy_backend.forward, numpy_backend.backward))
 
 
 @on_host_runtime

@@ -228,7 +228,7 @@ def test_eval_mode_draws_nothing(keyword):
 
 
 @pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
-def test_cells_are_layers_of_one_instant(kind):
+def test_cells_are_layers_of_one_time_step(kind):
     keywords = FEATURES["everything"][0] | ({"peephole": True, "coupled": True} if kind == "LSTMCell" else {})
     made = layer(kind.removesuffix("Cell").lower(), **keywords)
     cell = getattr(gpu_rnn, kind)(2, 4, dtype=torch.float64, **keywords)

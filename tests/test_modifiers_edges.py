@@ -16,7 +16,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
-def twin(made):
+def torch_layer(made):
     """torch.nn's layer with the same parameters."""
     kind, arguments = LAYERS["relu" if made.mode == "RNN_RELU" else made.mode[:4].strip("_").lower()]
     theirs = getattr(nn, kind.removesuffix("_TANH"))(
@@ -38,7 +38,7 @@ def test_resets_cut_a_sequence_into_episodes(name):
     reset = torch.zeros(6, 3, dtype=torch.bool)
     reset[2], reset[5] = True, True
     y, last = made(x, hx, reset=reset)
-    theirs = twin(made)
+    theirs = torch_layer(made)
     alone = [theirs(x[:2], hx), theirs(x[2:5]), theirs(x[5:])]
     torch.testing.assert_close((y, last), (torch.cat([y for y, _ in alone]), alone[-1][1]), **CLOSE)
 
@@ -64,9 +64,9 @@ def test_nan_before_a_reset_is_forgotten():
     bad = x.detach().clone()
     bad[2] = float("nan")
     y, last = made(bad, hx, reset=reset)
-    expected, wanted_last = made(x, hx, reset=reset)
+    expected, expected_last = made(x, hx, reset=reset)
     assert y[2].isnan().all()
-    torch.testing.assert_close((y[3:], last), (expected[3:], wanted_last), rtol=0, atol=0)
+    torch.testing.assert_close((y[3:], last), (expected[3:], expected_last), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -113,7 +113,7 @@ def test_lengths_are_torchs_packed_sequences(name, shape):
     made = layer(name, shape)
     x, hx, _ = inputs(made)
     actual = made(x, hx, lengths=LENGTHS)
-    packed, last = twin(made)(pack_padded_sequence(x, LENGTHS, enforce_sorted=False), hx)
+    packed, last = torch_layer(made)(pack_padded_sequence(x, LENGTHS, enforce_sorted=False), hx)
     expected = pad_packed_sequence(packed)[0], last
     torch.testing.assert_close(actual, expected, **CLOSE)
     ours, theirs = (
@@ -133,11 +133,11 @@ def test_packed_input_draws_its_masks_like_padded_input(name, enforce_sorted):
     y, last = made(packed, hx, generator=torch.Generator().manual_seed(1))
     order = torch.arange(3) if enforce_sorted else packed.sorted_indices
     rows = tree_map(lambda s: s[:, order], hx)
-    expected, wanted_last = made(
+    expected, expected_last = made(
         x[:, order], rows, lengths=lengths[order], generator=torch.Generator().manual_seed(1)
     )  # masks go by the rows as they lie, the longest first
     torch.testing.assert_close(pad_packed_sequence(y)[0][:, order], expected, **CLOSE)
-    torch.testing.assert_close(tree_map(lambda s: s[:, order], last), wanted_last, **CLOSE)
+    torch.testing.assert_close(tree_map(lambda s: s[:, order], last), expected_last, **CLOSE)
 
 
 @every_layer
@@ -147,7 +147,9 @@ def test_starts_are_padding_on_the_left(name, shape):
     x, hx, _ = inputs(made)
     y, last = made(x, hx, left_padding=left_padding)
     for b, start in enumerate(left_padding.tolist()):
-        alone, ended = twin(made)(x[start:, b : b + 1], tree_map(lambda s, b=b: s[:, b : b + 1].contiguous(), hx))
+        alone, ended = torch_layer(made)(
+            x[start:, b : b + 1], tree_map(lambda s, b=b: s[:, b : b + 1].contiguous(), hx)
+        )
         torch.testing.assert_close(y[start:, b : b + 1], alone, **CLOSE)
         torch.testing.assert_close(tree_map(lambda s, b=b: s[:, b : b + 1], last), ended, **CLOSE)
         assert not y[:start, b].any()
@@ -194,7 +196,7 @@ def test_a_row_of_length_zero_keeps_its_states():
 
 @every_layer
 def test_every_state_is_that_of_a_shorter_sequence(name):
-    """Those of two layers, from the start to every instant; of the reverse direction from there to the end."""
+    """Those of two layers, from the start to every time step; of the reverse direction from there to the end."""
     made = layer(name, "stacked")
     x, hx, _ = inputs(made)
     _, last, states = made(x, hx, return_states=True)
@@ -239,7 +241,7 @@ def test_zoneout_of_nothing_and_of_everything():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_zoneout_keeps_as_often_as_it_should(training):
-    """One instant of many units: in training a share p is exactly what it was; else all are the mean."""
+    """One time step of many units: in training a share p is exactly what it was; else all are the mean."""
     made = gpu_rnn.GRU(2, 64, zoneout=0.25, dtype=torch.float64).train(training)
     plain = gpu_rnn.GRU(2, 64, dtype=torch.float64)
     plain.load_state_dict(made.state_dict())
@@ -271,7 +273,7 @@ def test_dropout_preserves_the_mean(keyword):
 
 @pytest.mark.parametrize("keyword", ["recurrent_dropout", "input_dropout", "weight_dropout"])
 def test_a_mask_holds_for_the_whole_sequence(keyword):
-    """An input is 1 at one instant only, and what is left of it a step later never depends on which."""
+    """An input is 1 at one time step only, and what is left of it a step later never depends on which."""
     made = gpu_rnn.RNN(50, 50, nonlinearity="relu", bias=False, dtype=torch.float64, **{keyword: 0.5})
     with torch.no_grad():
         made.weight_ih_l0.copy_(torch.eye(50))
@@ -290,12 +292,12 @@ def test_masks_of_layers_and_rows_and_regularizers_differ():
     seen = []
     original = gpu_rnn.nn.base.dropout_mask
 
-    def noted(*args, **keywords):
+    def recorded(*args, **keywords):
         seen.append(original(*args, **keywords))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_rnn.nn.base, "dropout_mask", noted)
+        patch.setattr(gpu_rnn.nn.base, "dropout_mask", recorded)
         x, hx, _ = inputs(made)
         made(x, hx, generator=torch.Generator().manual_seed(1))
     flat = [mask.flatten()[:6].tolist() for mask in seen]

@@ -124,7 +124,7 @@ def test_a_seed_is_a_number_or_an_array(rng, seed):
 
 
 @every_function
-def test_asking_for_nothing_changes_nothing(rng, name):
+def test_keywords_that_do_nothing_change_nothing(rng, name):
     function, kwargs = drawn(rng, name, "states")
     nothing = {
         "reset": np.zeros((T, B), bool), "lengths": np.full(B, T), "left_padding": np.zeros(B, int), "zoneout": 0,

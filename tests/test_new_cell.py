@@ -1,4 +1,4 @@
-"""docs/new_cell.md is true: its cells run everywhere with nothing else written; and what isn't a page is refused."""
+"""docs/new_cell.md is true: its cells run everywhere with nothing else written; other definitions are refused."""
 
 import copy
 import importlib
@@ -15,7 +15,7 @@ import torch
 import gpu_rnn
 from gpu_rnn import functional
 from gpu_rnn.backends import cuda, per_step
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.core.problem import Options, Weights
 from gpu_rnn.functional import ShapeError
 from gpu_rnn.kernels import cells, validation
@@ -46,7 +46,7 @@ def forgotten(monkeypatch):
 @pytest.fixture
 def mgu(tmp_path, monkeypatch):
     """The cell "mgu", defined in the folder of cell definitions."""
-    (tmp_path / "mgu.py").write_text(custom_cells.PAGE)
+    (tmp_path / "mgu.py").write_text(custom_cells.MODULE)
     monkeypatch.setattr(cells, "__path__", [*cells.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     monkeypatch.setattr(cells, "MODULES", cells.definitions())
@@ -68,10 +68,10 @@ def test_the_documents_use_runs():
     exec(custom_cells.USE, dict(vars(custom_cells.document)))
 
 
-def test_facts_are_read_off_the_pages(mgu):
+def test_facts_follow_from_the_definitions(mgu):
     assert (mgu.G, mgu.S, mgu.K, mgu.separate) == (2, 1, 3, (False, True))
     derived = cells.get("MGU")
-    assert (derived.K, derived.separate) == (mgu.K, mgu.separate), "what the page written by hand saves"
+    assert (derived.K, derived.separate) == (mgu.K, mgu.separate), "what the definition written by hand saves"
     assert cells.get("SLSTM").separate == (False,) * 4
 
 
@@ -130,7 +130,7 @@ def test_numpy(name, option):
         option
     ) or reference_modifiers.OPTIONS.get(option, {})
     made = custom_cells.case(name, options, "float32", 5, 3, 4, 6, reverse=option == "hold")
-    reference_modifiers.check(made, made.case.run(oracle.forward, oracle.backward))
+    reference_modifiers.check(made, made.case.run(numpy_backend.forward, numpy_backend.backward))
 
 
 @on_host_runtime
@@ -144,7 +144,7 @@ def test_cuda_stepwise(name, dtype):
 @on_host_runtime
 @EVERY
 @pytest.mark.parametrize("scope", persistent.SCOPES)
-def test_cuda_resident(name, scope, monkeypatch):
+def test_cuda_persistent(name, scope, monkeypatch):
     monkeypatch.setattr(persistent, "select", partial(persistent.select, scope=scope))
     monkeypatch.setattr(per_step, "run_forward", None)  # which would be no test
     cuda.config_of.cache_clear()
@@ -153,7 +153,7 @@ def test_cuda_resident(name, scope, monkeypatch):
     cuda.config_of.cache_clear()
 
 
-def test_a_page_where_pages_stand_runs_with_gradients(mgu, rng):
+def test_a_definition_in_the_folder_of_cells_runs_with_gradients(mgu, rng):
     x, weights, (h0,) = sequence_arrays(rng, "mgu", 4, 3, 2, 5)
     y, _ = functional.run("mgu", x, weights, (h0,), Options())
     expected, _ = custom_cells.document.MGU.function(x, *weights[:4], h0=h0)
@@ -167,7 +167,7 @@ def test_a_page_where_pages_stand_runs_with_gradients(mgu, rng):
     assert torch.autograd.gradcheck(run, tensors)
 
 
-def test_units_meet_in_a_mean(forgotten):
+def test_units_are_reduced_by_a_mean(forgotten):
     def step(x, h, state):
         e = exp(tanh(x[0] + h[0]))
         return (e / mean(e) + 0.5 * state[0],)
@@ -312,7 +312,7 @@ def test_a_unit_has_values_of_its_own(forgotten):
         cls.function(x, w_ih, w_hh, units=units[:3])
 
 
-def test_a_name_keeps_its_page(forgotten):
+def test_a_name_keeps_its_definition(forgotten):
     def leaky(x, h, state):
         return (0.5 * state[0] + 0.5 * tanh(x[0] + h[0]),)
 
@@ -374,7 +374,7 @@ def test_every_gradient_passes_the_check(name):
         (lambda x, h: (x[0],), "takes 2 positional arguments but 3"),
     ],
 )
-def test_what_is_no_page_is_refused(step, why):
+def test_what_is_no_definition_is_refused(step, why):
     with pytest.raises((TypeError, ValueError), match=f"mine: step .*{why}"):
         gpu_rnn.cell(step, gates="a", states="h", name="mine")
     with pytest.raises(TypeError, match=r"step must be a function of .* got 5"):

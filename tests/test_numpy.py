@@ -234,7 +234,7 @@ def test_results_are_the_callers_own(name, rng):
             assert all(map(np.array_equal, arrays, copied))
 
 
-def test_only_wanted_gradients_are_given(rng):
+def test_gradients_are_those_requested(rng):
     x, weights, state = sequence_arrays(rng, "gru", 3, 2, 4, 5)
     args = [torch.from_numpy(a) for a in (x, *weights[:4])]
     args[2].requires_grad_()
@@ -272,7 +272,7 @@ def test_extreme_values_stay_finite(B):
 
 @pytest.mark.parametrize("B", [1, 8, 64])
 def test_products_by_blocks_of_rows(B, monkeypatch, rng):
-    """As where there is AVX-512, of one instant and of several."""
+    """As where there is AVX-512, of one time step and of several."""
     monkeypatch.setattr(backend, "has_avx512", lambda: True)
     monkeypatch.setattr(backend, "num_blocks", backend.num_blocks.__wrapped__)
     M, z = rng.standard_normal((1536, 512)), rng.standard_normal((3, 512, B))

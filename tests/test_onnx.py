@@ -263,7 +263,7 @@ def test_what_a_layer_leaves_out_is_said(rng):
         gpu_rnn.onnx.load(model)
 
 
-def wrapped(model, around):
+def wrapped(model, wrapper):
     """The node of a model within a body or a function. X and the weights are read from outside of it."""
     graph = model.graph
     node = graph.node[0]
@@ -282,7 +282,7 @@ def wrapped(model, around):
         return helper.make_graph([node], "body", list(inputs), [*outputs, graph.output[0]], **own)
 
     kind_of = graph.output[0].type.tensor_type.elem_type
-    match around:
+    match wrapper:
         case "If":
             graph.initializer.remove(constants[0])
             other = helper.make_node("Expand", ["zero", "four"], ["Y"])
@@ -319,13 +319,13 @@ def wrapped(model, around):
 
 
 @pytest.mark.parametrize(
-    ("around", "name"),
+    ("wrapper", "name"),
     [("If", "outer/then_branch/cell"), ("Loop", "outer/body/cell"), ("Scan", "outer/body/cell"),
      ("function", "outer/cell")],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_nodes_in_bodies_and_functions_are_found(kind, around, name, rng):
-    model, x = wrapped(node_model(kind, rng)[0], around), draw(rng, T, B, I)
+def test_nodes_in_bodies_and_functions_are_loaded(kind, wrapper, name, rng):
+    model, x = wrapped(node_model(kind, rng)[0], wrapper), draw(rng, T, B, I)
     (y,) = run(model, x)
     for node in (None, name, "cell"):
         np.testing.assert_allclose(gpu_rnn.onnx.load(model, node)(torch.tensor(x))[0].detach(), y[:, 0], **CLOSE)

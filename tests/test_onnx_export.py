@@ -52,13 +52,13 @@ LOOPS = {
         {"Scan": 1},
     ),
 }
-HALVES = {label: STANDARD[label] for label in ("lstm", "reset gate before", "rnn lengths")} | {
+HALF_DTYPES = {label: STANDARD[label] for label in ("lstm", "reset gate before", "rnn lengths")} | {
     label: LOOPS[label] for label in ("cell_clip", "reset state", "gru projected")
 }
 GROUPS = {
     "standard": (STANDARD, torch.float32),
     "loops": (LOOPS, torch.float32),
-    "halves": (HALVES, torch.float16),
+    "half precision": (HALF_DTYPES, torch.float16),
     "float64": ({"lstm": ("lstm", STACKED, [], {"Scan": 4})}, torch.float64),
 }
 DYNAMIC = torch.export.Dim.DYNAMIC

@@ -1,4 +1,4 @@
-"""No result shares memory with another or with an argument: whoever writes to one changes no other."""
+"""No result shares memory with another or with an argument: writing to one changes no other."""
 
 from itertools import combinations
 

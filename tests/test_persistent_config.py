@@ -1,4 +1,4 @@
-"""The planner of the resident kernels, for thousands of problems and without a GPU: every plan fits, and covers all."""
+"""Configurations of persistent kernels, for thousands of problems, without a GPU: every plan fits, and covers all."""
 
 import dataclasses
 from functools import partial
@@ -37,12 +37,11 @@ problems = st.tuples(
 
 
 def planned(cell, dtype, H, B, device, backward=True, scope=None):
-    page, ieee = cells.get(cell).kernel_cell, dtype == "ieee"
-    element, reductions = (
-        ask(page, backward=backward) for ask in (persistent.registers_per_element, persistent.reductions)
-    )
+    definition, ieee = cells.get(cell).kernel_cell, dtype == "ieee"
+    counts = persistent.registers_per_element, persistent.reductions
+    element, reductions = (count_of(definition, backward=backward) for count_of in counts)
     options = {"backward": backward, "ieee": ieee, "scope": scope, "reductions": reductions}
-    return persistent.select(page.G, element, stored(dtype), H, B, device, **options)
+    return persistent.select(definition.G, element, stored(dtype), H, B, device, **options)
 
 
 def stored(dtype):
@@ -125,7 +124,7 @@ def test_cupy_takes_the_arguments(monkeypatch):
         "cuda.function.Function.ptr", "cuda.Device.id", "cuda.Device.use", "cuda.runtime.getDeviceProperties",
     ],
 )  # fmt: skip
-def test_cupy_has_what_is_asked_of_it(name):
+def test_cupy_has_what_is_called_of_it(name):
     """What tests without a GPU put a stand-in for."""
     assert attrgetter(name)(pytest.importorskip("cupy")) is not None
 
@@ -190,10 +189,10 @@ def only(scope, device):
 
 
 @pytest.mark.parametrize("device", ["h100", "h200"])
-def test_the_gpu_tests_meet_what_they_are_for(device):
-    """They run where nobody watches, so what they expect of plans is held against these beforehand."""
+def test_the_gpu_tests_have_what_they_are_for(device):
+    """They run unattended, so what they expect of plans is compared with these beforehand."""
     for name, dtype in product(cells.NAMES, persistent.ITEMSIZE):
-        for size in test_gpu.RESIDENT:
+        for size in test_gpu.PERSISTENT:
             problem = test_gpu.problem_of(name, dtype, size)
             assert None not in test_gpu.plans(problem, DEVICES[device]), problem
         for scope, size in test_gpu.BOTH_AT_ONCE.items():
@@ -243,36 +242,35 @@ def test_an_older_or_shared_device_falls_to_the_next_scale():
 # ---- The driver has the last word -------------------------------------------------------------------------------
 
 
-def settled(H, device, held):
-    page = cells.get("lstm")
-    options = {"backward": True, "ieee": False, "occupancy": held}
-    return persistent.select_verified(
-        page.G, persistent.registers_per_element(page, backward=True), "bfloat16", H, 8, DEVICES[device], **options
-    )
+def verified(H, device, occupancy):
+    definition = cells.get("lstm")
+    options = {"backward": True, "ieee": False, "occupancy": occupancy}
+    registers = persistent.registers_per_element(definition, backward=True)
+    return persistent.select_verified(definition.G, registers, "bfloat16", H, 8, DEVICES[device], **options)
 
 
-def test_a_driver_that_agrees_is_asked_once():
+def test_a_driver_that_agrees_is_queried_once():
     for H in (64, 512, 1024):
-        asked = []
-        plan, reasons = settled(H, "h200", lambda plan: asked.append(plan) or 1000)  # noqa: B023
+        queried = []
+        plan, reasons = verified(H, "h200", lambda plan: queried.append(plan) or 1000)  # noqa: B023
         assert plan == planned("lstm", "bfloat16", H, 8, DEVICES["h200"])[0]
-        assert (len(asked), reasons) == (0 if plan.scope == "block" else 1, ())
+        assert (len(queried), reasons) == (0 if plan.scope == "block" else 1, ())
 
 
 def test_fewer_clusters_than_thought_change_the_plan():
     """Down to none of a size: then another size, then the grid."""
-    plan, reasons = settled(256, "h200", lambda plan: 0 if plan.scope == "cluster" else 132)
+    plan, reasons = verified(256, "h200", lambda plan: 0 if plan.scope == "cluster" else 132)
     assert plan.scope == "grid"
     assert "cluster scope: needs 8 clusters of 16 blocks co-resident, but the CUDA driver reports 0" in reasons
-    plan, reasons = settled(256, "h200", lambda plan: 1)  # queues for one place
+    plan, reasons = verified(256, "h200", lambda plan: 1)  # queues for one place
     assert plan.scope == "cluster"
     assert "the CUDA driver reports 1" in reasons[0]
 
 
 @pytest.mark.parametrize("count", [0, 20, 63, 64, 66, 131])
 def test_a_grid_never_has_more_blocks_than_the_driver_holds(count):
-    """A part of a device: as long as the weights fit it, on fewer multiprocessors; else not resident."""
-    plan, reasons = settled(1024, "h200", lambda plan: count if plan.scope == "grid" else 0)
+    """A part of a device: as long as the weights fit it, on fewer multiprocessors; else not persistent."""
+    plan, reasons = verified(1024, "h200", lambda plan: count if plan.scope == "grid" else 0)
     assert plan is None or plan.grid <= count
     assert (plan is None) == (count < 32)
     if plan is None:
@@ -293,21 +291,21 @@ class Library:
     """libcuda, as much as is asked of it."""
 
     def __init__(self, count=0, status=0):
-        self.count, self.status, self.asked = count, status, []
+        self.count, self.status, self.calls = count, status, []
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, count, function, threads, shared):
         count._obj.value = self.count
-        self.asked.append((function.value, threads, shared.value))
+        self.calls.append((function.value, threads, shared.value))
         return self.status
 
     def cuOccupancyMaxActiveClusters(self, count, function, launch):
         config = launch._obj
         count._obj.value = self.count
-        self.asked.append((function.value, config.grid_x, config.block_x, config.shared, config.attribute_count))
+        self.calls.append((function.value, config.grid_x, config.block_x, config.shared, config.attribute_count))
         return self.status
 
     def cuFuncSetAttribute(self, function, attribute, value):
-        self.asked.append((function.value, attribute, value))
+        self.calls.append((function.value, attribute, value))
         return self.status
 
 
@@ -317,12 +315,12 @@ def driver(library):
     return made
 
 
-def test_what_the_driver_is_asked():
+def test_queries_of_the_driver():
     library = Library(count=3)
     assert driver(library).blocks(7, 256, 1000) == 3
     assert driver(library).clusters(7, 16, 256, 1000) == 3
     driver(library).allow_large_clusters(7)
-    assert library.asked == [(7, 256, 1000), (7, 16, 256, 1000, 0), (7, 14, 1)]
+    assert library.calls == [(7, 256, 1000), (7, 16, 256, 1000, 0), (7, 14, 1)]
     assert driver(Library(count=3, status=cuda.Driver.INVALID_CLUSTER_SIZE)).clusters(7, 16, 256, 1000) == 0
     for question in ("blocks", "clusters"):
         with pytest.raises(RuntimeError, match="CUresult 1"):
@@ -361,7 +359,7 @@ def test_a_part_of_a_device_has_its_own_numbers(monkeypatch):
 
 # ---- What the compiler makes of the plans -----------------------------------------------------------------------
 
-WOVEN = "lstm+dropout+hold+reset+reset_state+zoneout(0.1,0.05)"
+WITH_MODIFIERS = "lstm+dropout+hold+reset+reset_state+zoneout(0.1,0.05)"
 BEFORE = "gru+before+dropout+hold+reset+reset_state+zoneout(0.1)"
 NORMED = "lstm+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,0.05)"
 COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared memory, one and more batch tiles
@@ -373,8 +371,8 @@ COMPILED = [  # cell, dtype, H, B: each scope, registers alone and with shared m
     ("rnn_tanh", "bfloat16", 1024, 8), ("rnn_tanh", "float32", 512, 64), ("rnn_relu", "float16", 256, 1),
     ("lstm", "bfloat16", 2048, 8), ("lstm", "ieee", 64, 4), ("lstm", "ieee", 256, 8), ("lstm", "ieee", 1024, 8),
     ("gru", "ieee", 512, 32), ("rnn_tanh", "ieee", 256, 16),
-    (WOVEN, "bfloat16", 128, 8), (WOVEN, "bfloat16", 512, 32), (WOVEN, "float32", 512, 8),
-    ("gru+hold+reset", "bfloat16", 1024, 8), (WOVEN, "ieee", 256, 8),
+    (WITH_MODIFIERS, "bfloat16", 128, 8), (WITH_MODIFIERS, "bfloat16", 512, 32), (WITH_MODIFIERS, "float32", 512, 8),
+    ("gru+hold+reset", "bfloat16", 1024, 8), (WITH_MODIFIERS, "ieee", 256, 8),
     ("gru+before", "bfloat16", 512, 8), (BEFORE, "float32", 256, 8), (BEFORE, "bfloat16", 1024, 8),
     ("lstm+norm", "bfloat16", 64, 8), ("lstm+norm", "bfloat16", 512, 16), ("gru+norm", "float32", 512, 32),
     (NORMED, "bfloat16", 256, 8), ("gru+norm", "bfloat16", 1024, 64), ("lstm+norm", "ieee", 256, 8),

@@ -1,4 +1,4 @@
-"""The resident kernels on the CPU: every scope, cell and dtype against the oracle; races; every barrier needed."""
+"""Persistent kernels on the CPU: every scope, cell and dtype against the NumPy backend; races; every barrier needed."""
 
 import ctypes
 
@@ -21,7 +21,7 @@ EVERY_SCOPE = pytest.mark.parametrize("scope", persistent.SCOPES)
 @EVERY_CELL
 @EVERY_DTYPE
 @EVERY_SCOPE
-def test_equals_the_oracle(cell, dtype, scope):
+def test_equals_the_numpy_backend(cell, dtype, scope):
     """Ragged in H and B, both directions of time, training and inference, several schedules."""
     H = {"block": 20, "cluster": 50, "grid": 35}[scope]
     for reverse, save in ((False, True), (True, True), (True, False)):
@@ -36,7 +36,7 @@ def test_equals_the_oracle(cell, dtype, scope):
 @EVERY_SCOPE
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 17), (4, 16, 32), (2, 19, 70), (7, 1, 33)])
 def test_shapes(scope, T, B, H):
-    """One instant, full tiles, several batch tiles, one row."""
+    """One time step, full tiles, several batch tiles, one row."""
     if scope == "block":
         H = min(H, 40)
     case = Case("lstm", "bfloat16", scope, T, B, H)
@@ -47,8 +47,8 @@ def test_shapes(scope, T, B, H):
 
 @pytest.mark.parametrize("name", ["lstm+norm", "gru+norm"])
 @EVERY_SCOPE
-def test_units_that_meet(name, scope):
-    """Layer normalization, whose groups meet several times within an instant; ragged, and several rows a group."""
+def test_reductions_over_units(name, scope):
+    """Layer normalization, whose groups reduce several times within a time step; ragged, and several rows a group."""
     H = 40 if scope == "block" else 70
     for dtype, B, reverse, seed in (("bfloat16", 5, False, 1), ("float32", 11, True, 2), ("ieee", 3, False, 3)):
         case = Case(name, dtype, scope, T=4, B=B, H=H, reverse=reverse)
@@ -58,7 +58,7 @@ def test_units_that_meet(name, scope):
 
 
 @EVERY_SCOPE
-def test_groups_that_meet_of_many_tiles_and_rows(scope):
+def test_reductions_of_many_tiles_and_rows(scope):
     shape = {"blocks": 1 if scope == "block" else 18 if scope == "grid" else 4, "k_splits": 2, "batch_tiles": 2}
     H = 16 * shape["blocks"] * 2 - 3
     case = Case("lstm+norm", "float16", scope, T=3, B=19, H=H)
@@ -98,7 +98,7 @@ def test_a_grid_that_does_not_fit_takes_several_launches():
     assert not wrong(result), result
 
 
-def test_a_grid_that_is_not_resident_would_hang_and_is_reported():
+def test_a_grid_that_is_not_co_resident_would_hang_and_is_reported():
     case = Case("gru", "float16", "grid", T=3, B=8, H=40)
     plans = planned(case)
     with pytest.raises(runtime.HostError, match="have not started"):
@@ -200,7 +200,7 @@ def test_swapped_fragments_are_caught():
 
 @EVERY_SCOPE
 def test_the_exchange_alone_and_the_product_alone_run(scope):
-    """For benchmarks. Where nobody waits, a device that holds a block at a time will do."""
+    """For benchmarks. Where no block waits, a device that holds a block at a time will do."""
     for only in ("exchange", "product"):
         case = Case("lstm", "float16", scope, T=4, B=5, H=40, save=False)
         (plan,) = planned(case)
@@ -239,7 +239,7 @@ class Layer(ctypes.Structure):
 
 
 def two_layers(seed: int, *, share_exchange: bool = False) -> None:
-    """Two cooperative launches, each with all of its blocks resident, on one schedule: what two streams may give."""
+    """Two cooperative launches, each with all of its blocks co-resident, on one schedule: what two streams may give."""
     case = Case("gru", "float16", "grid", B=5, H=40, save=False)
     plans = planned(case)
     (plan,), (kernels,) = plans, libraries(case, plans, kernel=runtime.Source("persistent.cu", SOURCE + TOGETHER))
@@ -303,6 +303,6 @@ def test_nan_travels():
     arrays["xg"][1, 2, 0, 7] = np.nan
     cuda_on_cpu.execute(kernels, launch, *params, seed=1)
     expected = np.zeros((3, 4, 40), bool)
-    expected[1, 2, 7] = True  # its own unit at once, all units of the row an instant later
+    expected[1, 2, 7] = True  # its own unit at once, all units of the row a time step later
     expected[2, 2] = True
     assert (np.isnan(arrays["y"]) == expected).all()

@@ -25,11 +25,11 @@ def told(monkeypatch):
     for name in ("forward", "backward"):
         run = getattr(backend, name)
 
-        def noting(problem, *args, run=run, name=name):
+        def recording(problem, *args, run=run, name=name):
             words.append((name, problem.tf32))
             return run(problem, *args)
 
-        monkeypatch.setattr(backend, name, noting)
+        monkeypatch.setattr(backend, name, recording)
     return words
 
 
@@ -109,7 +109,7 @@ def test_other_dtypes(told):
         gpu_rnn.LSTM(3, 4, precision="bf16")(torch.randn(5, 2, 3))
     with torch.autocast("cpu", torch.bfloat16):
         gpu_rnn.LSTM(3, 4, precision="tf32")(torch.randn(5, 2, 3))
-    assert told == [("forward", False)], "halves have no TF32"
+    assert told == [("forward", False)], "half precision has no TF32"
 
 
 # ---- torch's settings -----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_products_of_a_layer_have_its_precision(backends):
         assert matmul.fp32_precision == "tf32", "nothing to set"
 
 
-def test_products_go_on_to_follow_what_they_followed(backends):
+def test_products_go_on_by_the_setting_they_began_with(backends):
     backends.fp32_precision = "tf32"
     with arrays.matmul_precision(on_gpu(), tf32=False):
         assert backends.cuda.matmul.fp32_precision == "ieee"

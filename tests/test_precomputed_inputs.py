@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import gpu_rnn
 from gpu_rnn import ShapeError
 from gpu_rnn.backends import gpu_common, per_step
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
 
@@ -61,12 +61,14 @@ def check(case, forward, backward, *, exact=True):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_numpy(name, T, B, reverse):
     """Also where the gates are put into another order, which a long sequence repays."""
-    check(draw(name, "float64", T, B, 4, 6, reverse=reverse), oracle.forward, oracle.backward, exact=False)
+    check(
+        draw(name, "float64", T, B, 4, 6, reverse=reverse), numpy_backend.forward, numpy_backend.backward, exact=False
+    )
 
 
 def test_numpy_with_everything():
     made = reference_modifiers.drawn("lstm", reference_modifiers.OPTIONS["all"], "float32", 5, 3, 4, 6)
-    check(made.case, oracle.forward, oracle.backward, exact=False)
+    check(made.case, numpy_backend.forward, numpy_backend.backward, exact=False)
 
 
 @on_host_runtime
@@ -80,7 +82,7 @@ def test_cuda_stepwise(name):
 
 @on_host_runtime
 @pytest.mark.parametrize("name", ["lstm", "rnn_relu"])
-def test_cuda_resident(name, monkeypatch):
+def test_cuda_persistent(name, monkeypatch):
     """K = G, or not."""
     monkeypatch.setattr(per_step, "run_forward", None)
     on = persistent.DEVICES["h200"]

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_rnn
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 
 from . import cuda_on_cpu, reference_modifiers
 from .conftest import sequence_arrays
@@ -27,7 +27,7 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 def test_numpy(name, options):
     for B, reverse in ((3, False), (9, True)):
         made = reference_modifiers.drawn(name, options, "float32", 5, B, 4, 6, 3, reverse=reverse)
-        reference_modifiers.check(made, made.case.run(oracle.forward, oracle.backward))
+        reference_modifiers.check(made, made.case.run(numpy_backend.forward, numpy_backend.backward))
 
 
 @on_host_runtime

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import gpu_rnn
 from gpu_rnn.autograd import eager
 from gpu_rnn.backends import cuda, gpu_common, per_step
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.core.problem import Options, Problem, Run, Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cuda import persistent
@@ -54,7 +54,7 @@ def test_an_lstm_keeps_a_third_at_most(sizes):
 
 
 def by_autograd(case, recompute, history=False):
-    """Every output and gradient, of the states after every instant too."""
+    """Every output and gradient, of the states after every time step too."""
 
     def leaf(tensor):
         return tensor if tensor is None or not tensor.is_floating_point() else tensor.clone().requires_grad_()
@@ -83,11 +83,11 @@ def test_with_a_projection_in_every_dtype(dtype):
     assert all(map(torch.equal, by_autograd(case, False), by_autograd(case, True)))
 
 
-BACKENDS = {"numpy": oracle}
+BACKENDS = {"numpy": numpy_backend}
 for way, forward, backward in (
     ("cuda stepwise", partial(per_step.run_forward, partial(cuda.bind, cuda_on_cpu.prepare_launch)),
      partial(per_step.run_backward, partial(cuda.bind, cuda_on_cpu.prepare_launch))),
-    ("cuda resident", partial(cuda.run_forward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"]),
+    ("cuda persistent", partial(cuda.run_forward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"]),
      partial(cuda.run_backward, cuda_on_cpu.prepare_launch, persistent.DEVICES["h200"])),
 ):  # fmt: skip
     BACKENDS[way] = SimpleNamespace(
@@ -97,14 +97,14 @@ for way, forward, backward in (
 
 @pytest.mark.parametrize("way", BACKENDS)
 @pytest.mark.parametrize("option", ["plain", "all"])
-def test_every_backend_records_when_it_is_asked_for_a_gradient(way, option):
+def test_every_backend_records_where_a_gradient_is_requested(way, option):
     if way != "numpy" and runtime.why_not() is not None:
         pytest.skip(str(runtime.why_not()))
     again(BACKENDS[way], reference_modifiers.OPTIONS.get(option, {}))
 
 
 def again(backend, options, dtype="bfloat16"):
-    """A backend's gradients from the tape, and without one."""
+    """Compute a backend's gradients from saved activations, and without."""
     case = reference_modifiers.drawn("lstm", options, dtype, 5, 3, 4, 20).case
     run = Run(case.x, case.weights, case.state)
     problem = Problem(case.cell, 5, 3, 4, 20, None, dtype, library="torch", training=True)

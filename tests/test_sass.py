@@ -43,7 +43,7 @@ def addresses(path):
     return [one.address for one in path]
 
 
-def test_the_time_loop_is_found_and_a_warp_walks_through_it():
+def test_the_time_loop_is_found_and_a_warp_goes_through_it():
     """Waits count once, long ones and traps not at all; a warp without elements goes round their mathematics."""
     code = MachineCode(LISTING)
     assert code.time_loop == (3, 18)

@@ -1,4 +1,4 @@
-"""step_exact=True: a sequence is, bit for bit, what its instants one at a time are."""
+"""step_exact=True: a sequence is, bit for bit, what its time steps one at a time are."""
 
 import numpy as np
 import pytest
@@ -54,16 +54,16 @@ def test_a_rollout_with_resets_is_its_training(kind):
 
 
 def test_a_captured_sequence_too(monkeypatch):
-    asked, forward = [], functions.forward
+    recorded, forward = [], functions.forward
 
-    def noting(backend, problem, runs):
-        asked.append(problem.step_exact)
+    def recording(backend, problem, runs):
+        recorded.append(problem.step_exact)
         return forward(backend, problem, runs)
 
     layer, x = gpu_rnn.LSTM(I, H, step_exact=True), torch.randn(12, 3, I)
-    monkeypatch.setattr(functions, "forward", noting)
+    monkeypatch.setattr(functions, "forward", recording)
     y, _ = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    assert asked == [True]
+    assert recorded == [True]
     assert torch.equal(y, by_steps(layer, x)[0])
 
 

@@ -81,7 +81,7 @@ def test_without_it_agrees_to_rounding(kind, options, B):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_halves_layers_hand_over_what_they_would_in_a_sequence(dtype):
+def test_layers_in_half_precision_hand_over_what_they_would_in_a_sequence(dtype):
     layer, x = gpu_rnn.LSTM(I, H, num_layers=3, dtype=dtype, step_exact=True), torch.randn(T, 2, I).to(dtype)
     listen = gpu_rnn.stream(layer, 2)
     y, last = whole(layer, x)
@@ -142,7 +142,7 @@ def test_rows_are_reset_alone(rows):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_rollout_and_its_training_have_the_same_bits(kind):
-    """Acting an instant at a time, learning from the whole rollout in one call, with episodes' ends in both."""
+    """Acting a time step at a time, learning from the whole rollout in one call, with episodes' ends in both."""
     B, layer = 3, getattr(gpu_rnn, kind)(I, H, num_layers=2, step_exact=True)
     x, reset, listen, acted = torch.randn(T, B, I), torch.rand(T, B) < 0.1, gpu_rnn.stream(layer, B), []
     for now, first in zip(x, reset):
@@ -174,7 +174,7 @@ def test_streams_are_apart_and_the_layer_stays_as_it_was():
     ids=str,
 )  # fmt: skip
 def test_a_copy_goes_on_by_itself(kind, options, way, tmp_path):
-    """Against torch.nn on each of the two continuations; also of halves, whose states are kept in float32."""
+    """Against torch.nn on each of the two continuations; also in half precision, whose states are kept in float32."""
     theirs = getattr(nn, kind)(I, H, **options)
     x, other = (torch.randn(T, 3, I, dtype=options.get("dtype", torch.float32)) for _ in range(2))
     listen, alone = gpu_rnn.stream(theirs, 3), gpu_rnn.stream(theirs, 3)
@@ -199,14 +199,14 @@ def test_a_copy_goes_on_by_itself(kind, options, way, tmp_path):
     assert any(state.any() for state in states(listen.state))
 
 
-def test_a_layer_of_torch_and_of_a_page_stream():
+def test_a_layer_of_torch_and_of_a_custom_cell_stream():
     theirs, x = nn.GRU(I, H, num_layers=2), torch.randn(9, 8, I)
     with torch.no_grad():
         torch.testing.assert_close(followed(gpu_rnn.stream(theirs, 8), x), theirs(x)[0])
     assert type(theirs) is nn.GRU
 
 
-# ---- one instant ----------------------------------------------------------------------------------------------------
+# ---- one time step --------------------------------------------------------------------------------------------------
 
 
 @EVERY
@@ -266,7 +266,7 @@ def test_bad_input_is_named_with_its_shapes():
 @pytest.mark.gpu
 @EVERY
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_graph_replays_an_instant(kind, options, backend):
+def test_a_graph_replays_a_time_step(kind, options, backend):
     layer = getattr(gpu_rnn, kind)(I, H, **options, device="cuda", backend=backend, precision="ieee")
     x = torch.randn(T, 3, I, device="cuda")
     listen = gpu_rnn.stream(layer, 3)

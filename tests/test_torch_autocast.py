@@ -1,4 +1,4 @@
-"""Autocast and halves: whose dtype, how many casts, which gradients."""
+"""Autocast and half precision: whose dtype, how many casts, which gradients."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ import gpu_rnn
 
 from .test_layers import LAYERS, flat, twins
 
-HALVES = [torch.bfloat16, torch.float16]
-every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+HALF_DTYPES = [torch.bfloat16, torch.float16]
+every_half = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 
 
 @every_half

@@ -178,7 +178,7 @@ def test_torch_nn_loses_dropout_when_compiled():
 
 # ---- operators ------------------------------------------------------------------------------------------------------
 
-OPERANDS = [  # cell, T, B, P, dtype, reverse of each direction: every way the tape can look
+OPERANDS = [  # cell, T, B, P, dtype, reverse of each direction: every set of saved activations
     ("lstm", 3, 2, None, torch.float32, [False]), ("lstm", 3, 1, None, torch.float32, [True]),
     ("lstm", 1, 2, 2, torch.float64, [True]), ("gru", 3, 2, None, torch.bfloat16, [False, True]),
     ("rnn_relu", 2, 2, None, torch.float16, [False]), ("rnn_tanh", 2, 1, None, torch.float64, [False]),

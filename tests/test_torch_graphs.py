@@ -1,4 +1,4 @@
-"""CUDA graphs, and nothing that waits for the GPU. test_stream has the graph of an instant, test_gpu the backend's."""
+"""CUDA graphs, and nothing that waits for the GPU. test_stream has the graph of a time step, test_gpu the backend's."""
 
 import copy
 

@@ -192,7 +192,7 @@ def test_shared_memory_and_flatten_parameters_change_nothing():
 
 @every
 def test_optimizers_that_step_in_backward(kind):
-    """Post-accumulate hooks change the weights while the graph is walked, each after its own gradient."""
+    """Post-accumulate hooks change the weights while backward runs, each after its own gradient."""
     _, layer = twins(kind, input_size=3, hidden_size=4)
     expected = {name: p - 0.1 * g for (name, p), g in zip(layer.named_parameters(), gradients(layer, kind))}
 
@@ -255,19 +255,19 @@ def test_a_weight_changed_before_backward_is_noticed():
         y.sum().backward()
 
 
-def test_only_the_gradients_asked_for_are_computed(monkeypatch):
-    asked, run = [], dispatch.backward
-    monkeypatch.setattr(dispatch, "backward", lambda *args: asked.extend(map(set, args[-1])) or run(*args))
+def test_only_the_gradients_requested_are_computed(monkeypatch):
+    requested, run = [], dispatch.backward
+    monkeypatch.setattr(dispatch, "backward", lambda *args: requested.extend(map(set, args[-1])) or run(*args))
     layer, x = gpu_rnn.GRU(3, 4), torch.randn(5, 2, 3, requires_grad=True)
     layer.weight_ih_l0.requires_grad_(False)
     layer.bias_hh_l0.requires_grad_(False)
     layer(x)[0].sum().backward()
     layer.requires_grad_(False)(x)[0].sum().backward()
-    assert asked == [{"x", "w_hh", "b_ih"}, {"x"}]
+    assert requested == [{"x", "w_hh", "b_ih"}, {"x"}]
 
 
 def test_the_last_states_alone_carry_a_gradient():
-    """The gradient of y is then none at all, not zeros that somebody allocated."""
+    """The gradient of y is then none at all, not zeros that were allocated."""
     theirs, ours = twins("LSTM", input_size=3, hidden_size=4)
     x = some_input("LSTM")
     actual, expected = (

@@ -37,21 +37,21 @@ def extra(cell, real):
     )
 
 
-def compiled_instant(monkeypatch, capability, name, dtype, H, backward):
+def compiled_step(monkeypatch, capability, name, dtype, H, backward):
     cell, array = cells.get(name).kernel_cell, STORED[dtype]
     real = STORED["float64" if dtype == "float64" else "float32"]
     block_b, block_h, num_warps, maxnreg = plans.step_config(H, dtype, whole=cell.has_reduction)
     language = getattr(triton.language, "float64" if dtype == "float64" else "float32")
     if backward:
-        kernel, page = stepwise.grad_kernel, backend.backward_constexprs(cell)
+        kernel, cell_constants = stepwise.grad_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         args = (array, real, real, real, array, array, real, array, array, separate, history, real)
         args = (*args, *extra(cell, real), 5, 4, 5, 6, 6)
     else:
-        kernel, page = stepwise.step_kernel, backend.forward_constexprs(cell)
+        kernel, cell_constants = stepwise.step_kernel, backend.forward_constexprs(cell)
         operand = array if cell.recurrent_input else None
         args = (array, real, array, real, real, array, array, operand, *extra(cell, real), 5, 5, 6, 6)
-    constants = (*page, language, block_b, block_h)
+    constants = (*cell_constants, language, block_b, block_h)
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
     return fake_gpu.compiled(monkeypatch, capability, kernel, *args, 33, H, 33, *constants, **options)
 
@@ -60,13 +60,13 @@ def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precisi
     cell, array, real = cells.get(name).kernel_cell, STORED[dtype], STORED["float32"]
     chosen, _ = plans.sequence(cell, H, dtype, fake_gpu.SHARED_MEMORY[capability], backward=backward)
     if backward:
-        kernel, page = persistent.backward_kernel, backend.backward_constexprs(cell)
+        kernel, cell_constants = persistent.backward_kernel, backend.backward_constexprs(cell)
         separate, history = array if any(cell.separate) else None, array if cell.E else None
         args = (array, array, real, real, array, array, real, array, array, separate, history, real)
     else:
-        kernel, page = persistent.forward_kernel, backend.forward_constexprs(cell)
+        kernel, cell_constants = persistent.forward_kernel, backend.forward_constexprs(cell)
         args = (array, array, array, array, real, array, array)
-    constants = (*page, H, chosen.rows, chosen.tile, precision, chosen.stages)
+    constants = (*cell_constants, H, chosen.rows, chosen.tile, precision, chosen.stages)
     binary = fake_gpu.compiled(
         monkeypatch, capability, kernel, *args, *extra(cell, real), 1000, 33, 33, 0, *constants,
         num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
@@ -84,9 +84,9 @@ BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "b
     ("name", "dtype", "capability"),
     [*product(cells.NAMES, ["bfloat16"], [90]), *product(["lstm"], STORED, [80, 100]), ("gru", "float64", 90)],
 )
-def test_an_instant(monkeypatch, name, dtype, capability, backward):
+def test_a_time_step(monkeypatch, name, dtype, capability, backward):
     for H in (512, 33) if capability == 90 else (100,):
-        binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
+        binary = compiled_step(monkeypatch, capability, name, dtype, H, backward)
         fake_gpu.check(binary, capability, products=False)
 
 
@@ -105,7 +105,7 @@ MOST = "lstm+clip(1.0)+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,
         (ALL, "float64", 90, 100),
         ("gru+hold+reset", "float32", 90, 100),
         (BEFORE, "bfloat16", 90, 100),
-        # Of pages that take means; all H of several tiles share a binary, but for those that aren't divisible.
+        # Of cells that take means; all H of several tiles share a binary, but for those that aren't divisible.
         ("lstm+norm", "bfloat16", 90, 100),
         ("lstm+norm", "float64", 100, 1001),
         ("gru+norm", "float32", 90, 512),
@@ -115,16 +115,16 @@ MOST = "lstm+clip(1.0)+dropout+hold+norm+peephole+reset+reset_state+zoneout(0.1,
         (MOST, "float64", 120, 4095),
     ],
 )
-def test_an_instant_of_a_woven_cell(monkeypatch, name, dtype, capability, H, backward):
-    binary = compiled_instant(monkeypatch, capability, name, dtype, H, backward)
+def test_a_time_step_with_modifiers(monkeypatch, name, dtype, capability, H, backward):
+    binary = compiled_step(monkeypatch, capability, name, dtype, H, backward)
     fake_gpu.check(binary, capability, products=False)
 
 
 @BACKWARD
 @pytest.mark.parametrize(("name", "dtype", "H"), [("lstm", "bfloat16", 512), ("rnn_tanh", "float32", 33)])
-def test_an_instant_has_read_what_it_overwrites(monkeypatch, name, dtype, H, backward):
+def test_a_time_step_has_read_what_it_overwrites(monkeypatch, name, dtype, H, backward):
     """By whichever thread; the interpreter has but one."""
-    code = compiled_instant(monkeypatch, 90, name, dtype, H, backward).asm["ttgir"]
+    code = compiled_step(monkeypatch, 90, name, dtype, H, backward).asm["ttgir"]
     reading, writing = re.split(r"\b(?:ttg|gpu)\.barrier\b", code)
     assert ("tt.load" in reading, "tt.store" in reading) == (True, False)
     assert ("tt.load" in writing, "tt.store" in writing) == (False, True)
@@ -133,13 +133,13 @@ def test_an_instant_has_read_what_it_overwrites(monkeypatch, name, dtype, H, bac
 
 def test_a_flag_is_found_beyond_int32(monkeypatch):
     """T B may be more than int32 counts."""
-    code = compiled_instant(monkeypatch, 90, "rnn_tanh+reset", "float32", 64, False).asm["ttir"]
+    code = compiled_step(monkeypatch, 90, "rnn_tanh+reset", "float32", 64, False).asm["ttir"]
     assert not re.search(r"arith\.muli %\w+, %B : i32", code)
 
 
 def test_nan_survives_a_maximum(monkeypatch):
     """On a GPU, unlike in the interpreter, that is an instruction of its own."""
-    binary = compiled_instant(monkeypatch, 90, "rnn_relu", "float32", 64, False)
+    binary = compiled_step(monkeypatch, 90, "rnn_relu", "float32", 64, False)
     assert "max.NaN.f32" in binary.asm["ptx"]
     assert "max.f32" not in binary.asm["ptx"]
 
@@ -149,7 +149,7 @@ def test_a_constant_has_the_precision_of_what_is_computed(monkeypatch, backward)
     """Also where Triton would take it for float32, as in a maximum."""
     constants.define(monkeypatch)
     for name in ("constants", "lstm+clip(0.7)"):
-        code = compiled_instant(monkeypatch, 90, name, "float64", 33, backward).asm["ttir"]
+        code = compiled_step(monkeypatch, 90, name, "float64", 33, backward).asm["ttir"]
         written = {
             abs(float(value)) for value in re.findall(r"arith\.constant (?:dense<)?(-?[\d.eE+-]+)>? : .*f64", code)
         }
@@ -204,7 +204,7 @@ def test_a_sequence(monkeypatch, name, dtype, capability, H, backward):
         ("gru+norm", "float32", 90),
     ],
 )
-def test_the_largest_sequences_of_a_woven_cell(monkeypatch, name, dtype, capability, backward):
+def test_the_largest_sequences_with_modifiers(monkeypatch, name, dtype, capability, backward):
     """The largest H that the plan takes, and the largest that is ragged; larger ones spill."""
     memory = fake_gpu.SHARED_MEMORY[capability]
     fits = [
@@ -267,7 +267,7 @@ def test_what_a_gpu_can_hold_beside_the_gates():
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("H", [1, 2, 3, 16, 100, 128, 1000])
-def test_the_threads_of_an_instant_hold_16_bytes(H, dtype):
+def test_the_threads_of_a_time_step_hold_16_bytes(H, dtype):
     """Or half of that, where rows are whole."""
     item = {"float64": 8, "float32": 4}[dtype]
     for whole in (False, True):
@@ -294,7 +294,7 @@ def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
         assert backend.unsupported_reasons.__wrapped__() == reasons
 
 
-@pytest.mark.parametrize("H", [12, 300], ids=["sequence", "instant"])
+@pytest.mark.parametrize("H", [12, 300], ids=["sequence", "time step"])
 def test_no_length_and_no_batch_compiles_anything(monkeypatch, H):
     """Nor where in a larger tensor the caller's begin, which is a matter of B."""
     monkeypatch.setattr(triton.runtime.driver, "_active", fake_gpu.Driver(90, []))

@@ -1,4 +1,4 @@
-"""`tbptt` against its definition: a loop over instants with torch.nn, restarted at every window from a stored state."""
+"""`tbptt` against its definition: a loop over time with torch.nn, restarted at every window from a stored state."""
 
 import re
 
@@ -31,7 +31,7 @@ def detached(hx):
 
 
 def by_definition(layer, x, k1, k2, loss):
-    """The gradients of the parameters and of x: every k1 instants, the losses of these through the last k2 alone."""
+    """The gradients of the parameters and of x: every k1 time steps, the losses of these through the last k2 alone."""
     states, hx = [], None
     for t in range(len(x)):  # by the weights of now, which don't change here
         states.append(hx)
@@ -49,7 +49,7 @@ def by_definition(layer, x, k1, k2, loss):
 
 
 def loss(y, first):
-    """Of outputs from instant `first` on; no two instants weigh the same."""
+    """Of outputs from time step `first` on; no two time steps weigh the same."""
     weights = torch.arange(first + 1, first + 1 + len(y), dtype=y.dtype)[:, None, None]
     return (weights * y.sin()).sum()
 
@@ -85,14 +85,14 @@ def test_outputs_and_states_are_the_whole_sequences(kind, T, k1, k2, batch_first
     reset = torch.rand(T, B) < 0.3
     if batch_first:
         x, reset = x.transpose(0, 1), reset.t()
-    around = {
+    call_options = {
         "reset": reset,
         "reset_state": resets,
         "lengths": torch.tensor([T, 3, 0]),
         "left_padding": torch.tensor([1, 0, 2]),
     }
-    expected, last = layer(x, hx, **around)
-    windows = list(gpu_rnn.tbptt(layer, x, k1, k2, hx, **around))
+    expected, last = layer(x, hx, **call_options)
+    windows = list(gpu_rnn.tbptt(layer, x, k1, k2, hx, **call_options))
     torch.testing.assert_close(torch.cat([y for y, _ in windows], 1 if batch_first else 0), expected, **CLOSE)
     torch.testing.assert_close(windows[-1][1], last, **CLOSE)
 
@@ -112,7 +112,7 @@ def test_weights_may_change_between_windows():
         start = max(first + 2 - 4, 0)
         again, after = layer(x[start : first + 2], stored[-1])
         torch.testing.assert_close((y, hx), (again[-2:], after), **CLOSE)
-        if first + 4 - 4 > start:  # the next window starts two instants later
+        if first + 4 - 4 > start:  # the next window starts two time steps later
             stored.append(detached(layer(x[start : start + 2], stored[-1])[1]))
         optimizer.zero_grad()
         y.square().sum().backward()
@@ -134,7 +134,7 @@ def test_the_first_states_learn_from_windows_that_start_there():
 BAD = {
     "k1 over k2": ("GRU", {}, 3, 2, ValueError, "0 < k1 <= k2, got k1=3 and k2=2"),
     "no k1": ("GRU", {}, 0, 2, ValueError, "got k1=0 and k2=2"),
-    "half an instant": ("GRU", {}, 1.5, 2, ValueError, "got k1=1.5 and k2=2"),
+    "half a time step": ("GRU", {}, 1.5, 2, ValueError, "got k1=1.5 and k2=2"),
     "two directions": ("LSTM", {"bidirectional": True}, 1, 2, ValueError, "for a bidirectional layer: LSTM(2, 4"),
 }
 

@@ -19,7 +19,7 @@ LSTM = Problem(cells.get("lstm"), 1, 1, 1, 1)
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def requested(monkeypatch):
     """The problems that a backend was asked to compile for."""
     problems = []
     backend = SimpleNamespace(NAME="stub", warmup=lambda problem: problems.append(problem) or ("one", "two"))
@@ -41,22 +41,22 @@ def test_by_default_a_cpu_has_native_code_compiled():
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_every_layer_and_direction_is(asked, batch_first, training):
+def test_every_layer_and_direction_is(requested, batch_first, training):
     layer = gpu_rnn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=batch_first, precision="tf32")
     lines = gpu_rnn.warmup(layer, T=5, B=2, training=training)
-    assert [(p.T, p.B, p.I, p.H, p.reverse) for p in asked] == [
+    assert [(p.T, p.B, p.I, p.H, p.reverse) for p in requested] == [
         (5, 2, 3, 4, False), (5, 2, 3, 4, True), (5, 2, 8, 4, False), (5, 2, 8, 4, True),
     ]  # fmt: skip
-    assert all(p.training == training and p.tf32 for p in asked)
+    assert all(p.training == training and p.tf32 for p in requested)
     assert lines == [f"lstm T=5 B=2 I={I} H=4 float32 on cpu (torch): stub, one, two" for I in (3, 8)]
 
 
-def test_cells_functions_and_autocast(asked):
+def test_cells_functions_and_autocast(requested):
     gpu_rnn.warmup(gpu_rnn.GRUCell(3, 4), B=2)
     gpu_rnn.warmup("rnn_relu", T=5, B=2, I=3, H=4, dtype="float16", device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
         gpu_rnn.warmup(gpu_rnn.RNN(3, 4), T=7)
-    problems = [(p.cell.name, p.T, p.B, p.dtype) for p in asked]
+    problems = [(p.cell.name, p.T, p.B, p.dtype) for p in requested]
     assert problems == [("gru", 1, 2, "float32"), ("rnn_relu", 5, 2, "float16"), ("rnn_tanh", 7, 1, "bfloat16")]
 
 

@@ -1,4 +1,4 @@
-"""The layers of a stack as a wavefront in one launch: the kernel against the oracle, its races, its plans."""
+"""The layers of a stack as a wavefront in one launch: the kernel against the NumPy backend, its races, its plans."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import gpu_rnn
 from bench import nvrtc
 from gpu_rnn.backends import call_cache, cuda, dispatch, gpu_common
-from gpu_rnn.backends import numpy as oracle
+from gpu_rnn.backends import numpy as numpy_backend
 from gpu_rnn.core import arrays
 from gpu_rnn.core.problem import Problem, Result, Weights
 from gpu_rnn.kernels import cells
@@ -42,10 +42,10 @@ def stored(dtype):
 
 
 def planned(cell, dtype, H, T, B, layers, device, backward=False):
-    page = cells.get(cell)
-    element = persistent.registers_per_element(page, backward=backward)
-    options = {"backward": backward, "separate_gates": sum(page.separate), "ieee": dtype == "ieee"}
-    return persistent.select_wavefront(page.G, element, stored(dtype), H, T, B, layers, device, **options)
+    definition = cells.get(cell)
+    element = persistent.registers_per_element(definition, backward=backward)
+    options = {"backward": backward, "separate_gates": sum(definition.separate), "ieee": dtype == "ieee"}
+    return persistent.select_wavefront(definition.G, element, stored(dtype), H, T, B, layers, device, **options)
 
 
 class Run:
@@ -100,7 +100,7 @@ class Run:
             W, b_ih = (self.W[k], self.b_ih[k]) if k else (np.eye(cell.G * H), None)
             weights = Weights(W, self.R[k], b_ih, self.b_hh[k])
             below, last, _ = calls.forward(
-                oracle.forward, cell, below, weights, self.state[k], reverse=False, save=True
+                numpy_backend.forward, cell, below, weights, self.state[k], reverse=False, save=True
             )
             scale = self.epsilon * np.sqrt(T * (k + 1)) * 2**k
             errors[f"y{k}"] = np.abs(decode(y, storage) - below).max() / (4 * scale)
@@ -170,10 +170,10 @@ DEVICE = persistent.Device((9, 0), 60, 232448)
 
 def forced(name, dtype, H, B, layers, device=DEVICE, alone=False):
     """The best plans, forward and backward, whether or not they pay; alone: of those with a block for each layer."""
-    page, best = cells.get(name), []
+    definition, best = cells.get(name), []
     for backward in (False, True):
-        cost = persistent.cell_cost(page, stored(dtype), backward=backward, ieee=dtype == "ieee")
-        made = persistent.candidates("grid", backward, cost, H, B, device, layers, sum(page.separate))
+        cost = persistent.cell_cost(definition, stored(dtype), backward=backward, ieee=dtype == "ieee")
+        made = persistent.candidates("grid", backward, cost, H, B, device, layers, sum(definition.separate))
         made = [plan for plan in made if (plan.blocks == 1) == alone]
         best.append(min(made, key=lambda plan: plan.waves * plan.predicted_us))
     return best
@@ -182,7 +182,7 @@ def forced(name, dtype, H, B, layers, device=DEVICE, alone=False):
 @ON_HOST
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("alone", [False, True])
-def test_equals_the_oracle(variant, alone):
+def test_equals_the_numpy_backend(variant, alone):
     name, dtype, T, B, H, layers = variant
     plans = forced(name, dtype, H, B, layers, alone=alone)
     run = Run(*variant, plans, libraries(name, dtype, plans))
@@ -220,7 +220,7 @@ def test_warps_that_share_columns_and_sums():
 
 
 @ON_HOST
-def test_a_layer_that_is_not_resident_would_hang_and_is_reported():
+def test_a_layer_that_is_not_co_resident_would_hang_and_is_reported():
     """The one that waits for no other: the lowest forward; going back the highest, so that all have to be."""
     plans = forced("lstm", "bfloat16", 40, 3, 3)
     run = Run("lstm", "bfloat16", 4, 3, 40, 3, plans, libraries("lstm", "bfloat16", plans))
@@ -233,7 +233,7 @@ def test_a_layer_that_is_not_resident_would_hang_and_is_reported():
 
 
 @ON_HOST
-def test_nobody_waits_for_who_reads_him():
+def test_producers_wait_for_no_consumer():
     """By a schedule that lets blocks run in their order for as long as they can; and no run depends on it."""
     variant = "gru", "bfloat16", 6, 3, 20, 4
     plans = forced("gru", "bfloat16", 20, 3, 4)
@@ -370,7 +370,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
     ours = back(outputs)
     persistent_launches = launched
     assert persistent_launches == [("persistent_forward", "3"), ("persistent_backward", "3")]
-    truth, _ = in_turn(oracle.forward, oracle.backward, [case.mapped(sequences.wide) for case in cases])
+    truth, _ = in_turn(numpy_backend.forward, numpy_backend.backward, [case.mapped(sequences.wide) for case in cases])
     over_the_other = back(recorded)
     for what in ours:
         assert_close(ours[what], truth[what], peer[what], dtype, what)
@@ -421,7 +421,7 @@ def test_explain_tells_of_it_and_why_not(monkeypatch):
     assert "wavefront" not in plan(512, layers=1)
 
 
-def test_the_driver_is_asked():
+def test_the_driver_is_queried():
     problem = Problem(cells.get("lstm"), 1000, 8, 64, 512, dtype="bfloat16", device="cuda", layers=4)
     for backward in (False, True):
         plan, (reason,) = cuda.wavefront_config(
@@ -449,24 +449,24 @@ def both_ways(monkeypatch):
 
 
 def pretending(monkeypatch, ways):
-    backend, noted = dispatch.backend("numpy"), []
+    backend, recorded_calls = dispatch.backend("numpy"), []
     forward, backward = backend.forward, backend.backward
 
-    def noting_forward(problem, runs):
+    def recording_forward(problem, runs):
         if problem.layers > 1 and False in ways:
-            noted.append((len(runs), problem.training))
+            recorded_calls.append((len(runs), problem.training))
         return forward(problem, runs)
 
-    def noting_backward(problem, runs, saved, grads, needs):
+    def recording_backward(problem, runs, saved, grads, needs):
         if problem.layers > 1 and True in ways:
-            noted.append((len(runs), "back", [*map(sorted, needs)]))
+            recorded_calls.append((len(runs), "back", [*map(sorted, needs)]))
         return backward(problem, runs, saved, grads, needs)
 
     monkeypatch.setattr(call_cache, "CACHE", {})
     monkeypatch.setattr(backend, "fuses_layers", lambda problem, backward: problem.layers > 1 and backward in ways)
-    monkeypatch.setattr(backend, "forward", noting_forward)
-    monkeypatch.setattr(backend, "backward", noting_backward)
-    return noted
+    monkeypatch.setattr(backend, "forward", recording_forward)
+    monkeypatch.setattr(backend, "backward", recording_backward)
+    return recorded_calls
 
 
 def results(layer, x, trains, owner=None):
@@ -479,14 +479,14 @@ def results(layer, x, trains, owner=None):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize(("batch_first", "ways"), [(False, (False,)), (True, (True,)), (False, (False, True))])
-def test_a_stack_asks_for_all_layers_and_gets_the_same(kind, batch_first, ways, monkeypatch):
+def test_a_stack_runs_all_layers_and_gets_the_same(kind, batch_first, ways, monkeypatch):
     """Forward, back, or both: what doesn't go at once goes in turn. And only what is needed is asked for."""
-    layer, noted = getattr(gpu_rnn, kind)(3, 4, 3, batch_first=batch_first, bias=kind != "GRU"), []
+    layer = getattr(gpu_rnn, kind)(3, 4, 3, batch_first=batch_first, bias=kind != "GRU")
     x = torch.randn(5, 2, 3, requires_grad=True)
     layer.weight_hh_l1.requires_grad_(False)
     expected = results(layer, x, False) + results(layer, x, True)
     with monkeypatch.context() as patched:
-        noted = pretending(patched, ways)
+        recorded_calls = pretending(patched, ways)
         with torch.no_grad():
             actual = results(layer, x, False)
         actual += results(layer, x, True)
@@ -495,10 +495,10 @@ def test_a_stack_asks_for_all_layers_and_gets_the_same(kind, batch_first, ways, 
     names = sorted({"x", "w_ih", "w_hh", *(("b_ih", "b_hh") if kind != "GRU" else ())})
     there = [(3, False), (3, True)] if False in ways else []
     back = [(3, "back", [names, [name for name in names if name != "w_hh"], names])] if True in ways else []
-    assert noted == there + back
+    assert recorded_calls == there + back
 
 
-def test_gradients_end_where_nobody_needs_them(both_ways, monkeypatch):
+def test_gradients_end_where_none_is_needed(both_ways, monkeypatch):
     """Lower layers that are frozen get none; a state's alone comes through; states' are asked for as well as y's."""
     layer, x, h0 = gpu_rnn.GRU(3, 4, num_layers=3), torch.randn(5, 2, 3), torch.randn(3, 2, 4)
     for name, parameter in layer.named_parameters():
@@ -514,7 +514,7 @@ def test_gradients_end_where_nobody_needs_them(both_ways, monkeypatch):
         return torch.autograd.grad(layer(x, first)[1][0].square().sum(), first)
 
     ours = [*gradients(), *of_states()]
-    (_, _, of_weights), (_, _, of_states_alone) = [noted for noted in both_ways if noted[1] == "back"]
+    (_, _, of_weights), (_, _, of_states_alone) = [call for call in both_ways if call[1] == "back"]
     assert of_weights == [[], ["w_ih"], ["b_hh", "b_ih", "w_hh", "w_ih", "x"]]
     assert of_states_alone == [[], ["w_ih", "x"], of_weights[2]], "the engine says what could be needed"
     monkeypatch.undo()
@@ -523,7 +523,7 @@ def test_gradients_end_where_nobody_needs_them(both_ways, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_it_is_differentiated_again_and_a_graph_is_walked_twice(kind, both_ways):
+def test_it_is_differentiated_again_and_a_graph_runs_backward_twice(kind, both_ways):
     """With respect to what is in the lower layer, too, on which all that is above depends."""
     layer = getattr(gpu_rnn, kind)(2, 3, num_layers=2, dtype=torch.float64)
     x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -538,12 +538,12 @@ def test_it_is_differentiated_again_and_a_graph_is_walked_twice(kind, both_ways)
     loss = layer(x)[0].square().sum()
     once, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, again)
-    assert {noted[:2] for noted in both_ways} == {(2, True), (2, "back")}
+    assert {call[:2] for call in both_ways} == {(2, True), (2, "back")}
 
 
 IN_TURN = {
     "one layer": {"num_layers": 1}, "two directions": {"bidirectional": True}, "a projection": {"proj_size": 2},
-    "dropout between layers": {"dropout": 0.5}, "masks": {"recurrent_dropout": 0.5}, "a page's own": {"peephole": True},
+    "dropout between layers": {"dropout": 0.5}, "masks": {"recurrent_dropout": 0.5}, "peepholes": {"peephole": True},
     "the same bits again": {"recompute": True},
 }  # fmt: skip
 
@@ -633,7 +633,7 @@ def test_every_plan_fits_and_covers(name, dtype, H, B, layers, device, backward)
     assert not reasons
     assert (plan.scope, plan.layers, plan.backward) == ("grid", layers, backward)
     assert plan.values == (1, cell.G + sum(cell.separate))[backward]
-    assert plan.grid == layers * plan.groups * plan.blocks <= device.multiprocessors, "all layers are resident"
+    assert plan.grid == layers * plan.groups * plan.blocks <= device.multiprocessors, "all layers are co-resident"
     assert (plan.blocks - 1) * plan.units < H <= plan.blocks * plan.units, "every unit of a layer once"
     assert (plan.launches - 1) * plan.groups * plan.rows < B <= plan.launches * plan.groups * plan.rows
     k, columns = plan.k_splits * plan.k_tiles * (32 // plan.itemsize), plan.blocks * plan.values * plan.units

@@ -1,10 +1,10 @@
 // copies.cpp: asynchronous stores to other blocks and the barriers in shared memory that count them.
 //
-// A store may be made at any moment between its issue and the moment somebody has waited for it, and a kernel
+// A store may be made at any moment between its issue and the moment a wait for it ends, and a kernel
 // must be right for all of them: it is made at a random switch, with seed 0 as late as can be.
 //
 // For ThreadSanitizer it belongs to a strand of its own, the engine of the thread that issued it: ordered
-// after the issue, and before nothing until somebody waits.
+// after the issue, and before nothing until a wait.
 #include <cstdio>
 #include <unordered_map>
 

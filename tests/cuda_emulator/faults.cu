@@ -127,7 +127,7 @@ extern "C" __global__ void fault(int kind, float* y) {
 }
 EXPORT(fault)
 
-// For the sanitizers: the values come out right, or nobody looks at them.
+// For the sanitizers: the values come out right, or are not looked at.
 extern "C" __global__ void overrun(int kind, float* y) {  // [64]
     SHARED(float[32], left);
     SHARED(float[32], right);

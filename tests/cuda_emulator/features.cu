@@ -173,7 +173,7 @@ extern "C" __global__ void flag_in_data(uint4* slots,  // [2, blocks, 32], zero
 }
 EXPORT(flag_in_data)
 
-// The same down a chain of blocks, in words of 8 bytes that are written once: nobody waits for who reads him.
+// The same down a chain of blocks, in words of 8 bytes that are written once: no block waits for its consumers.
 extern "C" __global__ void handed_down(uint2* words,  // [blocks, rounds, 32], zero
                                        unsigned* y,   // [blocks, 32]
                                        int rounds) {

@@ -294,7 +294,7 @@ def _build_directory() -> Path:
 
 
 class _scratch:
-    """A private file that takes the place of `target` at the end, so that processes building the same do not
+    """A private file that replaces `target` at the end, so that processes building the same do not
     clash."""
 
     def __init__(self, target: Path) -> None:

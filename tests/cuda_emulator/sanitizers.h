@@ -103,7 +103,7 @@ class Strand {
         }
 #endif
     }
-    // The end: whoever acquires `token` comes after everything that this strand did.
+    // The end: a strand that acquires `token` comes after everything that this strand did.
     void end([[maybe_unused]] const void* token) {
 #if HOST_TSAN
         if (fiber) {

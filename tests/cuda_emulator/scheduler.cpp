@@ -5,7 +5,7 @@
 //   other seeds  one of three styles (uniform, eager, unfair; see Schedule), preempting at random basic
 //   blocks.
 // A launch ends when all threads have exited, when one fails, when none can run (deadlock), or when all keep
-// polling memory that nobody changes (livelock).
+// polling memory that no thread changes (livelock).
 #include <algorithm>
 #include <csignal>
 #include <cstdarg>
@@ -481,7 +481,7 @@ namespace {
 
 void end_block(Block& block) {
     check_no_copy_into(block);
-    // Whoever still reads this block's shared memory gets NaN, and ThreadSanitizer sees a race with its exit.
+    // A block that still reads this one's shared memory gets NaN, and ThreadSanitizer sees a race with its exit.
     allow_access(block.shared, block.shared_bytes);
     note_write(block.shared, now.static_bytes);
     note_write(block.shared + static_shared_limit, now.plan.shared_bytes);
@@ -509,7 +509,7 @@ void exit_thread() {
     }
     if (cluster.live == 0) {
         now.ended = &cluster;
-        switch_to(&main_fiber);  // which starts the next cluster in the place of this one
+        switch_to(&main_fiber);  // which starts the next cluster instead of this one
     }
     for (;;) {
         run_another();

@@ -25,7 +25,7 @@ def _quiet():
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What nobody wrote is NaN."""
+    """What was not written is NaN."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

@@ -35,7 +35,7 @@ def how(request, monkeypatch):
 
 
 def guarded(array):
-    """The same values, between NaN that nobody may read."""
+    """The same values, between NaN that must not be read."""
     n = array.numel()
     buffer = torch.full((n + 128,), float("nan"), dtype=array.dtype)
     buffer[64 : 64 + n] = array.flatten()
@@ -86,7 +86,7 @@ def test_inference_and_training_agree_and_backward_is_repeatable(name, how):
         sequences.check(case, case.run(backend.forward, backend.backward))
 
 
-def test_only_the_wanted_gradients():
+def test_gradients_are_those_requested():
     case = sequences.draw("gru", "float32", 2, 2, 3, 4)
     inputs = (case.cell, case.x, case.weights, case.state)
     y, _, saved = calls.forward(backend.forward, *inputs, reverse=False, save=True)

@@ -1,4 +1,4 @@
-"""A cell's page compiled by Triton against the same page in NumPy, value by value."""
+"""A cell definition compiled by Triton against the same in NumPy, value by value."""
 
 import numpy as np
 import pytest

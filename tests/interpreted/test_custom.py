@@ -36,7 +36,7 @@ def test_published_cells(name, how, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["stepwise", "sequence"])
-def test_units_that_meet_are_those_of_numpy(how, monkeypatch):
+def test_reductions_are_those_of_numpy(how, monkeypatch):
     """A softmax over the units, whose gradient is derived."""
 
     def step(x, h, state):
