@@ -27,6 +27,7 @@ CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
     ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
     ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
+    ("lstm", {"hold": True}, 1, 2, 4, 30, 11),
 ]  # fmt: skip
 
 
@@ -41,6 +42,8 @@ cells.register(cells.make_cell("late", "abcd", "h", late))
 def run(reverse, name, options, T, B, I, H, P, heads=1):
     rng = np.random.default_rng(0)
     x, weights, state = sequence_arrays(rng, name, T, B, I, H, P, dtype=np.float32)
+    if reverse:  # rows of x before its time steps
+        x = np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1)
     cell = apply_modifiers(cells.get(name), **options)
     weights = weights._replace(w_hh=np.ascontiguousarray(weights.w_hh[:, : weights.w_hh.shape[1] // heads]))
     weights = Weights(

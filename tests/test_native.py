@@ -14,6 +14,7 @@ import torch
 import gpu_rnn
 from gpu_rnn.backends import compiler, native
 from gpu_rnn.backends.two_pass import TwoPass
+from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.native import isa
@@ -36,7 +37,7 @@ EVERY = pytest.mark.parametrize("name", cells.NAMES)
 BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True])
 SIZES = [  # T, B, I, H: aligned, ragged and degenerate; tiles of every number of rows, several pieces of K = T B, too
     (1, 1, 1, 1), (3, 2, 5, 3), (5, 5, 4, 31), (4, 13, 9, 64), (3, 7, 140, 150), (60, 1, 7, 33), (2, 50, 3, 8),
-    (30, 9, 16, 24),
+    (30, 9, 16, 24), (1, 2, 140, 37), (1, 1, 64, 64),
 ]  # fmt: skip
 
 
@@ -149,6 +150,30 @@ def test_any_number_of_gates(G, threads):
         np.testing.assert_allclose(actual, h, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_reads_x_where_it_lies(library, reverse, rng, threads):
+    """Rows before time steps, every second time step, one for all, every second input: the bits of a copy."""
+    cell = cells.get("gru")
+    for T, B in ((6, 3), (1, 2), (60, 1)):
+        arrays = [rng.standard_normal((B, 2 * T, 9)), *flatten(sequences.sequence_arrays(rng, "gru", T, B, 5, 11)[1:])]
+        wide, *weights, h = [None if a is None else library.asarray(a) for a in arrays]
+        views = wide[:, :T, :5], wide[:, ::2, 4:], library.broadcast_to(wide[:, :1, :5], (B, T, 5)), wide[:, :T, ::2]
+        for x in [view.swapaxes(0, 1) for view in views]:
+            results = []
+            for array in (x, library.zeros_like(x) + x):
+                call = cell, array, Weights(*weights), (h,)
+                y, last, saved = calls.forward(native.forward, *call, reverse=reverse, save=True)
+                needs = {"x", "w_ih"}
+                grads = calls.backward(native.backward, *call, y, saved, y, last, reverse=reverse, needs=needs)
+                results.append([y, *last, *grads["state"], grads["x"], grads["w_ih"]])
+            assert all(map(np.array_equal, *results))
+
+
+def flatten(groups):
+    return [array for group in groups for array in group]
+
+
 # ---- bits -----------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +183,7 @@ def test_bits_depend_on_nothing_but_the_row(name, dtype, monkeypatch, rng):
     """Neither on T nor on B nor on threads: a step is a sequence, a row is a batch."""
     monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
     cell = cells.get(name)
-    for B, H in ((7, 37), (1, 300), (64, 20)):
+    for B, H in ((7, 37), (1, 300), (2, 20), (64, 20)):
         x, weights, state = sequences.sequence_arrays(rng, name, 6, B, 5, H, dtype=dtype)
         results = []
         for count in (1, 2, 5):

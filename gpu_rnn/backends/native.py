@@ -36,7 +36,6 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-FORWARD, BACKWARD = struct.Struct(f"{31 + 2 * MAX_STATES}Q"), struct.Struct(f"{43 + 3 * MAX_STATES}Q")
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 WAKING = 5  # times as many, where threads have to wake up for it
 EMPTY = 64  # an address that nothing is read from
@@ -106,16 +105,16 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
     """step_exact needs nothing: every sum has one order, and nothing depends on T."""
     if problem.layers > 1:
         return forward_in_turn(forward, problem, runs)
-    calls, together, inside = [], *shared_threads(problem, len(runs))
-    activations, states, *others = problem.decide(saved_shapes, saved_shapes, problem)
-    shapes = [activations, states, *others] if problem.training else [None, states] if problem.history else []
+    compiled, (together, inside) = compile_problem(problem), shared_threads(problem, len(runs))
+    calls, values = [], []
     for run in runs:
-        x, w, first = as_plain(run.x), plain_weights(problem, run.weights), [as_plain(s) for s in run.state]
+        x, w, first = as_rows(run.x), plain_weights(problem, run.weights), [*map(as_plain, run.state)]
         empty = allocator(x)
-        y, last = empty((problem.T, problem.B, problem.P or problem.H)), [empty(s.shape) for s in first]
-        calls.append((x, w, first, y, last, [shape and empty(shape[0]) for shape in shapes]))
-    values = [forward_arguments(problem, *each, reverse=run.reverse, threads=inside) for each, run in zip(calls, runs)]
-    call(entries(problem).forward, b"".join(values), len(runs), together)
+        y, last = empty(compiled.output), [empty(s.shape) for s in first]
+        saved = [shape and empty(shape) for shape in compiled.saved]
+        values.append(forward_arguments(compiled, x, w, first, y, last, saved, reverse=run.reverse, threads=inside))
+        calls.append((x, w, first, y, last, saved))
+    call(compiled.forward, b"".join(values), len(runs), together)
     return [to_result(problem, run, y, last, saved) for run, (*_, y, last, saved) in zip(runs, calls)]
 
 
@@ -129,17 +128,12 @@ def to_result(problem: Problem, run: Run, y: Any, last: Sequence[Any], saved: Se
 
 
 def forward_arguments(
-    problem: Problem, x: Any, w: Sequence[Any], first: Sequence[Any], y: Any, last: Sequence[Any],
+    compiled: "Compiled", x: Any, w: Weights, first: Sequence[Any], y: Any, last: Sequence[Any],
     saved: Sequence[Any] = (), packed: Any = None, *, reverse: bool = False, threads: int = 1,
 ) -> bytes:  # fmt: skip
     """The struct Forward of plain arrays."""
-    H, P, N = problem.H, problem.P or problem.H, problem.heads
-    return FORWARD.pack(
-        entries(problem).code, problem.T, problem.B, x.shape[2], H, P, N, reverse, threads, H // N, P // N,
-        *passes(problem, x),
-        *[pointer(array) for array in (x, *w[:5])], *auxiliary(w),
-        *[pointer(array) for array in (y, *(*saved, None, None, None)[:3], packed)], *pointers(first), *pointers(last),
-    )  # fmt: skip
+    pointed = x, *w, y, *(*saved, None, None, None)[:3], packed, *first, *last
+    return compiled.sizes + compiled.forward_values.pack(reverse, threads, *layout(x, w), *map(pointer, pointed))
 
 
 def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[Any], Callable[[], None]]:
@@ -148,16 +142,16 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
     -> its states, [B, .] each and zero; and what goes from x [B, I] and the states to y [B, P] and the states. Of half
     precision states are float32, as within a sequence. x, y: torch tensors.
     """
-    w, entry = plain_weights(problem, weights), entries(problem)
+    w, compiled = plain_weights(problem, weights), compile_problem(problem)
     _, threads = shared_threads(problem, 1)
     source, target = (as_plain(array).view(1, *array.shape) for array in (x, y))
     sizes = [problem.P or problem.H, *[problem.H] * (problem.cell.S - 1)]
     states = [source.new_zeros(problem.B, size) for size in sizes]
-    size = entry.pack(forward_arguments(problem, source, w, states, target, states), None)
+    size = compiled.pack(forward_arguments(compiled, source, w, states, target, states), None)
     packed = source.new_empty(size)
-    values = forward_arguments(problem, source, w, states, target, states, packed=packed, threads=threads)
-    entry.pack(values, pointer(packed))
-    run = partial(call, entry.forward, values, 1, 1, (source, w, target, states, packed))
+    values = forward_arguments(compiled, source, w, states, target, states, packed=packed, threads=threads)
+    compiled.pack(values, pointer(packed))
+    run = partial(call, compiled.forward, values, 1, 1, (source, w, target, states, packed))
     if source.dtype == x.dtype:
         return states, run
 
@@ -176,7 +170,7 @@ def backward(
         return backward_in_turn(backward, problem, runs, saved, grads, needs)
     calls = [BackwardCall(problem, *each) for each in zip(runs, saved, grads, needs)]
     together, inside = shared_threads(problem, len(runs), backward=True)
-    call(entries(problem).backward, b"".join([each.arguments(inside) for each in calls]), len(runs), together)
+    call(compile_problem(problem).backward, b"".join([each.arguments(inside) for each in calls]), len(runs), together)
     return [each.gradients() for each in calls]
 
 
@@ -184,10 +178,8 @@ class BackwardCall:
     """The arrays that one run of `backward` reads and writes."""
 
     def __init__(self, problem: Problem, run: Run, saved: tuple, grads: Grads, names: Needs) -> None:
-        leaf = gpu_common.as_contiguous(run)  # on no graph
         self.problem, self.run, self.names = problem, run, names
-        self.x, self.w = as_plain(leaf.x), plain_weights(problem, leaf.weights)
-        self.first = [*map(as_plain, leaf.state)]
+        self.x, self.w, self.first = as_rows(run.x), plain_weights(problem, run.weights), [*map(as_plain, run.state)]
         self.saved = [*map(as_plain, saved), None][:4]  # y, activations, cell states, h before its projection
         self.dy = as_plain(grads.y)
         self.dlast, self.dhistory = [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
@@ -210,22 +202,22 @@ class BackwardCall:
 
     def arguments(self, threads: int) -> bytes:
         """The struct Backward."""
-        problem, w, (T, B, P), I = self.problem, self.w, self.saved[0].shape, self.x.shape[2]
-        H, N, written = problem.H, problem.heads, [self.grads.get(name) for name in ("x", *Weights._fields[:5])]
-        return BACKWARD.pack(
-            entries(problem).code, T, B, I, H, P, N, self.run.reverse, threads,
-            threads_for(T * B * problem.cell.G * H * (I + P // N) // WAKING), H // N, P // N, *passes(problem, self.x),
-            *map(pointer, (self.x, w.w_ih, w.w_hh, w.w_hr)), *auxiliary(w), *map(pointer, (*self.saved, self.first[0])),
-            *map(pointer, (self.dy, self.dWx, self.dWx_sum, self.dRh, self.dy_total, self.dunits)),
-            *map(pointer, (*written, self.dunits_sum)),
-            *pointers(self.dlast), *pointers(self.dfirst), *pointers([None, *self.dhistory]),
+        problem, compiled, w, (T, B, P) = self.problem, compile_problem(self.problem), self.w, self.saved[0].shape
+        after = T * B * problem.cell.G * problem.H * (self.x.shape[2] + P // problem.heads)
+        pointed = (
+            self.x, w.w_ih, w.w_hh, w.w_hr, *w[5:], *self.saved, self.first[0], self.dy, self.dWx, self.dWx_sum,
+            self.dRh, self.dy_total, self.dunits, *(self.grads.get(name) for name in ("x", *Weights._fields[:5])),
+            self.dunits_sum, *self.dlast, *self.dfirst, None, *(self.dhistory or [None] * (problem.cell.S - 1)),
         )  # fmt: skip
+        return compiled.sizes + compiled.backward_values.pack(
+            self.run.reverse, threads, threads_for(after // WAKING), *layout(self.x, w), *map(pointer, pointed)
+        )
 
     def gradients(self) -> dict[str, Any]:
         if "x" in self.names:
             self.grads.setdefault("x", self.dWx_sum)
         x = self.run.x
-        states = tuple([to_caller(d, x).reshape(first.shape) for d, first in zip(self.dfirst, self.run.state)])
+        states = tuple([to_caller(array, x) for array in self.dfirst])
         return {name: to_caller(array, x) for name, array in self.grads.items()} | {"state": states}
 
 
@@ -263,6 +255,13 @@ def as_plain(array: Any) -> Any:
     return array
 
 
+def as_rows(x: Any) -> Any:
+    """x as the kernels read it: as `as_plain`, but time steps and rows may lie anywhere."""
+    if isinstance(x, np.ndarray):
+        return x if x.flags.aligned and x.strides[2] == x.itemsize else as_plain(x)
+    return x if x.dtype.itemsize > 2 and x.stride(2) == 1 and not x.is_neg() else as_plain(x)
+
+
 def plain_weights(problem: Problem, weights: Sequence[Any]) -> Weights:
     """As the kernels read them, with a seed for each head."""
     plain = Weights(*map(as_plain, weights))
@@ -287,25 +286,18 @@ def pointer(array: Any) -> int:
         return 0
     if not isinstance(array, np.ndarray):
         return array.data_ptr() or EMPTY
-    if array.flags.writeable and array.size:  # NumPy's own words for it take four times as long
+    if (how := array.flags).writeable and how.c_contiguous and array.size:  # NumPy's own words take longer
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]  # a Buffer from 3.12 on
     return array.__array_interface__["data"][0]
 
 
-def auxiliary(weights: Sequence[Any]) -> tuple[int, ...]:
-    """The struct Auxiliary."""
-    units, flags, seed = weights[5:]
-    return pointer(units), pointer(flags), pointer(seed), 1 if units is None else units.shape[1]
-
-
-def passes(problem: Problem, x: Any) -> tuple[int, ...]:
-    """How many time steps there are for one of x, and for each of two which gates of R h it reads."""
-    G, count = problem.cell.G, max(problem.T // max(len(x), 1), 1)
-    return (count, *(problem.cell.pass_gates if count > 1 else (0, G, 0, G)))
-
-
-def pointers(many: Sequence[Any]) -> list[int]:
-    return [pointer(array) for array in many] + [0] * (MAX_STATES - len(many))
+def layout(x: Any, w: Weights) -> tuple[int, int, int]:
+    """Elements from one time step of x to the next, and from one row; rows of the values per unit."""
+    if isinstance(x, np.ndarray):
+        time, row = x.strides[0] // x.itemsize, x.strides[1] // x.itemsize
+    else:
+        time, row, _ = x.stride()
+    return time, row, 1 if w.units is None else w.units.shape[1]
 
 
 def threads() -> int:
@@ -373,23 +365,35 @@ def text(*names: str) -> str:
     return "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in names)
 
 
-class Entries(NamedTuple):
-    """What a problem calls: the address of its cell's `Code`, and the functions that are the same for every cell."""
+class Compiled(NamedTuple):
+    """What calls of a problem have in common."""
 
-    code: int
     forward: Callable[[bytes, int, int], int]
     backward: Callable[[bytes, int, int], int]
     pack: Callable[[bytes, int | None], int]
+    sizes: bytes  # the first fields of Forward and Backward, which are the same
+    forward_values: struct.Struct  # all others
+    backward_values: struct.Struct
+    output: tuple[int, ...]  # the shape of y
+    saved: list[tuple | None]  # the shapes of what forward keeps: activations, cell states, h before its projection
 
 
-def entries(problem: Problem) -> Entries:
-    return problem.decide(NAME, load_entries, problem)
+def compile_problem(problem: Problem) -> Compiled:
+    return problem.decide(NAME, compile_once, problem)
 
 
-def load_entries(problem: Problem) -> Entries:
-    real = real_of(problem)
-    loaded = library(real)
-    return Entries(code(problem.cell, real), loaded.forward, loaded.backward, loaded.pack)
+def compile_once(problem: Problem) -> Compiled:
+    cell, real, N, H = problem.cell, real_of(problem), problem.heads, problem.H
+    P, I, G, loaded = problem.P or H, problem.I, cell.G, library(real)
+    passes = 2 if cell.pass_gates else 1, *(cell.pass_gates or (0, G, 0, G))
+    sizes = problem.T, problem.B, G * H if I is None else I, H, P, N, H // N, P // N
+    states = f"{cell.S}Q{8 * (MAX_STATES - cell.S)}x"
+    shapes: list[tuple | None] = [shape for shape, _ in saved_shapes(problem)]
+    return Compiled(
+        loaded.forward, loaded.backward, loaded.pack, struct.pack("14Q", code(cell, real), *sizes, *passes),
+        struct.Struct(f"5q14Q{2 * states}"), struct.Struct(f"6q25Q{3 * states}"), (problem.T, problem.B, P),
+        shapes if problem.training else [None, shapes[1]] if problem.history else [],
+    )  # fmt: skip
 
 
 @lru_cache(16)

@@ -33,9 +33,10 @@ static void philox(uint32_t (&counter)[4][V], uint64_t seed) {
 template <class Problem>
 DEVICE void load_aux(real (&aux)[or_1(AUX)], int i, const Problem& problem, Index t, Index b, Index u, Index width) {
     const Auxiliary& from = problem.aux;
+    const Index rows = problem.unit_rows;
     const int lanes = lanes_of(u, width);
     for (int n = 0; n < PER_UNIT; ++n)
-        aux[n].v[i] = load(from.units + (n * from.unit_rows + (from.unit_rows > 1 ? b : 0)) * problem.H + u * V, lanes);
+        aux[n].v[i] = load(from.units + (n * rows + (rows > 1 ? b : 0)) * problem.H + u * V, lanes);
     for (int n = 0; n < FLAGS; ++n)
         aux[PER_UNIT + n].v[i] = all(static_cast<scalar>(from.flags[t * problem.B + b] >> n & 1));
     for (int n = 0; n < UNIFORMS; n += 4) {

@@ -26,18 +26,23 @@ constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;  // registers of a tile;
 constexpr int COLUMNS = 4;                               // vectors side by side of a full tile: gates, or blocks of units
 constexpr int MOST_BLOCKS = 8;                           // of units side by side, where rows are few
 constexpr Index PIECE = 128;                             // of K: 4 vectors of it take half of an L1 of 32 KB or more
+constexpr Index LINE = 64 / sizeof(scalar);              // of K: a line of the cache, which is gone when its set fills up
 constexpr Index CHUNK_ROWS = 48;                         // of the products of many time steps: at least, or at once
+constexpr Index FEW_ROWS = 2;                            // whose product takes less time than to pack the weights for it
+constexpr int PAIRED = 2;                                // columns of a tile in place: more would share a set of the cache
 
 DEVICE Index min(Index a, Index b) { return a < b ? a : b; }
 DEVICE Index max(Index a, Index b) { return a > b ? a : b; }
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
-struct Scratch {  // of `scalar`, on cache lines of its own; empty where there is no memory
+struct Scratch {  // of `scalar`, on cache lines of its own; none of size 0, or where there is no memory
     scalar* data;
-    explicit Scratch(Index size) : data(nullptr) {
+    bool failed;
+    explicit Scratch(Index size) : data(nullptr), failed(false) {
         void* memory = nullptr;
-        if (posix_memalign(&memory, 64, max(size, 1) * sizeof(scalar)) == 0) data = static_cast<scalar*>(memory);
+        if (size > 0) failed = posix_memalign(&memory, 64, size * sizeof(scalar)) != 0;
+        if (!failed) data = static_cast<scalar*>(memory);
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() { free(data); }
@@ -187,19 +192,31 @@ DEVICE void shuffle_pair(vec& a, vec& b, First first, Second second) {
     const vec new_a = __builtin_shuffle(a, b, of_a);
     b = __builtin_shuffle(a, b, of_b), a = new_a;
 }
+
+// Parts of BIT lanes change places between rows whose numbers differ in BIT, then those twice as large.
+template <int BIT>
+DEVICE void exchange_parts(vec (&rows)[V]) {
+    if constexpr (BIT < V) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i)
+            if (!(i & BIT))
+                shuffle_pair(rows[i], rows[i + BIT], [](int j) { return j & BIT ? V + j - BIT : j; },
+                             [](int j) { return j & BIT ? V + j : j + BIT; });
+        exchange_parts<2 * BIT>(rows);
+    }
+}
 #endif
 
-// V rows of V elements, `row` apart, become V columns, `column` apart: first within parts of 16 bytes, by words of every
+// `count` rows of V elements, `row` apart, and zeros become V columns: first within parts of 16 bytes, by words of every
 // instruction set, then such parts change places between rows whose numbers differ in one bit.
-DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
+DEVICE void transpose(const scalar* from, Index row, int count, vec (&rows)[V]) {
 #if defined(__clang__)
     for (int k = 0; k < V; ++k)
-        for (int i = 0; i < V; ++i) to[k * column + i] = from[i * row + k];
+        for (int i = 0; i < V; ++i) rows[k][i] = i < count ? from[i * row + k] : 0;
 #else
     constexpr int PART = 16 / sizeof(scalar);
-    vec rows[V];
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) rows[i] = load(from + i * row);
+    for (int i = 0; i < V; ++i) rows[i] = i < count ? load(from + i * row) : vec{};
 #pragma GCC unroll 16
     for (int i = 0; i < V; i += 2)  // a0 b0 a1 b1, a2 b2 a3 b3
         shuffle_pair(rows[i], rows[i + 1], [](int j) { return j % 2 * V + j / PART * PART + j % PART / 2; },
@@ -213,16 +230,15 @@ DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
             const vec second = rows[i + 2];
             rows[i + 2] = rows[i + 1], rows[i + 1] = second;
         }
-#pragma GCC unroll 4
-    for (int bit = PART; bit < V; bit *= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < V; ++i)
-            if (!(i & bit))
-                shuffle_pair(rows[i], rows[i + bit], [=](int j) { return j & bit ? V + j - bit : j; },
-                         [=](int j) { return j & bit ? V + j : j + bit; });
-#pragma GCC unroll 16
-    for (int k = 0; k < V; ++k) store(to + k * column, rows[k]);
+    exchange_parts<PART>(rows);
 #endif
+}
+
+DEVICE void transpose(const scalar* from, Index row, scalar* to, Index column) {
+    vec columns[V];
+    transpose(from, row, V, columns);
+#pragma GCC unroll 16
+    for (int k = 0; k < V; ++k) store(to + k * column, columns[k]);
 }
 
 // Weights, and panels of them as a product reads them: [blocks][K][G][V] from block `begin` on, further lanes zero.
@@ -396,6 +412,58 @@ static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row
     multiply(w, cut, u, u1, row, start, out, out_row, 0, w.K);
 }
 
+// M rows of a gate's blocks [u, u + C), by weights that aren't packed: every square of V units and V of K is turned in
+// registers. of_unit: from one unit to the next.
+template <int M, int C>
+static void tile_in_place(const scalar* const* rows, const scalar* weights, int lanes, Index of_unit, Index K, const scalar* start,
+                          scalar* out, Index out_row, Index block) {
+    const int units = C > 1 ? V : lanes;
+    vec total[C][M];
+    for (int c = 0; c < C; ++c)
+        for (int m = 0; m < M; ++m) total[c][m] = load(start + c * block);
+    for (Index begin = 0; begin < K; begin += PIECE) {
+        const Index end = min(K, begin + PIECE);
+        vec sum[C][M] = {};
+        for (Index line = begin; line < end; line += LINE)
+            for (int c = 0; c < C; ++c) {
+                const scalar* from = weights + c * V * of_unit;
+                Index k = line;
+                for (; k + V <= min(end, line + LINE); k += V) {
+                    vec weight[V];
+                    transpose(from + k, of_unit, units, weight);
+#pragma GCC unroll 16
+                    for (int i = 0; i < V; ++i)
+                        for (int m = 0; m < M; ++m) sum[c][m] = fma(all(rows[m][k + i]), weight[i], sum[c][m]);
+                }
+                for (; k < min(end, line + LINE); ++k) {
+                    vec weight{};
+                    for (int i = 0; i < units; ++i) weight[i] = from[i * of_unit + k];
+                    for (int m = 0; m < M; ++m) sum[c][m] = fma(all(rows[m][k]), weight, sum[c][m]);
+                }
+            }
+        for (int c = 0; c < C; ++c)
+            for (int m = 0; m < M; ++m) total[c][m] += sum[c][m];
+    }
+    for (int c = 0; c < C; ++c)
+        for (int m = 0; m < M; ++m) store(out + c * block + m * out_row, total[c][m]);
+}
+
+// As `multiply`, with the same bits, for at most FEW_ROWS rows.
+template <class Row>
+static void multiply_in_place(const Matrix& w, const Cut& cut, Index u, Index u1, Row row, const scalar* start, scalar* out,
+                              Index out_row) {
+    const Index block = w.G * V;
+    const scalar* rows[FEW_ROWS] = {row(0), row(cut.rows - 1)};
+    for (Index g = cut.first; g < cut.last; ++g)
+        for (Index n = u, some; n < u1; n += some) {
+            some = n + PAIRED <= min(u1, w.units / V) ? PAIRED : 1;
+            const auto tile = some > 1 ? (cut.rows > 1 ? tile_in_place<2, PAIRED> : tile_in_place<1, PAIRED>)
+                                       : (cut.rows > 1 ? tile_in_place<2, 1> : tile_in_place<1, 1>);
+            tile(rows, w.from + g * w.of_gate + n * V * w.of_unit, lanes_of(n, w.units), w.of_unit, w.K,
+                 start + n * block + g * V, out + (n - u) * block + g * V, out_row, block);
+        }
+}
+
 // Go through blocks [u0, u1) by as many as the cut has side by side: body(u, u').
 template <class Body>
 DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
@@ -405,17 +473,31 @@ DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
 // Elements of a buffer for R rows of a product that is read before the next blocks are computed.
 DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
 
-// [G, units], gates `of_gate` apart -> [blocks][G][V], a product's start: zero without a bias, or for gates that have none here.
-static void pack_bias(const scalar* bias, Index of_gate, Index G, Index units, Index gates, scalar* to, bool add) {
-    for (Index u = 0; u < blocks_of(units); ++u)
-        for (Index g = 0; g < G; ++g) {
-            vec value = bias && (gates >> g & 1) ? load(bias + g * of_gate + u * V, lanes_of(u, units)) : vec{};
-            scalar* at = to + (u * G + g) * V;
-            store(at, add ? load(at) + value : value);
-        }
-}
-
 // ---- Forward -------------------------------------------------------------------------------------------------------
+
+// Starts of products, [blocks][G][V], zero without a bias: of the input part x, the recurrent part h, and of the projection.
+struct Starts {
+    Index G, blocks, outputs;
+    scalar *x, *h, *projection;
+    Starts(const Forward& f, scalar* at)
+        : G(f.cell->G), blocks(blocks_of(f.D)), outputs(f.W_hr ? blocks_of(f.Q) : 0), x(at), h(x + blocks * G * V),
+          projection(h + blocks * G * V) {}
+    Index size() const { return (2 * blocks * G + outputs) * V; }
+
+    // Where a gate's parts just meet as a sum, the recurrent bias goes with the other one.
+    void pack(const Forward& f) {
+        for (Index u = 0; u < blocks; ++u)
+            for (Index g = 0; g < G; ++g) {
+                const int lanes = lanes_of(u, f.D);
+                const vec b_x = f.b_x ? load(f.b_x + g * f.H + u * V, lanes) : vec{};
+                const vec b_h = f.b_h ? load(f.b_h + g * f.H + u * V, lanes) : vec{};
+                const bool separate = f.cell->SEPARATE >> g & 1;
+                store(x + (u * G + g) * V, separate ? b_x : b_x + b_h);
+                store(h + (u * G + g) * V, separate ? b_h : vec{});
+            }
+        memset(projection, 0, outputs * V * sizeof(scalar));
+    }
+};
 
 struct Matrices {
     Matrix W, R, W_hr;
@@ -430,7 +512,10 @@ struct Matrices {
     }
 };
 
-static Index packed_size(const Forward& f) { return Matrices(f).size(blocks_of(f.D), blocks_of(f.Q)); }
+// Of what `pack` makes: starts, then matrices.
+static Index packed_size(const Forward& f) {
+    return Starts(f, nullptr).size() + Matrices(f).size(blocks_of(f.D), blocks_of(f.Q));
+}
 
 static Forward head(const Forward& all, Index n) {
     Forward f = all;
@@ -443,29 +528,31 @@ static Forward head(const Forward& all, Index n) {
     return f;
 }
 
-// How many elements the packed weights have; where `to` is, they go there. For calls that have the same weights.
+// How many elements the packed weights and biases have; where `to` is, they go there. For calls that have the same weights.
 extern "C" Index pack(const Forward& f, scalar* to) {
     const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q), size = packed_size(f);
     for (Index n = 0; to && n < f.heads; ++n) {
-        Matrices weights(head(f, n));
-        weights.place(to + n * size, blocks);
-        weights.W.pack(0, blocks), weights.R.pack(0, blocks), weights.W_hr.pack(0, outputs);
+        const Forward of_head = head(f, n);
+        Starts starts(of_head, to + n * size);
+        Matrices weights(of_head);
+        weights.place(to + n * size + starts.size(), blocks);
+        starts.pack(of_head), weights.W.pack(0, blocks), weights.R.pack(0, blocks), weights.W_hr.pack(0, outputs);
     }
     return f.heads * size;
 }
 
 static int forward_of_head(const Forward& f) {
     const Code& cell = *f.cell;
-    const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G, GV = G * V, every = (Index(1) << G) - 1;
+    const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G, GV = G * V;
     const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q);
     const int threads = acquire(f.threads);
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
 
     Matrices weights(f);
-    const bool once = T == 1 && sharing == threads && !f.packed;
-    Scratch bias_x(blocks * GV), bias_h(blocks * GV), zero(outputs * V), seen(cell.OPERAND ? B * P : 0);
-    Scratch unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
+    const bool few = T == 1 && B > 0 && B <= FEW_ROWS && !f.packed;  // weights are read where they are
+    const bool once = T == 1 && sharing == threads && !f.packed && !few;
+    Scratch seen(cell.OPERAND ? B * P : 0), unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
     const Index passes = f.passes, inputs_T = T / passes;
@@ -476,17 +563,15 @@ static int forward_of_head(const Forward& f) {
     const Index gates = rows * (cell.REDUCES ? blocks : across) * GV, projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
-    Scratch scratch(threads * own), packed(once || f.packed ? 0 : weights.size(blocks, outputs));
-    if (!bias_x.data || !bias_h.data || !zero.data || !seen.data || !unprojected.data || !scratch.data || !packed.data) {
+    const Index start_size = Starts(f, nullptr).size(), panels = few || once ? 0 : weights.size(blocks, outputs);
+    Scratch scratch(threads * own), packed(f.packed ? 0 : start_size + panels);
+    if (seen.failed || unprojected.failed || scratch.failed || packed.failed) {
         release(threads);
         return 1;
     }
-    weights.place(f.packed ? const_cast<scalar*>(f.packed) : packed.data, blocks);
-    // Where a gate's parts just meet as a sum, the recurrent bias goes with the other one.
-    pack_bias(f.b_x, H, G, f.D, every, bias_x.data, false);
-    pack_bias(f.b_h, H, G, f.D, every & ~cell.SEPARATE, bias_x.data, true);
-    pack_bias(f.b_h, H, G, f.D, cell.SEPARATE, bias_h.data, false);
-    pack_bias(nullptr, 0, 1, f.Q, 0, zero.data, false);
+    Starts starts(f, f.packed ? const_cast<scalar*>(f.packed) : packed.data);
+    if (!few) weights.place(starts.x + start_size, blocks);
+    if (!f.packed) starts.pack(f);
 
     const auto time_of = [&](Index n) { return f.reverse ? T - 1 - n : n; };
     const auto h_before = [&](Index n) { return n == 0 ? f.first[0] : f.y + time_of(n - 1) * B * P; };
@@ -494,7 +579,7 @@ static int forward_of_head(const Forward& f) {
     auto body = [&](int thread) {
         const Part all_of{0, 0, thread, threads}, part = part_of(thread, threads, B, by_rows);
         Matrix W = weights.W, R = weights.R, W_hr = weights.W_hr;
-        if (!once && !f.packed) {
+        if (!few && !once && !f.packed) {
             W.pack(all_of.first(blocks), all_of.last(blocks));
             R.pack(all_of.first(blocks), all_of.last(blocks));
             W_hr.pack(all_of.first(outputs), all_of.last(outputs));
@@ -508,19 +593,24 @@ static int forward_of_head(const Forward& f) {
         scalar* h = Rh + gates;                    // a few blocks for the time being
         if (once) W.panels = h + projected, R.panels = W.panels + W.size(some_blocks), W_hr.panels = R.panels + R.size(some_blocks);
 
+        const auto product = [&](Matrix& w, const Cut& cut, Index u, Index end, auto row, const scalar* start, scalar* out,
+                                 Index out_row) {
+            if (few) return multiply_in_place(w, cut, u, end, row, start, out, out_row);
+            if (once) w.repack(u, end);
+            multiply(w, cut, u, end, row, start, out, out_row);
+        };
         // Blocks [u, end) of the input part of `steps` inputs from number n on.
         const auto project = [&](Index n, Index steps, Index u, Index end, scalar* out, Index out_row) {
             const auto input = [&](Index r) {
                 const Index m = n + r / mine;
-                return f.x + ((f.reverse ? inputs_T - 1 - m : m) * B + b0 + r % mine) * (f.W ? f.I : G * H);
+                return f.x + (f.reverse ? inputs_T - 1 - m : m) * f.x_time + (b0 + r % mine) * f.x_row;
             };
-            if (once) W.repack(u, end);
-            if (f.W) return multiply(W, Cut(G, steps * mine), u, end, input, bias_x.data, out, out_row);
+            if (f.W) return product(W, Cut(G, steps * mine), u, end, input, starts.x, out, out_row);
             for (Index r = 0; r < steps * mine; ++r)
                 for (Index block = u; block < end; ++block)
                     for (Index g = 0; g < G; ++g)
                         store(out + r * out_row + (block - u) * GV + g * V,
-                              load(input(r) + g * H + block * V, lanes_of(block, f.D)) + load(bias_x.data + block * GV + g * V));
+                              load(input(r) + g * H + block * V, lanes_of(block, f.D)) + load(starts.x + block * GV + g * V));
         };
         if (passes > 1) memset(Rh, 0, gates * sizeof(scalar));  // a pass sees numbers, whichever gates it doesn't read
         const Cut of_pass[2] = {{f.gates[0][0], f.gates[0][1], mine}, {f.gates[1][0], f.gates[1][1], mine}}, output(1, mine);
@@ -546,8 +636,7 @@ static int forward_of_head(const Forward& f) {
             each_blocks(recurrent, u0, u1, [&](Index u, Index end) {
                 const Index across = cell.REDUCES ? blocks : recurrent.blocks;
                 const auto row = [&](Index r) { return seen_by_weights + (b0 + r) * P; };
-                if (once) R.repack(u, end);
-                multiply(R, recurrent, u, end, row, bias_h.data, cell.REDUCES ? Rh + u * GV : Rh, across * GV);
+                product(R, recurrent, u, end, row, starts.h, cell.REDUCES ? Rh + u * GV : Rh, across * GV);
                 Gates input{x + (u - u0) * GV, some * GV};
                 if (!chunk) {
                     input = cell.REDUCES ? Gates{x + u * GV, blocks * GV} : Gates{x, across * GV};
@@ -560,8 +649,8 @@ static int forward_of_head(const Forward& f) {
             if (!f.W_hr) continue;
             each_blocks(output, p0, p1, [&](Index u, Index end) {
                 const Index out_row = output.blocks * V;
-                if (once) W_hr.repack(u, end);
-                multiply(W_hr, output, u, end, [&](Index r) { return to + (b0 + r) * H; }, zero.data, h, out_row);
+                const auto row = [&](Index r) { return to + (b0 + r) * H; };
+                product(W_hr, output, u, end, row, starts.projection, h, out_row);
                 for (Index b = b0; b < b1; ++b) {
                     // Where states are held, a projected h stays what it was before.
                     const bool held = cell.HOLD >= 0 && (f.aux.flags[t * B + b] >> cell.HOLD & 1);
@@ -598,17 +687,20 @@ extern "C" int forward(const Forward* runs, Index count, Index threads) {
 
 // ---- Gradients of inputs and weights -------------------------------------------------------------------------------
 
-// Columns of the rows of a matrix: one after the other, or those of y `shift` away, and of h0 where there is none, at time
-// step first.
+// Rows [T B][columns] of an array, `row` apart within a time step and time steps `time` apart; or with h0 those of `shift`
+// time steps away, and h0 at time step `first`, where there are none.
 struct Rows {
     const scalar* data;
-    Index columns, apart;
+    Index columns, B, time, row;
     const scalar* h0 = nullptr;
-    Index B = 1, first = -1, shift = 0;
-    const scalar* operator()(Index row) const {
-        return row / B == first ? h0 + row % B * apart : data + (row + shift) * apart;
+    Index first = -1, shift = 0;
+    const scalar* operator()(Index k) const {
+        const Index t = k / B, b = k % B;
+        return t == first ? h0 + b * row : data + (t + shift) * time + b * row;
     }
-    Rows of_head(Index n, Index size) const { return {data + n * size, size, apart, h0 ? h0 + n * size : h0, B, first, shift}; }
+    Rows of_head(Index n, Index size) const {
+        return {data + n * size, size, B, time, row, h0 ? h0 + n * size : h0, first, shift};
+    }
 };
 
 // out [M, N], rows [m0, m1) = a^T b, for a [K, M] and b [K, N]. A piece of K at a time is
@@ -671,15 +763,15 @@ static int gradients(const Backward& f) {
     const Index own = CHUNK_ROWS * PIECE + blocks * PIECE * V + sums;
     const bool seen_anew = f.dR && cell.OPERAND && K > 0;
     Scratch zero(blocks * V), scratch(threads * own), packed(W_back.size(inputs)), seen(seen_anew ? K * P : 0);
-    if (!zero.data || !scratch.data || !packed.data || !seen.data) {
+    if (zero.failed || scratch.failed || packed.failed || seen.failed) {
         release(threads);
         return 1;
     }
     memset(zero.data, 0, blocks * V * sizeof(scalar));
     W_back.panels = packed.data;
-    const Rows x{f.x, I, I}, unprojected{f.h_unprojected, H, H};
-    const Rows h_before{f.y, P, P, f.h0, B, f.reverse ? T - 1 : 0, f.reverse ? B : -B};
-    const Rows seen_rows = seen_anew ? Rows{seen.data, P, P} : h_before;
+    const Rows x{f.x, I, B, f.x_time, f.x_row}, unprojected{f.h_unprojected, H, B, B * H, H};
+    const Rows h_before{f.y, P, B, B * P, P, f.h0, f.reverse ? T - 1 : 0, f.reverse ? 1 : -1};
+    const Rows seen_rows = seen_anew ? Rows{seen.data, P, B, B * P, P} : h_before;
     Barrier ready{threads};
     auto body = [&](int thread) {
         const Part part{0, 0, thread, threads};
@@ -687,7 +779,8 @@ static int gradients(const Backward& f) {
         W_back.pack(part.first(inputs), part.last(inputs));
         for (Index n = 0; seen_anew && n < f.heads; ++n) {
             Forward like{};
-            like.T = T, like.B = B, like.H = H, like.P = P, like.D = D, like.Q = Q, like.reverse = f.reverse, like.aux = f.aux;
+            like.T = T, like.B = B, like.H = H, like.P = P, like.D = D, like.Q = Q, like.reverse = f.reverse;
+            like.aux = f.aux, like.unit_rows = f.unit_rows;
             skip(like.aux.units, n * D), skip(like.aux.seed, n);
             for (Index t = part.first(T); t < part.last(T); ++t)
                 cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(Q)}, h_before(t * B) + n * Q,
@@ -754,7 +847,7 @@ static int backward_of_head(const Backward& f) {
     const Index rows = by_rows ? (B + threads - 1) / threads : B;
     const Index unprojected = cell.REDUCES ? rows * blocks * V : scratch_elements(1, rows), own = unprojected + scratch_elements(1, rows);
     Scratch zero(max(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
-    if (!zero.data || !scratch.data || !packed.data) {
+    if (zero.failed || scratch.failed || packed.failed) {
         release(threads);
         return 1;
     }

@@ -21,17 +21,19 @@ struct Auxiliary {
     const scalar* units;   // [N, unit_rows, H]; unit_rows is B, or 1 where all batch rows have the same
     const uint8_t* flags;  // [T, B], bit k is flag k
     const uint64_t* seed;  // [heads]
-    Index unit_rows;
 };
 
 struct Code;  // of a cell, below
 
 struct Forward {
     const Code* cell;
-    Index T, B, I, H, P, heads, reverse, threads;
+    Index T, B, I, H, P, heads;
     Index D, Q;             // H / heads and P / heads
     Index passes;           // time steps that have the same x, one after the other; of two, each reads other gates of R h
     Index gates[2][2];      // by pass the first of them, and the one after the last; of one pass twice the same
+    Index reverse, threads;
+    Index x_time, x_row;    // elements from one time step of x to the next, and from one row
+    Index unit_rows;        // of aux.units
     const scalar* x;        // [T / passes, B, I]; [.., G, H], the input part of all gates, where W is null
     const scalar* W;        // [G, H, I] input weights, or null
     const scalar* R;        // [G, H, Q] recurrent weights
@@ -50,9 +52,9 @@ struct Forward {
 
 struct Backward {
     const Code* cell;
-    Index T, B, I, H, P, heads, reverse, threads, threads_after;  // of the time loop, and of the products after it
-    Index D, Q;                   // H / heads and P / heads
-    Index passes, gates[2][2];    // as in Forward
+    Index T, B, I, H, P, heads, D, Q, passes, gates[2][2];  // as in Forward
+    Index reverse, threads, threads_after;  // of the time loop, and of the products after it
+    Index x_time, x_row, unit_rows;  // as in Forward
     const scalar* x;              // [T / passes, B, I]
     const scalar* W;              // [G, H, I] or null
     const scalar* R;              // [G, H, Q]
