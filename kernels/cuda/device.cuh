@@ -106,14 +106,6 @@ DEVICE float tanh_approx(float x) {
     return y;
 }
 
-// 2^x, relative error 2^-22, subnormal results are zero. The twin is exact.
-DEVICE float exp2_approx(float x) {
-    float y;
-    PTX(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)));
-    TWIN(y = exp2f(x));
-    return y;
-}
-
 // ---- Global memory shared between blocks ------------------------------------------------------------------
 
 // Relaxed accesses order nothing else, but are never torn, never kept in a register or in L1: a stamp travels in

@@ -265,15 +265,13 @@ def numbers(launch: Launch) -> None:
     x = np.concatenate([special, halfway, 3 * _random(105)]).astype(np.float32)
     x = np.concatenate([x, -x])
     n = len(x)
-    y = _poisoned((6, n), np.uint32)
+    y = _poisoned((5, n), np.uint32)
     launch("numbers", ((n + 63) // 64, 1, 1), (64, 1, 1), [x, y, np.int32(n)])
-    finite = np.isfinite(x) & (np.abs(x) < 100)
     _equal(y[0], from_bf16(to_bf16(x)).view(np.uint32))
     _equal(y[1], from_f16(to_f16(x)).view(np.uint32))
     _equal(y[2][np.isfinite(x)], to_tf32(x)[np.isfinite(x)])
     np.testing.assert_allclose(y[3].view(np.float32), np.tanh(x), rtol=2**-10, atol=1e-7)
-    np.testing.assert_allclose(y[4].view(np.float32)[finite], np.exp2(x[finite]), rtol=2**-21)
-    _equal(y[5], x.view(np.uint32))
+    _equal(y[4], x.view(np.uint32))
 
 
 # ---- Blocks ------------------------------------------------------------------------------------------------
