@@ -14,11 +14,11 @@ from gpu_rnn.kernels import cells
 from . import __version__
 from .backends import dispatch
 from .core import arrays
-from .core.optional_imports import installed, missing, no_gpu, require
+from .core.optional_imports import install, installed, missing, no_gpu, require
 from .core.problem import Problem
 
 if absent := [name for name in ("click", "rich") if not installed(name)]:
-    print(f"Error: gpu-rnn's commands need {' and '.join(absent)}: pip install 'gpu-rnn[demo]'", file=sys.stderr)
+    print(f"Error: gpu-rnn's commands need {' and '.join(absent)}: {install('rich')}", file=sys.stderr)
     raise SystemExit(2)
 
 import click
@@ -139,7 +139,7 @@ def demo(text: Path | None, seconds: float, out: Path) -> None:
     """Train a character-level LSTM on real text, let it write, and draw what its gates do."""
     for name in ("torch", "matplotlib"):
         if missing(name):
-            raise Refused(f"the demo needs {name}: {missing(name)}; pip install 'gpu-rnn[demo]' brings all of it")
+            raise Refused(f"the demo needs {name}: {missing(name)}; {install('rich')} brings all of it")
     from .tools.demo import TextError, run
 
     try:
@@ -173,9 +173,7 @@ def compare_cells(cell: tuple[str, ...], tasks: tuple[str, ...], out: Path, **se
     """
     for name in ("torch", "matplotlib", *["sklearn"] * ("digits" in tasks)):
         if missing(name):
-            raise Refused(
-                f"the comparison needs {name}: {missing(name)}; pip install 'gpu-rnn[cells]' brings all of it"
-            )
+            raise Refused(f"the comparison needs {name}: {missing(name)}; {install('sklearn')} brings all of it")
     from .cells import __all__ as known
     from .tools.compare_cells import OTHERS, TASKS, Settings, run
 

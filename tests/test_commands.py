@@ -128,13 +128,14 @@ class Absent:
     def find_spec(self, name, *_):
         if name in ("click", "rich"): raise ModuleNotFoundError(name)
 import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name in ("click", "rich") else found(name, *rest)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("click", "rich") else find_spec(name, *rest)
 import gpu_rnn.__main__
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "Error: gpu-rnn's commands need click and rich: pip install 'gpu-rnn[demo]'\n"
+    command = "pip install '.[demo]' in a checkout of gpu-rnn"
+    assert result.stderr == f"Error: gpu-rnn's commands need click and rich: {command}\n"
 
 
 def test_bench_belongs_to_a_checkout(tmp_path, monkeypatch):
@@ -198,7 +199,7 @@ def test_an_output_folder_that_cannot_be(text, tmp_path):
 @pytest.mark.parametrize("library", ["torch", "matplotlib"])
 def test_the_demo_without_its_libraries(library, monkeypatch):
     monkeypatch.setattr("gpu_rnn.__main__.missing", lambda name: f"no {name}" if name == library else None)
-    refused(call("demo"), rf"the demo needs {library}: no {library}; pip install 'gpu-rnn\[demo\]'")
+    refused(call("demo"), rf"the demo needs {library}: no {library}; pip install '\.\[demo\]' in a checkout")
 
 
 def test_the_default_text_is_the_standard_library():

@@ -712,5 +712,5 @@ def test_without_onnx_the_error_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "gpu_rnn.onnx")
-    with pytest.raises(ImportError, match=r"gpu_rnn.onnx needs onnx.*pip install 'gpu-rnn\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"gpu_rnn.onnx needs onnx.*pip install '\.\[onnx\]' in a checkout"):
         importlib.import_module("gpu_rnn.onnx")

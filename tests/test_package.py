@@ -40,7 +40,7 @@ except ImportError as error: print(error)
 """
     message = " ".join(python(code, cwd=ROOT, PYTHONPATH=str(tmp_path)))
     assert "gpu_rnn.LSTM needs torch" in message
-    assert "pip install 'gpu-rnn[torch]'" in message
+    assert "pip install '.[torch]' in a checkout" in message
 
 
 def test_unknown_names_are_attribute_errors():

@@ -14,18 +14,23 @@ from types import ModuleType
 from typing import Any
 
 EXTRAS = {
-    "torch": "gpu-rnn[torch]",
-    "triton": "gpu-rnn[triton]",
-    "cupy": "gpu-rnn[cuda13]",
-    "matplotlib": "gpu-rnn[demo]",
-    "click": "gpu-rnn[demo]",
-    "rich": "gpu-rnn[demo]",
-    "onnx": "gpu-rnn[onnx]",
-    "onnxscript": "gpu-rnn[onnx]",
-    "h5py": "gpu-rnn[keras]",
-    "keras": "gpu-rnn[keras]",
-    "sklearn": "gpu-rnn[cells]",
+    "torch": "torch",
+    "triton": "triton",
+    "cupy": "cuda13",
+    "matplotlib": "demo",
+    "click": "demo",
+    "rich": "demo",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "h5py": "keras",
+    "keras": "keras",
+    "sklearn": "cells",
 }
+
+
+def install(name: str) -> str:
+    """Return the command that brings the library `name`; an extra needs a checkout, as no index has this package."""
+    return f"pip install '.[{EXTRAS[name]}]' in a checkout of gpu-rnn" if name in EXTRAS else f"pip install {name}"
 
 
 def installed(name: str) -> bool:
@@ -38,9 +43,7 @@ def require(name: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs {name}, which could not be imported ({error}); pip install '{EXTRAS.get(name, name)}'"
-        ) from error
+        raise ImportError(f"{purpose} needs {name}, which could not be imported ({error}); {install(name)}") from error
 
 
 def when_imported(name: str, then: Callable[[], object]) -> None:
@@ -81,7 +84,7 @@ class Watch(MetaPathFinder):
 def missing(name: str) -> str | None:
     """Why `name` can't be used here, or None when it can. The answer is kept."""
     if not installed(name):
-        return f"{name} is not installed (pip install '{EXTRAS.get(name, name)}')"
+        return f"{name} is not installed ({install(name)})"
     try:
         importlib.import_module(name)
     except Exception as error:  # a broken CUDA installation raises nearly anything
