@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
     compiled, (together, inside) = compile_problem(problem), shared_threads(problem, len(runs))
     calls, values = [], []
     for run in runs:
-        x, w, first = as_rows(run.x), plain_weights(problem, run.weights), [*map(as_plain, run.state)]
+        x, w, first = as_rows(run.x), plain_weights(problem, run.weights), compiled.plain(run.state)
         empty = allocator(x)
         y, last = empty(compiled.output), [empty(s.shape) for s in first]
         saved = [shape and empty(shape) for shape in compiled.saved]
@@ -123,8 +123,9 @@ def to_result(problem: Problem, run: Run, y: Any, last: Sequence[Any], saved: Se
     if problem.history:
         after = arrays.flip(saved[1][1:]) if run.reverse else saved[1][1:]
         history = tuple([gpu_common.to_storage(after[:, k], run.x) for k in range(problem.cell.S - 1)])
-    last = [to_caller(array, run.x) for array in last]
-    return Result(to_caller(y, run.x), tuple(last), history, tuple(saved) if problem.training else ())
+    if y.dtype != run.x.dtype:
+        y, *last = [to_caller(array, run.x) for array in (y, *last)]
+    return Result(y, tuple(last), history, tuple(saved) if problem.training else ())
 
 
 def forward_arguments(
@@ -133,7 +134,7 @@ def forward_arguments(
 ) -> bytes:  # fmt: skip
     """The struct Forward of plain arrays."""
     pointed = x, *w, y, *(*saved, None, None, None)[:3], packed, *first, *last
-    return compiled.sizes + compiled.forward_values.pack(reverse, threads, *layout(x, w), *map(pointer, pointed))
+    return compiled.sizes + compiled.forward_values.pack(reverse, threads, *layout(x, w), *compiled.addresses(pointed))
 
 
 def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[Any], Callable[[], None]]:
@@ -144,13 +145,13 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
     """
     w, compiled = plain_weights(problem, weights), compile_problem(problem)
     _, threads = shared_threads(problem, 1)
-    source, target = (as_plain(array).view(1, *array.shape) for array in (x, y))
+    source, target = (array.view(1, *array.shape) for array in compiled.plain((x, y)))
     sizes = [problem.P or problem.H, *[problem.H] * (problem.cell.S - 1)]
     states = [source.new_zeros(problem.B, size) for size in sizes]
     size = compiled.pack(forward_arguments(compiled, source, w, states, target, states), None)
     packed = source.new_empty(size)
     values = forward_arguments(compiled, source, w, states, target, states, packed=packed, threads=threads)
-    compiled.pack(values, pointer(packed))
+    compiled.pack(values, packed.data_ptr())
     run = partial(call, compiled.forward, values, 1, 1, (source, w, target, states, packed))
     if source.dtype == x.dtype:
         return states, run
@@ -179,10 +180,10 @@ class BackwardCall:
 
     def __init__(self, problem: Problem, run: Run, saved: tuple, grads: Grads, names: Needs) -> None:
         self.problem, self.run, self.names = problem, run, names
-        self.x, self.w, self.first = as_rows(run.x), plain_weights(problem, run.weights), [*map(as_plain, run.state)]
-        self.saved = [*map(as_plain, saved), None][:4]  # y, activations, cell states, h before its projection
-        self.dy = as_plain(grads.y)
-        self.dlast, self.dhistory = [*map(as_plain, grads.last)], [*map(as_plain, grads.history)]
+        plain = compile_problem(problem).plain
+        self.x, self.w, self.first = as_rows(run.x), plain_weights(problem, run.weights), plain(run.state)
+        self.saved = [*plain(saved), None][:4]  # y, activations, cell states, h before its projection
+        (self.dy,), self.dlast, self.dhistory = plain([grads.y]), plain(grads.last), plain(grads.history)
         (T, B, P), cell, H, w, empty = self.saved[0].shape, problem.cell, problem.H, self.w, allocator(self.x)
         self.dWx = self.dWx_sum = empty((T, B, cell.G * H))
         if len(self.x) < T:
@@ -210,7 +211,7 @@ class BackwardCall:
             self.dunits_sum, *self.dlast, *self.dfirst, None, *(self.dhistory or [None] * (problem.cell.S - 1)),
         )  # fmt: skip
         return compiled.sizes + compiled.backward_values.pack(
-            self.run.reverse, threads, threads_for(after // WAKING), *layout(self.x, w), *map(pointer, pointed)
+            self.run.reverse, threads, threads_for(after // WAKING), *layout(self.x, w), *compiled.addresses(pointed)
         )
 
     def gradients(self) -> dict[str, Any]:
@@ -224,11 +225,10 @@ class BackwardCall:
 def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
     """NumPy's, whichever library the arrays are of: so its results don't depend on that."""
 
-    def view(array: Any) -> Any:
-        plain = as_plain(array)
-        return plain if plain is None or isinstance(plain, np.ndarray) else plain.detach().numpy()
-
-    return view(x), Weights(*map(view, weights))
+    if isinstance(x, np.ndarray):
+        return x, weights
+    x, *plain = [tensor if tensor is None else tensor.detach().numpy() for tensor in plain_tensors((x, *weights))]
+    return x, Weights(*plain)
 
 
 def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
@@ -242,29 +242,36 @@ def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
-def as_plain(array: Any) -> Any:
-    """As the kernels read it: contiguous, in the dtype of computing, on no autograd graph. None stays None."""
-    if array is None:
-        return None
-    if isinstance(array, np.ndarray):
-        return array if array.flags.c_contiguous and array.flags.aligned else np.array(array, order="C")
-    if array.dtype.itemsize == 2:
-        array = array.detach().float()
-    if array.is_neg() or not array.is_contiguous():
-        array = array.detach().resolve_neg().contiguous()
-    return array
+def plain_arrays(arrays: Iterable[Any]) -> list[Any]:
+    """NumPy arrays as the kernels read them: contiguous. None stays None."""
+    return [
+        a if a is None or ((how := a.flags).c_contiguous and how.aligned) else np.array(a, order="C") for a in arrays
+    ]
+
+
+def plain_tensors(tensors: Iterable[Any]) -> list[Any]:
+    """Tensors as the kernels read them: contiguous, in the dtype of computing. None stays None."""
+    return [
+        t if t is None or (t.is_contiguous() and not t.is_neg() and t.dtype.itemsize != 2) else as_plain(t)
+        for t in tensors
+    ]
+
+
+def as_plain(tensor: Any) -> Any:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype.itemsize == 2 else tensor).resolve_neg().contiguous()
 
 
 def as_rows(x: Any) -> Any:
-    """x as the kernels read it: as `as_plain`, but time steps and rows may lie anywhere."""
+    """x as the kernels read it: plain, but time steps and rows may lie anywhere."""
     if isinstance(x, np.ndarray):
-        return x if x.flags.aligned and x.strides[2] == x.itemsize else as_plain(x)
+        return x if x.flags.aligned and x.strides[2] == x.itemsize else np.array(x, order="C")
     return x if x.dtype.itemsize > 2 and x.stride(2) == 1 and not x.is_neg() else as_plain(x)
 
 
 def plain_weights(problem: Problem, weights: Sequence[Any]) -> Weights:
     """As the kernels read them, with a seed for each head."""
-    plain = Weights(*map(as_plain, weights))
+    plain = Weights(*compile_problem(problem).plain(weights))
     if problem.heads == 1 or plain.seed is None:
         return plain
     return plain._replace(seed=arrays.concatenate(heads.seeds(plain.seed, problem.heads), 0))
@@ -280,15 +287,20 @@ def to_caller(array: Any, x: Any) -> Any:
     return array if array.dtype == x.dtype else array.to(x.dtype)
 
 
-def pointer(array: Any) -> int:
+def array_addresses(arrays: Iterable[Any]) -> list[int]:
+    """0 for None."""
+    return [
+        0 if a is None
+        else ctypes.addressof(ctypes.c_char.from_buffer(a))  # NumPy's own words for it take four times as long
+        if (how := a.flags).writeable and how.c_contiguous and a.size
+        else a.__array_interface__["data"][0]
+        for a in arrays
+    ]  # fmt: skip
+
+
+def tensor_addresses(tensors: Iterable[Any]) -> list[int]:
     """0 for None alone: an empty tensor has no address, but is not left out."""
-    if array is None:
-        return 0
-    if not isinstance(array, np.ndarray):
-        return array.data_ptr() or EMPTY
-    if (how := array.flags).writeable and how.c_contiguous and array.size:  # NumPy's own words take longer
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]  # a Buffer from 3.12 on
-    return array.__array_interface__["data"][0]
+    return [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
 
 
 def layout(x: Any, w: Weights) -> tuple[int, int, int]:
@@ -375,6 +387,8 @@ class Compiled(NamedTuple):
     forward_values: struct.Struct  # all others
     backward_values: struct.Struct
     output: tuple[int, ...]  # the shape of y
+    plain: Callable[[Iterable[Any]], list[Any]]  # of the arrays' library, as the next one
+    addresses: Callable[[Iterable[Any]], list[int]]
     saved: list[tuple | None]  # the shapes of what forward keeps: activations, cell states, h before its projection
 
 
@@ -392,6 +406,7 @@ def compile_once(problem: Problem) -> Compiled:
     return Compiled(
         loaded.forward, loaded.backward, loaded.pack, struct.pack("14Q", code(cell, real), *sizes, *passes),
         struct.Struct(f"5q14Q{2 * states}"), struct.Struct(f"6q25Q{3 * states}"), (problem.T, problem.B, P),
+        *((plain_arrays, array_addresses) if problem.library == "numpy" else (plain_tensors, tensor_addresses)),
         shapes if problem.training else [None, shapes[1]] if problem.history else [],
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.custom_ops import refuse_if_observed
+from ..autograd.torch_private import is_observed
 from ..backends import native, numpy
 from ..backends.dispatch import choose
 from ..core.problem import Options, Problem, Run, Weights
@@ -73,6 +74,7 @@ class Stream:
         like = next(layer.parameters()).detach()
         self._layer = layer
         self._x = like.new_zeros(batch, layer.input_size)
+        self._kind = self._x.shape, self._x.dtype, self._x.device
         self._y = like.new_zeros(batch, layer.proj_size or layer.hidden_size)
         self._advance, self._states = make_advance(layer, self._x, self._y)
 
@@ -91,18 +93,21 @@ class Stream:
                 state.copy_(value)
 
     def __call__(self, x: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        observed = is_observed()  # by torch.compile, too
+        if observed and not torch.compiler.is_compiling():
             refuse_if_observed("a stream", "use layer.step, which takes the states and returns them")
-        if x.shape != self._x.shape:
-            raise ShapeError(f"x has shape {shape(x)}; expected [B, I] = {shape(self._x)}")
-        if (x.dtype, x.device) != (self._x.dtype, self._x.device):
-            raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
-        if compiling:
+        if (x.shape, x.dtype, x.device) != self._kind:
+            self._refuse(x)
+        if observed:
             return step_layers(self._layer, x, self._y, self._states)
         self._x.copy_(x.detach() if x.requires_grad else x)
         self._advance()
         return self._y
+
+    def _refuse(self, x: Tensor) -> NoReturn:
+        if x.shape != self._x.shape:
+            raise ShapeError(f"x has shape {shape(x)}; expected [B, I] = {shape(self._x)}")
+        raise TypeError(f"x is {x.dtype} on {x.device}; the stream is {self._x.dtype} on {self._x.device}")
 
     @property
     def state(self) -> Any:
