@@ -34,7 +34,9 @@ Size = tuple[int, int, int]
 
 _RUNTIME = ("scheduler.cpp", "collectives.cpp", "copies.cpp", "context.cpp")
 _HEADERS = ("language.h", "runtime.h", "sanitizers.h", "context.h")
-_COMMON = ("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
+_COMMON = ("-std=c++20", "-pipe", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
+# The usual linker takes a quarter of the time that a kernel takes to build, gold a twentieth.
+_LINKER = ("-fuse-ld=gold",) if shutil.which("ld.gold") else ()
 _RUNTIME_FLAGS: dict[Sanitizer | None, tuple[str, ...]] = {
     None: ("-O2",),
     "thread": ("-O2", "-DHOST_TSAN=1", "-fno-omit-frame-pointer"),
@@ -110,7 +112,7 @@ def compile(
             include = ["-I", _header((*_COMMON, *_KERNEL_FLAGS[sanitizer], *_KERNEL_COMMON, *flags)), "-I", HERE]
             _gpp(*options, *include, "-include", "language.h", "-x", "c++", "-c", unit, "-o", kernel)
             link = [flag for flag in _KERNEL_FLAGS[sanitizer] if flag.startswith("-fsanitize=")]
-            _gpp("-shared", "-Wl,-Bsymbolic", *link, "-o", scratch, kernel, *runtime, "-ldl")
+            _gpp("-shared", *_LINKER, "-Wl,-Bsymbolic", *link, "-o", scratch, kernel, *runtime, "-ldl")
     return Library(library, sanitizer)
 
 
