@@ -2,7 +2,8 @@
 
 It runs a kernel in NumPy, which has no bfloat16: it keeps bit patterns in uint16. Casts between it and float32 cut
 instead of rounding, `tl.dot` multiplies the patterns as whole numbers, and so does any other arithmetic, all without a
-word (triton-lang/triton#11584). Import this before the first launch; Triton 3.6 and 3.7.
+word (triton-lang/triton#11584). Every function that a kernel calls patches `triton.language` anew, which the launch has
+done: a quarter of all time. Import this before the first launch; Triton 3.6 and 3.7.
 """
 
 import numpy as np
@@ -68,9 +69,30 @@ def mended_tensors(original):
     return patch
 
 
+def patched_once(original, scopes=interpreter._LangPatchScope):
+    """Patch each module once in a launch, at whose end its scope restores them; the scopes of calls are dropped."""
+    patched: set[frozenset] = set()
+
+    class Scope(scopes):
+        def restore(self):
+            patched.clear()
+            super().restore()
+
+    def patch(fn):
+        modules = frozenset(value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return Scope()
+        patched.add(modules)
+        return original(fn)
+
+    interpreter._LangPatchScope = Scope
+    return patch
+
+
 InterpreterBuilder.cast_impl = mended_cast(InterpreterBuilder.cast_impl)
 InterpreterBuilder.create_fp_to_fp = mended_cast(InterpreterBuilder.create_fp_to_fp)
 InterpreterBuilder.create_dot = mended_dot(InterpreterBuilder.create_dot)
 for _name in ("binary_op", "unary_op", "create_fma"):
     setattr(InterpreterBuilder, _name, refusing_bfloat16(getattr(InterpreterBuilder, _name)))
 interpreter._patch_lang_tensor = mended_tensors(interpreter._patch_lang_tensor)
+interpreter._patch_lang = patched_once(interpreter._patch_lang)
