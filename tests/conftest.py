@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# Arrays are small, and each core may have a worker of pytest-xdist: more threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
