@@ -91,9 +91,9 @@ class Nodes:
     def zeros(self, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         return self.add("ConstantOfShape", list(shape), value=ir.tensor(np.zeros(1, dtype.numpy())))
 
-    def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-        """x [.., I], weight [I, rows], bias [rows] or None."""
-        product = self.add("MatMul", x, weight)
+    def linear(self, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None) -> ir.Value:
+        """x [.., I], weight [I, rows] or None where x is the product already, bias [rows] or None."""
+        product = x if weight is None else self.add("MatMul", x, weight)
         return product if bias is None else self.add("Add", product, bias)
 
     def operations(self, recurrent: Callable) -> dict[str, Callable]:
@@ -271,9 +271,7 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
     b_ih, b_hh, _, units = wide[2:]
     P, G = weights.w_hh.shape[1], cell.G
     H = weights.w_hh.shape[0] // G
-    part = nodes.cast(x, real)
-    part = part if w_ih is None else nodes.add("MatMul", part, w_ih)
-    scanned = [part if b_ih is None else nodes.add("Add", part, b_ih), *flags_of(nodes, cell, x, weights.flags)]
+    scanned = [nodes.linear(nodes.cast(x, real), w_ih, b_ih), *flags_of(nodes, cell, x, weights.flags)]
     own = [] if units is None else nodes.split(units, [1] * len(cell.per_unit_params), 0)
     fixed = [nodes.add("Squeeze", unit, [0]) for unit in own]  # [1 or B, H]
     of_h = [nodes.split(unit, [P, H - P], -1)[0] for unit in fixed] if P < H else fixed

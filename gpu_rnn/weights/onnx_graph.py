@@ -7,11 +7,13 @@ from the model or from a plain file next to it, and time and memory stay in prop
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from os import PathLike, fspath
 from pathlib import PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,23 +157,17 @@ class Data:
 DATA = Data()
 
 
-class Known:
-    """What is known of the values of a graph, by name: those of the graph around it, too."""
+class Known(ChainMap[str, Any]):
+    """What is known of the values of a graph, by name, None where nothing is: those of the graph around it, too."""
 
-    def __init__(self, outer: "Known | None" = None) -> None:
-        self.outer, self.values, self.declared = outer, {}, {}  # type: ignore[var-annotated]
+    declared: Mapping[str, Any] = MappingProxyType({})  # ValueInfoProto, by name
 
-    def __getitem__(self, name: str) -> Any:
-        at: Known | None = self
-        while at is not None:
-            if name in at.values:
-                return at.values[name]
-            at = at.outer
+    def __missing__(self, name: str) -> None:
         return None
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name:  # an output without a name is none
-            self.values[name] = value
+            super().__setitem__(name, value)
 
 
 # ---- nodes ----------------------------------------------------------------------------------------------------------
@@ -289,8 +285,7 @@ class Graph:
                 self.add(node, proto, known, prefix)
             else:
                 for name, body in bodies(proto):
-                    inner = f"{label}/{name}/"
-                    self.read_graph(body, Known(known), inner, calls)
+                    self.read_graph(body, known.new_child(), f"{label}/{name}/", calls)
                 if not useful.isdisjoint(proto.output):
                     self.move(node, proto, known)
 
