@@ -3,11 +3,14 @@
 import argparse
 import math
 import os
+import pkgutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gpu_rnn.core.optional_imports import no_gpu
 
@@ -26,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--minutes {options.minutes:g}: it takes some, and has an end")
         if getattr(options, "device", "cpu") == "cuda" and (reason := no_gpu()):
             raise ValueError(reason)
-        return options.command(options)
+        command = options.command
+        return (pkgutil.resolve_name(command) if isinstance(command, str) else command)(options)
     except BrokenPipeError:  # nothing reads on; Python would try again at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -40,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m bench", description="Microbenchmarks of gpu_rnn and its peers.")
     commands = root.add_subparsers(required=True)
 
-    def add(name: str, function, **more) -> argparse.ArgumentParser:
+    def add(name: str, function: Callable | str, **more: Any) -> argparse.ArgumentParser:
+        """function: by its name where it is imported when it is called, since not all commands can be imported here."""
         command = commands.add_parser(name, **more)
         command.set_defaults(command=function)
         return command
@@ -54,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     known = ", ".join((*problems.ALL[1:], *problems.GROUPS))
     run.add_argument("--implementation", nargs="+", help=f"in addition to torch.nn: {known}")
 
-    gpu = add("gpu", gpu_command, help="everything on a GPU machine: what it is, checks, tests, benchmarks")
+    gpu = add("gpu", "bench.gpu:session", help="everything on a GPU machine: what it is, checks, tests, benchmarks")
     gpu.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
     gpu.add_argument("--minutes", type=float, default=6, help="it ends by then, whatever happens (6)")
     gpu.add_argument("--only", choices=("plans", "tests", "bench", "sanitize", "profile"))
@@ -62,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--filter", help="only tests and cases whose text has these words")
     gpu.add_argument("--dry", action="store_true", help="walk through the whole plan on the CPU, keep no result")
 
-    sass = add("sass", sass_command, help="what a time step of the persistent kernels executes; without a GPU")
+    sass = add("sass", "bench.sass:command", help="what a time step of the persistent kernels executes; without a GPU")
     sass.add_argument("--filter", help="only kernels whose text has these words, as in 'lstm H=512 backward'")
     what = sass.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare with bench/sass.csv instead of writing it")
@@ -166,18 +171,6 @@ def expected_s(case: Case, count: int, seconds: float, ceilings: roofline.Ceilin
     thirds of the rate of a large matmul, and the check's in float64, which takes twice as long."""
     call = 1.5 * case.flops / ceilings.flops.get(case.dtype, min(ceilings.flops.values()))
     return 0.2 + seconds + call * (count * (2 if count * call > 6 else 3) + 2)
-
-
-def gpu_command(options: argparse.Namespace) -> int:
-    from .gpu import session
-
-    return session(options)
-
-
-def sass_command(options: argparse.Namespace) -> int:
-    from . import sass
-
-    return sass.command(options.filter, options.check, options.code)
 
 
 def report_command(options: argparse.Namespace) -> int:

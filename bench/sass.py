@@ -15,6 +15,7 @@ its warps, one a cycle: a step can't take less. What is measured was so on the d
 
 import csv
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -264,14 +265,15 @@ def changes(now: Sequence[Row], table: Sequence[Row]) -> list[str]:
     return differences
 
 
-def command(words: str | None, check: bool, code: bool) -> int:
+def command(options: Namespace) -> int:
     """Print the table; write it, compare with it, or print what a warp with elements executes."""
     if why := nvrtc.why_not() or nvrtc.why_no_resources():
         raise ValueError(why)
-    kernels = [kernel for kernel in KERNELS if all(word in str(kernel).split() for word in (words or "").split())]
+    words = (options.filter or "").split()
+    kernels = [kernel for kernel in KERNELS if {*words} <= {*str(kernel).split()}]
     if not kernels:
-        raise ValueError(f"no kernel has the words {words!r}; there are {', '.join(map(str, KERNELS))}")
-    if code:
+        raise ValueError(f"no kernel has the words {options.filter!r}; there are {', '.join(map(str, KERNELS))}")
+    if options.code:
         for kernel in kernels:
             print(kernel, *paths(kernel.plan, kernel.compiled()[1])[0], sep="\n")
         return 0
@@ -281,7 +283,7 @@ def command(words: str | None, check: bool, code: bool) -> int:
 
     print(pandas.DataFrame(rows).drop(columns="nvrtc").to_string(index=False))
     known = {key(row): row for row in read()} if TABLE.exists() else {}
-    if check:
+    if options.check:
         differ = changes(rows, [*known.values()])
         print("\n".join(differ) or "as in the table")
         return 1 if differ else 0
