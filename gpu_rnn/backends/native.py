@@ -82,9 +82,9 @@ def memory(problem: Problem) -> Memory:
     twice = bool(cell.pass_gates)  # two time steps for each of x
     y, x, rows = problem.output_elements, problem.input_elements >> twice, T * B * cell.G * H
     copies = x + problem.weight_elements + states if halves else 0  # in float32
-    activations, *kept = [math.prod(shape) for shape, _ in saved_shapes(problem)]
-    record = sum((activations, *kept)) if problem.training else kept[0] if problem.history else 0
-    history = T * (cell.S - 1) * B * H if problem.history else 0
+    record = sum(math.prod(shape) for shape in kept_shapes(problem) if shape is not None)
+    # Without gradients the states after every time step are those that are kept.
+    history = T * (cell.S - 1) * B * H if problem.history and (problem.training or halves) else 0
     forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
     if not problem.training:
         return Memory(0, forward * r, 0)
@@ -119,13 +119,15 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
 
 
 def to_result(problem: Problem, run: Run, y: Any, last: Sequence[Any], saved: Sequence[Any]) -> Result:
-    history: tuple = ()
+    history: list[Any] = []
     if problem.history:
-        after = arrays.flip(saved[1][1:]) if run.reverse else saved[1][1:]
-        history = tuple([gpu_common.to_storage(after[:, k], run.x) for k in range(problem.cell.S - 1)])
+        after = slice(0, -1) if run.reverse else slice(1, None)
+        history = [states[after] for states in saved[1 : problem.cell.S]]
+        if problem.training or y.dtype != run.x.dtype:
+            history = [gpu_common.to_storage(states, run.x) for states in history]
     if y.dtype != run.x.dtype:
         y, *last = [to_caller(array, run.x) for array in (y, *last)]
-    return Result(y, tuple(last), history, tuple(saved) if problem.training else ())
+    return Result(y, tuple(last), tuple(history), tuple(saved) if problem.training else ())
 
 
 def forward_arguments(
@@ -133,7 +135,9 @@ def forward_arguments(
     saved: Sequence[Any] = (), packed: Any = None, *, reverse: bool = False, threads: int = 1,
 ) -> bytes:  # fmt: skip
     """The struct Forward of plain arrays."""
-    pointed = x, *w, y, *(*saved, None, None, None)[:3], packed, *first, *last
+    S = len(first)
+    activations, states, unprojected = saved[:1] or [None], saved[1:S] or [None] * (S - 1), saved[S:] or [None]
+    pointed = x, *w, y, *activations, *unprojected, packed, *first, *last, None, *states
     return compiled.sizes + compiled.forward_values.pack(reverse, threads, *layout(x, w), *compiled.addresses(pointed))
 
 
@@ -182,9 +186,10 @@ class BackwardCall:
         self.problem, self.run, self.names = problem, run, names
         plain = compile_problem(problem).plain
         self.x, self.w, self.first = as_rows(run.x), plain_weights(problem, run.weights), plain(run.state)
-        self.saved = [*plain(saved), None][:4]  # y, activations, cell states, h before its projection
+        self.y, self.activations, *kept = plain(saved)
+        self.states, self.unprojected = kept[: problem.cell.S - 1], (*kept[problem.cell.S - 1 :], None)[0]
         (self.dy,), self.dlast, self.dhistory = plain([grads.y]), plain(grads.last), plain(grads.history)
-        (T, B, P), cell, H, w, empty = self.saved[0].shape, problem.cell, problem.H, self.w, allocator(self.x)
+        (T, B, P), cell, H, w, empty = self.y.shape, problem.cell, problem.H, self.w, allocator(self.x)
         self.dWx = self.dWx_sum = empty((T, B, cell.G * H))
         if len(self.x) < T:
             self.dWx_sum = empty((len(self.x), B, cell.G * H)) if {"x", "w_ih", "b_ih"} & {*names} else None
@@ -203,12 +208,13 @@ class BackwardCall:
 
     def arguments(self, threads: int) -> bytes:
         """The struct Backward."""
-        problem, compiled, w, (T, B, P) = self.problem, compile_problem(self.problem), self.w, self.saved[0].shape
+        problem, compiled, w, (T, B, P) = self.problem, compile_problem(self.problem), self.w, self.y.shape
         after = T * B * problem.cell.G * problem.H * (self.x.shape[2] + P // problem.heads)
+        written = [self.grads.get(name) for name in ("x", *Weights._fields[:5])]
         pointed = (
-            self.x, w.w_ih, w.w_hh, w.w_hr, *w[5:], *self.saved, self.first[0], self.dy, self.dWx, self.dWx_sum,
-            self.dRh, self.dy_total, self.dunits, *(self.grads.get(name) for name in ("x", *Weights._fields[:5])),
-            self.dunits_sum, *self.dlast, *self.dfirst, None, *(self.dhistory or [None] * (problem.cell.S - 1)),
+            self.x, w.w_ih, w.w_hh, w.w_hr, *w[5:], self.y, self.activations, self.unprojected, self.first[0], self.dy,
+            self.dWx, self.dWx_sum, self.dRh, self.dy_total, self.dunits, *written, self.dunits_sum, *self.dlast,
+            *self.dfirst, None, *self.states, None, *(self.dhistory or [None] * (problem.cell.S - 1)),
         )  # fmt: skip
         return compiled.sizes + compiled.backward_values.pack(
             self.run.reverse, threads, threads_for(after // WAKING), *layout(self.x, w), *compiled.addresses(pointed)
@@ -235,8 +241,14 @@ def saved_shapes(problem: Problem) -> list[tuple[tuple, str]]:
     cell, T, B, H, real = problem.cell, problem.T, problem.B, problem.H, real_of(problem)
     lanes = instruction_set().lanes(real)
     blocks = -(-(H // problem.heads) // lanes)
-    shapes: list[tuple] = [(problem.heads * T, B, blocks, cell.K, lanes), (T + 1, cell.S - 1, B, H)]
+    shapes: list[tuple] = [(problem.heads * T, B, blocks, cell.K, lanes), *[(T + 1, B, H)] * (cell.S - 1)]
     return [(shape, real) for shape in (shapes if problem.P is None else [*shapes, (T, B, H)])]
+
+
+def kept_shapes(problem: Problem) -> list[tuple | None]:
+    """Of what forward keeps: activations, the states from the second on, h before its projection; None is left out."""
+    shapes: list[tuple | None] = [shape for shape, _ in saved_shapes(problem)]
+    return shapes if problem.training else [None, *shapes[1 : problem.cell.S]] if problem.history else []
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -389,7 +401,7 @@ class Compiled(NamedTuple):
     output: tuple[int, ...]  # the shape of y
     plain: Callable[[Iterable[Any]], list[Any]]  # of the arrays' library, as the next one
     addresses: Callable[[Iterable[Any]], list[int]]
-    saved: list[tuple | None]  # the shapes of what forward keeps: activations, cell states, h before its projection
+    saved: list[tuple | None]  # `kept_shapes`
 
 
 def compile_problem(problem: Problem) -> Compiled:
@@ -402,12 +414,11 @@ def compile_once(problem: Problem) -> Compiled:
     passes = 2 if cell.pass_gates else 1, *(cell.pass_gates or (0, G, 0, G))
     sizes = problem.T, problem.B, G * H if I is None else I, H, P, N, H // N, P // N
     states = f"{cell.S}Q{8 * (MAX_STATES - cell.S)}x"
-    shapes: list[tuple | None] = [shape for shape, _ in saved_shapes(problem)]
     return Compiled(
         loaded.forward, loaded.backward, loaded.pack, struct.pack("14Q", code(cell, real), *sizes, *passes),
-        struct.Struct(f"5q14Q{2 * states}"), struct.Struct(f"6q25Q{3 * states}"), (problem.T, problem.B, P),
+        struct.Struct(f"5q13Q{3 * states}"), struct.Struct(f"6q24Q{4 * states}"), (problem.T, problem.B, P),
         *((plain_arrays, array_addresses) if problem.library == "numpy" else (plain_tensors, tensor_addresses)),
-        shapes if problem.training else [None, shapes[1]] if problem.history else [],
+        kept_shapes(problem),
     )  # fmt: skip
 
 

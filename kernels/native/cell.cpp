@@ -106,6 +106,10 @@ DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index units, int 
 template <class Problem>
 DEVICE Index time_of(const Problem& problem, Index n) { return problem.reverse ? problem.T - 1 - n : n; }
 
+// Where in [T+1] the states with index n lie.
+template <class Problem>
+DEVICE Index place_of(const Problem& problem, Index n) { return problem.reverse ? problem.T - n : n; }
+
 // h: [B, H] where h of a head after the step goes: y, or what the projection takes.
 static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, scalar* h) {
     const Index t = time_of(f, n), H = f.H, plane = f.B * H;
@@ -113,8 +117,8 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
     scalar* after[S];
     before[0] = n == 0 ? f.first[0] : f.y + time_of(f, n - 1) * f.B * f.P;
     for (int s = 1; s < S; ++s) {
-        before[s] = f.cell_states ? f.cell_states + (n * (S - 1) + s - 1) * plane : f.last[s];
-        after[s] = f.cell_states ? f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane : f.last[s];
+        before[s] = f.cell_states[s] ? f.cell_states[s] + place_of(f, n) * plane : f.last[s];
+        after[s] = f.cell_states[s] ? f.cell_states[s] + place_of(f, n + 1) * plane : f.last[s];
     }
     struct StepInputs {
         real x[G], h[G], state[S], aux[or_1(AUX)];
@@ -125,10 +129,13 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR; ++i) {
             const int lanes = lanes_of(u[i], f.D);
-            const Index at = b[i] * H + u[i] * V, gate = (u[i] - range.u0) * G * V;
-            const scalar* x = Wx.data + (b[i] - range.b0) * Wx.row + gate;
-            const scalar* h = Rh.data + (b[i] - range.b0) * Rh.row + gate;
-            for (int g = 0; g < G; ++g) in.x[g].v[i] = load(x + g * V), in.h[g].v[i] = load(h + g * V);
+            const Index at = b[i] * H + u[i] * V, row = b[i] - range.b0, block = (u[i] - range.u0) * G * V;
+            const scalar *x = Wx.data + row * Wx.row, *h = Rh.data + row * Rh.row + block;
+            for (int g = 0; g < G; ++g) {
+                in.h[g].v[i] = load(h + g * V);
+                if (!Wx.start) in.x[g].v[i] = load(x + block + g * V);
+                else in.x[g].v[i] = load(x + g * H + u[i] * V, lanes) + load(Wx.start + (u[i] * G + g) * V);
+            }
             in.state[0].v[i] = projected ? vec{} : load(before[0] + at, lanes);  // it can't see a projected h
             for (int s = 1; s < S; ++s) in.state[s].v[i] = load(before[s] + at, lanes);
             load_aux(in.aux, i, f, t, b[i], u[i], f.D);
@@ -204,8 +211,8 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
             for (int s = 1; s < S; ++s) {
                 in.dnew[s].v[i] = load(f.dfirst[s] + at, lanes);
                 if (f.dhistory[s]) in.dnew[s].v[i] += load(f.dhistory[s] + t * plane + at, lanes);
-                in.next[s].v[i] = load(f.cell_states + ((n + 1) * (S - 1) + s - 1) * plane + at, lanes);
-                in.state[s].v[i] = load(f.cell_states + (n * (S - 1) + s - 1) * plane + at, lanes);
+                in.next[s].v[i] = load(f.cell_states[s] + place_of(f, n + 1) * plane + at, lanes);
+                in.state[s].v[i] = load(f.cell_states[s] + place_of(f, n) * plane + at, lanes);
             }
             const scalar* from = f.saved + ((n * f.B + b[i]) * blocks_of(f.D) + u[i]) * K * V;
             for (int k = 0; k < K; ++k) in.saved[k].v[i] = load(from + k * V);

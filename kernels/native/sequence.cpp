@@ -523,8 +523,8 @@ static Forward head(const Forward& all, Index n) {
     if (!f.W) skip(f.x, unit);
     skip(f.W, unit * f.I), skip(f.R, unit * f.Q), skip(f.b_x, unit), skip(f.b_h, unit);
     skip(f.aux.units, unit), skip(f.aux.seed, n), skip(f.packed, n * packed_size(f));
-    skip(f.y, output), skip(f.saved, n * f.T * f.B * blocks_of(f.D) * f.cell->K * V), skip(f.cell_states, unit);
-    for (Index s = 0; s < f.cell->S; ++s) skip(f.first[s], unit), skip(f.last[s], unit);
+    skip(f.y, output), skip(f.saved, n * f.T * f.B * blocks_of(f.D) * f.cell->K * V);
+    for (Index s = 0; s < f.cell->S; ++s) skip(f.first[s], unit), skip(f.last[s], unit), skip(f.cell_states[s], unit);
     return f;
 }
 
@@ -556,8 +556,8 @@ static int forward_of_head(const Forward& f) {
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
     const Index passes = f.passes, inputs_T = T / passes;
-    const Index chunk = rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
-    const Index inputs = chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
+    const Index chunk = !f.W ? 0 : rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
+    const Index inputs = !f.W ? 0 : chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
     Index across = 0;  // blocks of the recurrent part side by side, of either pass
     for (const auto& range : f.gates) across = max(across, Cut(range[0], range[1], rows).blocks);
     const Index gates = rows * (cell.REDUCES ? blocks : across) * GV, projected = scratch_elements(1, rows);
@@ -600,17 +600,10 @@ static int forward_of_head(const Forward& f) {
             multiply(w, cut, u, end, row, start, out, out_row);
         };
         // Blocks [u, end) of the input part of `steps` inputs from number n on.
+        const auto x_at = [&](Index n) { return f.x + (f.reverse ? inputs_T - 1 - n : n) * f.x_time + b0 * f.x_row; };
         const auto project = [&](Index n, Index steps, Index u, Index end, scalar* out, Index out_row) {
-            const auto input = [&](Index r) {
-                const Index m = n + r / mine;
-                return f.x + (f.reverse ? inputs_T - 1 - m : m) * f.x_time + (b0 + r % mine) * f.x_row;
-            };
-            if (f.W) return product(W, Cut(G, steps * mine), u, end, input, starts.x, out, out_row);
-            for (Index r = 0; r < steps * mine; ++r)
-                for (Index block = u; block < end; ++block)
-                    for (Index g = 0; g < G; ++g)
-                        store(out + r * out_row + (block - u) * GV + g * V,
-                              load(input(r) + g * H + block * V, lanes_of(block, f.D)) + load(starts.x + block * GV + g * V));
+            const auto input = [&](Index r) { return x_at(n + r / mine) + r % mine * f.x_row; };
+            product(W, Cut(G, steps * mine), u, end, input, starts.x, out, out_row);
         };
         if (passes > 1) memset(Rh, 0, gates * sizeof(scalar));  // a pass sees numbers, whichever gates it doesn't read
         const Cut of_pass[2] = {{f.gates[0][0], f.gates[0][1], mine}, {f.gates[1][0], f.gates[1][1], mine}}, output(1, mine);
@@ -638,12 +631,14 @@ static int forward_of_head(const Forward& f) {
                 const auto row = [&](Index r) { return seen_by_weights + (b0 + r) * P; };
                 product(R, recurrent, u, end, row, starts.h, cell.REDUCES ? Rh + u * GV : Rh, across * GV);
                 Gates input{x + (u - u0) * GV, some * GV};
-                if (!chunk) {
+                if (!f.W) {
+                    input = {x_at(n / passes), f.x_row, starts.x};
+                } else if (!chunk) {
                     input = cell.REDUCES ? Gates{x + u * GV, blocks * GV} : Gates{x, across * GV};
                     project(n, 1, u, end, const_cast<scalar*>(input.data), input.row);
                 }
                 if (!cell.REDUCES) cell.step(f, n, {b0, b1, u, end}, input, {Rh, across * GV}, to);
-                else if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, {x, blocks * GV}, {Rh, blocks * GV}, to);
+                else if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, f.W ? Gates{x, blocks * GV} : input, {Rh, blocks * GV}, to);
             });
             barrier.wait();
             if (!f.W_hr) continue;
@@ -674,13 +669,15 @@ extern "C" int forward(const Forward* runs, Index count, Index threads) {
     const Code& cell = *runs->cell;
     const Index T = runs->T, of_h = runs->B * runs->P, of_state = runs->B * runs->H;
     for (const Forward* f = runs; f < runs + count; ++f)
-        for (Index s = 1; s < cell.S; ++s)
-            memmove(f->cell_states ? f->cell_states + (s - 1) * of_state : f->last[s], f->first[s], of_state * sizeof(scalar));
+        for (Index s = 1; s < cell.S; ++s) {
+            scalar* states = f->cell_states[s];
+            memmove(states ? states + (f->reverse ? T * of_state : 0) : f->last[s], f->first[s], of_state * sizeof(scalar));
+        }
     if (each_head(runs, count, threads, forward_of_head)) return 1;
     for (const Forward* f = runs; f < runs + count; ++f) {
         memcpy(f->last[0], f->y + (f->reverse ? 0 : T - 1) * of_h, of_h * sizeof(scalar));
-        for (Index s = 1; s < cell.S && f->cell_states; ++s)
-            memcpy(f->last[s], f->cell_states + (T * (cell.S - 1) + s - 1) * of_state, of_state * sizeof(scalar));
+        for (Index s = 1; s < cell.S && f->cell_states[s]; ++s)
+            memcpy(f->last[s], f->cell_states[s] + (f->reverse ? 0 : T * of_state), of_state * sizeof(scalar));
     }
     return 0;
 }
@@ -828,9 +825,9 @@ static Backward head(const Backward& all, Index n) {
     Backward f = all;
     const Index unit = n * f.D, output = n * f.Q;
     skip(f.R, unit * f.Q), skip(f.aux.units, unit), skip(f.aux.seed, n), skip(f.y, output), skip(f.h0, output);
-    skip(f.saved, n * f.T * f.B * blocks_of(f.D) * f.cell->K * V), skip(f.cell_states, unit), skip(f.dy, output);
+    skip(f.saved, n * f.T * f.B * blocks_of(f.D) * f.cell->K * V), skip(f.dy, output);
     skip(f.dWx, unit), skip(f.dRh, unit), skip(f.dunits, unit);
-    for (Index s = 0; s < f.cell->S; ++s) skip(f.dfirst[s], unit), skip(f.dhistory[s], unit);
+    for (Index s = 0; s < f.cell->S; ++s) skip(f.dfirst[s], unit), skip(f.dhistory[s], unit), skip(f.cell_states[s], unit);
     return f;
 }
 

@@ -42,12 +42,12 @@ struct Forward {
     const scalar* W_hr;     // [P, H] projects h, of one head; or null: then P = H
     Auxiliary aux;
     scalar* y;              // [T, B, P] written
-    scalar* saved;          // [heads, T, B, blocks of D, K, V] by n, written; null, as the next two, where it isn't kept
-    scalar* cell_states;    // [T+1, S-1, B, H] by state index, written
+    scalar* saved;          // [heads, T, B, blocks of D, K, V] by n, written; null, as the next, where it isn't kept
     scalar* h_unprojected;  // [T, B, H] written; only with W_hr
     const scalar* packed;   // what `pack` made of W, R and W_hr; or null, and the call packs them itself
     const scalar* first[MAX_STATES];  // [B, P], then [B, H]: the states before
     scalar* last[MAX_STATES];         // the same, written: the states after
+    scalar* cell_states[MAX_STATES];  // of states from 1 on [T+1, B, H], written: between time steps t - 1 and t; or null
 };
 
 struct Backward {
@@ -62,7 +62,6 @@ struct Backward {
     Auxiliary aux;
     const scalar* y;              // [T, B, P]
     const scalar* saved;          // as in Forward
-    const scalar* cell_states;    // as in Forward
     const scalar* h_unprojected;  // as in Forward
     const scalar* h0;             // [B, P]
     const scalar* dy;             // [T, B, P]
@@ -80,13 +79,16 @@ struct Backward {
     scalar* dunits_sum;           // [LEARNED, H] written: dunits, summed over the batch
     const scalar* dlast[MAX_STATES];     // gradients of the states after
     scalar* dfirst[MAX_STATES];          // gradients of the states before, written; on the way those at state index n
+    const scalar* cell_states[MAX_STATES];  // as in Forward
     const scalar* dhistory[MAX_STATES];  // [T, B, H] gradients of the cell states after every time step, or null
 };
 
-// Gates of some batch rows and blocks of units as a product gives them: [rows][blocks][G][V], of rows so far apart.
+// Gates of some batch rows and blocks of units, of rows so far apart: as a product gives them, [rows][blocks][G][V]; or with
+// start [blocks][G][V], which is added, as they lie in x, [rows][G][H].
 struct Gates {
     const scalar* data;
     Index row;
+    const scalar* start = nullptr;
 };
 
 // Batch rows [b0, b1) and blocks of units [u0, u1).
