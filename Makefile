@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 FAST := $(addsuffix .py,$(addprefix tests/test_,cells modifier_graph derivation numpy functional dispatch layers layers_torch documents))
 
 test: $(VENV)/test lint  ## lint, then every test that this machine can run
-	$(BIN)/python -m pytest -n auto -q
+	$(BIN)/python -m pytest -n auto --dist worksteal -q
 
 test-fast: $(VENV)/test  ## the tests to run while you work: two minutes on two cores
-	$(BIN)/python -m pytest -n auto -q $(FAST)
+	$(BIN)/python -m pytest -n auto --dist worksteal -q $(FAST)
 
 demo: $(VENV)/demo  ## train a character-level LSTM on real text, draw what its gates do
 	$(BIN)/python -m gpu_rnn demo

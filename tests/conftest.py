@@ -19,6 +19,7 @@ os.environ.setdefault("GPU_RNN_CACHE", str(Path(__file__).parents[1] / ".build" 
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     reason = no_gpu()

@@ -503,6 +503,7 @@ def sanitized(sanitizer, *mutation):
     return sanitize.run(sanitizer, ["-m", "tests.native_sanitized", sanitizer, *mutation])
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_a_sanitizer_finds_nothing(sanitizer):
     """All shapes and modifiers, by two threads."""

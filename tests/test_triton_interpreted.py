@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("files", [FILES[k::4] for k in range(4)], ids=lambda files: " ".join(f.stem for f in files))
 def test_under_the_interpreter(files):
     pytest.importorskip("triton")
