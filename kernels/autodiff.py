@@ -94,7 +94,7 @@ def derive(step: Callable, gates: int, states: int, extra: int = 0, trainable: i
 
     forward = Graph()
     known: dict[Symbol, Symbol] = {}
-    forward.outputs = tuple(tuple(forward.image(value, known) for value in group) for group in (new, saved))
+    forward.outputs = tuple(tuple(forward.copy_into(value, known) for value in group) for group in (new, saved))
     more = ("extra",) if extra else ()
     return as_function(forward, "x", "h", "state", *more), as_function(backward, "dnew", "new", "state", "saved", *more)
 
@@ -106,13 +106,13 @@ def build_backward_graph(gradients: tuple, new: tuple[Symbol, ...], saved: tuple
     for k, value in enumerate(new):
         if is_op(value):
             known.setdefault(value, backward.node("input", "new", k))
-    backward.outputs = tuple(tuple(backward.image(value, known) for value in group) for group in gradients)
+    backward.outputs = tuple(tuple(backward.copy_into(value, known) for value in group) for group in gradients)
     return backward
 
 
 def depth(graph: Graph) -> int:
     """Return the number of reductions one after the other."""
-    return max(value.level for group in graph.outputs for value in group)
+    return max(value.reduction_depth for group in graph.outputs for value in group)
 
 
 def new_states(outputs: tuple, states: int) -> tuple:
@@ -167,9 +167,9 @@ def push_mean_inside(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]) 
     So a mean depends on others only where d isn't linear in them.
     """
     uniform: list[Symbol] = []
-    while d.op == "multiply" and any(operand.uniform for operand in d.operands):
+    while d.op == "multiply" and any(operand.is_broadcast for operand in d.operands):
         a, b = d.operands
-        uniform, d = ([*uniform, a], b) if a.uniform else ([*uniform, b], a)
+        uniform, d = ([*uniform, a], b) if a.is_broadcast else ([*uniform, b], a)
     sums: dict[Symbol, Symbol] = {}
     for factor, value in as_sum_of_products(d, depends_on_reduction):
         sums[factor] = sums[factor] + value if factor in sums else value
@@ -192,14 +192,14 @@ def as_sum_of_products(d: Symbol, depends_on_reduction: Callable[[Symbol], bool]
 
     def summed(symbol: Symbol) -> Sequence[Symbol]:
         """The operands whose terms a symbol's terms follow from."""
-        if symbol.uniform or not depends_on_reduction(symbol):
+        if symbol.is_broadcast or not depends_on_reduction(symbol):
             return ()
         if symbol.op in ("add", "subtract", "multiply", "negative"):
             return symbol.operands
         return symbol.operands[1:] if symbol.op == "where" and not depends_on_reduction(symbol.operands[0]) else ()
 
     for symbol in ascending([d], summed):
-        alone = (symbol, one) if symbol.uniform and depends_on_reduction(symbol) else (one, symbol)
+        alone = (symbol, one) if symbol.is_broadcast and depends_on_reduction(symbol) else (one, symbol)
         parts = [terms[operand] for operand in summed(symbol)]
         sizes = [len(part) for part in parts]
         many = (prod if symbol.op == "multiply" else sum)(sizes) > MAX_TERMS

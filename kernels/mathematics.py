@@ -13,8 +13,8 @@ import numpy as np
 from .trace import Symbolic
 
 __all__ = [
-    "centred", "exp", "log", "log_sigmoid", "maximum", "mean", "minimum", "positive", "recurrent", "relu", "rsqrt",
-    "scaled", "sigmoid", "tanh", "where",
+    "center", "exp", "log", "log_sigmoid", "maximum", "mean", "minimum", "positive", "recurrent", "relu",
+    "rms_normalize", "rsqrt", "sigmoid", "tanh", "where",
 ]  # fmt: skip
 EPSILON = 1e-5  # of a variance, as torch.nn.LayerNorm has it
 RECURRENT_MATMUL = "recurrent"  # an operation of no kernel: `two_pass` splits the cell there
@@ -60,12 +60,12 @@ def mean(a):
     return np.mean(a, -1, keepdims=True) if np.ndim(a) else a
 
 
-def centred(a):
+def center(a):
     """Subtract the mean over the units."""
     return a - mean(a)
 
 
-def scaled(*values):
+def rms_normalize(*values):
     """Divide values, whose mean over all of them and all units must be zero, by their standard deviation -> a tuple."""
     squares = reduce(add, (a * a for a in values))
     r = rsqrt(mean(squares * (1 / len(values)) if len(values) > 1 else squares) + EPSILON)

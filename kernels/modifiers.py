@@ -97,6 +97,6 @@ def with_candidate_mask(cell: Cell) -> Graph:
         raise ValueError(f"{cell.label} has no candidate gate for recurrent_dropout_on='candidate'")
     step, graph = step_graph(cell), Graph()
     candidate = activation(step, cell.gates.index(cell.candidate))
-    known = {candidate: graph.image(candidate, {}) * graph.node("input", "factor", 0)}
-    graph.outputs = (tuple(graph.image(value, known) for value in step.outputs[0]),)
+    known = {candidate: graph.copy_into(candidate, {}) * graph.node("input", "factor", 0)}
+    graph.outputs = (tuple(graph.copy_into(value, known) for value in step.outputs[0]),)
     return graph

@@ -76,14 +76,16 @@ class Symbolic:
 class Symbol(Symbolic):
     """A value of the cell while it is traced. Equal operations on equal operands are one symbol."""
 
-    __slots__ = ("graph", "level", "op", "operands", "uniform")
+    __slots__ = ("graph", "is_broadcast", "op", "operands", "reduction_depth")
 
     def __init__(self, graph: "Graph", op: str, operands: tuple):
         self.graph, self.op, self.operands = graph, op, operands
-        met = [operand for operand in operands if isinstance(operand, Symbol)]
-        self.level: int = max((operand.level for operand in met), default=0) + (op == "mean")  # of means in a row
+        symbols = [operand for operand in operands if isinstance(operand, Symbol)]
+        depth = max((operand.reduction_depth for operand in symbols), default=0)
+        self.reduction_depth: int = depth + (op == "mean")  # means in a row
         shared = op in ("mean", "constant") or operands[0] == MEANS
-        self.uniform: bool = shared or (bool(met) and all(operand.uniform for operand in met))  # over the units
+        alike = bool(symbols) and all(operand.is_broadcast for operand in symbols)
+        self.is_broadcast: bool = shared or alike  # the same for all units
 
     def apply(self, op: str, *others: "Symbol | float") -> "Symbol":
         return self.graph.node(op, self, *map(self.graph.symbol, others))
@@ -229,7 +231,7 @@ class Graph:
                 values[node] = operations[node.op](*(values[operand] for operand in node.operands))
         return tuple(tuple(values[value] for value in group) for group in self.outputs)
 
-    def image(self, value: Symbol, known: dict[Symbol, Symbol]) -> Symbol:
+    def copy_into(self, value: Symbol, known: dict[Symbol, Symbol]) -> Symbol:
         """A symbol of another graph in this one, with all that it is computed from; `known` says what stands for what,
         and is added to."""
         for each in ascending([value], lambda symbol: () if symbol in known else operands(symbol)):
@@ -241,7 +243,7 @@ class Graph:
         """A graph with nothing but what the outputs need."""
         graph = Graph()
         known: dict[Symbol, Symbol] = {}
-        graph.outputs = tuple(tuple(graph.image(value, known) for value in group) for group in self.outputs)
+        graph.outputs = tuple(tuple(graph.copy_into(value, known) for value in group) for group in self.outputs)
         return graph
 
 

@@ -66,8 +66,8 @@ def split(graph: Graph, G: int, S: int, E: int, place: int, trainable: int) -> T
             carried.append(value)
     known_in_first: dict[Symbol, Symbol] = {}
     others = [graph.node("input", "state", k) for k in range(1, S)]
-    first.outputs = (tuple(first.image(value, known_in_first) for value in (shown, *others, *carried)), ())
-    second.outputs = ((*(second.image(value, known) for value in new), *[second.symbol(0.0)] * len(carried)), ())
+    first.outputs = (tuple(first.copy_into(value, known_in_first) for value in (shown, *others, *carried)), ())
+    second.outputs = ((*(second.copy_into(value, known) for value in new), *[second.symbol(0.0)] * len(carried)), ())
     read = {*new, *(value for node in nodes if is_op(node) for value in node.operands)}
     inputs = [node.operands for node in nodes if node.op == "input" and node in read]
     earlier = sorted(gate for part, gate in inputs if part == "h" and gate not in later)

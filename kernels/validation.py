@@ -1,6 +1,6 @@
 """Check a cell definition before anything runs, with errors for the person who wrote it.
 
-`form` runs the cell on symbols and looks at what comes back; `derivative` holds its grad against finite differences.
+`validate_definition` runs the cell on symbols and looks at its results; `gradcheck` compares its grad with differences.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ ALLOWED = f"+ - * /, numbers, and of gpu_rnn.kernels.mathematics {', '.join(math
 DELTA = 1e-6  # of a central difference: in float64 its error is about 1e-10
 
 
-def form(
+def validate_definition(
     name: str, gates: str, states: str, units: Sequence[str], step: Callable, grad: Callable | None = None
 ) -> None:
     """Raise TypeError or ValueError where this is no cell definition: what it has, and what it should have."""
@@ -32,28 +32,28 @@ def form(
         raise ValueError(f"{name}: units must have different names, got {units!r}")
 
     sizes = {"x": len(gates), "h": len(gates), "state": len(states)} | ({"extra": len(units)} if units else {})
-    outputs = played(f"{name}: step", step, **sizes)
+    outputs = trace_or_explain(f"{name}: step", step, **sizes)
     pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2 and isinstance(outputs[0], (tuple, list))
     if grad is None:
-        grouped(f"{name}: step", outputs[0] if pair else outputs, "new states", states)
+        check_outputs(f"{name}: step", outputs[0] if pair else outputs, "new states", states)
         return
     if not pair or not isinstance(outputs[1], (tuple, list)):
         raise TypeError(f"{name}: with a grad, step must return two tuples: the new states, and the saved values")
     new, saved = outputs
-    grouped(f"{name}: step", new, "new states", states)
-    grouped(f"{name}: step", saved, "saved values", range(len(saved)))
+    check_outputs(f"{name}: step", new, "new states", states)
+    check_outputs(f"{name}: step", saved, "saved values", range(len(saved)))
 
     known = {"dnew": len(states), "new": len(states), "state": len(states), "saved": len(saved)}
-    gradients = played(f"{name}: grad", grad, **known | ({"extra": len(units)} if units else {}))
+    gradients = trace_or_explain(f"{name}: grad", grad, **known | ({"extra": len(units)} if units else {}))
     groups: dict[str, Sequence] = {"gradients of x": gates, "gradients of h": gates, "gradients of state": states}
     groups |= {"gradients of the units": units} if units else {}
     if not isinstance(gradients, (tuple, list)) or len(gradients) != len(groups):
         raise TypeError(f"{name}: grad must return {len(groups)} tuples: {', '.join(groups)}")
     for values, (what, expected) in zip(gradients, groups.items()):
-        grouped(f"{name}: grad", values, what, expected)
+        check_outputs(f"{name}: grad", values, what, expected)
 
 
-def played(what: str, function: Callable, **sizes: int) -> Any:
+def trace_or_explain(what: str, function: Callable, **sizes: int) -> Any:
     """What the function makes of symbols."""
     try:
         return read(function, **sizes)[1]
@@ -64,18 +64,18 @@ def played(what: str, function: Callable, **sizes: int) -> Any:
         ) from error
 
 
-def grouped(who: str, values: Any, what: str, letters: Sequence) -> None:
+def check_outputs(source: str, values: Any, what: str, letters: Sequence) -> None:
     expected = f"a tuple of {len(letters)} {what} ({', '.join(map(str, letters))})"
     if not isinstance(values, (tuple, list)):
-        raise TypeError(f"{who} must return {expected}, got {type(values).__name__}")
+        raise TypeError(f"{source} must return {expected}, got {type(values).__name__}")
     if len(values) != len(letters):
-        raise ValueError(f"{who} must return {expected}, got {len(values)}")
+        raise ValueError(f"{source} must return {expected}, got {len(values)}")
     for value in values:
         if not isinstance(value, (Traced, Real)):
-            raise TypeError(f"{who} must return {expected}; one of them is {type(value).__name__}, no traced value")
+            raise TypeError(f"{source} must return {expected}; one of them is {type(value).__name__}, no traced value")
 
 
-def derivative(cell: Cell) -> None:
+def gradcheck(cell: Cell) -> None:
     """A ValueError that names the inputs whose gradient isn't the derivative of step.
 
     Central differences in float64, of a random sum of the new states, where a few steps from zero states lead.
@@ -83,21 +83,21 @@ def derivative(cell: Cell) -> None:
     rng = np.random.default_rng(0)
     sizes = (64, 3)  # batch rows; units, which a cell can reduce over
 
-    def drawn(count: int) -> list[np.ndarray]:
+    def random_inputs(count: int) -> list[np.ndarray]:
         return [rng.standard_normal(sizes) for _ in range(count)]
 
-    extra = [drawn(cell.E)] if cell.E else []
+    extra = [random_inputs(cell.E)] if cell.E else []
     after: Sequence = [np.zeros(sizes)] * cell.S
     for _ in range(3):
-        args = [drawn(cell.G), drawn(cell.G), after, *extra]
+        args = [random_inputs(cell.G), random_inputs(cell.G), after, *extra]
         new, saved = cell.step(*args)
         after = [np.broadcast_to(value, sizes) for value in new]
         if not np.isfinite(after).all():
             raise ValueError(f"{cell.name}: from zero states, step leads to states that aren't finite")
-    dnew = drawn(cell.S)
+    dnew = random_inputs(cell.S)
     gradients = cell.grad(dnew, after, args[2], saved, *extra)
 
-    def moved(which: int, k: int, by: float) -> np.ndarray:
+    def perturbed(which: int, k: int, by: float) -> np.ndarray:
         """[unit, row]: every row's sum, with one input of one unit moved."""
         sums = []
         for unit in np.eye(sizes[1]):
@@ -110,7 +110,7 @@ def derivative(cell: Cell) -> None:
     wrong = []
     for which, (what, letters) in enumerate(list(groups.items())[: len(args)]):
         for k, letter in enumerate(letters):
-            numeric = (moved(which, k, DELTA) - moved(which, k, -DELTA)) / (2 * DELTA)
+            numeric = (perturbed(which, k, DELTA) - perturbed(which, k, -DELTA)) / (2 * DELTA)
             analytic = np.broadcast_to(gradients[which][k], sizes).T
             off = ~np.isclose(analytic, numeric, rtol=1e-5, atol=1e-7)
             if off.any():

@@ -92,7 +92,7 @@ def test_the_compiled_grad_is_the_definition(name, rng):
     run(*look(*dnew, c, d))
     np.testing.assert_allclose(d[: cell.G], np.stack([dx[g] for g in order.inputs]), rtol=1e-13)
     np.testing.assert_allclose(d[n : n + cell.G], np.stack([dh[g] for g in order.recurrent]), rtol=1e-13)
-    for row, exact in zip(compiled.asked, dstate):
+    for row, exact in zip(compiled.state_grad_rows, dstate):
         assert row is not None or exact == 0.0
         if row is not None:
             np.testing.assert_allclose(d[row], np.broadcast_to(exact, (B, H)), rtol=1e-13)

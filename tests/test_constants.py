@@ -11,7 +11,7 @@ from gpu_rnn.backends import numpy
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.codegen.cpp import render_cell as cuda_text
 from gpu_rnn.kernels.cuda import persistent
-from gpu_rnn.kernels.mathematics import centred, mean, positive, recurrent, scaled, tanh, where
+from gpu_rnn.kernels.mathematics import center, mean, positive, recurrent, rms_normalize, tanh, where
 
 from . import constants, cuda_on_cpu, reference_modifiers
 from .cuda_emulator import runtime
@@ -205,7 +205,7 @@ def test_many_means_in_a_row_take_no_exponential_time(forgotten):
     def step(x, h, state):
         a = x[0] + h[0]
         for _ in range(12):
-            a = scaled(centred(a))[0] * 0.7 + tanh(a)
+            a = rms_normalize(center(a))[0] * 0.7 + tanh(a)
         return (a,)
 
     cell = cells.make_cell("rows", "a", "h", step)

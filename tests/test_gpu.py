@@ -368,7 +368,7 @@ def test_functions(dtype):
     cell_struct.check_functions(cuda.prepare_launch, cupy.asarray, cupy.asnumpy, dtype)
 
 
-@pytest.mark.parametrize("dtype", arrays.HALVES)
+@pytest.mark.parametrize("dtype", arrays.HALF_DTYPES)
 def test_products_in_half_precision_are_not_rounded(dtype):
     a, b = (torch.randn(64, 64, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty(64, 64, device="cuda", dtype=getattr(torch, arrays.product_dtype("torch", dtype)))

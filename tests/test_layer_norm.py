@@ -65,7 +65,7 @@ def test_derivatives(name):
 
 @LAYERS
 def test_functions_without_autograd(name, rng):
-    """NumPy's pullback gives what torch's autograd does, for every array; with w_ih, and with the input part."""
+    """NumPy's pullback gives what torch's autograd does, for every array; with w_ih, and with the input projection."""
     made = layer(name, layer_norm=True)
     x, hx, marks = inputs(made, ["reset", "lengths"])
     weights = [p.detach() for p in made.parameters()]

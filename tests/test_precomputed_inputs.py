@@ -1,4 +1,4 @@
-"""Calls without w_ih, whose x is the input part of all gates already: on every backend what the product before would
+"""Calls without w_ih, whose x is the input projection already: on every backend what the product before would
 give, in every derivative, and x stays as it was."""
 
 import re
@@ -28,14 +28,14 @@ on_host_runtime = pytest.mark.skipif(runtime.why_not() is not None, reason=str(r
 
 
 def without_product(case, *, bias):
-    """The same case with its input part for x, which still lacks b_ih if `bias`."""
+    """The same case with its input projection for x, which still lacks b_ih if `bias`."""
     weights = case.weights if not bias else case.weights._replace(b_ih=None)
     rest = case.weights._replace(w_ih=None, b_ih=case.weights.b_ih if bias else None)
     return case._replace(x=gpu_common.input_projection(case.x, weights, step_exact=False), weights=rest)
 
 
 def check(case, forward, backward, *, exact=True):
-    """Against the case with its w_ih: the same bits where the input part is the same, b_ih included; dx is its own."""
+    """Against the case with w_ih: the same bits where the input projection is the same, with b_ih; dx is its own."""
     product, expected = without_product(case, bias=False), case.run(forward, backward)
     before = product.x.clone()
     actual = product.run(forward, backward)

@@ -61,12 +61,12 @@ def load(name: str, source: str, flags: Sequence[str]) -> ctypes.CDLL:
 
 def find() -> list[str]:
     """The command of the C++ compiler: $CXX, or the first of NAMES that there is."""
-    asked = os.environ.get("CXX")
-    if asked:
-        command = shlex.split(asked)
+    requested = os.environ.get("CXX")
+    if requested:
+        command = shlex.split(requested)
         path = shutil.which(command[0])
         if path is None:
-            raise CompileError(f"no C++ compiler: $CXX is {asked!r}, which is not found")
+            raise CompileError(f"no C++ compiler: $CXX is {requested!r}, which is not found")
         return [path, *command[1:]]
     for name in NAMES:
         if (path := shutil.which(name)) is not None:
@@ -124,9 +124,9 @@ def run(command: Sequence[str]) -> None:
 # ---- Where libraries are kept ---------------------------------------------------------------------------------------
 
 
-def wanted_folder() -> Path:
-    if asked := os.environ.get(VARIABLE):
-        return Path(asked)
+def requested_folder() -> Path:
+    if requested := os.environ.get(VARIABLE):
+        return Path(requested)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "gpu_rnn"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu_rnn"
@@ -135,7 +135,7 @@ def wanted_folder() -> Path:
 def folder() -> Path:
     """The user's cache, if it can be written and by nobody else; or one for this process."""
     try:
-        path = wanted_folder()
+        path = requested_folder()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if is_private(path) and os.access(path, os.W_OK | os.X_OK):
             return path

@@ -78,21 +78,21 @@ def method(problem: Problem, backward: bool) -> str:
 def memory(problem: Problem) -> Memory:
     """Without what its code allocates for itself while it runs: the input projection of a chunk, packed weights."""
     cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
-    halves, states = problem.itemsize == 2, problem.state_elements
+    half, states = problem.itemsize == 2, problem.state_elements
     twice = bool(cell.pass_gates)  # two time steps for each of x
     y, x, rows = problem.output_elements, problem.input_elements >> twice, T * B * cell.G * H
-    copies = x + problem.weight_elements + states if halves else 0  # in float32
+    copies = x + problem.weight_elements + states if half else 0  # in float32
     record = sum(math.prod(shape) for shape in kept_shapes(problem) if shape is not None)
     # Without gradients the states after every time step are those that are kept.
-    history = T * (cell.S - 1) * B * H if problem.history and (problem.training or halves) else 0
-    forward = y + states + record + history + copies + ((y + states) // 2 if halves else 0)
+    history = T * (cell.S - 1) * B * H if problem.history and (problem.training or half) else 0
+    forward = y + states + record + history + copies + ((y + states) // 2 if half else 0)
     if not problem.training:
         return Memory(0, forward * r, 0)
     back = rows * (1 + any(cell.separate)) + (rows // 2 if twice else 0) + (y if problem.P else 0)
     back += cell.num_trainable * B * H + states
     gradients = problem.weight_elements + (x if problem.I is not None else 0)
-    converted = copies + 2 * y + gradients // 2 if halves else 0
-    saved = (y // 2 if halves else y) + record
+    converted = copies + 2 * y + gradients // 2 if half else 0
+    saved = (y // 2 if half else y) + record
     return Memory(saved * r, forward * r, (back + gradients + converted) * r)
 
 

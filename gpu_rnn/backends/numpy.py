@@ -23,7 +23,7 @@ from gpu_rnn.kernels.codegen.schedule import Program
 from gpu_rnn.kernels.modifiers import HOLD
 from gpu_rnn.kernels.philox import uniforms
 
-from ..core.arrays import HALVES
+from ..core.arrays import HALF_DTYPES
 from ..core.arrays import dtype as dtype_of
 from ..core.cell_inputs import AuxInputs
 from ..core.problem import Grads, Memory, Problem, Result, Run, Weights
@@ -74,12 +74,12 @@ def method(problem: Problem, backward: bool) -> str:
 def memory(problem: Problem) -> Memory:
     """With the workspace that is pooled for the next call, as if there were none yet."""
     cell, T, B, H, r = problem.cell, problem.T, problem.B, problem.H, problem.real_itemsize
-    P, G, halves = problem.P or H, cell.G, problem.itemsize == 2
+    P, G, half = problem.P or H, cell.G, problem.itemsize == 2
     inputs, columns, dtype = (problem.I or 0), problem.I or G * H, np.dtype("float64" if r == 8 else "float32")
     y, x, save = problem.output_elements * r, problem.input_elements * r, problem.saves
     history = T * (cell.S - 1) * B * H * problem.itemsize if problem.history else 0
-    copies = x + (problem.weight_elements + problem.state_elements) * r if halves else 0  # in float32
-    stored = y // 2 if halves else 0
+    copies = x + (problem.weight_elements + problem.state_elements) * r if half else 0  # in float32
+    stored = y // 2 if half else 0
 
     pool = forward_pool(cell, T, B, inputs, H, P, dtype, problem.step_exact)
     workspace = pool.acquire()
@@ -103,7 +103,7 @@ def memory(problem: Problem) -> Memory:
     turned_rows = G * H * (inputs * turned[0] + P * (turned[1] + (T >= MIN_STEPS_FOR_TRANSPOSED_R)))
     base = back.bytes + x + (temporaries(program_back.grad, H, B) + turned_rows + cell.num_trainable * H * B) * r
     base += (T + 1) * B * P * r * (1 if cell.recurrent_input is None else 2) + (n * B * P * r if problem.P else 0)
-    base += 2 * problem.state_elements * r + copies + (y if halves else 0)
+    base += 2 * problem.state_elements * r + copies + (y if half else 0)
     blocks = max(1, BACKWARD_BLOCK // max(H * B, 1)) * temporaries(program_back.coefficients, H, B)
     in_order = G * H * (inputs + P + 2) + (problem.input_elements if problem.reverse else 0)
     turning = 0 if inputs else n * B * G * H  # a chunk of x's gradient, which is that of its input projection
@@ -195,7 +195,7 @@ def is_distributed() -> bool:
 
 def borrow_numpy(weight: Any) -> np.ndarray:
     """As `to_numpy`, and the memory of the weight can still be freed."""
-    return to_numpy(weight) if dtype_of(weight) in HALVES else np.from_dlpack(weight.detach())
+    return to_numpy(weight) if dtype_of(weight) in HALF_DTYPES else np.from_dlpack(weight.detach())
 
 
 def run_forward(problem: Problem, run: Run) -> Result:
@@ -260,7 +260,7 @@ def run_backward(problem: Problem, run: Run, saved: tuple, grads: Grads, needs: 
     times_R = matmul_fn(R.T if T < MIN_STEPS_FOR_TRANSPOSED_R else np.ascontiguousarray(R.T), B)
     dunits, aux = np.zeros((cell.num_trainable, H, B), x.dtype), Aux(cell, weights, T, reverse)
     dh, dh_unprojected, run_step = grads.last[0].T.copy(), workspace.dh_unprojected, workspace.run  # dh: of later steps
-    direct_row = program.asked[0]  # of the gradient of h past the weights, if there is one
+    direct_row = program.state_grad_rows[0]  # of the gradient of h past the weights, if there is one
 
     x, y, dy, *dhistory = flip_if(reverse, x, y, grads.y, *grads.history)
     dx = np.empty((T, B, G * H if W is None else W.shape[1]), x.dtype)
@@ -541,12 +541,12 @@ class BackwardWorkspace(Workspace):
         self.c, self.dunits = rows(n, program.rows, H, B), rows(cell.num_trainable, H, B)
         self.dh_unprojected = rows(H, B)
         self.d, self.ds = rows(n + 1, gates + program.width, H, B), rows(gates * H * n * B)
-        self.zero_state_grads = [rows(n + 1, H, B) for row in program.asked[1:] if row is None]
+        self.zero_state_grads = [rows(n + 1, H, B) for row in program.state_grad_rows[1:] if row is None]
         zeros = iter(self.zero_state_grads)
-        self.state_grads = [next(zeros) if row is None else self.d[:, row] for row in program.asked[1:]]
+        self.state_grads = [next(zeros) if row is None else self.d[:, row] for row in program.state_grad_rows[1:]]
         fixed = {"q0": self.dh_unprojected} | ({"g": self.dunits} if cell.num_trainable else {})
         view, self.run = program.grad.bind(self.row, dtype, **fixed)
-        direct = self.d if program.asked[0] is None else self.d[:, program.asked[0]]
+        direct = self.d if program.state_grad_rows[0] is None else self.d[:, program.state_grad_rows[0]]
         recurrent = self.d[:, gates - cell.G : gates].reshape(n + 1, cell.G * H, B)
         state_grads = list(zip(*(array[1:] for array in self.state_grads))) or [()] * n
         views = (view(*q, c, d) for q, c, d in zip(state_grads, self.c, self.d))

@@ -11,8 +11,8 @@ import numpy as np
 
 from gpu_rnn.kernels.autodiff import OPERATIONS
 
-HALVES = ("float16", "bfloat16")
-DTYPES = ("float64", "float32", *HALVES)
+HALF_DTYPES = ("float16", "bfloat16")
+DTYPES = ("float64", "float32", *HALF_DTYPES)
 
 TRACERS = {  # package and name of classes that stand for arrays while a library traces a call
     ("jax", "Tracer"): (
@@ -277,7 +277,7 @@ def flip(array: Any) -> Any:
 
 def product_dtype(kind: str, dtype: str) -> str:
     """The widest dtype that `matmul` can give for arrays of a library and dtype: float32 for halves in torch >= 2.8."""
-    wide = kind == "torch" and dtype in HALVES and hasattr(module(kind).ops.aten.mm, "dtype_out")
+    wide = kind == "torch" and dtype in HALF_DTYPES and hasattr(module(kind).ops.aten.mm, "dtype_out")
     return "float32" if wide else dtype
 
 

@@ -11,7 +11,7 @@ from gpu_rnn.kernels.cells import Cell
 class Weights(NamedTuple):
     """One layer, one direction, in torch's layout and gate order; any array library."""
 
-    w_ih: Any  # [G*H, I]; None where x is the input part of all gates already, [T, B, G*H]
+    w_ih: Any  # [G*H, I]; None where x is the input projection of all gates already, [T, B, G*H]
     w_hh: Any  # [G*H, P]; of N heads [G*H, H/N], for every unit its row of the block of its head
     b_ih: Any = None  # [G*H]
     b_hh: Any = None  # [G*H]

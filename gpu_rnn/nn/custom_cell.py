@@ -271,12 +271,12 @@ def rows(cell: cells.Cell, biases: str) -> dict[str, str]:
 def checked_cell(
     name: str, gates: str, states: str, units: tuple[str, ...], step: Callable, grad: Callable | None, checked: bool
 ) -> cells.Cell:
-    validation.form(name, gates, states, units, step, grad)
+    validation.validate_definition(name, gates, states, units, step, grad)
     if reserved := set(units) & set(RESERVED):
         raise ValueError(f"{name}: units can't be named {', '.join(sorted(reserved))}, as other weights are")
     new = cells.make_cell(name, gates, states, step, grad, units)
     if checked:
-        validation.derivative(new.kernel_cell)
+        validation.gradcheck(new.kernel_cell)
     return new
 
 

@@ -297,7 +297,7 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
         extra=[*fixed, *now[1:]],
     )
     after = [
-        body.add("Expand", new, body.add("Shape", old)) if symbol.uniform else new
+        body.add("Expand", new, body.add("Shape", old)) if symbol.is_broadcast else new
         for new, old, symbol in zip(after, states, graph.outputs[0])
     ]
     if w_hr is not None:

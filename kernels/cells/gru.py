@@ -1,6 +1,6 @@
 """GRU (Cho et al. 2014) with the reset gate after the recurrent product: cuDNN's and torch's form.
 
-With x the input part W x_t + b_ih and h the recurrent part R h_{t-1} + b_hh, one of each per gate:
+With x the input projection W x_t + b_ih and h the recurrent projection R h_{t-1} + b_hh, one of each per gate:
 
     r  = sigmoid(x_r + h_r)      reset gate: how much of the past the candidate sees
     z  = sigmoid(x_z + h_z)      update gate: how much of the past is kept
@@ -12,13 +12,13 @@ Backwards, with dh' arriving:
     da_n = dh' (1 - z) (1 - n^2)
     da_r = da_n h_n r (1 - r)
     da_z = dh' (h_{t-1} - n) z (1 - z)
-    the recurrent part of the candidate gets r da_n, so its two parts differ
+    the recurrent projection of the candidate gets r da_n, so its two parts differ
     dh_{t-1} = dh' z, and R^T (da_r, da_z, r da_n), added by the time loop
 
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import recurrent, scaled, sigmoid, tanh
+from ..mathematics import recurrent, rms_normalize, sigmoid, tanh
 
 GATES, STATES = "rzn", "h"
 VARIANTS = ("before", "norm", "projected")
@@ -70,7 +70,7 @@ def variant(before=False, norm=False, projected=False):
 
     def normalized(x, h, state, extra):
         of_r, of_z, of_n, bias = extra
-        (h_r, h_z), (h_n,) = scaled(*h[:2]), scaled(h[2])
+        (h_r, h_z), (h_n,) = rms_normalize(*h[:2]), rms_normalize(h[2])
         return plain(x, (of_r * h_r, of_z * h_z, of_n * h_n + bias), state)
 
     def whole(x, h, state, extra=()):

@@ -1,6 +1,6 @@
 """LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; torch's and cuDNN's form).
 
-With x the input part W x_t + b_ih and h the recurrent part R h_{t-1} + b_hh, one of each per gate:
+With x the input projection W x_t + b_ih and h the recurrent projection R h_{t-1} + b_hh, one of each per gate:
 
     i  = sigmoid(x_i + h_i)      input gate: how much of the candidate is written
     f  = sigmoid(x_f + h_f)      forget gate: how much of the cell state is kept
@@ -18,7 +18,7 @@ Backwards, with dh' and dc' arriving:
 Derived in docs/derivation.md.
 """
 
-from ..mathematics import centred, maximum, minimum, scaled, sigmoid, tanh
+from ..mathematics import center, maximum, minimum, rms_normalize, sigmoid, tanh
 
 GATES, STATES = "ifgo", "hc"
 VARIANTS = ("peephole", "coupled", "clip", "norm")
@@ -68,7 +68,7 @@ def variant(peephole=False, coupled=False, clip=(), norm=False):
     def step(x, h, state, extra=()):
         p = dict(zip(units, extra))
         if norm:
-            h = [p[f"{gate}_gain"] * value for gate, value in zip(gates, scaled(*h))]
+            h = [p[f"{gate}_gain"] * value for gate, value in zip(gates, rms_normalize(*h))]
         a = {gate: x[k] + h[k] for k, gate in enumerate(gates)}
 
         def gate(name, c):
@@ -81,7 +81,7 @@ def variant(peephole=False, coupled=False, clip=(), norm=False):
             c = minimum(maximum(c, -bound), bound)
         shown = c
         if norm:
-            (shown,) = scaled(centred(c))
+            (shown,) = rms_normalize(center(c))
             shown = p["c_gain"] * shown + p["c_bias"]
         return gate("o", c) * tanh(shown), c
 

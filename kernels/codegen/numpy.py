@@ -127,12 +127,12 @@ class Gradient:
     coefficients: Program  # both states, v -> c
     grad: Program  # gradients of the states after, c -> d, g
     rows: int  # of c
-    asked: tuple[int | None, ...]  # by state, the row of d that has the gradient of the state before; None: it is zero
+    state_grad_rows: tuple[int | None, ...]  # of d, the gradient of each state before; None: it is zero
 
     @property
     def width(self) -> int:
         """How many rows of d are gradients of states."""
-        return sum(row is not None for row in self.asked)
+        return sum(row is not None for row in self.state_grad_rows)
 
 
 @cache
@@ -145,10 +145,10 @@ def gradient(cell: Cell) -> Gradient:
                            for group in cell.grad(q, n, s, v, *auxiliary(graph, cell)))  # fmt: skip
     zero, shift = graph.symbol(0.0), len(gates.separate)
     rows = iter(range(cell.G + shift, cell.G + shift + cell.S))
-    asked = tuple(None if value is zero else next(rows) for value in dstate)
+    state_grad_rows = tuple(None if value is zero else next(rows) for value in dstate)
     outputs = {("d", row): dx[g] for row, g in enumerate(gates.inputs)}
     outputs |= {("d", shift + row): dh[g] for row, g in enumerate(gates.recurrent)}
-    outputs |= {("d", row): value for row, value in zip(asked, dstate) if row is not None}
+    outputs |= {("d", row): value for row, value in zip(state_grad_rows, dstate) if row is not None}
     outputs |= {("g", row): value for group in dm for row, value in enumerate(group) if value is not zero}
     outputs, factors = factor_out_upstream(graph, dict(sorted(outputs.items())))
     coefficients = {("c", row): factor for row, factor in enumerate(factors)}
@@ -156,7 +156,7 @@ def gradient(cell: Cell) -> Gradient:
         schedule(coefficients, ("n", "s", "v", "r", *"m" * bool(cell.E), "c")),
         schedule(outputs, (*upstream, "c", "d", *"g" * bool(cell.num_trainable))),
         len(factors),
-        asked,
+        state_grad_rows,
     )
 
 

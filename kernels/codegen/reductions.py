@@ -40,10 +40,10 @@ def grad_split(cell: Cell) -> ReductionSplit:
 
 def split_at_reductions(graph: Graph) -> ReductionSplit:
     graph = graph.pruned()
-    means = sorted((node for node in graph.nodes.values() if node.op == "mean"), key=lambda node: node.level)
+    means = sorted((node for node in graph.nodes.values() if node.op == "mean"), key=lambda node: node.reduction_depth)
     levels = []
-    for level in sorted({node.level for node in means}):
-        values = tuple(node.operands[0] for node in means if node.level == level)
+    for level in sorted({node.reduction_depth for node in means}):
+        values = tuple(node.operands[0] for node in means if node.reduction_depth == level)
         levels.append(with_mean_inputs(means, level, (values,)))
     return ReductionSplit(tuple(levels), with_mean_inputs(means, len(means) + 1, graph.outputs))
 
@@ -51,6 +51,6 @@ def split_at_reductions(graph: Graph) -> ReductionSplit:
 def with_mean_inputs(means: list[Symbol], depth: int, outputs: tuple[tuple[Symbol, ...], ...]) -> Graph:
     """Return the graph of the outputs, in which the means below a depth are inputs."""
     graph = Graph()
-    known = {node: graph.node("input", MEANS, k) for k, node in enumerate(means) if node.level < depth}
-    graph.outputs = tuple(tuple(graph.image(value, known) for value in group) for group in outputs)
+    known = {node: graph.node("input", MEANS, k) for k, node in enumerate(means) if node.reduction_depth < depth}
+    graph.outputs = tuple(tuple(graph.copy_into(value, known) for value in group) for group in outputs)
     return graph

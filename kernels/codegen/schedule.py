@@ -69,7 +69,7 @@ def schedule(
     place |= {node: node.operands for node in order if node.op == "input"}
     copies = []  # an output that is also an input, that stands in two places, or that is the same for all units
     for at, value in outputs.items():
-        if value in place or value.uniform:
+        if value in place or value.is_broadcast:
             copies.append((at, value))
         else:
             place[value] = at
@@ -122,7 +122,7 @@ def group_by_depth(order: list[Symbol]) -> Groups:
     groups: dict[tuple[int, str, bool], list[Symbol]] = defaultdict(list)
     for node in order:
         if operands(node):
-            groups[depth[node], node.op, node.uniform].append(node)
+            groups[depth[node], node.op, node.is_broadcast].append(node)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -137,7 +137,7 @@ def compute_in_place(groups: Groups, place: dict[Symbol, Place]) -> None:
         return steps is not None and (set(steps) <= {0, 1} or set(steps) <= {0, -1})
 
     for node in (node for members in reversed(groups) for node in members if node in place):
-        free = [o for o in node.operands if o not in place and not o.uniform and uses[o] == 1]
+        free = [o for o in node.operands if o not in place and not o.is_broadcast and uses[o] == 1]
         if free and not (len(free) == 2 and can_pack(*free)):
             place[free[0]] = place[node]
 
@@ -149,7 +149,7 @@ def allocate_temporaries(groups: Groups, place: dict[Symbol, Place], read_last: 
 
     def pack(values: Iterable[Symbol]) -> None:
         for uniform in (False, True):
-            fresh = [value for value in values if value not in place and value.uniform == uniform]
+            fresh = [value for value in values if value not in place and value.is_broadcast == uniform]
             place.update((value, (f"pack{len(packs)}", row)) for row, value in enumerate(fresh))
             if fresh:
                 packs.append(fresh)
@@ -172,7 +172,7 @@ def allocate_temporaries(groups: Groups, place: dict[Symbol, Place], read_last: 
     live: dict[str, list[tuple[int, int, int]]] = {"w": [], "u": []}  # first row, past the last, live_end
     rows = {"w": 0, "u": 0}
     for values in sorted(packs, key=by_start):
-        letter = "u" if values[0].uniform else "w"
+        letter = "u" if values[0].is_broadcast else "w"
         live[letter] = sorted(each for each in live[letter] if each[2] >= live_start(values))
         row = 0
         for begin, past, _ in live[letter]:

@@ -1,13 +1,14 @@
 // stepwise.cu: everything of one time step but its matrix product, forward and backward, for any cell, size and dtype.
 //
-// A recurrent layer that reads its weights anew at every time step: a library's product gives the recurrent part of the
-// gates, and one of these kernels does the rest in one pass over memory: bias, gates, states, what is saved for the
-// gradient; and the mirror of that. gpu_rnn/backends/per_step.py walks through time.
+// A recurrent layer that reads its weights anew at every time step: a library's product gives the recurrent projection
+// of the gates, and one of these kernels does the rest in one pass over memory: bias, gates, states, what is saved for
+// the gradient; and the mirror of that. gpu_rnn/backends/per_step.py has the time loop.
 //
 // A thread owns UNITS hidden units side by side, of one batch row after another; a block has x over units and y over
-// rows. Where units never meet there is no shared memory, no barrier and no atomic: two runs are bitwise equal.
+// rows. A cell without such a reduction has no shared memory, no barrier and no atomic: two runs are bitwise equal.
 // UNITS is 16 bytes of `real`, where H is a multiple of that and all arrays are aligned: states, histories and
-// products then move as 128 bits. Wider halves would leave too few threads in the small batches that this serves.
+// products then move as 128 bits. Wider packs of half precision would leave too few threads in the small batches that
+// this serves.
 //
 // Where the cell takes means, a block owns whole rows, with as many turns as it takes, and goes through them once for
 // each level of means and once more for the cell. What a time step needs is then read again, from the nearest cache: in
@@ -19,7 +20,7 @@
 //
 // What a cell takes beside gates and states, `extra`, is explained in cell_inputs.cuh.
 //
-// Compiled with -D: SCALAR (stored), PRODUCT (what the matrix products give: SCALAR, or float for halves), REAL
+// Compiled with -D: SCALAR (stored), PRODUCT (what the matrix products give: SCALAR, or float for half precision), REAL
 // (computed in), UNITS. A time step t is an index into [T, ...]; boundary t lies between the time steps t-1 and t.
 
 using scalar = SCALAR;
@@ -30,11 +31,11 @@ constexpr int K_OR_1 = K > 0 ? K : 1;  // an array has an element
 constexpr int LEARNED = Cell::LEARNED, LEARNED_OR_1 = LEARNED > 0 ? LEARNED : 1;
 constexpr int STEP_MEANS = Cell::STEP_MEANS > 0 ? Cell::STEP_MEANS : 1;
 constexpr int GRAD_MEANS = Cell::GRAD_MEANS > 0 ? Cell::GRAD_MEANS : 1;
-constexpr bool MEETS = Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0;
-constexpr int THREADS = MEETS ? 256 : 128;  // of a block, at most
+constexpr bool REDUCES = Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0;
+constexpr int THREADS = REDUCES ? 256 : 128;  // of a block, at most
 // Blocks that a multiprocessor has at least, which caps a thread's registers at 255, for float at 128: without a cap ptxas
 // aims for more blocks, and spills.
-constexpr int BLOCKS = MEETS ? 1 : sizeof(real) == 8 ? 2 : 4;
+constexpr int BLOCKS = REDUCES ? 1 : sizeof(real) == 8 ? 2 : 4;
 
 // ---- A thread's units ----------------------------------------------------------------------------------------------
 
@@ -80,8 +81,8 @@ DEVICE long long rows_apart() { return static_cast<long long>(gridDim.y) * block
 
 // Go through the units of this thread: one pack, or those that it has of a row that is the block's.
 template <class Body>
-DEVICE void each_unit(long long H, Body body) {
-    if constexpr (MEETS) {
+DEVICE void for_each_unit(long long H, Body body) {
+    if constexpr (REDUCES) {
 #pragma unroll 1
         for (long long unit = threadIdx.x * UNITS; unit < H; unit += blockDim.x * UNITS) body(unit);
     } else {
@@ -91,7 +92,7 @@ DEVICE void each_unit(long long H, Body body) {
 
 // Make means [first, last) of the sums of each thread's own units, over the H units of each of the block's rows; all
 // threads take part. Calls alternate between two places: one is read before the one after the next is written.
-DEVICE void average(real* means, int first, int last, long long H, bool odd) {
+DEVICE void block_mean(real* means, int first, int last, long long H, bool parity) {
     using Parts = real[2][STEP_MEANS > GRAD_MEANS ? STEP_MEANS : GRAD_MEANS][THREADS / 32];
     SHARED(Parts, parts);
     const int across = min(32u, blockDim.x), warps = blockDim.x / 32, thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -99,11 +100,11 @@ DEVICE void average(real* means, int first, int last, long long H, bool odd) {
         for (int lanes = across / 2; lanes > 0; lanes /= 2) means[n] += __shfl_xor_sync(~0u, means[n], lanes);
     if (warps > 1) {  // to a row
         if (thread % 32 == 0)
-            for (int n = first; n < last; ++n) parts[odd][n][thread / 32] = means[n];
+            for (int n = first; n < last; ++n) parts[parity][n][thread / 32] = means[n];
         __syncthreads();
         for (int n = first; n < last; ++n) {
             means[n] = 0;
-            for (int warp = 0; warp < warps; ++warp) means[n] += parts[odd][n][threadIdx.y * warps + warp];
+            for (int warp = 0; warp < warps; ++warp) means[n] += parts[parity][n][threadIdx.y * warps + warp];
         }
     }
     for (int n = first; n < last; ++n) means[n] /= H;
@@ -112,30 +113,31 @@ DEVICE void average(real* means, int first, int last, long long H, bool odd) {
 // Make all means over the units of this block's row, level after level. units: H, or 0 where there is no row.
 // values_of(level, unit, values) gives those of the level, of a thread's units from `unit` on.
 template <int LEVELS, int MEANS, class Values>
-DEVICE void meet(real (&means)[MEANS], long long units, long long H, bool& odd, int before(int), Values values_of) {
+DEVICE void reduce_over_units(real (&means)[MEANS], long long units, long long H, bool& parity, int before(int),
+                              Values values_of) {
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
         const int first = before(level), last = before(level + 1);
         for (int n = first; n < last; ++n) means[n] = 0;
-        each_unit(units, [&](long long unit) {
+        for_each_unit(units, [&](long long unit) {
             real values[UNITS][MEANS];
             values_of(level, unit, values);
             for (int u = 0; u < UNITS; ++u)
                 for (int n = first; n < last; ++n) means[n] += values[u][n - first];
         });
-        average(means, first, last, H, odd);
-        odd = !odd;
+        block_mean(means, first, last, H, parity);
+        parity = !parity;
     }
 }
 
 // Whether there is a batch row left for this thread, or, where rows are a block's, for the block.
-DEVICE bool left(long long b, long long B) { return (MEETS ? b - threadIdx.y : b) < B; }
+DEVICE bool has_row(long long b, long long B) { return (REDUCES ? b - threadIdx.y : b) < B; }
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_forward(
-    const scalar* xg,    // [T, B, G, H] input part, b_ih included
-    const product* hg,   // [B, G, H] recurrent part of this time step
+    const scalar* xg,    // [T, B, G, H] input projection, b_ih included
+    const product* hg,   // [B, G, H] recurrent projection of this time step
     const scalar* b_hh,  // [G, H] or null
     real* h,             // [B, H] h as the cell sees it, overwritten
     real* others,        // [boundaries, S-1, B, H] the other states: `after` written; it may be `before`
@@ -164,10 +166,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_forward(
         extra.flags_of(more, extra.bits(t, b));
         extra.uniforms_of(more, t, b, unit);
     };
-    bool odd = false;
-    if (!MEETS && first_unit() >= H) return;
+    bool parity = false;
+    if (!REDUCES && first_unit() >= H) return;
 #pragma unroll 1  // rarely more than one turn
-    for (long long b = first_row(); left(b, B); b += rows_apart()) {
+    for (long long b = first_row(); has_row(b, B); b += rows_apart()) {
         real means[STEP_MEANS];
         const auto of_level = [&](int level, long long unit, real (&values)[UNITS][STEP_MEANS]) {
             Given its;
@@ -179,8 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_forward(
                 Cell::step_level(level, its.x[u], its.r[u], its.state[u], more, means, values[u]);
             }
         };
-        meet<Cell::STEP_LEVELS>(means, b < B ? H : 0, H, odd, Cell::step_before, of_level);
-        each_unit(b < B ? H : 0, [&](long long unit) {
+        reduce_over_units<Cell::STEP_LEVELS>(means, b < B ? H : 0, H, parity, Cell::step_before, of_level);
+        for_each_unit(b < B ? H : 0, [&](long long unit) {
             const long long row = t * B + b;
             Given its;
             real kept[UNITS][K_OR_1];
@@ -268,10 +270,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_backward(
         extra.flags_of(more, extra.bits(t, b));
         extra.uniforms_of(more, t, b, unit);
     };
-    bool odd = false;
-    if (!MEETS && first_unit() >= H) return;
+    bool parity = false;
+    if (!REDUCES && first_unit() >= H) return;
 #pragma unroll 1  // rarely more than one turn
-    for (long long b = first_row(); left(b, B); b += rows_apart()) {
+    for (long long b = first_row(); has_row(b, B); b += rows_apart()) {
         real means[GRAD_MEANS];
         const auto of_level = [&](int level, long long unit, real (&values)[UNITS][GRAD_MEANS]) {
             Given its;
@@ -283,8 +285,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stepwise_backward(
                     level, its.dnew[u], its.next[u], its.last[u], its.kept[u], its.more[u], means, values[u]);
             }
         };
-        meet<Cell::GRAD_LEVELS>(means, b < B ? H : 0, H, odd, Cell::grad_before, of_level);
-        each_unit(b < B ? H : 0, [&](long long unit) {
+        reduce_over_units<Cell::GRAD_LEVELS>(means, b < B ? H : 0, H, parity, Cell::grad_before, of_level);
+        for_each_unit(b < B ? H : 0, [&](long long unit) {
             const long long row = t * B + b;
             Given its;
             take(its, b, unit);

@@ -7,7 +7,7 @@ from .launch import C_TYPES, HERE, Launch, unit
 
 KERNELS = HERE / "stepwise.cu"
 THREADS = 128  # of a block: small, so that the few threads of a small batch are spread over many multiprocessors
-MEETING_THREADS = 256  # of a block that owns whole rows
+REDUCTION_THREADS = 256  # of a block that owns whole rows
 MAX_GRID_Y = 65535  # what the hardware takes; beyond, a thread does several rows
 
 
@@ -26,7 +26,7 @@ def launch(
     types = {"SCALAR": storage, "PRODUCT": product, "REAL": real}
     defines = {name: C_TYPES[dtype] for name, dtype in types.items()} | {"UNITS": units}
     across = max(1, -(-H // units))  # threads that a row needs
-    threads = MEETING_THREADS if cell.has_reduction else THREADS
+    threads = REDUCTION_THREADS if cell.has_reduction else THREADS
     x = min(threads, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows
     y = threads // x
     grid = (1 if cell.has_reduction else -(-across // x), max(1, min(-(-B // y), MAX_GRID_Y)), 1)

@@ -59,7 +59,7 @@ def body(graph: Graph, like: str, tiles: int = 0) -> list[str]:
     """The lines of a function; the values of the first `tiles` groups are broadcast to tiles."""
     lines, groups = assignments(graph, typed(like))
     for values, names in list(zip(graph.outputs, groups))[:tiles]:
-        names[:] = [f"tile({name}, {like}[0])" if value.uniform else name for value, name in zip(values, names)]
+        names[:] = [f"tile({name}, {like}[0])" if value.is_broadcast else name for value, name in zip(values, names)]
     return [*lines, f"return {''.join(f'{as_tuple(group)}, ' for group in groups)}"]
 
 

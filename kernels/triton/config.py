@@ -55,11 +55,11 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
                all of h again. IEEE float32 products have no tensor cores; split twice as far, operands don't spill.
     maxnreg    all that there are: one program per multiprocessor is the rule. Left to itself ptxas prefers to spill.
 
-    Shared memory is what limits the halves, and registers the rest (`spilling`). Plain cells up to these H:
+    Shared memory is what limits half precision, and registers the rest (`spilling`). Plain cells up to these H:
 
                 sm_90, sm_100 (227 KiB)        sm_80 (163 KiB)
                 rnn     gru     lstm           rnn     gru     lstm
-    halves      256     128     128            256     128     128 with fewer stages
+    float16     256     128     128            256     128     128 with fewer stages
     float32     128      64      64            128      64      64
     """
     if dtype not in ITEM_BYTES:

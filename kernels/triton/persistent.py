@@ -2,15 +2,15 @@
 
 A program owns 16 rows of the batch, the least that a tensor-core product takes, and all H units of them: it never waits
 for another one. The recurrent weights are read from global memory once and stay on the chip as G square tiles; the
-states stay in registers. Per time step a program reads the input part, which depends on nothing and is therefore loaded
-ahead, and writes what the caller and the backward pass need. Backwards the same, with the gradients of the states in
+states stay in registers. Per time step a program reads the input projection, which depends on nothing and is therefore
+loaded ahead, and writes what the caller and the backward pass need. Backwards the same, the gradients of the states in
 registers; dW, dR, dx and db are large products that come afterwards.
 
 Compared with a product and a launch per time step, a time step costs about as much as its arithmetic on one
 multiprocessor, G products of [16, H] by [H, H] and a dozen barriers, instead of two launches.
 
 Limits: tiles are padded to a power of two, TILE >= H, so that the weights take G * TILE^2 elements on the chip; see
-`config.py` for what fits. float32 and halves; what meets the weights is rounded to the storage dtype, as everywhere.
+`config.py` for what fits. float32 and half precision; matmul inputs are rounded to the storage dtype, as everywhere.
 T and B are plain arguments: a new length or batch compiles nothing. Offsets to a time step or a row are int64.
 
 What is written in place, `saved` over `xg` and states at the end over those at the beginning, may have been read by
@@ -36,7 +36,7 @@ def load_weights(w_hh, unit, seen, H: tl.constexpr, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B", "R", "reverse"])
 def forward_kernel(
-    xg,  # [T, B, G, H] storage; input part, b_ih included
+    xg,  # [T, B, G, H] storage; input projection, b_ih included
     w_hh,  # [G*H, H] storage
     b_hh,  # [G, H] storage, or None
     h0,  # [B, H] storage
@@ -130,17 +130,17 @@ def backward_kernel(
     if LEARNED > 0:
         sums = load_tiles(dunits + top * H, B * H, at, mask, tl.float32, LEARNED)
     t = (1 - reverse) * (T - 1)
-    asked = load_tiles(dh + top * H, 0, at, mask, tl.float32, 1)  # of the states, by the later time steps
-    asked = asked + load_tiles(dothers + top * H, B * H, at, mask, tl.float32, S - 1)
+    dstate = load_tiles(dh + top * H, 0, at, mask, tl.float32, 1)  # of the states, by the later time steps
+    dstate = dstate + load_tiles(dothers + top * H, B * H, at, mask, tl.float32, S - 1)
 
     for i in tl.range(0, T, num_stages=STAGES):
         here = t * B + top  # the row among those of all time steps
         previous = t + 2 * reverse - 1
         before = t + reverse
         after = t + 1 - reverse
-        dnew = (asked[0] + tl.load(dy + here * H + at, mask=mask, other=0.0).to(tl.float32),)
+        dnew = (dstate[0] + tl.load(dy + here * H + at, mask=mask, other=0.0).to(tl.float32),)
         for s in tl.static_range(1, S):
-            arrived = asked[s]
+            arrived = dstate[s]
             if dhistory is not None:
                 where = dhistory + ((t * (S - 1) + s - 1) * B + top) * H + at
                 arrived += tl.load(where, mask=mask, other=0.0).to(tl.float32)
@@ -171,16 +171,16 @@ def backward_kernel(
             da = tl.where(inside, dh_part[g], 0.0).to(w_hh.dtype.element_ty)  # a plain number where h isn't read
             back = tl.dot(da, weights[g], back, input_precision=PRECISION)
         if OPERAND_GRAD is not None:
-            met, parts = OPERAND_GRAD((back,), extra)
-            back = met[0] + past[0]
+            dh_in, parts = OPERAND_GRAD((back,), extra)
+            back = dh_in[0] + past[0]
             if LEARNED > 0:
                 sums = add_tiles(sums, parts, LEARNED)
-        asked = (back,)
+        dstate = (back,)
         for s in tl.static_range(1, S):
-            asked = asked + (tl.zeros([ROWS, TILE], tl.float32) + past[s],)
+            dstate = dstate + (tl.zeros([ROWS, TILE], tl.float32) + past[s],)
         t = previous
 
-    store_tiles(dh + top * H, 0, at, mask, asked, 0, 1)
-    store_tiles(dothers + top * H, B * H, at, mask, asked, 1, S - 1)
+    store_tiles(dh + top * H, 0, at, mask, dstate, 0, 1)
+    store_tiles(dothers + top * H, B * H, at, mask, dstate, 1, S - 1)
     if LEARNED > 0:
         store_tiles(dunits + top * H, B * H, at, mask, sums, 0, LEARNED)

@@ -1,7 +1,7 @@
 """One time step of any cell in one launch: everything but the products.
 
-The recurrent product of this time step, R h_{t-1}, has been made by a library; the kernel adds the input part, runs the
-cell and writes states, outputs and what the gradient needs; the mirror of it backwards. It reads and writes
+The recurrent product of this time step, R h_{t-1}, has been made by a library; the kernel adds the input projection,
+runs the cell and writes states, outputs and what the gradient needs; the mirror of it backwards. It reads and writes
 every element once, so its time is that of the memory, or of the launch. A program owns a tile of rows and hidden
 units; nothing is shared between programs. Within one, the thread that writes an element in place needn't be the one
 that read it, as a load and a store may be spread over the threads differently; so all wait in between.
@@ -80,8 +80,8 @@ def step_arguments(
 
 @triton.jit(do_not_specialize=["t", "before", "after", "following", "B", "R"])
 def step_kernel(
-    xg,  # [T, B, G, H] storage; input part, b_ih included
-    hg,  # [B, G, H] product; recurrent part of this time step, without b_hh
+    xg,  # [T, B, G, H] storage; input projection, b_ih included
+    hg,  # [B, G, H] product; recurrent projection of this time step, without b_hh
     b_hh,  # [G, H] storage, or None
     h,  # [B, H] real; the h that the cell itself sees, updated in place
     others,  # [boundaries, S-1, B, H] real; reads boundary `before`, writes `after`
@@ -153,8 +153,8 @@ def grad_arguments(
     if OPERAND_GRAD is not None:  # noqa: SIM102 -- as above
         if following >= 0:
             flagged = per_unit + flag_tiles(flags, following, B, top, row, REAL, FLAGS)
-            met, parts = OPERAND_GRAD((arrived,), flagged)
-            arrived = met[0]
+            dh_in, parts = OPERAND_GRAD((arrived,), flagged)
+            arrived = dh_in[0]
             learned = add_tiles(learned, parts, LEARNED)
     arrived += tl.load(dh + top * H + at, mask=mask, other=0.0)
     if dy is not None:
