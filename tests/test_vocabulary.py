@@ -1,5 +1,6 @@
 """What users read (docstrings, explanations, documents, help) says things in the field's words, and in no others."""
 
+import ast
 import inspect
 import re
 from itertools import product
@@ -38,6 +39,14 @@ RETIRED = {
 FILE = re.compile(r"\[[\w.]+\](?:\[\w+\]|\([^)]*\))|\]\([^)]*\)|[\w/]+\.(?:py|cuh?|md)\b|\[\w+\]: \S+|the code says .*")
 
 
+# What no variable, parameter, attribute, function or class is called: whole names, and parts of names.
+RETIRED_NAMES = {"asked", "found", "given", "page", "pages", "tape", "wanted"}
+RETIRED_PARTS = {"instant", "instants", "numpied", "oracle", "taped", "weave", "weaving", "woven"}
+SOURCES = [
+    path for folder in ("gpu_rnn", "kernels", "bench", "tests", "examples") for path in (ROOT / folder).rglob("*.py")
+]
+
+
 def retired(text):
     text = FILE.sub("", text)
     return {
@@ -60,6 +69,36 @@ def public():
     for module in (gpu_rnn.functional, gpu_rnn.nn.base):
         names = [name for name in vars(module) if name.endswith("Keywords")]
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in names)
+
+
+def bound(source):
+    """Every name that Python code binds, but for those of imports."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+
+
+def retired_names(source):
+    return {
+        name for name in bound(source)
+        if name.strip("_") in RETIRED_NAMES or RETIRED_PARTS & set(name.lower().split("_"))
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names(path):
+    assert not retired_names(path.read_text())
+
+
+def test_a_retired_name_is_found():
+    source = (
+        "def f(given, *, page=1):\n    for found in given: self.tape = lambda asked: found\nclass Woven: at_instant = 1"
+    )
+    assert retired_names(source) == {"given", "page", "found", "tape", "asked", "Woven", "at_instant"}
+    assert not retired_names("from hypothesis import given\nbest = given.page(found=1)")
 
 
 def test_docstrings():
