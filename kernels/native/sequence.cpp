@@ -14,7 +14,7 @@
 // weights. Else threads have batch rows of their own and never wait; with fewer rows than threads they have units of
 // their own, and wait for each other after every part of a time step. One that has nothing to do sleeps.
 //
-// Why not the simpler way: one large product for the input part of all time steps would write T B G H values to memory and read
+// Why not the simpler way: one large product for the inputs of all time steps would write T B G H values to memory and read
 // them again; here it is made for as many time steps as give a product enough rows.
 #include <pthread.h>
 #include <sched.h>
@@ -55,7 +55,7 @@ struct Pool {
     static constexpr int MOST = 64;
     pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, mutex = PTHREAD_MUTEX_INITIALIZER;
     pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
-    int started = 0, wanted = 0, running = 0;
+    int started = 0, requested = 0, running = 0;
     uint64_t call = 0, joined[MOST] = {};  // the call that was the last one when a thread was started
     void (*body)(void*, int) = nullptr;
     void* context = nullptr;
@@ -66,7 +66,7 @@ static void* serve(void* argument) {
     const int own = static_cast<int>(reinterpret_cast<intptr_t>(argument));
     pthread_mutex_lock(&pool.mutex);
     for (uint64_t seen = pool.joined[own];;) {
-        while (pool.call == seen || own >= pool.wanted) {
+        while (pool.call == seen || own >= pool.requested) {
             seen = pool.call;
             pthread_cond_wait(&pool.wake, &pool.mutex);
         }
@@ -79,16 +79,16 @@ static void* serve(void* argument) {
     return nullptr;
 }
 
-// As many threads as are wanted and there are, for `run`; 1 is the caller alone. `release` gives them back.
-static int acquire(Index wanted) {
+// As many threads as are requested and there are, for `run`; 1 is the caller alone. `release` gives them back.
+static int acquire(Index requested) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    if (wanted < 2 || pthread_mutex_trylock(&pool.owner) != 0) return 1;
+    if (requested < 2 || pthread_mutex_trylock(&pool.owner) != 0) return 1;
     pthread_once(&once, [] { pthread_atfork(nullptr, nullptr, [] { pool = Pool(); }); });  // a child has no threads
-    wanted = min(wanted, Pool::MOST);
+    requested = min(requested, Pool::MOST);
     sigset_t every, before;
     sigfillset(&every);
     pthread_sigmask(SIG_SETMASK, &every, &before);  // signals are for the threads of the process itself
-    while (pool.started + 1 < wanted) {
+    while (pool.started + 1 < requested) {
         const int own = pool.started + 1;
         pthread_t thread;
         pool.joined[own] = pool.call;
@@ -97,7 +97,7 @@ static int acquire(Index wanted) {
         pool.started = own;
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return static_cast<int>(min(wanted, pool.started + 1));
+    return static_cast<int>(min(requested, pool.started + 1));
 }
 
 static void release(int threads) {
@@ -112,7 +112,7 @@ static void run(int threads, Body& body) {
     pool.body = [](void* context, int thread) { (*static_cast<Body*>(context))(thread); };
     pool.context = &body;
     pool.running = threads - 1;
-    pool.wanted = threads;
+    pool.requested = threads;
     ++pool.call;
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.mutex);
@@ -475,7 +475,7 @@ DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * 
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-// Starts of products, [blocks][G][V], zero without a bias: of the input part x, the recurrent part h, and of the projection.
+// Starts of products, [blocks][G][V], zero without a bias: of the input projection x, the recurrent one h, and of h's own.
 struct Starts {
     Index G, blocks, outputs;
     scalar *x, *h, *projection;
@@ -554,11 +554,11 @@ static int forward_of_head(const Forward& f) {
     const bool once = T == 1 && sharing == threads && !f.packed && !few;
     Scratch seen(cell.OPERAND ? B * P : 0), unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
-    // The input part of several time steps is made at once where one has too few rows; else that of a step's next blocks.
+    // Inputs of several time steps are projected at once where one has too few rows; else those of a step's next blocks.
     const Index passes = f.passes, inputs_T = T / passes;
     const Index chunk = !f.W ? 0 : rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
     const Index inputs = !f.W ? 0 : chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
-    Index across = 0;  // blocks of the recurrent part side by side, of either pass
+    Index across = 0;  // blocks of the recurrent projection side by side, of either pass
     for (const auto& range : f.gates) across = max(across, Cut(range[0], range[1], rows).blocks);
     const Index gates = rows * (cell.REDUCES ? blocks : across) * GV, projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
@@ -599,7 +599,7 @@ static int forward_of_head(const Forward& f) {
             if (once) w.repack(u, end);
             multiply(w, cut, u, end, row, start, out, out_row);
         };
-        // Blocks [u, end) of the input part of `steps` inputs from number n on.
+        // Blocks [u, end) of the input projection of `steps` inputs from number n on.
         const auto x_at = [&](Index n) { return f.x + (f.reverse ? inputs_T - 1 - n : n) * f.x_time + b0 * f.x_row; };
         const auto project = [&](Index n, Index steps, Index u, Index end, scalar* out, Index out_row) {
             const auto input = [&](Index r) { return x_at(n + r / mine) + r % mine * f.x_row; };
@@ -749,7 +749,7 @@ static void sum_rows(const scalar* a, Index rows, Index columns, Index first, In
     }
 }
 
-// Those that are wanted, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory.
+// Those that are requested, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory.
 static int gradients(const Backward& f) {
     const Code& cell = *f.cell;
     const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, D = f.D, Q = f.Q, M = cell.G * H, K = T * B, Kx = K / f.passes;
