@@ -72,6 +72,13 @@ def test_projection(library, dtype, reverse):
         compare(library, sequences.draw("lstm", dtype, *size, P, reverse=reverse))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_array_is_contiguous(dtype):
+    """Gradients neither."""
+    case = sequences.draw("lstm", dtype, 3, 2, 5, 4)
+    compare("torch", case.mapped(lambda array: array if array.ndim == 1 else array.mT.contiguous().mT))
+
+
 @EVERY
 @pytest.mark.parametrize(
     ("library", "dtype"),

@@ -84,10 +84,11 @@ def torch_state(x: Tensor) -> tuple[bool, str | None]:
 def run_cached(call: CachedCall, runs: Sequence[Run]) -> Outputs:
     """Run a call by what was decided for it. States may be None, for zeros."""
     if call.zeros:
-        new = runs[0].x.new_zeros
+        missing = {shape for shapes in call.zeros for shape in shapes if shape is not None}
+        new = {shape: runs[0].x.new_zeros(shape) for shape in missing}  # nothing writes to them
         runs = [
-            Run(x, weights, [s if size is None else new(size) for s, size in zip(state, sizes)], reverse)
-            for (x, weights, state, reverse), sizes in zip(runs, call.zeros)
+            Run(x, weights, [new.get(shape, s) for s, shape in zip(state, shapes)], reverse)
+            for (x, weights, state, reverse), shapes in zip(runs, call.zeros)
         ]
     results = forward(call.backend, call.problem, runs)
     if not call.requires_grad:
@@ -250,7 +251,9 @@ def fill_zeros(layout: FlatRuns, tensors: Sequence[Tensor], grads: Sequence[Sequ
             dy = x.new_zeros(T, B, state[0].shape[-1])
         filled.append(dy)
         shapes = [*(initial.shape for initial in state), *[(T, B, state[-1].shape[-1])] * (len(rest) - layout.S)]
-        filled += [x.new_zeros(shape) if d is None else d for shape, d in zip(shapes, rest)]
+        missing = {shape for shape, d in zip(shapes, rest) if d is None}
+        zeros = {shape: x.new_zeros(shape) for shape in missing}  # nothing writes to them
+        filled += [zeros[shape] if d is None else d for shape, d in zip(shapes, rest)]
     return filled
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell
 from gpu_rnn.kernels.cuda import persistent, stepwise
@@ -211,24 +211,26 @@ def run_forward(
     run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[ForwardBuffers], query: Query | None = None
 ) -> None:
     """The forward pass of all runs."""
-    config = config_for(problem, on, False, query)
-    for batch in launch_batches(config, problem, buffers):
-        if config is None:
-            per_step.run_forward(partial(bind, run), problem, batch)
-        else:
-            launch_persistent(run, config, problem, batch, forward_args)
+    run_pass(run, on, problem, buffers, query, backward=False)
 
 
 def run_backward(
     run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[BackwardBuffers], query: Query | None = None
 ) -> None:
     """The backward pass of all runs."""
-    config = config_for(problem, on, True, query)
-    for batch in launch_batches(config, problem, buffers):
-        if config is None:
-            per_step.run_backward(partial(bind, run), problem, batch)
-        else:
-            launch_persistent(run, config, problem, batch, backward_args)
+    run_pass(run, on, problem, buffers, query, backward=True)
+
+
+def run_pass(
+    run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[Any], query: Query | None, backward: bool
+) -> None:
+    rows = gpu_common.aux_rows(buffers[0].aux)
+    launches = problem.decide((run, on, backward, query, rows), launches_of, run, on, problem, backward, query, rows)
+    if launches is None:
+        (per_step.run_backward if backward else per_step.run_forward)(partial(bind, run), problem, buffers)
+        return
+    for k in range(0, len(buffers), launches.instances):
+        launch_persistent(launches, buffers[k : k + launches.instances], backward_args if backward else forward_args)
 
 
 def config_for(
@@ -241,12 +243,29 @@ def config_for(
     return config
 
 
-def launch_batches(
-    config: persistent.PersistentConfig | None, problem: Problem, buffers: Sequence[Any]
-) -> list[Sequence[Any]]:
-    """The buffers of the runs, split by launch: a stack is one, and so are directions and heads that are fused."""
-    n = len(buffers) if problem.layers > 1 else 1 if config is None else config.directions
-    return [buffers[k : k + n] for k in range(0, len(buffers), n)]
+class Launches(NamedTuple):
+    """All launches of the persistent kernel in one pass, ready to be repeated."""
+
+    instances: int  # runs of a launch
+    per_part: int  # of the sequence, one after the other: each is of a part of the batch
+    exchange_bytes: int  # of one launch
+    parts: Sequence[tuple[int, int, Sequence[Callable[..., None]]]]  # of the sequence: from and to, and its launches
+
+
+def launches_of(
+    run: Runner, on: persistent.Device, problem: Problem, backward: bool, query: Query | None, rows: int
+) -> Launches | None:
+    """Those of a pass; None where it goes per step. rows: batch rows of the per-unit values, B or 1."""
+    config = config_for(problem, on, backward, query)
+    if config is None:
+        return None
+    parts = []
+    for begin, end in persistent.time_slices(config, problem.T):
+        sizes = end - begin, problem.B, problem.H, rows
+        sequence = persistent.launches(config, problem.cell, problem.dtype, *sizes, save=problem.saves or backward)
+        parts.append((begin, end, tuple(map(run, sequence))))
+    longest = max(end - begin for begin, end, _ in parts)
+    return Launches(config.instances, config.launches, config.exchange_bytes(longest), parts)
 
 
 def forward_args(buffers: ForwardBuffers) -> tuple:
@@ -263,14 +282,10 @@ def backward_args(buffers: BackwardBuffers) -> tuple:
     return b.dy, b.dh, b.dcell_states, b.w_hh, *read, *written, *b.aux, b.w_ih
 
 
-def launch_persistent(
-    run: Runner, config: persistent.PersistentConfig, problem: Problem, buffers: Sequence[Any],
-    args_of: Callable[[Any], tuple],
-) -> None:  # fmt: skip
-    """Run the persistent kernel for some of a problem's runs. args_of: see `forward_args`."""
-    like, rows = buffers[0].w_hh, gpu_common.aux_rows(buffers[0].aux)
-    parts, bytes_ = problem.decide(("launches", config, run, rows), launches, run, config, problem, rows)
-    exchange = arrays.zeros((config.launches * bytes_,), like=like, dtype="uint8") if bytes_ else None
+def launch_persistent(launches: Launches, buffers: Sequence[Any], args_of: Callable[[Any], tuple]) -> None:
+    """Run the persistent kernel for as many runs as share it. args_of: see `forward_args`."""
+    like, (_, per_part, bytes_, parts) = buffers[0].w_hh, launches
+    exchange = arrays.zeros((per_part * bytes_,), like=like, dtype="uint8") if bytes_ else None
     address = arrays.pointer(exchange)
     for n, (begin, end, launched) in enumerate(parts):
         if n > 0 and exchange is not None:
@@ -282,33 +297,17 @@ def launch_persistent(
             launch(words, address + k * bytes_)
 
 
-def launches(
-    run: Runner, config: persistent.PersistentConfig, problem: Problem, rows: int
-) -> tuple[list[tuple[int, int, tuple]], int]:
-    """The launches of each part of the sequence, with its first and last time step; and the bytes of their exchange."""
-    sizes = problem.B, problem.H, rows
-    save = problem.saves or config.backward
-    parts = []
-    for begin, end in persistent.time_slices(config, problem.T):
-        sequence = persistent.launches(config, problem.cell, problem.dtype, end - begin, *sizes, save=save)
-        parts.append((begin, end, tuple(map(run, sequence))))
-    return parts, config.exchange_bytes(max(end - begin for begin, end, _ in parts))
-
-
 KERNELS = {per_step.Step: "stepwise_forward", per_step.Grad: "stepwise_backward"}
 
 
 def bind(run: Runner, cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., None]:
     """Bind a per-step kernel to its arrays."""
-    if isinstance(buffers, per_step.Step):
-        gates, product = buffers.Wx, buffers.Rh
-    else:
-        gates, product = buffers.dWx, buffers.dh_recurrent
-    _, B, _, H = gates.shape
+    product = buffers.Rh if isinstance(buffers, per_step.Step) else buffers.dh_recurrent
+    _, B, H = buffers.y.shape
     R = 1 if buffers.units is None else buffers.units.shape[1]
     return run(
         stepwise.launch(
-            KERNELS[type(buffers)], cell, B=B, H=H, R=R, storage=arrays.dtype(gates), product=arrays.dtype(product),
+            KERNELS[type(buffers)], cell, B=B, H=H, R=R, storage=arrays.dtype(buffers.y), product=arrays.dtype(product),
             addresses=tuple(map(arrays.pointer, buffers)),
         )
     )  # fmt: skip
@@ -325,11 +324,15 @@ def text(unit: Unit) -> tuple[str, tuple[str, ...]]:
     return unit.source, (*OPTIONS, *WATCHDOG, *(f"-D{name}={value}" for name, value in unit.defines))
 
 
+def cupy() -> Any:
+    return optional_imports.require("cupy", "the cuda backend")
+
+
 @cache
 def module(unit: Unit) -> Any:
     """A cupy.RawModule, which compiles once per device and keeps the result on disk."""
     code, options = text(unit)
-    return optional_imports.require("cupy", "the cuda backend").RawModule(code=code, options=options)
+    return cupy().RawModule(code=code, options=options)
 
 
 @cache
@@ -370,7 +373,7 @@ def prepare_launch(launch: Launch) -> Callable[..., None]:
 def launcher() -> Runner:
     """`prepare_launch`, as an object of its own for each device: it is a key of `Problem.decide`, so that a launch
     prepared on one device is never used on another."""
-    return launcher_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id)
+    return launcher_of(cupy().cuda.Device().id)
 
 
 @cache
@@ -387,9 +390,7 @@ CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter mu
 
 def max_coresident(cell: Cell, dtype: str, config: persistent.PersistentConfig) -> int:
     """`Query` of the current device."""
-    optional_imports.require(
-        "cupy", "the cuda backend"
-    ).cuda.Device().use()  # gives a thread that is new to it its context
+    cupy().cuda.Device().use()  # gives a thread that is new to it its context
     in_cluster = config.blocks if config.scope == "cluster" else 1
     unit, shared = persistent.translation_unit(config, cell, dtype), config.shared_bytes
     kernel = prepare_kernel(unit, persistent.kernel_name(config), shared, in_cluster).kernel
@@ -411,13 +412,13 @@ PROVEN_ONLY = not os.environ.get("GPU_RNN_CUDA_UNPROVEN")
 
 def device() -> persistent.Device:
     """The current device, by what configurations depend on."""
-    return device_of(optional_imports.require("cupy", "the cuda backend").cuda.Device().id, SCOPES, PROVEN_ONLY)
+    return device_of(cupy().cuda.Device().id, SCOPES, PROVEN_ONLY)
 
 
 @cache
 def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> persistent.Device:
     """Of a part of a device (MIG, MPS) the driver says how many multiprocessors it has, and how many clusters fit."""
-    properties = optional_imports.require("cupy", "the cuda backend").cuda.runtime.getDeviceProperties(index)
+    properties = cupy().cuda.runtime.getDeviceProperties(index)
     capability, shared = (properties["major"], properties["minor"]), properties["sharedMemPerBlockOptin"]
     clusters = max_active_clusters(shared) if capability >= (9, 0) else ()
     return persistent.Device(
@@ -441,7 +442,7 @@ def max_active_clusters(shared: int) -> tuple[tuple[int, int], ...]:
 def cluster_probe_module() -> Any:
     """A cupy.RawModule of a kernel for each cluster size, to query."""
     code = "".join(f'extern "C" __global__ void __cluster_dims__({n}) cluster_of_{n}() {{}}\n' for n in CLUSTERS)
-    return optional_imports.require("cupy", "the cuda backend").RawModule(code=code, options=OPTIONS)
+    return cupy().RawModule(code=code, options=OPTIONS)
 
 
 class Driver:
@@ -497,15 +498,15 @@ def driver() -> Driver:
 @contextmanager
 def stream_of(x: Any) -> Iterator[None]:
     """CuPy on the device of x, and on the stream that the library of x uses there."""
-    cupy = optional_imports.require("cupy", "the cuda backend")
+    cuda = cupy().cuda
     if arrays.library(x) == "cupy":
         with x.device:
             yield
         return
-    stream = optional_imports.require("torch", "a torch tensor").cuda.current_stream(x.device)
-    if hasattr(stream, "__cuda_stream__") and hasattr(cupy.cuda.Stream, "from_external"):
-        borrowed = cupy.cuda.Stream.from_external(stream)
+    stream = arrays.module("torch").cuda.current_stream(x.device)
+    if hasattr(stream, "__cuda_stream__") and hasattr(cuda.Stream, "from_external"):
+        borrowed = cuda.Stream.from_external(stream)
     else:  # torch or CuPy of before the protocol
-        borrowed = cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index)
-    with cupy.cuda.Device(x.device.index), borrowed:
+        borrowed = cuda.ExternalStream(stream.cuda_stream, x.device.index)
+    with cuda.Device(x.device.index), borrowed:
         yield

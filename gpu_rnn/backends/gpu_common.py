@@ -27,13 +27,13 @@ from .protocol import Needs
 class ForwardBuffers(NamedTuple):
     """What a time loop reads and writes, forward. P = H without projection."""
 
-    Wx: Any  # [T, B, G, H] storage; input projection, b_ih included; it may be the caller's x
+    Wx: Any  # [T, B, G*H] storage; input projection, b_ih included; it may be the caller's x
     w_hh: Any  # [G*H, P] storage
     b_hh: Any  # [G*H] storage, or None
     w_hr: Any  # [P, H] storage, or None
-    h0: Any  # [B, P] storage
+    h0: Any  # [B, P] or [1, B, P] storage
     cell_states: Any  # [T+1, S-1, B, H] real; the first is input, the rest written; [1, S-1, B, H] if nothing is saved
-    saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; Wx itself where K = G
+    saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; Wx's memory where K = G
     h_unprojected: Any  # [T, B, H] storage, written; y itself without projection
     y: Any  # [T, B, P] storage, written
     aux: AuxInputs
@@ -54,19 +54,19 @@ class BackwardBuffers(NamedTuple):
 
     dy: Any  # [T, B, P] storage; with a projection overwritten with the whole gradient of y; in a stack below the last
     # layer the caller's part of it, or None
-    dh: Any  # [B, P] real; gradient of the last h, overwritten with that of the first
+    dh: Any  # [B, P] or [1, B, P] real; gradient of the last h, overwritten with that of the first
     dcell_states: Any  # [S-1, B, H] real; the same for the cell states
     w_hh: Any  # [G*H, P] storage
     w_hr: Any  # [P, H] storage, or None
-    h0: Any  # [B, P] storage
+    h0: Any  # [B, P] or [1, B, P] storage
     cell_states: Any  # [T+1, S-1, B, H] real
     saved: Any  # [T, B, K, H] storage
     h_unprojected: Any  # [T, B, H] storage
     y: Any  # [T, B, P] storage
-    dWx: Any  # [T, B, G, H] storage, written
-    dRh: Any  # [T, B, G, H] storage, written; None where it equals dWx (no gate is `separate`)
+    dWx: Any  # [T, B, G*H] storage, written
+    dRh: Any  # [T, B, G*H] storage, written; None where it equals dWx (no gate is `separate`)
     dhistory: Any  # [T, S-1, B, H] storage; gradients of the cell states after every time step, or None for zero
-    dunits: Any  # [learned, B, H] real; zeros, accumulated
+    dunits: Any  # [learned, B, H] real; zeros, accumulated; None if no per-unit parameter is trainable
     aux: AuxInputs
     reverse: bool
     w_ih: Any = None  # [G*H, H] storage, of a layer that takes its input from the one below
@@ -104,20 +104,15 @@ def backward(
     by_run = []
     for k, (run, filled, names) in enumerate(zip(contiguous, buffers, needs, strict=True)):
         names = {*names} - {"x"} if k > 0 and problem.layers > 1 else names  # x is the layer's below
-        gradients = weight_gradients(problem, filled, run, names)
-        states = zip(gradients["state"], runs[k].state)
-        gradients["state"] = tuple(d.reshape(initial.shape) for d, initial in states)
-        by_run.append(gradients)
+        by_run.append(weight_gradients(problem, filled, run, names))
     return by_run
 
 
 def as_contiguous(run: Run, below: Any = None) -> Run:
-    """A run of contiguous arrays, on no autograd graph, with states [B, .]. below: x, where the run has none."""
+    """A run of contiguous arrays, on no autograd graph. below: x, where the run has none."""
     x, weights, state, reverse = run
-    flat = [array.reshape(array.shape[-2:]) for array in map(arrays.as_contiguous, state)]
-    return Run(
-        arrays.as_contiguous(x if below is None else below), Weights(*map(arrays.as_contiguous, weights)), flat, reverse
-    )
+    x, *flat = arrays.as_contiguous(x if below is None else below, *weights, *state)
+    return Run(x, Weights(*flat[: len(weights)]), flat[len(weights) :], reverse)
 
 
 def aux_inputs(weights: Weights) -> AuxInputs:
@@ -134,14 +129,14 @@ def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> For
     """Buffers of a run, with its input projection, unless the time loop projects the y of the layer below (linked)."""
     x, weights, state, reverse = run
     cell, T, B, H, save = problem.cell, problem.T, problem.B, problem.H, problem.saves
-    projection = x if linked else input_projection(x, weights, problem.step_exact)
-    Wx = None if linked else projection.reshape(T, B, cell.G, H)
+    Wx: Any = None if linked else input_projection(x, weights, problem.step_exact)
     cell_states = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
-    for row, initial in zip(cell_states[T if save and reverse else 0], state[1:]):
-        row[...] = initial
+    for s, initial in enumerate(state[1:]):
+        cell_states[T if save and reverse else 0, s] = initial
     saved = None
     if save:
-        saved = Wx if cell.K == cell.G and projection is not x else arrays.empty((T, B, cell.K, H), like=x)
+        in_place = cell.K == cell.G and not linked and Wx is not x
+        saved = Wx.reshape(T, B, cell.K, H) if in_place else arrays.empty((T, B, cell.K, H), like=x)
     y = arrays.empty((T, B, problem.P or H), like=x)
     h_unprojected = y if weights.w_hr is None else arrays.empty((T, B, H), like=x)
     return ForwardBuffers(
@@ -151,9 +146,10 @@ def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> For
 
 
 def finalize(problem: Problem, buffers: ForwardBuffers, run: Run) -> Result:
-    y, states = buffers.y, buffers.cell_states
-    final = (y[0 if buffers.reverse else -1], *states[-1 if problem.saves and not buffers.reverse else 0])
-    last = tuple([to_storage(array, like=y).reshape(initial.shape) for array, initial in zip(final, run.state)])
+    (h0, *others), y, states = run.state, buffers.y, buffers.cell_states
+    end, copy = 0 if buffers.reverse else -1, problem.saves or len(others) > 1  # else the memory is nobody else's
+    cell_last = [to_storage(states[end, at(s, initial)], y, copy) for s, initial in enumerate(others)]
+    last = (to_storage(y[at(end, h0)], y), *cell_last)
     history: tuple = ()
     if problem.history:
         after = states[:-1] if buffers.reverse else states[1:]
@@ -162,23 +158,28 @@ def finalize(problem: Problem, buffers: ForwardBuffers, run: Run) -> Result:
     return Result(y, last, history, saved)
 
 
+def at(k: int, initial: Any) -> int | slice:
+    """An index, which leaves an axis of one where the first state has it."""
+    return k if len(initial.shape) == 2 else slice(k, k + 1 or None)
+
+
 def allocate_backward(
     problem: Problem, run: Run, saved: tuple, grads: Grads, *, linked: bool = False
 ) -> BackwardBuffers:  # fmt: skip
     x, weights, state, reverse = run
-    y, activations, cell_states, *unprojected = map(arrays.as_contiguous, saved)
-    cell, T, B, H, dy = problem.cell, problem.T, problem.B, problem.H, arrays.as_contiguous(grads.y)
+    y, activations, cell_states, dy, *unprojected = arrays.as_contiguous(*saved[:3], grads.y, *saved[3:])
+    cell, T, B, H = problem.cell, problem.T, problem.B, problem.H
     real = arrays.real_dtype(x)
-    dWx = arrays.empty((T, B, cell.G, H), like=x)
-    dRh = arrays.empty((T, B, cell.G, H), like=x) if any(cell.separate) else None
-    dh = arrays.empty((B, problem.P or H), like=x, dtype=real)
+    dWx = arrays.empty((T, B, cell.G * H), like=x)
+    dRh = arrays.empty((T, B, cell.G * H), like=x) if any(cell.separate) else None
     dcell_states = arrays.empty((cell.S - 1, B, H), like=x, dtype=real)
-    for row, gradient in zip((dh, *dcell_states), grads.last):
-        row[...] = gradient
+    dh = to_storage(grads.last[0], like=dcell_states)
+    for s, gradient in enumerate(grads.last[1:]):
+        dcell_states[s] = gradient
     (h_unprojected,) = unprojected or (y,)
     if problem.P is not None:
         dy = to_storage(dy, like=x)  # the time loop writes to it
-    dunits = arrays.zeros((cell.num_trainable, B, H), like=x, dtype=real)
+    dunits = arrays.zeros((cell.num_trainable, B, H), like=x, dtype=real) if cell.num_trainable else None
     dhistory = arrays.stack(grads.history, 1) if grads.history else None
     return BackwardBuffers(
         dy, dh, dcell_states, weights.w_hh, weights.w_hr, state[0], cell_states, activations, h_unprojected, y, dWx,
@@ -188,27 +189,25 @@ def allocate_backward(
 
 def weight_gradients(problem: Problem, buffers: BackwardBuffers, run: Run, needs: Needs) -> dict[str, Any]:
     """The matmuls after the time loop."""
-    x, weights, *_ = run
+    x, weights, (h0, *others), reverse = run
     cell, T, B, H, P = problem.cell, problem.T, problem.B, problem.H, problem.P or problem.H
-    GH = cell.G * H
-    dWx, dRh = ((buffers.dWx if d is None else d).reshape(T, B, GH) for d in (buffers.dWx, buffers.dRh))
-    gradients: dict[str, Any] = {
-        "state": tuple([to_storage(array, like=x) for array in (buffers.dh, *buffers.dcell_states)])
-    }
-    gradients |= input_projection_grad(dWx, x, weights, needs)
+    dRh = buffers.dWx if buffers.dRh is None else buffers.dRh
+    dcell_states = [to_storage(buffers.dcell_states[at(s, initial)], x, copy=False) for s, initial in enumerate(others)]
+    gradients: dict[str, Any] = {"state": (to_storage(buffers.dh, x, copy=False).reshape(h0.shape), *dcell_states)}
+    gradients |= input_projection_grad(buffers.dWx, x, weights, needs)
     if "w_hh" in needs:
-        h_in = recurrent_inputs(cell, buffers.y, buffers.h0, buffers.aux, buffers.reverse)
-        gradients["w_hh"] = recurrent_weight_grad(dRh, h_in, buffers.reverse)
+        h_in = recurrent_inputs(cell, buffers.y, h0.reshape(B, P), buffers.aux, reverse)
+        gradients["w_hh"] = recurrent_weight_grad(dRh, h_in, reverse)
     if "b_hh" in needs:
-        gradients["b_hh"] = dRh.reshape(T * B, GH).sum(0)
+        same, GH = buffers.dRh is None and "b_ih" in gradients, cell.G * H
+        gradients["b_hh"] = arrays.copied(gradients["b_ih"]) if same else arrays.sum_rows(dRh.reshape(T * B, GH))
     if "w_hr" in needs and weights.w_hr is not None:
         gradients["w_hr"] = matmul(buffers.dy.reshape(T * B, P).T, buffers.h_unprojected.reshape(T * B, H), like=x)
     if "units" in needs:
-        gradients["units"] = arrays.zeros(tuple(weights.units.shape), like=x)
-        dunits = buffers.dunits
-        gradients["units"][: cell.num_trainable] = (
-            dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
-        )
+        gradients["units"], dunits = arrays.zeros(tuple(weights.units.shape), like=x), buffers.dunits
+        if dunits is not None:
+            whole = dunits if weights.units.shape[1] == B else dunits.sum(1, keepdims=True)
+            gradients["units"][: cell.num_trainable] = whole
     return gradients
 
 
@@ -319,8 +318,10 @@ def matmul(a: Any, b: Any, like: Any) -> Any:
     return out
 
 
-def to_storage(array: Any, like: Any) -> Any:
-    """A copy, in the dtype of `like`."""
-    copy = arrays.empty(tuple(array.shape), like)
-    copy[...] = array
-    return copy
+def to_storage(array: Any, like: Any, copy: bool = True) -> Any:
+    """A contiguous copy, in the dtype of `like`; without `copy` the array itself where it is that."""
+    if arrays.library(array) != "torch":
+        return array.astype(like.dtype, order="C", copy=copy)
+    if array.dtype != like.dtype:
+        return array.to(like.dtype).contiguous()
+    return (array.clone() if copy else array).contiguous()

@@ -34,12 +34,12 @@ from .gpu_common import BackwardBuffers, ForwardBuffers, recurrent_input
 class Step(NamedTuple):
     """What the forward kernel reads and writes."""
 
-    Wx: Any  # [T, B, G, H] storage; input projection, b_ih included
-    Rh: Any  # [B, G, H] product; recurrent projection of this time step, without b_hh
-    b_hh: Any  # [G, H] storage, or None
+    Wx: Any  # [T, B, G*H] storage; input projection, b_ih included
+    Rh: Any  # [B, G*H] product; recurrent projection of this time step, without b_hh
+    b_hh: Any  # [G*H] storage, or None
     h: Any  # [B, H] real; the h that the cell itself takes, updated in place
     cell_states: Any  # [T+1 or 1, S-1, B, H] real; reads `state_in`, writes `state_out`, the same if nothing is saved
-    saved: Any  # [T, B, K, H] storage, or None; it is Wx itself where K = G: an element is read, then written
+    saved: Any  # [T, B, K, H] storage, or None; it has Wx's memory where K = G: an element is read, then written
     y: Any  # [T, B, H] storage, written; h before its projection
     recurrent_input: Any  # [B, H] storage, written: the input of the next recurrent matmul; None where that is y
     units: Any  # as in AuxInputs
@@ -58,10 +58,10 @@ class Grad(NamedTuple):
     h0: Any  # [B, H] storage
     cell_states: Any  # [T+1, S-1, B, H] real
     saved: Any  # [T, B, K, H] storage
-    dWx: Any  # [T, B, G, H] storage, written
-    dRh: Any  # [T, B, G, H] storage, written; None where it equals dWx (no gate is `separate`)
+    dWx: Any  # [T, B, G*H] storage, written
+    dRh: Any  # [T, B, G*H] storage, written; None where it equals dWx (no gate is `separate`)
     dhistory: Any  # [T, S-1, B, H] storage; gradients of the cell states after every time step, or None for zero
-    dunits: Any  # [learned, B, H] real, accumulated
+    dunits: Any  # [learned, B, H] real, accumulated; or None
     units: Any  # as in AuxInputs
     flags: Any
     seed: Any
@@ -104,9 +104,10 @@ def run_forward(bind: Bind, problem: Problem, buffers: Sequence[ForwardBuffers])
 def forward_loop(bind: Bind, problem: Problem, buffers: ForwardBuffers) -> None:
     cell, Wx, T, B, H = problem.cell, buffers.Wx, problem.T, problem.B, problem.H
     P, projected = problem.P or H, problem.P is not None
-    Rh = arrays.empty((B, cell.G, H), like=Wx, dtype=product_dtype(Wx))
+    Rh = arrays.empty((B, cell.G * H), like=Wx, dtype=product_dtype(Wx))
     h = arrays.empty((B, H), like=Wx, dtype=arrays.real_dtype(Wx))
-    h[...] = 0 if projected else buffers.h0  # a cell with a projection can't take its own h
+    h0 = buffers.h0.reshape(B, P)
+    h[...] = 0 if projected else h0  # a cell with a projection can't take its own h
     dropped = None if cell.recurrent_input is None else arrays.empty((B, P), like=Wx)
     step = bind(
         cell,
@@ -115,13 +116,12 @@ def forward_loop(bind: Bind, problem: Problem, buffers: ForwardBuffers) -> None:
             None if projected else dropped, *buffers.aux,
         ),
     )  # fmt: skip
-    R, recurrent = buffers.w_hh.T, Rh.reshape(B, cell.G * H)
-    outputs, unprojected = list(buffers.y), list(buffers.h_unprojected)
-    h_prev, h_in = buffers.h0, buffers.h0
+    R, outputs, unprojected = buffers.w_hh.T, list(buffers.y), list(buffers.h_unprojected)
+    h_prev, h_in = h0, h0
     if dropped is not None:
-        h_in = recurrent_input(cell, buffers.h0, buffers.aux, T - 1 if buffers.reverse else 0)
+        h_in = recurrent_input(cell, h0, buffers.aux, T - 1 if buffers.reverse else 0)
     for t, _, state_in, state_out, t_next in time_steps(T, buffers.reverse):
-        arrays.matmul(h_in, R, out=recurrent)
+        arrays.matmul(h_in, R, out=Rh)
         step(t, *((state_in, state_out) if buffers.saved is not None else (0, 0)), t_next)
         if projected:
             arrays.matmul(unprojected[t], buffers.w_hr.T, out=outputs[t])
@@ -163,8 +163,7 @@ def backward_loop(bind: Bind, problem: Problem, buffers: BackwardBuffers) -> Non
             buffers.saved, dWx, buffers.dRh, buffers.dhistory, buffers.dunits, *buffers.aux,
         ),
     )  # fmt: skip
-    dys = list(buffers.dy)
-    gates = list((dWx if buffers.dRh is None else buffers.dRh).reshape(T, B, cell.G * H))
+    dys, gates = list(buffers.dy), list(dWx if buffers.dRh is None else buffers.dRh)
     for index in reversed(list(time_steps(T, buffers.reverse))):
         t = index.t
         if projected:
@@ -201,7 +200,7 @@ def recurrent_input_grad(cell: Cell, dh: Any, aux: AuxInputs, t: int, dunits: An
         return dh
     P = dh.shape[1]
     (dh_in,), parts = recurrent_input_grad_graph(cell).run(arrays.operations(dh), dnew=[dh], extra=aux.at(cell, t, P))
-    for total, part in zip(dunits, parts):
+    for total, part in zip(() if dunits is None else dunits, parts):
         total[:, :P] += part
     return dh_in
 

@@ -28,6 +28,7 @@ RUNS_HEADS = REPEATS_INPUTS = False
 LARGEST_SHARED_MEMORY = 232448  # bytes; that of sm_90 and sm_100, which the interpreter stands for
 
 
+@cache
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -107,7 +108,7 @@ def backward(
 ) -> list[dict[str, Any]]:
     if len(runs) > 1:
         return backward_in_turn(backward, problem, runs, saved, grads, needs)
-    run, grad = aligned_run(*runs), grads[0]._replace(y=ensure_aligned(grads[0].y))
+    run, grad = aligned_run(*runs), grads[0]._replace(y=aligned(grads[0].y)[0])
     with device_of(run.x), arrays.matmul_precision(run.x, problem.tf32):
         return gpu_common.backward(run_backward, problem, [run], saved, [grad], needs)
 
@@ -146,22 +147,21 @@ def warmup(problem: Problem) -> tuple[str, ...]:
 
 def aligned_run(run: Run) -> Run:
     x, weights, state, reverse = run
-    return Run(ensure_aligned(x), Weights(*map(ensure_aligned, weights)), [*map(ensure_aligned, state)], reverse)
+    x, *flat = aligned(x, *weights, *state)
+    return Run(x, Weights(*flat[: len(weights)]), flat[len(weights) :], reverse)
 
 
-def ensure_aligned(array: Any) -> Any:
-    """The array, or a copy where it doesn't begin at a multiple of 16 bytes; None stays None.
+def aligned(*many: Any) -> list[Any]:
+    """The arrays, or copies of those that don't begin at a multiple of 16 bytes; None stays None.
 
     For others Triton compiles anew, and where the state of a layer begins among those of all depends on B.
     """
-    if array is None or array.data_ptr() % 16 == 0:
-        return array
-    return array.clone(memory_format=optional_imports.require("torch", "the triton backend").contiguous_format)
+    return [a if a is None or a.data_ptr() % 16 == 0 else gpu_common.to_storage(a, like=a) for a in many]
 
 
 def device_of(x: Any) -> Any:
     """Triton launches on the current device, which needn't be that of x."""
-    return optional_imports.require("torch", "the triton backend").cuda.device_of(x)
+    return arrays.module("torch").cuda.device_of(x)
 
 
 # ---- The time loop: in one launch where a program can hold the weights, else per step -------------------------------
@@ -267,10 +267,10 @@ def bind(cell: Cell, buffers: per_step.Step | per_step.Grad) -> Callable[..., No
     from gpu_rnn.kernels.triton.stepwise import grad_kernel, step_kernel
 
     if isinstance(buffers, per_step.Step):
-        kernel, constexprs, gates, real = step_kernel, forward_constexprs(cell), buffers.Wx, buffers.h
+        kernel, constexprs, real = step_kernel, forward_constexprs(cell), buffers.h
     else:
-        kernel, constexprs, gates, real = grad_kernel, backward_constexprs(cell), buffers.dWx, buffers.dh_direct
-    _, B, _, H = gates.shape
+        kernel, constexprs, real = grad_kernel, backward_constexprs(cell), buffers.dh_direct
+    _, B, H = buffers.y.shape
     R = 1 if buffers.units is None else buffers.units.shape[1]
     block_b, block_h, num_warps, maxnreg = config.step_config(H, arrays.dtype(real), whole=cell.has_reduction)
     grid = (-(-B // block_b), 1 if cell.has_reduction else -(-H // block_h), 1)

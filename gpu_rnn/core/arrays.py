@@ -149,7 +149,7 @@ def zeros(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     """A new array of zeros, of the library and device of `like`, and of its dtype unless another is named."""
     kind = library(like)
     if kind == "torch":
-        return like.new_zeros(shape, dtype=getattr(module(kind), dtype) if dtype else like.dtype)
+        return like.new_zeros(shape, dtype=getattr(module(kind), dtype)) if dtype else like.new_zeros(shape)
     return module(kind).zeros(shape, dtype or like.dtype)
 
 
@@ -157,7 +157,7 @@ def empty(shape: tuple[int, ...], like: Any, dtype: str | None = None) -> Any:
     """A new array of anything, of the library and device of `like`, and of its dtype unless another is named."""
     kind = library(like)
     if kind == "torch":
-        return like.new_empty(shape, dtype=getattr(module(kind), dtype) if dtype else like.dtype)
+        return like.new_empty(shape, dtype=getattr(module(kind), dtype)) if dtype else like.new_empty(shape)
     return module(kind).empty(shape, dtype or like.dtype)
 
 
@@ -248,14 +248,13 @@ def torch_where(condition: Any, a: Any, b: Any) -> Any:
     return torch.where(condition > 0, torch.full_like(condition, a) if all(numbers[1:]) else a, b)
 
 
-def as_contiguous(array: Any) -> Any:
-    """The same values as kernels want them: contiguous, and no part of an autograd graph. None stays None."""
-    if array is None:
-        return None
-    kind = library(array)
-    if kind != "torch":
-        return module(kind).ascontiguousarray(array)
-    return array.detach().contiguous() if array.requires_grad or not array.is_contiguous() else array
+def as_contiguous(*many: Any) -> list[Any]:
+    """The same values as kernels want them: contiguous, and recorded by no autograd. None stays None, but not first."""
+    xp = module(library(many[0]))
+    if xp.__name__ != "torch":
+        return [None if array is None else xp.ascontiguousarray(array) for array in many]
+    recorded = xp.is_grad_enabled()
+    return [None if a is None else (a.detach() if recorded and a.requires_grad else a).contiguous() for a in many]
 
 
 def real_dtype(array: Any) -> str:

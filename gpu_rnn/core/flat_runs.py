@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .problem import Run, Weights
@@ -24,7 +25,7 @@ class FlatRuns:
         names = tuple([name for name, weight in zip(Weights._fields, runs[0].weights) if weight is not None])
         return cls(names, tuple([run.reverse for run in runs]), len(runs[0].state), linked)
 
-    @property
+    @cached_property
     def n(self) -> int:
         return len(self.reverse)
 

@@ -41,7 +41,7 @@ def installed(name: str) -> bool:
 def require(name: str, purpose: str) -> ModuleType:
     """The module, or an ImportError that says what it is needed for and how to get it."""
     try:
-        return importlib.import_module(name)
+        return sys.modules.get(name) or importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{purpose} needs {name}, which could not be imported ({error}); {install(name)}") from error
 

@@ -1,5 +1,6 @@
 """The kernel launches of a configuration of persistent.cu."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -60,8 +61,8 @@ def launches(
 
 def kernel_params(instances: Sequence[Instance]) -> np.ndarray:
     """struct KernelParams, by value."""
-    words = np.array([(*addresses, reverse) for addresses, reverse in instances], np.uint64)
-    return words.ravel().view(f"V{words.nbytes}")
+    words = array("Q", [word for addresses, reverse in instances for word in (*addresses, reverse)])
+    return np.frombuffer(words, f"V{8 * len(words)}")
 
 
 def time_slices(config: PersistentConfig, T: int) -> list[tuple[int, int]]:
