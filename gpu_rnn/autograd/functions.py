@@ -84,8 +84,11 @@ def torch_state(x: Tensor) -> tuple[bool, str | None]:
 def run_cached(call: CachedCall, runs: Sequence[Run]) -> Outputs:
     """Run a call by what was decided for it. States may be None, for zeros."""
     if call.zeros:
-        missing = {shape for shapes in call.zeros for shape in shapes if shape is not None}
-        new = {shape: runs[0].x.new_zeros(shape) for shape in missing}  # nothing writes to them
+        new: dict[Any, Tensor] = {}  # by shape, as nothing writes to them
+        for shapes in call.zeros:
+            for shape in shapes:
+                if shape is not None and shape not in new:
+                    new[shape] = runs[0].x.new_zeros(shape)
         runs = [
             Run(x, weights, [new.get(shape, s) for s, shape in zip(state, shapes)], reverse)
             for (x, weights, state, reverse), shapes in zip(runs, call.zeros)

@@ -32,7 +32,8 @@ class ForwardBuffers(NamedTuple):
     b_hh: Any  # [G*H] storage, or None
     w_hr: Any  # [P, H] storage, or None
     h0: Any  # [B, P] or [1, B, P] storage
-    cell_states: Any  # [T+1, S-1, B, H] real; the first is input, the rest written; [1, S-1, B, H] if nothing is saved
+    cell_states: Any  # [T+1, S-1, B, H] real; the first is input, the rest written; [S-1, .., H] if nothing is saved,
+    # in the shape of the first states, and overwritten with the last
     saved: Any  # [T, B, K, H] storage, written; None if nothing is saved; Wx's memory where K = G
     h_unprojected: Any  # [T, B, H] storage, written; y itself without projection
     y: Any  # [T, B, P] storage, written
@@ -130,11 +131,14 @@ def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> For
     x, weights, state, reverse = run
     cell, T, B, H, save = problem.cell, problem.T, problem.B, problem.H, problem.saves
     Wx: Any = None if linked else input_projection(x, weights, problem.step_exact)
-    cell_states = arrays.empty((T + 1 if save else 1, cell.S - 1, B, H), like=x, dtype=arrays.real_dtype(x))
-    for s, initial in enumerate(state[1:]):
-        cell_states[T if save and reverse else 0, s] = initial
-    saved = None
+    saved, real = None, arrays.real_dtype(x)
+    if not save and cell.S > 1:
+        cell_states = arrays.astype(arrays.stack(state[1:], 0), real)
+    else:
+        cell_states = arrays.empty((T + 1, cell.S - 1, B, H), like=x, dtype=real)
     if save:
+        for s, initial in enumerate(state[1:]):
+            cell_states[T if reverse else 0, s] = initial
         in_place = cell.K == cell.G and not linked and Wx is not x
         saved = Wx.reshape(T, B, cell.K, H) if in_place else arrays.empty((T, B, cell.K, H), like=x)
     y = arrays.empty((T, B, problem.P or H), like=x)
@@ -148,8 +152,8 @@ def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> For
 def finalize(problem: Problem, buffers: ForwardBuffers, run: Run) -> Result:
     (h0, *others), y, states = run.state, buffers.y, buffers.cell_states
     end, copy = 0 if buffers.reverse else -1, problem.saves or len(others) > 1  # else the memory is nobody else's
-    cell_last = [to_storage(states[end, at(s, initial)], y, copy) for s, initial in enumerate(others)]
-    last = (to_storage(y[at(end, h0)], y), *cell_last)
+    rows = [states[end, at(s, initial)] if problem.saves else states[s] for s, initial in enumerate(others)]
+    last = (to_storage(y[at(end, h0)], y), *[to_storage(row, y, copy) for row in rows])
     history: tuple = ()
     if problem.history:
         after = states[:-1] if buffers.reverse else states[1:]
