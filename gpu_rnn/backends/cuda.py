@@ -207,23 +207,11 @@ def config_of(
 # ---- The time loop: a persistent kernel where there is a configuration, else per step -------------------------------
 
 
-def run_forward(
-    run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[ForwardBuffers], query: Query | None = None
-) -> None:
-    """The forward pass of all runs."""
-    run_pass(run, on, problem, buffers, query, backward=False)
-
-
-def run_backward(
-    run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[BackwardBuffers], query: Query | None = None
-) -> None:
-    """The backward pass of all runs."""
-    run_pass(run, on, problem, buffers, query, backward=True)
-
-
 def run_pass(
-    run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[Any], query: Query | None, backward: bool
-) -> None:
+    backward: bool, run: Runner, on: persistent.Device, problem: Problem, buffers: Sequence[Any],
+    query: Query | None = None,
+) -> None:  # fmt: skip
+    """One pass of all runs."""
     rows = gpu_common.aux_rows(buffers[0].aux)
     launches = problem.decide((run, on, backward, query, rows), launches_of, run, on, problem, backward, query, rows)
     if launches is None:
@@ -231,6 +219,9 @@ def run_pass(
         return
     for k in range(0, len(buffers), launches.instances):
         launch_persistent(launches, buffers[k : k + launches.instances], backward_args if backward else forward_args)
+
+
+run_forward, run_backward = partial(run_pass, False), partial(run_pass, True)
 
 
 def config_for(
