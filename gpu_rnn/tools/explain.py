@@ -211,13 +211,15 @@ def problems_of(layer: Any, x: Any, training: bool | None) -> tuple[list[Problem
         return tensor
 
     def recorder(name: str, runs: Sequence[Run], options: Options) -> list[tuple[Any, tuple]]:
-        outputs = []
+        outputs: list[tuple[Any, tuple]] = []
+        zeros: dict[tuple, Any] = {}
         for run in runs:
             needed = may_need_grad(run.x, *run.weights, *run.state) if training is None else training
             this = validate(name, [run], options, needed)
             problems.append(replace(this, directions=len(runs), layers=options.layers))
-            zeros = [(this.B, this.P or this.H), *[(this.B, this.H)] * (this.cell.S - 1)]
-            state = [run.x.new_zeros(size) if s is None else s for s, size in zip(run.state, zeros)]
+            sizes = [(this.B, this.P or this.H), *[(this.B, this.H)] * (this.cell.S - 1)]
+            new = [zeros.setdefault(size, run.x.new_zeros(size)) for size in sizes]  # as `run_cached` has them
+            state = [zero if s is None else s for s, zero in zip(run.state, new)]
             for tensor in without_casts((run.x, *run.weights, *state)):
                 if tensor is not None:
                     keep(tensor)
