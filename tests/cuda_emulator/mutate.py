@@ -61,9 +61,9 @@ def without(text: str, n: int, names: Sequence[str] = BARRIERS) -> str:
     return text[: barrier.start] + re.sub(r"[^\n]", " ", barrier.text) + text[barrier.end :]
 
 
-def switchable(text: str) -> str:
+def switchable(text: str, names: Sequence[str] = BARRIERS) -> str:
     """`text` in which Library.launch(without=n) removes the n-th barrier."""
-    for n, barrier in reversed(list(enumerate(barriers(text)))):
+    for n, barrier in reversed(list(enumerate(barriers(text, names)))):
         switched = f"(host::without == {n} ? void() : void({barrier.text}))"
         text = text[: barrier.start] + switched + text[barrier.end :]
     return text
