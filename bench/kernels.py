@@ -152,7 +152,7 @@ def launch_plan(
 
 
 def units(case: Case, names: Sequence[str]) -> set[Unit]:
-    """What the CUDA implementations of a case compile, for the current device; the driver isn't asked."""
+    """What the CUDA implementations of a case compile, for the current device; the driver isn't queried."""
     problem, compiled = case.problem(tf32(case)), set[Unit]()
     if {problems.CUDA, problems.LAYER, problems.KERNEL} & {*names}:
         compiled |= {unit for unit, _ in cuda.kernels_of(problem)}

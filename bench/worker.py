@@ -219,7 +219,7 @@ def run_checks(
 def main(descriptor: int, threads: int) -> None:
     pipe = Connection(descriptor)
     if threads:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])  # also for those who count cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])  # also for code that counts cores
         import torch
 
         torch.set_num_threads(threads)

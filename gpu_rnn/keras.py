@@ -71,7 +71,7 @@ def weights(source: Any, name: str | Iterable[str] | None = None, **config: Any)
     known(config)
     path = fspath(source) if isinstance(source, (str, PathLike)) else None
     with reading(path, "a Keras file"), layers_in(source) as (every, sequential):
-        layers = picked(every, sequential, name, path or type(source).__name__)
+        layers = find_layers(every, sequential, name, path or type(source).__name__)
         cell_names = {name: cell_name(name, layer, config) for name, layer in layers.items()}
         if len(set(cell_names.values())) > 1:
             raise ValueError(f"layers of one stack must be alike, got {cell_names}")
@@ -85,7 +85,7 @@ def known(config: dict[str, Any]) -> None:
         raise TypeError(f"{', '.join(unknown)} can't be given; there are {', '.join(FREE | COMPUTED)}")
 
 
-def picked(
+def find_layers(
     every: dict[str, KerasLayer], sequential: bool, name: str | Iterable[str] | None, where: str
 ) -> dict[str, KerasLayer]:
     """The layers of these names, from the bottom up."""
@@ -167,7 +167,7 @@ def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **con
         return
     known(config)
     with layers_in(target) as (every, sequential):
-        layers = picked(every, sequential, name, type(target).__name__)
+        layers = find_layers(every, sequential, name, type(target).__name__)
     if len(layers) != stack.L:
         raise ValueError(f"{stack.L} layers don't go into {len(layers)} of Keras: {', '.join(layers)}")
     pairs = []

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def compiled_anew():
-    """torch compiles one function so often and no more, whichever test asked for it."""
+    """torch compiles one function so often and no more, whichever test compiles it."""
     yield
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()

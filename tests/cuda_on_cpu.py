@@ -70,7 +70,7 @@ def passes(device, run=prepare_launch):
 
 
 def in_place_of_numpy(monkeypatch, device, run=prepare_launch) -> None:
-    """Have the CUDA backend's kernels do what NumPy is asked for, so that layers and functions run by them."""
+    """Have the CUDA backend's kernels do what NumPy is requested for, so that layers and functions run by them."""
     forward, backward = passes(device, run)
 
     monkeypatch.setenv("GPU_RNN_BACKEND", "numpy")

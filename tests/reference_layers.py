@@ -59,7 +59,7 @@ def layer(name, shape="one", seed=0, **keywords):
 
 
 def inputs(made, names=(), seed=1):
-    """x, hx and what else a call takes, all random; gradients are asked for where there are any."""
+    """x, hx and what else a call takes, all random; gradients are requested where there are any."""
     rng = np.random.default_rng(seed)
 
     def draw(*sizes):

@@ -833,7 +833,7 @@ def test_the_smoke_test_names_the_scope_first():
 
 
 def test_device_checks_load_what_nvrtc_compiled(monkeypatch):
-    """CuPy takes it before it asks for a driver, or for what a GPU makes of it."""
+    """CuPy takes it before it needs a driver, or for what a GPU makes of it."""
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(device_checks.ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(cupy, "zeros", lambda n: None)

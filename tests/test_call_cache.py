@@ -232,7 +232,7 @@ def test_a_functional_call_has_its_own_weights_and_gives_them_back(kind):
     assert all(map(torch.equal, flat(layer(x, hx)), before))
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+# ---- what is requested ----------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {
     "backend": "cuda", "precision": "tf32", "recompute": True, "step_exact": True, "recurrent_dropout": 1.0,

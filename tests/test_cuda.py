@@ -214,7 +214,7 @@ STREAM = SimpleNamespace(__cuda_stream__=lambda: (0, 7))  # the caller's
 
 
 class Cupy:
-    """What the backend asks of CuPy, with the host runtime behind it. `entered` is what it has current."""
+    """What the backend needs of CuPy, with the host runtime behind it. `entered` is what it has current."""
 
     def __init__(self):
         self.entered, self.modules = [], []

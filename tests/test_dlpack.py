@@ -10,7 +10,7 @@ from .conftest import sequence_arrays
 
 
 class Foreign:
-    """As little as the array API asks of an array, with no method more."""
+    """As little as the array API requires of an array, with no method more."""
 
     def __init__(self, array):
         self._array = array

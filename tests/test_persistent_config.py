@@ -98,7 +98,7 @@ def launches(plan, cell, dtype, B, H):
 
 
 def test_cupy_takes_the_arguments(monkeypatch):
-    """It refuses arrays of several elements, and words it doesn't know, before it asks for a driver or the kernel."""
+    """It refuses arrays of several elements, and words it doesn't know, before it needs a driver or the kernel."""
     function = pytest.importorskip("cupy.cuda.function").Function
     plan = persistent.select(4, 16, "bfloat16", 64, 8, DEVICES["h200"], backward=False)[0]
     member = persistent.Instance((1 << 40, *range(16)), True)
@@ -288,7 +288,7 @@ def test_another_plan_than_announced_is_no_secret():
 
 
 class Library:
-    """libcuda, as much as is asked of it."""
+    """libcuda, as much as is called of it."""
 
     def __init__(self, count=0, status=0):
         self.count, self.status, self.calls = count, status, []

@@ -169,7 +169,7 @@ def test_second_derivatives_under_a_counter():
 
 
 def test_selective_checkpointing_saves_the_layer(monkeypatch):
-    """Its forward is an operator that the policy is asked about, and isn't run twice where it says so."""
+    """Its forward is an operator that the policy decides about, and isn't run twice where it says so."""
     layer, x = gpu_rnn.LSTM(I, H), torch.randn(T, B, I, requires_grad=True)
     runs, forward = [], functions.forward
     monkeypatch.setattr(functions, "forward", lambda *args: runs.append(1) or forward(*args))

@@ -72,7 +72,7 @@ def compiled_sequence(monkeypatch, capability, name, dtype, H, backward, precisi
         num_warps=chosen.num_warps, maxnreg=chosen.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
     most = plans.sequence_bytes(cell, chosen.tile, dtype, chosen.rows, chosen.stages, backward=backward)
-    assert binary.metadata.shared <= most, "the plan knows how much shared memory it asks for"
+    assert binary.metadata.shared <= most, "the plan knows how much shared memory it needs"
     return binary
 
 

@@ -1,4 +1,4 @@
-"""`warmup`: what it asks backends to compile, and that nothing is left to be compiled after it."""
+"""`warmup`: what it has backends compile, and that nothing is left to be compiled after it."""
 
 import os
 import subprocess

@@ -330,7 +330,7 @@ def test_the_backend_hands_it_layers_there_and_back(name, dtype, monkeypatch):
     )
 
     def in_turn(forward, backward, cases):
-        """Only the last layer's y is asked for."""
+        """Only the last layer's y has a gradient."""
         x, outputs, results, dy = cases[0].x, [], {}, cases[-1].dy
         for case in cases:
             outputs.append(calls.forward(forward, cell, x, case.weights, case.state, save=True))
@@ -480,7 +480,7 @@ def results(layer, x, trains, owner=None):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize(("batch_first", "ways"), [(False, (False,)), (True, (True,)), (False, (False, True))])
 def test_a_stack_runs_all_layers_and_gets_the_same(kind, batch_first, ways, monkeypatch):
-    """Forward, back, or both: what doesn't go at once goes in turn. And only what is needed is asked for."""
+    """Forward, back, or both: what doesn't go at once goes in turn. Only what is needed is requested."""
     layer = getattr(gpu_rnn, kind)(3, 4, 3, batch_first=batch_first, bias=kind != "GRU")
     x = torch.randn(5, 2, 3, requires_grad=True)
     layer.weight_hh_l1.requires_grad_(False)
@@ -499,7 +499,7 @@ def test_a_stack_runs_all_layers_and_gets_the_same(kind, batch_first, ways, monk
 
 
 def test_gradients_end_where_none_is_needed(both_ways, monkeypatch):
-    """Lower layers that are frozen get none; a state's alone comes through; states' are asked for as well as y's."""
+    """Lower layers that are frozen get none; a state's alone comes through; states' are requested as well as y's."""
     layer, x, h0 = gpu_rnn.GRU(3, 4, num_layers=3), torch.randn(5, 2, 3), torch.randn(3, 2, 4)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name.endswith("l2") or name == "weight_ih_l1")

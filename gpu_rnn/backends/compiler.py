@@ -133,7 +133,7 @@ def requested_folder() -> Path:
 
 
 def folder() -> Path:
-    """The user's cache, if it can be written and by nobody else; or one for this process."""
+    """The user's cache, if it can be written, and by no other user; or one for this process."""
     try:
         path = requested_folder()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

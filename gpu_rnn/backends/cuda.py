@@ -113,7 +113,7 @@ def warmup(problem: Problem) -> tuple[str, ...]:
 
 
 def kernels_of(problem: Problem, query: "Query | None" = None) -> Iterator[tuple[Unit, str]]:
-    """What a problem needs on the current device. Without `query` the driver isn't asked, and nothing is compiled."""
+    """What a problem needs on the current device. Without `query` the driver isn't queried, and nothing is compiled."""
     configs = [persistent_config(problem, device(), backward, query)[0] for backward in passes(problem)]
     if problem.layers > 1:
         fused = [wavefront_config(problem, device(), backward, query)[0] for backward in passes(problem)]
@@ -142,7 +142,7 @@ def persistent_config(problem: Problem, on: persistent.Device, backward: bool, q
     """The configuration of the persistent kernel for one pass, or why there is none.
 
     For a problem of more runs (directions, heads) than can share a launch, it is the configuration of as many as can,
-    and the reasons why no more. Without `query` nothing is compiled, and the driver isn't asked.
+    and the reasons why no more. Without `query` nothing is compiled, and the driver isn't queried.
     """
     why: list[str] = []
     if problem.B == 0:
@@ -372,8 +372,8 @@ def launcher_of(index: int) -> Runner:
     return partial(prepare_launch)
 
 
-DEFAULT_SMEM_BYTES = 48 << 10  # more must be asked for, kernel by kernel
-CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter must be asked for, too
+DEFAULT_SMEM_BYTES = 48 << 10  # more must be requested, kernel by kernel
+CLUSTERS, PORTABLE_CLUSTER = (2, 4, 8, 16), 8  # blocks; more than the latter must be requested, too
 
 
 # ---- What fits the device at once, as the driver knows it -----------------------------------------------------------

@@ -151,7 +151,7 @@ def allocate_forward(problem: Problem, run: Run, *, linked: bool = False) -> For
 
 def finalize(problem: Problem, buffers: ForwardBuffers, run: Run) -> Result:
     (h0, *others), y, states = run.state, buffers.y, buffers.cell_states
-    end, copy = 0 if buffers.reverse else -1, problem.saves or len(others) > 1  # else the memory is nobody else's
+    end, copy = 0 if buffers.reverse else -1, problem.saves or len(others) > 1  # else the memory is shared with none
     rows = [states[end, at(s, initial)] if problem.saves else states[s] for s, initial in enumerate(others)]
     last = (to_storage(y[at(end, h0)], y), *[to_storage(row, y, copy) for row in rows])
     history: tuple = ()

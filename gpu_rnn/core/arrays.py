@@ -281,7 +281,7 @@ def product_dtype(kind: str, dtype: str) -> str:
 
 
 def default_precision(array: Any) -> str:
-    """Of the products of a recurrent layer, where nobody insists on one: "tf32" or "ieee"."""
+    """Of the products of a recurrent layer, where none is forced: "tf32" or "ieee"."""
     if library(array) != "torch" or not array.is_cuda or dtype(array) != "float32":
         return "ieee"
     return torch_precision()

@@ -103,7 +103,7 @@ def layers_in(source: Any) -> Iterator[tuple[dict[str, KerasLayer], bool]]:
             yield with_config(config, lambda name, path: arrays.get(name, (1, [])))
         else:
             arrays = by_name(file, budget) if "layer_names" in file.attrs else by_path(file, budget)
-            yield {name: layer for name, (D, each) in arrays.items() if (layer := guessed(D, each))}, False
+            yield {name: layer for name, (D, each) in arrays.items() if (layer := infer_layer(D, each))}, False
 
 
 # ---- objects and configurations -------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def with_config(model: dict[str, Any], arrays: Callable) -> tuple[dict[str, Kera
     """Every layer of a model, from its configuration and `arrays(name, path)`."""
     layers: dict[str, KerasLayer] = {}
     kind = model["class_name"]
-    for name, path, layer in walked(model["config"].get("layers", ())):
+    for name, path, layer in iter_layers(model["config"].get("layers", ())):
         each = arrays(name, path)[1]
         layers[name] = KerasLayer(layer["class_name"], {}, 1, [], refusal=refused_config(layer, bool(each)))
         if not layers[name].refusal and layer["class_name"] in (*KINDS, "Bidirectional"):
@@ -187,7 +187,7 @@ def refused_config(layer: dict[str, Any], recurrent: bool) -> str:
     return next(filter(None, [*whys, refused(kind, own(layer) or "a class of its own" * unknown)]), "")
 
 
-def walked(layers: Iterable[dict], names: str = "", path: str = "") -> Iterator[tuple[str, str, dict]]:
+def iter_layers(layers: Iterable[dict], names: str = "", path: str = "") -> Iterator[tuple[str, str, dict]]:
     """Every layer's name, path in Keras 3's files, and description. The path counts the layers of a class."""
     counts: Counter[str] = Counter()
     for layer in layers:
@@ -196,12 +196,12 @@ def walked(layers: Iterable[dict], names: str = "", path: str = "") -> Iterator[
         here = f"{path}{word}_{counts[word]}" if counts[word] else path + word
         counts[word] += 1
         if "layers" in config:
-            yield from walked(config["layers"], f"{names}{config['name']}/", here + "/")
+            yield from iter_layers(config["layers"], f"{names}{config['name']}/", here + "/")
         elif kind != "InputLayer":
             yield names + config["name"], here, layer
 
 
-def guessed(D: int, arrays: list[Any]) -> KerasLayer | None:
+def infer_layer(D: int, arrays: list[Any]) -> KerasLayer | None:
     """A layer of which there are weights only: the recurrent ones tell the class, the bias its form."""
     recurrent: tuple[int, ...] = arrays[1].shape if len(arrays) > 1 else ()
     H, columns = recurrent if len(recurrent) == 2 else (1, 0)  # the others are those of convolutions

@@ -50,7 +50,7 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
 
     rows       16, the height of a tensor core's product. More would use fewer multiprocessors.
     tile       at least 16, the shortest sum of a tensor core's product.
-    stages     3, so that a time step's input is asked for two time steps ahead; fewer where shared memory is scarce.
+    stages     3, so that a time step's input is loaded two time steps ahead; fewer where shared memory is scarce.
     num_warps  as many as there are 8 columns, the width of a tensor core's product, up to 8: with more, each would read
                all of h again. IEEE float32 products have no tensor cores; split twice as far, operands don't spill.
     maxnreg    all that there are: one program per multiprocessor is the rule. Left to itself ptxas prefers to spill.

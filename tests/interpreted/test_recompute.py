@@ -1,4 +1,4 @@
-"""recompute=True in Triton: recorded when the gradient is asked for, or before, it is the same bit for bit."""
+"""recompute=True in Triton: recorded when the gradient is requested, or before, it is the same bit for bit."""
 
 import pytest
 
