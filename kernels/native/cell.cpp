@@ -14,17 +14,15 @@ static_assert(S <= MAX_STATES, "more states than MAX_STATES");
 
 // ---- Auxiliary values ----------------------------------------------------------------------------------------------
 
-// Four random words for each lane: Philox4x32-10 (Salmon et al. 2011), as in kernels/philox.py.
-static void philox(uint32_t (&counter)[4][V], uint64_t seed) {
+// Four random numbers of 32 bits from four counters: Philox4x32-10 (Salmon et al. 2011), as in kernels/philox.py. Each is the
+// lower half of a word; the upper ones are anything.
+static void philox(words (&counter)[4], uint64_t seed) {
+    const words zero = {}, first = zero + 0xD2511F53u, second = zero + 0xCD9E8D57u;
     uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < V; ++i) {
-            const uint64_t a = uint64_t(0xD2511F53u) * counter[0][i], b = uint64_t(0xCD9E8D57u) * counter[2][i];
-            counter[0][i] = static_cast<uint32_t>(b >> 32) ^ counter[1][i] ^ low;
-            counter[2][i] = static_cast<uint32_t>(a >> 32) ^ counter[3][i] ^ high;
-            counter[1][i] = static_cast<uint32_t>(b);
-            counter[3][i] = static_cast<uint32_t>(a);
-        }
+        const words a = product(counter[0], first), b = product(counter[2], second);
+        counter[0] = (b >> 32) ^ counter[1] ^ low, counter[2] = (a >> 32) ^ counter[3] ^ high;
+        counter[1] = b, counter[3] = a;
         low += 0x9E3779B9u, high += 0xBB67AE85u;
     }
 }
@@ -40,15 +38,19 @@ DEVICE void load_aux(real (&aux)[or_1(AUX)], int i, const Problem& problem, Inde
     for (int n = 0; n < FLAGS; ++n)
         aux[PER_UNIT + n].v[i] = all(static_cast<scalar>(from.flags[t * problem.B + b] >> n & 1));
     for (int n = 0; n < UNIFORMS; n += 4) {
-        uint32_t words[4][V];
-        for (int k = 0; k < V; ++k) {
-            words[0][k] = static_cast<uint32_t>(u * V + k), words[1][k] = static_cast<uint32_t>(b);
-            words[2][k] = static_cast<uint32_t>(t), words[3][k] = static_cast<uint32_t>(n / 4);
+        uint64_t numbers[4][V];
+        for (int k = 0; k < V; k += WORDS) {
+            words counter[4];
+            for (int i = 0; i < WORDS; ++i) {
+                counter[0][i] = u * V + k + i, counter[1][i] = b;
+                counter[2][i] = t, counter[3][i] = n / 4;
+            }
+            philox(counter, *from.seed);
+            for (int j = 0; j < 4; ++j) __builtin_memcpy(numbers[j] + k, &counter[j], sizeof(words));
         }
-        philox(words, *from.seed);
         for (int j = 0; j < 4 && n + j < UNIFORMS; ++j) {
             vec uniform;
-            for (int k = 0; k < V; ++k) uniform[k] = static_cast<scalar>(static_cast<int32_t>(words[j][k] >> 8));
+            for (int k = 0; k < V; ++k) uniform[k] = static_cast<scalar>(static_cast<int32_t>(numbers[j][k] >> 8 & 0xFFFFFF));
             aux[PER_UNIT + FLAGS + n + j].v[i] = uniform * all(scalar(1.0 / 16777216));
         }
     }

@@ -415,8 +415,8 @@ static void multiply(const Matrix& w, const Cut& cut, Index u, Index u1, Row row
 // M rows of a gate's blocks [u, u + C), by weights that aren't packed: every square of V units and V of K is turned in
 // registers. of_unit: from one unit to the next.
 template <int M, int C>
-static void tile_in_place(const scalar* const* rows, const scalar* weights, int lanes, Index of_unit, Index K, const scalar* start,
-                          scalar* out, Index out_row, Index block) {
+static void tile_in_place(const scalar* const* rows, const scalar* weights, int lanes, Index of_unit, Index K,
+                          const scalar* start, scalar* out, Index out_row, Index block) {
     const int units = C > 1 ? V : lanes;
     vec total[C][M];
     for (int c = 0; c < C; ++c)
@@ -591,7 +591,10 @@ static int forward_of_head(const Forward& f) {
         scalar* Wx = scratch.data + thread * own;  // of a chunk: [chunk][mine][some][G][V]; else as Rh
         scalar* Rh = Wx + inputs;                  // [mine][blocks][G][V], or a few blocks for the time being
         scalar* h = Rh + gates;                    // a few blocks for the time being
-        if (once) W.panels = h + projected, R.panels = W.panels + W.size(some_blocks), W_hr.panels = R.panels + R.size(some_blocks);
+        if (once) {
+            W.panels = h + projected, R.panels = W.panels + W.size(some_blocks);
+            W_hr.panels = R.panels + R.size(some_blocks);
+        }
 
         const auto product = [&](Matrix& w, const Cut& cut, Index u, Index end, auto row, const scalar* start, scalar* out,
                                  Index out_row) {
@@ -637,8 +640,12 @@ static int forward_of_head(const Forward& f) {
                     input = cell.REDUCES ? Gates{x + u * GV, blocks * GV} : Gates{x, across * GV};
                     project(n, 1, u, end, const_cast<scalar*>(input.data), input.row);
                 }
-                if (!cell.REDUCES) cell.step(f, n, {b0, b1, u, end}, input, {Rh, across * GV}, to);
-                else if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, f.W ? Gates{x, blocks * GV} : input, {Rh, blocks * GV}, to);
+                if (cell.REDUCES) {
+                    if (f.W) input = {x, blocks * GV};
+                    if (end == blocks) cell.step(f, n, {b0, b1, 0, blocks}, input, {Rh, blocks * GV}, to);
+                } else {
+                    cell.step(f, n, {b0, b1, u, end}, input, {Rh, across * GV}, to);
+                }
             });
             barrier.wait();
             if (!f.W_hr) continue;
@@ -842,7 +849,8 @@ static int backward_of_head(const Backward& f) {
     Matrix R_back{f.Q, G * f.D, 1, f.R, 0, 1, f.Q}, W_hr_back{H, P, 1, f.W_hr, 0, 1, H};  // both the other way round
     R_back.span = f.D, R_back.apart = H;
     const Index rows = by_rows ? (B + threads - 1) / threads : B;
-    const Index unprojected = cell.REDUCES ? rows * blocks * V : scratch_elements(1, rows), own = unprojected + scratch_elements(1, rows);
+    const Index some_units = scratch_elements(1, rows), unprojected = cell.REDUCES ? rows * blocks * V : some_units;
+    const Index own = unprojected + some_units;
     Scratch zero(max(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
     if (zero.failed || scratch.failed || packed.failed) {
         release(threads);

@@ -26,12 +26,15 @@ template <> struct Integer<8> { typedef int64_t type; };
 typedef Integer<sizeof(scalar)>::type integer;
 typedef scalar vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef integer ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint64_t words __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int WORDS = VECTOR_BYTES / 8;
 typedef scalar unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(scalar))));
 
 // ---- What each instruction set has a word for -----------------------------------------------------------------------
 
 // Fused multiply-addition a * b + c, the square root, and the larger or smaller one of a limit and what may be NaN, which
-// stays. GCC's are builtins: to parse <immintrin.h> would take as long as to compile the rest of a cell.
+// stays; and the products, of 64 bits, of the lower halves of words. GCC's are builtins: to parse <immintrin.h> would take as
+// long as to compile the rest of a cell.
 
 DEVICE vec all(scalar a) { return a - vec{}; }  // which is a, -0 too: one load that fills all lanes
 
@@ -44,6 +47,7 @@ DEVICE __m512 at_least(__m512 limit, __m512 a) { return _mm512_max_ps(limit, a);
 DEVICE __m512d at_least(__m512d limit, __m512d a) { return _mm512_max_pd(limit, a); }
 DEVICE __m512 at_most(__m512 limit, __m512 a) { return _mm512_min_ps(limit, a); }
 DEVICE __m512d at_most(__m512d limit, __m512d a) { return _mm512_min_pd(limit, a); }
+DEVICE words product(words a, words b) { return (words)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 #elif VECTOR_BYTES == 64
 constexpr int ROUND = 4;  // as the thread's setting says, to nearest
 typedef float floats __attribute__((vector_size(64)));
@@ -56,6 +60,8 @@ DEVICE floats at_least(floats limit, floats a) { return __builtin_ia32_maxps512_
 DEVICE doubles at_least(doubles limit, doubles a) { return __builtin_ia32_maxpd512_mask(limit, a, a, -1, ROUND); }
 DEVICE floats at_most(floats limit, floats a) { return __builtin_ia32_minps512_mask(limit, a, a, -1, ROUND); }
 DEVICE doubles at_most(doubles limit, doubles a) { return __builtin_ia32_minpd512_mask(limit, a, a, -1, ROUND); }
+typedef int halves __attribute__((vector_size(64)));
+DEVICE words product(words a, words b) { return (words)__builtin_ia32_pmuludq512_mask((halves)a, (halves)b, {}, -1); }
 #elif VECTOR_BYTES == 32 && defined(__clang__)
 DEVICE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 DEVICE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
@@ -65,6 +71,7 @@ DEVICE __m256 at_least(__m256 limit, __m256 a) { return _mm256_max_ps(limit, a);
 DEVICE __m256d at_least(__m256d limit, __m256d a) { return _mm256_max_pd(limit, a); }
 DEVICE __m256 at_most(__m256 limit, __m256 a) { return _mm256_min_ps(limit, a); }
 DEVICE __m256d at_most(__m256d limit, __m256d a) { return _mm256_min_pd(limit, a); }
+DEVICE words product(words a, words b) { return (words)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 #elif VECTOR_BYTES == 32
 typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(32)));
@@ -76,6 +83,8 @@ DEVICE floats at_least(floats limit, floats a) { return __builtin_ia32_maxps256(
 DEVICE doubles at_least(doubles limit, doubles a) { return __builtin_ia32_maxpd256(limit, a); }
 DEVICE floats at_most(floats limit, floats a) { return __builtin_ia32_minps256(limit, a); }
 DEVICE doubles at_most(doubles limit, doubles a) { return __builtin_ia32_minpd256(limit, a); }
+typedef int halves __attribute__((vector_size(32)));
+DEVICE words product(words a, words b) { return (words)__builtin_ia32_pmuludq256((halves)a, (halves)b); }
 #elif defined(__ARM_NEON)
 DEVICE float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 DEVICE float64x2_t fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
@@ -83,6 +92,7 @@ DEVICE float32x4_t square_root(float32x4_t a) { return vsqrtq_f32(a); }
 DEVICE float64x2_t square_root(float64x2_t a) { return vsqrtq_f64(a); }
 DEVICE vec at_least(vec limit, vec a) { return a < limit ? limit : a; }
 DEVICE vec at_most(vec limit, vec a) { return a > limit ? limit : a; }
+DEVICE words product(words a, words b) { return (words)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b)); }
 #else
 DEVICE vec fma(vec a, vec b, vec c) { return a * b + c; }
 DEVICE vec square_root(vec a) {
@@ -91,6 +101,7 @@ DEVICE vec square_root(vec a) {
 }
 DEVICE vec at_least(vec limit, vec a) { return a < limit ? limit : a; }
 DEVICE vec at_most(vec limit, vec a) { return a > limit ? limit : a; }
+DEVICE words product(words a, words b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
 #endif
 
 DEVICE vec load(const scalar* from) { return *reinterpret_cast<const unaligned*>(from); }
