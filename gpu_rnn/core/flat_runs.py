@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from .problem import Run, Weights
@@ -25,7 +24,7 @@ class FlatRuns:
         names = tuple([name for name, weight in zip(Weights._fields, runs[0].weights) if weight is not None])
         return cls(names, tuple([run.reverse for run in runs]), len(runs[0].state), linked)
 
-    @cached_property
+    @property
     def n(self) -> int:
         return len(self.reverse)
 

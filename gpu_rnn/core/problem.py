@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from gpu_rnn.kernels.cells import Cell
@@ -137,7 +137,7 @@ class Problem:
         same = (self.I, self.directions, self.layers, self.reverse) == (I, 1, 1, reverse)
         return self if same else self.variant(I=I, directions=1, layers=1, reverse=reverse)
 
-    @cached_property
+    @property
     def saves(self) -> bool:
         """Whether a forward pass keeps the states and activations of all time steps."""
         return self.training or self.history
@@ -173,7 +173,7 @@ class Problem:
         """Of all states at one time step."""
         return self.B * ((self.P or self.H) + (self.cell.S - 1) * self.H)
 
-    @cached_property
+    @property
     def outputs(self) -> int:
         """How many arrays a run gives: y, the states after, and with a history those but h after every time step."""
         return 1 + self.cell.S + (self.cell.S - 1) * self.history
