@@ -110,7 +110,7 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
     for run in runs:
         x, w, first = as_rows(run.x), plain_weights(problem, run.weights), compiled.plain(run.state)
         empty = allocator(x)
-        y, last = empty(compiled.output), [empty(s.shape) for s in first]
+        y, last = empty(compiled.output), [*map(compiled.empty_like, first)]
         saved = [shape and empty(shape) for shape in compiled.saved]
         values.append(forward_arguments(compiled, x, w, first, y, last, saved, reverse=run.reverse, threads=inside))
         calls.append((x, w, first, y, last, saved))
@@ -401,6 +401,7 @@ class Compiled(NamedTuple):
     output: tuple[int, ...]  # the shape of y
     plain: Callable[[Iterable[Any]], list[Any]]  # of the arrays' library, as the next one
     addresses: Callable[[Iterable[Any]], list[int]]
+    empty_like: Callable[[Any], Any]  # the same
     saved: list[tuple | None]  # `kept_shapes`
 
 
@@ -417,9 +418,15 @@ def compile_once(problem: Problem) -> Compiled:
     return Compiled(
         loaded.forward, loaded.backward, loaded.pack, struct.pack("14Q", code(cell, real), *sizes, *passes),
         struct.Struct(f"5q13Q{3 * states}"), struct.Struct(f"6q24Q{4 * states}"), (problem.T, problem.B, P),
-        *((plain_arrays, array_addresses) if problem.library == "numpy" else (plain_tensors, tensor_addresses)),
+        *of_library(problem.library),
         kept_shapes(problem),
     )  # fmt: skip
+
+
+def of_library(name: str) -> tuple[Callable, Callable, Callable]:
+    if name == "numpy":
+        return plain_arrays, array_addresses, partial(np.empty_like, subok=False)
+    return plain_tensors, tensor_addresses, arrays.module("torch").empty_like
 
 
 @lru_cache(16)
