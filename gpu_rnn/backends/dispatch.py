@@ -102,10 +102,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [str(self.problem)]
         if self.backend is None:
-            subject = (
-                f"{self.requested} was requested and does not support" if self.requested else "no backend supports"
-            )
-            lines.append(f"  backend: none, {subject} this call")
+            why = f"{self.requested} was requested and does not support" if self.requested else "no backend supports"
+            lines.append(f"  backend: none, {why} this call")
         else:
             how = "requested" if self.requested else f"first available for {self.problem.library} arrays on this device"
             lines += [f"  backend: {self.backend} ({how})", *(f"    {line}" for line in self.plan.splitlines())]
