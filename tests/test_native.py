@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -436,6 +437,24 @@ def test_histories_and_streams_and_torch_compile():
         y, last, (h, c) = gpu_rnn.lstm(*inputs, reverse=reverse, return_states=True, backend="native")
         _, _, (h_, c_) = gpu_rnn.lstm(*inputs, reverse=reverse, return_states=True, backend="numpy")
         torch.testing.assert_close((h, c), (h_, c_))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_returned_states_may_be_modified(recompute, reverse, rng):
+    """Also those that are returned without a copy, as any result of torch's."""
+    x, *weights = [torch.tensor(rng.standard_normal(s)) for s in ((6, 3, 5), (36, 5), (36, 9))]
+    run = partial(gpu_rnn.lstm, reverse=reverse, recompute=recompute, return_states=True, backend="native")
+    with torch.no_grad():
+        _, _, (_, c) = run(x, *weights)
+    c[0] = 2 * weights[0].requires_grad_()[:3, :1]
+    assert c.requires_grad and c[0].unique().numel() == 3
+    c.detach_()
+    gradients = []
+    for double in (torch.Tensor.mul, torch.Tensor.mul_):
+        _, _, (_, c) = run(x, *weights)
+        gradients += torch.autograd.grad(double(c, 2).sum(), weights[0])
+    assert torch.equal(*gradients)
 
 
 def test_vjp_of_tensors_that_need_gradients():

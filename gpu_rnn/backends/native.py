@@ -125,6 +125,8 @@ def to_result(problem: Problem, run: Run, y: Any, last: Sequence[Any], saved: Se
         history = [states[after] for states in saved[1 : problem.cell.S]]
         if problem.training or y.dtype != run.x.dtype:
             history = [gpu_common.to_storage(states, run.x) for states in history]
+        elif problem.library == "torch":  # autograd would not let a caller modify a view
+            history = [states.detach() for states in history]
     if y.dtype != run.x.dtype:
         y, *last = [to_caller(array, run.x) for array in (y, *last)]
     return Result(y, tuple(last), tuple(history), tuple(saved) if problem.training else ())
