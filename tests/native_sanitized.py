@@ -27,7 +27,7 @@ CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", EVERYTHING, 3, 5, 4, 57, None, 3),
     ("lstm", {"hold": True, "reset": True}, 3, 1, 4, 30, 11), ("rnn_relu", {}, 3, 5, 1, 1, None),
     ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
-    ("lstm", {"hold": True}, 1, 2, 4, 30, 11),
+    ("lstm", {"hold": True}, 1, 2, 4, 30, 11), ("lstm", {"norm": True}, 1, 1, 4, 21, None),
 ]  # fmt: skip
 
 

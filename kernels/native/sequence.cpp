@@ -585,6 +585,7 @@ static int forward_of_head(const Forward& f) {
             W_hr.pack(all_of.first(outputs), all_of.last(outputs));
             ready.wait();
         }
+        if (part.b0 == part.b1) return;  // more threads than rows of a cell that REDUCES
 
         const Index b0 = part.b0, b1 = part.b1, mine = b1 - b0, u0 = part.first(blocks), u1 = part.last(blocks), some = u1 - u0;
         const Index p0 = part.first(outputs), p1 = part.last(outputs);
