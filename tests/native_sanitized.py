@@ -13,6 +13,7 @@ from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
 from gpu_rnn.kernels.cells import apply_modifiers
 from gpu_rnn.kernels.mathematics import recurrent, sigmoid, tanh
+from gpu_rnn.kernels.native import isa
 
 from . import calls
 from .conftest import sequence_arrays
@@ -29,6 +30,8 @@ CASES = [  # cell, modifiers, T, B, I, H, P, heads where there are several
     ("lstm", {}, 1, 1, 130, 131, None), ("gru", {}, 1, 50, 3, 21, None), ("lstm", {"hold": True}, 1, 3, 4, 30, 11),
     ("lstm", {"hold": True}, 1, 2, 4, 30, 11), ("lstm", {"norm": True}, 1, 1, 4, 21, None),
 ]  # fmt: skip
+# Of 32 registers, as AVX-512 and NEON have, 3 rows have twice as many blocks side by side as 4.
+MANY_REGISTERS = isa.PLAIN._replace(registers=32), ("lstm", {}, 3, 7, 4, 60, 40)
 
 
 def late(x, h, state):
@@ -72,6 +75,11 @@ def main():
     for case in CASES[:1] if mutation else CASES:
         for reverse in (False, True):
             run(reverse, *case)
+    if not mutation:
+        instruction_set, case = MANY_REGISTERS
+        native.instruction_set = lambda: instruction_set
+        native.code.cache_clear(), native.library.cache_clear()
+        run(False, *case)
 
 
 if __name__ == "__main__":

@@ -470,8 +470,13 @@ DEVICE void each_blocks(const Cut& cut, Index u0, Index u1, Body body) {
     for (Index u = u0; u < u1; u += cut.blocks) body(u, min(u1, u + cut.blocks));
 }
 
-// Elements of a buffer for R rows of a product that is read before the next blocks are computed.
-DEVICE Index scratch_elements(Index G, Index R) { return R * Cut(G, R).blocks * G * V; }
+// Elements of a buffer for R rows of a product of gates [first, last) that is read before the next blocks are computed; or
+// for one row less, as a thread may have, and then perhaps more blocks side by side.
+DEVICE Index scratch_elements(Index first, Index last, Index G, Index R) {
+    const auto of_rows = [=](Index rows) { return rows * Cut(first, last, rows).blocks * G * V; };
+    return max(of_rows(R), of_rows(max(R - 1, 0)));
+}
+DEVICE Index scratch_elements(Index G, Index R) { return scratch_elements(0, G, G, R); }
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
@@ -558,9 +563,9 @@ static int forward_of_head(const Forward& f) {
     const Index passes = f.passes, inputs_T = T / passes;
     const Index chunk = !f.W ? 0 : rows < CHUNK_ROWS ? min(inputs_T, CHUNK_ROWS / max(rows, 1)) : passes - 1;
     const Index inputs = !f.W ? 0 : chunk || cell.REDUCES ? max(chunk, 1) * rows * width * GV : scratch_elements(G, rows);
-    Index across = 0;  // blocks of the recurrent projection side by side, of either pass
-    for (const auto& range : f.gates) across = max(across, Cut(range[0], range[1], rows).blocks);
-    const Index gates = rows * (cell.REDUCES ? blocks : across) * GV, projected = scratch_elements(1, rows);
+    Index gates = cell.REDUCES ? rows * blocks * GV : 0;  // of the recurrent projection, of either pass
+    for (const auto& range : f.gates) gates = max(gates, scratch_elements(range[0], range[1], G, rows));
+    const Index projected = scratch_elements(1, rows);
     const Index some_blocks = Cut(G, rows).blocks, some_outputs = Cut(1, rows).blocks;  // that stand side by side
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
     const Index start_size = Starts(f, nullptr).size(), panels = few || once ? 0 : weights.size(blocks, outputs);
