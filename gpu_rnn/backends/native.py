@@ -121,8 +121,7 @@ def forward(problem: Problem, runs: Sequence[Run]) -> list[Result]:
 def to_result(problem: Problem, run: Run, y: Any, last: Sequence[Any], saved: Sequence[Any]) -> Result:
     history: list[Any] = []
     if problem.history:
-        after = slice(0, -1) if run.reverse else slice(1, None)
-        history = [states[after] for states in saved[1 : problem.cell.S]]
+        history = [states[:-1] for states in saved[1 : problem.cell.S]]
         if problem.training or y.dtype != run.x.dtype:
             history = [gpu_common.to_storage(states, run.x) for states in history]
         elif problem.library == "torch":  # autograd would not let a caller modify a view
@@ -417,11 +416,11 @@ def compile_once(problem: Problem) -> Compiled:
     passes = 2 if cell.pass_gates else 1, *(cell.pass_gates or (0, G, 0, G))
     sizes = problem.T, problem.B, G * H if I is None else I, H, P, N, H // N, P // N
     states = f"{cell.S}Q{8 * (MAX_STATES - cell.S)}x"
+    plain, addresses, empty_like = of_library(problem.library)
     return Compiled(
         loaded.forward, loaded.backward, loaded.pack, struct.pack("14Q", code(cell, real), *sizes, *passes),
         struct.Struct(f"5q13Q{3 * states}"), struct.Struct(f"6q24Q{4 * states}"), (problem.T, problem.B, P),
-        *of_library(problem.library),
-        kept_shapes(problem),
+        plain, addresses, empty_like, kept_shapes(problem),
     )  # fmt: skip
 
 

@@ -108,9 +108,9 @@ DEVICE void reduce_over_units(real (&means)[MEANS], Index row, Index units, int 
 template <class Problem>
 DEVICE Index time_of(const Problem& problem, Index n) { return problem.reverse ? problem.T - 1 - n : n; }
 
-// Where in [T+1] the states with index n lie.
+// Where in [T+1] the states with index n lie: those after a time step at its place, and the first ones at the end.
 template <class Problem>
-DEVICE Index place_of(const Problem& problem, Index n) { return problem.reverse ? problem.T - n : n; }
+DEVICE Index place_of(const Problem& problem, Index n) { return n == 0 ? problem.T : time_of(problem, n - 1); }
 
 // h: [B, H] where h of a head after the step goes: y, or what the projection takes.
 static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, scalar* h) {

@@ -684,13 +684,13 @@ extern "C" int forward(const Forward* runs, Index count, Index threads) {
     for (const Forward* f = runs; f < runs + count; ++f)
         for (Index s = 1; s < cell.S; ++s) {
             scalar* states = f->cell_states[s];
-            memmove(states ? states + (f->reverse ? T * of_state : 0) : f->last[s], f->first[s], of_state * sizeof(scalar));
+            memmove(states ? states + T * of_state : f->last[s], f->first[s], of_state * sizeof(scalar));
         }
     if (each_head(runs, count, threads, forward_of_head)) return 1;
     for (const Forward* f = runs; f < runs + count; ++f) {
         memcpy(f->last[0], f->y + (f->reverse ? 0 : T - 1) * of_h, of_h * sizeof(scalar));
         for (Index s = 1; s < cell.S && f->cell_states[s]; ++s)
-            memcpy(f->last[s], f->cell_states[s] + (f->reverse ? 0 : T * of_state), of_state * sizeof(scalar));
+            memcpy(f->last[s], f->cell_states[s] + (f->reverse ? 0 : T - 1) * of_state, of_state * sizeof(scalar));
     }
     return 0;
 }

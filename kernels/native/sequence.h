@@ -47,7 +47,7 @@ struct Forward {
     const scalar* packed;   // what `pack` made of W, R and W_hr; or null, and the call packs them itself
     const scalar* first[MAX_STATES];  // [B, P], then [B, H]: the states before
     scalar* last[MAX_STATES];         // the same, written: the states after
-    scalar* cell_states[MAX_STATES];  // of states from 1 on [T+1, B, H], written: between time steps t - 1 and t; or null
+    scalar* cell_states[MAX_STATES];  // of states from 1 on [T+1, B, H], written: after time step t, then the first; or null
 };
 
 struct Backward {
