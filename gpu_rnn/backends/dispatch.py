@@ -112,8 +112,7 @@ class Explanation:
         for name, reasons in self.reasons.items():
             if name != self.backend:
                 other = f"{self.requested} was requested" if self.requested else f"backend={name!r} selects it"
-                why = reasons or (f"available; {other}",)
-                lines += [f"  not {name}: {reason}" for reason in why]
+                lines += [f"  not {name}: {reason}" for reason in reasons or (f"available; {other}",)]
         return "\n".join([*lines, f"  on a GPU, cuDNN would use: {self.cudnn}"])
 
     def memory_to_str(self) -> str:

@@ -210,7 +210,7 @@ class BackwardCall:
     def arguments(self, threads: int) -> bytes:
         """The struct Backward."""
         problem, compiled, w, (T, B, P) = self.problem, compile_problem(self.problem), self.w, self.y.shape
-        after = T * B * problem.cell.G * problem.H * (self.x.shape[2] + P // problem.heads)
+        after = T * B * problem.cell.G * problem.H * ((problem.I or 0) + P // problem.heads)
         written = [self.grads.get(name) for name in ("x", *Weights._fields[:5])]
         pointed = (
             self.x, w.w_ih, w.w_hh, w.w_hr, *w[5:], self.y, self.activations, self.unprojected, self.first[0], self.dy,

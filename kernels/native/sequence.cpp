@@ -421,7 +421,7 @@ static void tile_in_place(const scalar* const* rows, const scalar* weights, int 
     vec total[C][M];
     for (int c = 0; c < C; ++c)
         for (int m = 0; m < M; ++m) total[c][m] = load(start + c * block);
-    for (Index begin = 0; begin < K; begin += PIECE) {
+    for (Index begin = 0; begin == 0 || begin < K; begin += PIECE) {  // of no K too: -0 becomes 0
         const Index end = min(K, begin + PIECE);
         vec sum[C][M] = {};
         for (Index line = begin; line < end; line += LINE)

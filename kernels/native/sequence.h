@@ -34,7 +34,7 @@ struct Forward {
     Index reverse, threads;
     Index x_time, x_row;    // elements from one time step of x to the next, and from one row
     Index unit_rows;        // of aux.units
-    const scalar* x;        // [T / passes, B, I]; [.., G, H], the input part of all gates, where W is null
+    const scalar* x;        // [T / passes, B, I]; [.., G, H], the input projection of all gates, where W is null
     const scalar* W;        // [G, H, I] input weights, or null
     const scalar* R;        // [G, H, Q] recurrent weights
     const scalar* b_x;      // [G, H] or null
@@ -65,9 +65,9 @@ struct Backward {
     const scalar* h_unprojected;  // as in Forward
     const scalar* h0;             // [B, P]
     const scalar* dy;             // [T, B, P]
-    scalar* dWx;                  // [T, B, G, H] written: gradient of the input part of all gates
+    scalar* dWx;                  // [T, B, G, H] written: gradient of the input projection of all gates
     scalar* dWx_sum;              // [T / passes, B, G, H] written: its sums over passes; dWx for one, or null
-    scalar* dRh;                  // the same of the recurrent part; it is dWx where the two are equal
+    scalar* dRh;                  // the same of the recurrent projection; it is dWx where the two are equal
     scalar* dy_total;             // [T, B, P] written: gradient of y, later time steps included; null without W_hr
     scalar* dunits;               // [LEARNED, B, H] added to
     scalar* dx;                   // [T / passes, B, I] written; null, as all that follow, where it isn't wanted
