@@ -257,15 +257,15 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
 // dh: gradient of what the recurrent weights saw at time step n. Added to dfirst[0], that of h.
 static void operand_grad(const Backward& f, Index n, Range range, Gates dh) {
     each_pair(range, [&](int count, const Index* b, const Index* u) {
-        real seen[1], aux[or_1(AUX)], dunits[or_1(LEARNED)];
+        real dseen[1], aux[or_1(AUX)], dunits[or_1(LEARNED)];
         for (int i = 0; i < PAIR; ++i) {
-            seen[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
+            dseen[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
             if constexpr (Cell::OPERAND != 0) load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.Q);
         }
-        if constexpr (Cell::OPERAND != 0) Cell::operand_grad(seen, dunits, aux);
+        if constexpr (Cell::OPERAND != 0) Cell::operand_grad(dseen, dunits, aux);
         for (int i = 0; i < count; ++i) {
             const int lanes = lanes_of(u[i], f.Q);
-            add_to(f.dfirst[0] + b[i] * f.P + u[i] * V, seen[0].v[i], lanes);
+            add_to(f.dfirst[0] + b[i] * f.P + u[i] * V, dseen[0].v[i], lanes);
             if constexpr (Cell::OPERAND != 0)
                 for (int k = 0; k < LEARNED; ++k)
                     add_to(f.dunits + (k * f.B + b[i]) * f.H + u[i] * V, dunits[k].v[i], lanes);
