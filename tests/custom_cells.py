@@ -15,6 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 DEFINITIONS = [block for block in BLOCKS if "@gpu_rnn.cell" in block]
 USE = next(block for block in BLOCKS if "MGU.function" in block)
 MODULE = next(block for block in BLOCKS if "GATES" in block)
+USE_OF_MODULE = next(block for block in BLOCKS if 'run("mgu"' in block)
 
 document = sys.modules["document"] = ModuleType("document")  # where pickle finds the classes
 for definition in DEFINITIONS:

@@ -68,6 +68,13 @@ def test_the_documents_use_runs():
     exec(custom_cells.USE, dict(vars(custom_cells.document)))
 
 
+def test_the_documents_use_of_a_module_runs(mgu):
+    names = {}
+    exec(custom_cells.USE_OF_MODULE, names)
+    assert names["y"].shape == (7, 2, 4)
+    assert names["hT"].shape == (2, 4)
+
+
 def test_facts_follow_from_the_definitions(mgu):
     assert (mgu.G, mgu.S, mgu.K, mgu.separate) == (2, 1, 3, (False, True))
     derived = cells.get("MGU")
