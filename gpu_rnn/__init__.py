@@ -5,7 +5,7 @@
     gpu_rnn.replace_(model)              uses them in a model; gpu_rnn.restore_(model) puts torch.nn's back
     gpu_rnn.cell(step)                   your own cell as a layer (docs/new_cell.md)
     gpu_rnn.cells                        published cells: MGU, JANET, coRNN and so on (docs/cells.md)
-    gpu_rnn.flashrnn                     the package flashrnn's function, on our backends
+    gpu_rnn.flashrnn.flashrnn            the package flashrnn's function, on our backends
     gpu_rnn.tbptt(layer, x, k1, k2)      truncated backpropagation through time
     gpu_rnn.stream(layer)                a layer whose input comes one time step at a time
     gpu_rnn.explain, inspect             which backend would run, and the gates inside a cell

@@ -102,7 +102,7 @@ def info() -> None:
     console = Console()
     console.print(system)
     console.print(backends)
-    console.out(f"for {cells.get('lstm').name} T=64 B=32 I=128 H=128 float32; others: gpu-rnn explain", highlight=False)
+    console.out("for lstm T=64 B=32 I=128 H=128 float32; for other calls: python -m gpu_rnn explain", highlight=False)
 
 
 def gpus() -> list[str]:

@@ -342,7 +342,10 @@ def prepare_kernel(unit: Unit, kernel: str, shared: int, cluster: int) -> Any:
 
 
 def prepare_launch(launch: Launch) -> Callable[..., None]:
-    """A `Runner` on the current device and stream. It loads the kernel, which compiles it if need be."""
+    """Load a kernel on the current device, compiled if need be -> a function that launches it on the current stream.
+
+    Nothing is launched here. This is a `Runner`.
+    """
     function = prepare_kernel(launch.unit, launch.kernel, launch.shared, launch.cluster[0]).kernel
     if launch.cooperative:
         most = coresident(function.ptr, launch.block[0], launch.shared)

@@ -1,7 +1,7 @@
 """The plain reference: a loop over time that runs a cell's graph one operation at a time, on arrays of any library.
 
-Right for every cell and modifier, and slow. It is what double backward and forward mode differentiate, what `inspect`
-looks into, and what tests judge optimized code by; it is judged by torch.nn.
+Right for every cell and modifier, and slow. Double backward and forward mode differentiate it, `inspect` looks into it,
+and the benchmark checks modifiers by it. tests/test_reference.py compares it with torch.nn.
 """
 
 from collections.abc import Callable, Sequence

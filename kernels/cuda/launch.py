@@ -1,4 +1,4 @@
-"""What is compiled and what is launched, as plain values: for CuPy on a GPU, for the tests on a CPU."""
+"""Describe what is compiled and launched, as plain values: CuPy launches it on a GPU, the tests' emulator on a CPU."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

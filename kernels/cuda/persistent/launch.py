@@ -1,4 +1,4 @@
-"""The kernel launches of a configuration of persistent.cu."""
+"""Describe the kernel launches of a configuration of persistent.cu, as data; the CUDA backend launches them."""
 
 from array import array
 from collections.abc import Iterator, Sequence
