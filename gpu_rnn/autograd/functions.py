@@ -254,9 +254,7 @@ def fill_zeros(layout: FlatRuns, tensors: Sequence[Tensor], grads: Sequence[Sequ
             dy = x.new_zeros(T, B, state[0].shape[-1])
         filled.append(dy)
         shapes = [*(initial.shape for initial in state), *[(T, B, state[-1].shape[-1])] * (len(rest) - layout.S)]
-        missing = {shape for shape, d in zip(shapes, rest) if d is None}
-        zeros = {shape: x.new_zeros(shape) for shape in missing}  # nothing writes to them
-        filled += [zeros[shape] if d is None else d for shape, d in zip(shapes, rest)]
+        filled += [x.new_zeros(shape) if d is None else d for shape, d in zip(shapes, rest)]
     return filled
 
 
