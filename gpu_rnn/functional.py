@@ -21,7 +21,7 @@ from .backends.call_cache import CachedCall, lookup
 from .core import arrays
 from .core.flat_runs import FlatRuns
 from .core.optional_imports import require
-from .core.problem import Grads, Modifiers, Options, Run, Weights
+from .core.problem import Grads, Modifiers, Options, Run, Weights, with_zeros
 from .core.validation import (
     ShapeError,
     as_count,
@@ -31,7 +31,6 @@ from .core.validation import (
     first_states,
     shape,
     validate,
-    with_zeros,
     zero_states,
 )
 from .modifiers.apply import NO_MODIFIERS, apply
@@ -322,7 +321,7 @@ def vjp(function: Callable, *args, **kwargs) -> tuple[Any, Callable[[Any], dict[
     modified = apply(name, values["x"], weights, modifiers, options.reverse, options.heads)
     call_run = Run(modified.x, modified.weights, (*initial.values(),), options.reverse)
     call = make_call(modified.name, call_run, options, training=not options.recompute)
-    runs = with_zeros([call_run], call.zeros, call_run.x) if call.zeros else [call_run]
+    runs = with_zeros([call_run], call.zeros, partial(arrays.zeros, like=call_run.x))
     (result,) = call.backend.forward(call.problem, runs)
     outputs = modified.unpack(result.y, (*result.last, *result.history), cell.S, options.history)
     # layer_norm takes weights out of a run; what is labelled is what the caller gave
@@ -400,7 +399,7 @@ def run_arrays(name: str, run: Run, options: Options, library: str) -> tuple[Any
     tensors = run.x, *run.weights, *run.state
     call = lookup((name, options), library, tensors, make_call, name, run, options)
     assert call is not None
-    runs = with_zeros([run], call.zeros, run.x) if call.zeros else [run]
+    runs = with_zeros([run], call.zeros, partial(arrays.zeros, like=run.x))
     ((y, last, history, _),) = call.backend.forward(call.problem, runs)
     return y, last + history
 

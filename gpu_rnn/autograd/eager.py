@@ -14,8 +14,8 @@ from torch import Tensor
 from ..backends import dispatch
 from ..backends.call_cache import CachedCall, lookup
 from ..core.flat_runs import FlatRuns
-from ..core.problem import Options, Run
-from ..core.validation import validate, with_zeros, zero_states
+from ..core.problem import Options, Run, with_zeros
+from ..core.validation import validate, zero_states
 from . import flops  # noqa: F401  (registers what operators cost)
 from .custom_ops import call_op, is_exporting
 from .derivatives import any_requires_grad
@@ -48,7 +48,7 @@ def run_under_transform(name: str, run: Run, options: Options) -> tuple[Tensor, 
     """One direction, where a transform is active."""
     call = make_call(name, [run], options, training=not options.recompute)
     assert call is not None
-    (filled,) = with_zeros([run], call.zeros, run.x) if call.zeros else [run]
+    (filled,) = with_zeros([run], call.zeros, run.x.new_zeros)
     y, *last = fast_apply(RNNFunction, call, None, *call.layout.flatten([filled]))[: call.problem.outputs]
     return y, tuple(last)
 

@@ -20,7 +20,7 @@ from ..backends.call_cache import CachedCall
 from ..backends.protocol import Backend
 from ..core import arrays
 from ..core.flat_runs import FlatRuns, chunks
-from ..core.problem import Grads, Problem, Result, Run
+from ..core.problem import Grads, Problem, Result, Run, with_zeros
 from .derivatives import jvp, no_autocast, reference, reference_gradient, scatter, vjp
 from .torch_private import (
     fast_apply,
@@ -83,16 +83,7 @@ def torch_state(x: Tensor) -> tuple[bool, str | None]:
 
 def run_cached(call: CachedCall, runs: Sequence[Run]) -> Outputs:
     """Run a call by what was decided for it. States may be None, for zeros."""
-    if call.zeros:
-        new: dict[Any, Tensor] = {}  # by shape, as nothing writes to them
-        for shapes in call.zeros:
-            for shape in shapes:
-                if shape is not None and shape not in new:
-                    new[shape] = runs[0].x.new_zeros(shape)
-        runs = [
-            Run(x, weights, [new.get(shape, s) for s, shape in zip(state, shapes)], reverse)
-            for (x, weights, state, reverse), shapes in zip(runs, call.zeros)
-        ]
+    runs = with_zeros(runs, call.zeros, runs[0].x.new_zeros)
     results = forward(call.backend, call.problem, runs)
     if not call.requires_grad:
         return [(y, last + history) for y, last, history, _ in results]

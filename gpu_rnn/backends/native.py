@@ -185,7 +185,8 @@ class BackwardCall:
 
     def __init__(self, problem: Problem, run: Run, saved: tuple, grads: Grads, names: Needs) -> None:
         self.problem, self.run, self.names = problem, run, names
-        plain = compile_problem(problem).plain
+        compiled = compile_problem(problem)
+        plain = compiled.plain
         self.x, self.w, self.first = as_rows(run.x), plain_weights(problem, run.weights), plain(run.state)
         self.y, self.activations, *kept = plain(saved)
         self.states, self.unprojected = kept[: problem.cell.S - 1], (*kept[problem.cell.S - 1 :], None)[0]
@@ -196,7 +197,7 @@ class BackwardCall:
             self.dWx_sum = empty((len(self.x), B, cell.G * H)) if {"x", "w_ih", "b_ih"} & {*names} else None
         self.dRh = empty((T, B, cell.G * H)) if any(cell.separate) else self.dWx
         self.dy_total: Any = empty((T, B, P)) if w.w_hr is not None else None
-        self.dfirst = [empty(array.shape) for array in self.first]
+        self.dfirst = [*map(compiled.empty_like, self.first)]
         parameters = {"x": None if w.w_ih is None else self.x, **w._asdict(), "units": None}
         self.grads = {name: empty(a.shape) for name, a in parameters.items() if a is not None and name in names}
         self.dunits, self.dunits_sum = arrays.zeros((cell.num_trainable, B, H), like=self.x), None
@@ -231,7 +232,6 @@ class BackwardCall:
 
 def gemm_operands(x: Any, weights: Weights) -> tuple[Any, Weights]:
     """NumPy's, whichever library the arrays are of: so its results don't depend on that."""
-
     if isinstance(x, np.ndarray):
         return x, weights
     x, *plain = [tensor if tensor is None else tensor.detach().numpy() for tensor in plain_tensors((x, *weights))]

@@ -48,6 +48,23 @@ class Grads(NamedTuple):
     history: tuple = ()
 
 
+def with_zeros(
+    runs: Sequence[Run], zeros: Sequence[Sequence[tuple[int, ...] | None]], new: Callable[[tuple[int, ...]], Any]
+) -> Sequence[Run]:
+    """The runs with zeros for their missing states: one array for all of a shape, as nothing writes to them.
+
+    zeros: `validation.zero_states`. new: makes an array of zeros.
+    """
+    if not zeros:
+        return runs
+    missing = {shape for shapes in zeros for shape in shapes if shape is not None}
+    made: dict[Any, Any] = {shape: new(shape) for shape in missing}
+    return [
+        Run(x, weights, [made.get(shape, s) for s, shape in zip(state, shapes)], reverse)
+        for (x, weights, state, reverse), shapes in zip(runs, zeros)
+    ]
+
+
 class Options(NamedTuple):
     """How a call is to run, as its caller says it."""
 

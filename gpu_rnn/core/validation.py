@@ -63,15 +63,6 @@ def zero_states(problem: Problem, runs: Sequence[Run]) -> tuple[tuple[tuple[int,
     return tuple(shapes) if any(map(any, shapes)) else ()
 
 
-def with_zeros(runs: Sequence[Run], zeros: Sequence[Sequence[tuple[int, ...] | None]], like: Any) -> list[Run]:
-    """The runs with zeros for their missing states."""
-    filled = []
-    for run, shapes in zip(runs, zeros):
-        state = [s if shape is None else arrays.zeros(shape, like=like) for s, shape in zip(run.state, shapes)]
-        filled.append(run._replace(state=state))
-    return filled
-
-
 def make_problem(
     name: str, signatures: Sequence[Signature | None], options: Options, reverse: bool, training: bool, precision: str
 ) -> Problem:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from os import PathLike
 from typing import Any
@@ -16,8 +16,8 @@ from gpu_rnn.kernels.trace import Graph
 from ..backends.numpy import to_numpy
 from ..core import arrays, reference
 from ..core.optional_imports import require
-from ..core.problem import Options, Run, Weights
-from ..core.validation import validate, with_zeros, zero_states
+from ..core.problem import Options, Run, Weights, with_zeros
+from ..core.validation import validate, zero_states
 from ..functional import ModifierKeywords, cell_name, gru, lstm, parse_keywords, rnn
 
 FUNCTIONS = (lstm, gru, rnn)
@@ -212,7 +212,7 @@ def run_recorded(name: str, run: Run, heads: int) -> dict[str, np.ndarray]:
         raise ValueError(
             f"inspect supports cells, their variants and lengths, but no other modifiers; got {cell.label}"
         )
-    x, weights, state, reverse = with_zeros([run], zeros, run.x)[0] if zeros else run
+    x, weights, state, reverse = with_zeros([run], zeros, partial(arrays.zeros, like=run.x))[0]
     weights, state = Weights(*map(on_cpu, weights)), tuple(map(on_cpu, state))
     steps = reference.run_heads(cell, activated(cell), on_cpu(x), weights, state, reverse, heads)
     columns = zip(*((*gates, *states) for states, gates in steps))
