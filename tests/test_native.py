@@ -341,6 +341,75 @@ def test_idle_threads_sleep(rng):
     assert said == "True\n"
 
 
+OPENMP = """
+import os, sys
+import torch
+import gpu_rnn
+from gpu_rnn.backends import native
+native.WORTH_A_THREAD = 0
+torch.set_num_threads(2)
+layer, x = gpu_rnn.LSTM(20, 40), torch.randn(9, 3, 20)
+tasks = lambda: len(os.listdir("/proc/self/task"))
+def run():
+    layer.zero_grad()
+    y, _ = layer(x)
+    y.sum().backward()
+    return [y.detach(), *[p.grad for p in layer.parameters()]]
+torch.set_num_threads(1)
+expected = run()
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()
+before = tasks()
+same = lambda: all(map(torch.equal, run(), expected))
+"""
+RUNS_ON_OPENMP = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or "OpenMP" not in torch.__config__.parallel_info(),
+    reason="torch has no OpenMP here, or there is no telling how many threads there are",
+)
+
+
+def by_openmp(code, **env):
+    return subprocess.check_output(
+        [sys.executable, "-c", OPENMP + code], timeout=120, text=True, env={**os.environ, **env}
+    ).strip()
+
+
+@RUNS_ON_OPENMP
+def test_tensors_are_computed_on_the_threads_of_torch():
+    assert by_openmp("print(same(), tasks() - before)") == "True 0"
+
+
+@RUNS_ON_OPENMP
+def test_an_openmp_that_gives_fewer_threads_leaves_the_work_to_others():
+    assert by_openmp("print(same(), tasks() - before)", OMP_THREAD_LIMIT="1") == "True 1"
+
+
+@RUNS_ON_OPENMP
+def test_a_fork_does_not_wait_for_openmp():
+    child = "os._exit(0 if same() and tasks() == 2 else 7)"
+    code = f"same()\nif (child := os.fork()) == 0: {child}\n"
+    code += "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same(), tasks() - before)"
+    assert by_openmp(code) == "0 True 0"
+
+
+@RUNS_ON_OPENMP
+def test_a_library_loaded_in_a_fork_does_not_wait_for_openmp():
+    """Its parent used OpenMP before."""
+    code = """
+import os, sys, torch
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()
+if (child := os.fork()) == 0:
+    import gpu_rnn
+    from gpu_rnn.backends import native
+    native.WORTH_A_THREAD = 0
+    y, _ = gpu_rnn.GRU(20, 40)(torch.randn(9, 3, 20))
+    os._exit(len(os.listdir("/proc/self/task")))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], timeout=120, text=True) == "2\n"
+
+
 # ---- through the front door -----------------------------------------------------------------------------------------
 
 

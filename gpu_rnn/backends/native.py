@@ -352,6 +352,24 @@ def threads_for(work: int) -> int:
     return threads() if work >= WORTH_A_THREAD else 1
 
 
+def shares_openmp(problem: Problem) -> bool:
+    """Whether kernels run on the OpenMP threads of the arrays' library, which else spin on the cores of ours.
+
+    A process that was forked without exec may have inherited an OpenMP that waits for threads of the parent.
+    """
+    return problem.library == "torch" and not forked()
+
+
+@cache
+def forked() -> bool:
+    """Whether this process was forked and has executed no program since. Where there is no telling: yes."""
+    try:
+        flags = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6])  # as man 5 proc numbers it, 9
+    except (OSError, ValueError, IndexError):
+        return True
+    return bool(flags & 0x40)  # PF_FORKNOEXEC of the kernel's include/linux/sched.h
+
+
 @cache
 def cores() -> int:
     setting = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -363,7 +381,7 @@ def cores() -> int:
 def call(function: Callable[..., int], values: bytes, runs: int, threads: int, _alive: Any = None) -> None:
     """_alive: the arrays that `values` points to, for a partial to keep."""
     if function(values, runs, threads):
-        raise MemoryError("there is no memory for packed weights")
+        raise MemoryError("there is no memory for packed weights, or no thread")
 
 
 # ---- Code -----------------------------------------------------------------------------------------------------------
@@ -418,7 +436,8 @@ def compile_once(problem: Problem) -> Compiled:
     states = f"{cell.S}Q{8 * (MAX_STATES - cell.S)}x"
     plain, addresses, empty_like = of_library(problem.library)
     return Compiled(
-        loaded.forward, loaded.backward, loaded.pack, struct.pack("14Q", code(cell, real), *sizes, *passes),
+        loaded.forward, loaded.backward, loaded.pack,
+        struct.pack("15Q", code(cell, real), *sizes, *passes, shares_openmp(problem)),
         struct.Struct(f"5q13Q{3 * states}"), struct.Struct(f"6q24Q{4 * states}"), (problem.T, problem.B, P),
         plain, addresses, empty_like, kept_shapes(problem),
     )  # fmt: skip

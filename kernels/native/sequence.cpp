@@ -16,6 +16,7 @@
 //
 // Why not the simpler way: one large product for the inputs of all time steps would write T B G H values to memory and read
 // them again; here it is made for as many time steps as give a product enough rows.
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -50,10 +51,10 @@ struct Scratch {  // of `scalar`, on cache lines of its own; none of size 0, or 
 
 // ---- Threads -------------------------------------------------------------------------------------------------------
 
-// Threads that sleep until a call wakes them. One call at a time uses them; a concurrent one runs on its own thread.
+// Threads that sleep until a call wakes them.
 struct Pool {
     static constexpr int MOST = 64;
-    pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, mutex = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
     pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
     int started = 0, requested = 0, running = 0;
     uint64_t call = 0, joined[MOST] = {};  // the call that was the last one when a thread was started
@@ -79,12 +80,8 @@ static void* serve(void* argument) {
     return nullptr;
 }
 
-// As many threads as are requested and there are, for `run`; 1 is the caller alone. `release` gives them back.
-static int acquire(Index requested) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    if (requested < 2 || pthread_mutex_trylock(&pool.owner) != 0) return 1;
-    pthread_once(&once, [] { pthread_atfork(nullptr, nullptr, [] { pool = Pool(); }); });  // a child has no threads
-    requested = min(requested, Pool::MOST);
+// Start the pool's threads until there are so many, the caller included. How many there are.
+static int start(int requested) {
     sigset_t every, before;
     sigfillset(&every);
     pthread_sigmask(SIG_SETMASK, &every, &before);  // signals are for the threads of the process itself
@@ -100,27 +97,90 @@ static int acquire(Index requested) {
     return static_cast<int>(min(requested, pool.started + 1));
 }
 
-static void release(int threads) {
-    if (threads > 1) pthread_mutex_unlock(&pool.owner);
+// The OpenMP that the caller's library computes with, by the interface of GNU's, which LLVM's and Intel's have, too.
+static struct {
+    void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+    int (*size)();
+    int (*rank)();
+    bool sought, lost;
+
+    bool found() {
+        if (!sought) {
+            find(parallel, "GOMP_parallel"), find(size, "omp_get_num_threads"), find(rank, "omp_get_thread_num");
+            sought = true;
+        }
+        return parallel && size && rank && !lost;
+    }
+    template <class Function>
+    static void find(Function& function, const char* name) {
+        function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+    }
+} openmp;
+
+static pthread_mutex_t several = PTHREAD_MUTEX_INITIALIZER;  // is held by the call that runs on several threads
+
+// A child has no threads, and GNU's OpenMP would wait for those that its parent had.
+__attribute__((constructor)) static void prepare_fork() {
+    pthread_atfork(nullptr, nullptr, [] {
+        pool = Pool();
+        several = PTHREAD_MUTEX_INITIALIZER;
+        openmp.lost = true;
+    });
 }
 
-// Have body(0) to body(threads - 1) run at the same time; the caller is thread 0.
-template <class Body>
-static void run(int threads, Body& body) {
-    if (threads == 1) return body(0);
-    pthread_mutex_lock(&pool.mutex);
-    pool.body = [](void* context, int thread) { (*static_cast<Body*>(context))(thread); };
-    pool.context = &body;
-    pool.running = threads - 1;
-    pool.requested = threads;
-    ++pool.call;
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.mutex);
-    body(0);
-    pthread_mutex_lock(&pool.mutex);
-    while (pool.running > 0) pthread_cond_wait(&pool.done, &pool.mutex);
-    pthread_mutex_unlock(&pool.mutex);
-}
+// Threads of a call, as many as are requested and there are; one alone where a concurrent call has some.
+//
+// They are OpenMP's where the caller's library has it: after an operation of that library, its threads spin for
+// milliseconds on the cores that others would have to wait for. Else they are the pool's.
+class Workers {
+    bool by_openmp = false;
+
+public:
+    int count = 1;
+
+    Workers(Index requested, bool prefer_openmp) {
+        if (requested < 2 || pthread_mutex_trylock(&several) != 0) return;
+        by_openmp = prefer_openmp && openmp.found();
+        count = static_cast<int>(min(requested, Pool::MOST));
+        if (!by_openmp) count = start(count);
+        if (count == 1) pthread_mutex_unlock(&several);
+    }
+    Workers(const Workers&) = delete;
+    ~Workers() {
+        if (count > 1) pthread_mutex_unlock(&several);
+    }
+
+    // Have body(0) to body(count - 1) run at the same time; the caller is thread 0. False where that many can't be had.
+    template <class Body>
+    bool run(Body& body) {
+        if (count == 1) return body(0), true;
+        if (by_openmp) {  // gives fewer, for example, within another parallel region; then none of them begins
+            bool done = false;
+            auto member = [&] {
+                if (openmp.size() != count) return;
+                const int own = openmp.rank();
+                body(own);
+                if (own == 0) done = true;
+            };
+            openmp.parallel([](void* context) { (*static_cast<decltype(member)*>(context))(); }, &member, count, 0);
+            if (done) return true;
+        }
+        if (start(count) < count) return false;
+        pthread_mutex_lock(&pool.mutex);
+        pool.body = [](void* context, int thread) { (*static_cast<Body*>(context))(thread); };
+        pool.context = &body;
+        pool.running = count - 1;
+        pool.requested = count;
+        ++pool.call;
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.mutex);
+        body(0);
+        pthread_mutex_lock(&pool.mutex);
+        while (pool.running > 0) pthread_cond_wait(&pool.done, &pool.mutex);
+        pthread_mutex_unlock(&pool.mutex);
+        return true;
+    }
+};
 
 // All of a call's threads wait here for each other, many times.
 struct Barrier {
@@ -174,10 +234,8 @@ static int each_head(const Problem* runs, Index count, Index threads, int (*body
         for (Index k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < all;)
             if (body(head(runs[k / heads], k % heads))) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     };
-    const int workers = acquire(min(threads, all));
-    run(workers, work);
-    release(workers);
-    return failed;
+    Workers workers(min(threads, all), runs->openmp);
+    return workers.run(work) ? failed : 1;
 }
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -550,7 +608,8 @@ static int forward_of_head(const Forward& f) {
     const Code& cell = *f.cell;
     const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G, GV = G * V;
     const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q);
-    const int threads = acquire(f.threads);
+    Workers workers(f.threads, f.openmp);
+    const int threads = workers.count;
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
 
@@ -570,10 +629,7 @@ static int forward_of_head(const Forward& f) {
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
     const Index start_size = Starts(f, nullptr).size(), panels = few || once ? 0 : weights.size(blocks, outputs);
     Scratch scratch(threads * own), packed(f.packed ? 0 : start_size + panels);
-    if (seen.failed || unprojected.failed || scratch.failed || packed.failed) {
-        release(threads);
-        return 1;
-    }
+    if (seen.failed || unprojected.failed || scratch.failed || packed.failed) return 1;
     Starts starts(f, f.packed ? const_cast<scalar*>(f.packed) : packed.data);
     if (!few) weights.place(starts.x + start_size, blocks);
     if (!f.packed) starts.pack(f);
@@ -672,12 +728,11 @@ static int forward_of_head(const Forward& f) {
             barrier.wait();
         }
     };
-    run(threads, body);
-    release(threads);
-    return 0;
+    return workers.run(body) ? 0 : 1;
 }
 
-// `count` runs of the same sizes; more than one thread: each does all of a head at a time. 0, or 1 where there is no memory.
+// `count` runs of the same sizes; more than one thread: each does all of a head at a time. 0, or 1 where there is no memory
+// or thread.
 extern "C" int forward(const Forward* runs, Index count, Index threads) {
     const Code& cell = *runs->cell;
     const Index T = runs->T, of_h = runs->B * runs->P, of_state = runs->B * runs->H;
@@ -762,21 +817,19 @@ static void sum_rows(const scalar* a, Index rows, Index columns, Index first, In
     }
 }
 
-// Those that are requested, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory.
+// Those that are requested, from dWx, dRh and dy_total of all time steps. 0, or 1 where there is no memory or thread.
 static int gradients(const Backward& f) {
     const Code& cell = *f.cell;
     const Index T = f.T, B = f.B, I = f.I, H = f.H, P = f.P, D = f.D, Q = f.Q, M = cell.G * H, K = T * B, Kx = K / f.passes;
-    const int threads = acquire(f.threads_after);
+    Workers workers(f.threads_after, f.openmp);
+    const int threads = workers.count;
     Matrix W_back{I, M, 1, f.dx ? f.W : nullptr, 0, 1, I};
     const Index inputs = blocks_of(I), blocks = blocks_of(max(I, max(H, P)));
     const Index sums = I % V || H % V || Q % V ? (blocks_of(M) + threads - 1) / threads * V * blocks * V : 0;
     const Index own = CHUNK_ROWS * PIECE + blocks * PIECE * V + sums;
     const bool seen_anew = f.dR && cell.OPERAND && K > 0;
     Scratch zero(blocks * V), scratch(threads * own), packed(W_back.size(inputs)), seen(seen_anew ? K * P : 0);
-    if (zero.failed || scratch.failed || packed.failed || seen.failed) {
-        release(threads);
-        return 1;
-    }
+    if (zero.failed || scratch.failed || packed.failed || seen.failed) return 1;
     memset(zero.data, 0, blocks * V * sizeof(scalar));
     W_back.panels = packed.data;
     const Rows x{f.x, I, B, f.x_time, f.x_row}, unprojected{f.h_unprojected, H, B, B * H, H};
@@ -825,8 +878,7 @@ static int gradients(const Backward& f) {
         if (f.db_x) sum_rows(f.dWx_sum, Kx, M, m0, m1, f.db_x);
         if (f.db_h) sum_rows(f.dRh, K, M, m0, m1, f.db_h);
     };
-    run(threads, body);
-    release(threads);
+    if (!workers.run(body)) return 1;
     for (Index n = 0; f.dunits_sum && n < cell.LEARNED; ++n)
         sum_rows(f.dunits + n * B * H, B, H, 0, H, f.dunits_sum + n * H);
     return 0;
@@ -848,7 +900,8 @@ static int backward_of_head(const Backward& f) {
     const Code& cell = *f.cell;
     const Index T = f.T, B = f.B, H = f.H, P = f.P, G = cell.G;
     const Index blocks = blocks_of(f.D), outputs = blocks_of(f.Q);
-    const int threads = acquire(f.threads);
+    Workers workers(f.threads, f.openmp);
+    const int threads = workers.count;
     const bool by_rows = B >= 2 * threads || cell.REDUCES;
     const int sharing = by_rows ? 1 : threads;
 
@@ -858,10 +911,7 @@ static int backward_of_head(const Backward& f) {
     const Index some_units = scratch_elements(1, rows), unprojected = cell.REDUCES ? rows * blocks * V : some_units;
     const Index own = unprojected + some_units;
     Scratch zero(max(blocks, outputs) * V), scratch(threads * own), packed(R_back.size(outputs) + W_hr_back.size(blocks));
-    if (zero.failed || scratch.failed || packed.failed) {
-        release(threads);
-        return 1;
-    }
+    if (zero.failed || scratch.failed || packed.failed) return 1;
     R_back.panels = packed.data, W_hr_back.panels = packed.data + R_back.size(outputs);
     memset(zero.data, 0, max(blocks, outputs) * V * sizeof(scalar));
 
@@ -912,9 +962,7 @@ static int backward_of_head(const Backward& f) {
             barrier.wait();
         }
     };
-    run(threads, body);
-    release(threads);
-    return 0;
+    return workers.run(body) ? 0 : 1;
 }
 
 // As `forward`.

@@ -31,6 +31,7 @@ struct Forward {
     Index D, Q;             // H / heads and P / heads
     Index passes;           // time steps that have the same x, one after the other; of two, each reads other gates of R h
     Index gates[2][2];      // by pass the first of them, and the one after the last; of one pass twice the same
+    Index openmp;           // whether the caller's library has an OpenMP, whose threads are used
     Index reverse, threads;
     Index x_time, x_row;    // elements from one time step of x to the next, and from one row
     Index unit_rows;        // of aux.units
@@ -52,7 +53,7 @@ struct Forward {
 
 struct Backward {
     const Code* cell;
-    Index T, B, I, H, P, heads, D, Q, passes, gates[2][2];  // as in Forward
+    Index T, B, I, H, P, heads, D, Q, passes, gates[2][2], openmp;  // as in Forward
     Index reverse, threads, threads_after;  // of the time loop, and of the products after it
     Index x_time, x_row, unit_rows;  // as in Forward
     const scalar* x;              // [T / passes, B, I]
