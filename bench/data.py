@@ -36,11 +36,15 @@ class Data:
         self.state = {f"{letter}0": draw(*sizes) for letter in letters}
         self.dy = draw(case.T, B, H)
         self.dlast = tuple(draw(*sizes) for _ in letters)
+        if case.mode == "model":  # weights of the linear layers before and after
+            self.embedding, self.head = draw(case.I, case.I, scale=case.I**-0.5), draw(H, H, scale=H**-0.5)
 
     def double(self) -> "Data":
         """The same numbers, exactly, in float64; of the inputs only the first."""
         wide = object.__new__(Data)
-        wide.x, wide.dy = [self.x[0].double()], self.dy.double()
+        wide.x = [self.x[0].double()]
+        for name in vars(self).keys() & {"dy", "embedding", "head"}:
+            setattr(wide, name, getattr(self, name).double())
         wide.weights, wide.state = ({k: v.double() for k, v in each.items()} for each in (self.weights, self.state))
         wide.dlast = tuple(value.double() for value in self.dlast)
         return wide

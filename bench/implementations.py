@@ -116,7 +116,13 @@ def as_hx(state: Tensors) -> Any:
 def module_run(library: Any, case: Case, data: Data) -> Run:
     module, state = module_of(library, case, data), layer_states(case, data)
     parameters, hx = dict(zip(data.weights, module.parameters(), strict=True)), as_hx(state)
-    return differentiated(case, data, lambda x: module(x, hx), parameters, state)
+
+    def in_a_model(x: torch.Tensor) -> tuple:
+        y, last = module(F.linear(x, data.embedding), hx)
+        return F.linear(y, data.head), last
+
+    call = in_a_model if case.mode == "model" else lambda x: module(x, hx)
+    return differentiated(case, data, call, parameters, state)
 
 
 implementation(problems.NN)(partial(module_run, torch.nn))  # cuDNN on a GPU, oneDNN or ATen on a CPU

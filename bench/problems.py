@@ -9,7 +9,8 @@ from gpu_rnn.core.problem import Problem
 from gpu_rnn.kernels import cells
 
 WIDTH = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a value
-MODES = ("forward", "training", "step")  # training: forward and backward; step: one time step with its state as input
+# training: forward and backward; step: one time step with its state as input; model: training between linear layers
+MODES = ("forward", "training", "step", "model")
 MOST_BYTES = 64 << 30  # of input, output and saved activations: beyond, a size is a typing error
 
 NN, NUMPY, LAYER, STREAM = "torch.nn", "ours (numpy)", "ours (layer)", "ours (stream)"
@@ -94,7 +95,7 @@ class Case:
 
     @property
     def training(self) -> bool:
-        return self.mode == "training"
+        return self.mode in ("training", "model")
 
     @property
     def inputs(self) -> int:
@@ -181,6 +182,7 @@ def cpu() -> list[Group]:
         Group("call overhead", grid(cells, (1,), (1,), (64,), **step), (NN, NN_KERNEL, LAYER, KERNEL, STREAM)),
         Group("peers", peers, (NN, NATIVE, NUMPY, *(name for name in PEERS if name != COMPILED))),
         Group("compiled loop", peers[:1], (NN, NATIVE, NUMPY, COMPILED), once=True),
+        Group("in a model", grid(cells, (32, 256), (8, 64), (128, 512), modes=("model",)), (NN, LAYER)),
         Group("modifiers", grid(both, (64,), (16,), (128,)), (NN, *MODIFIERS), once=True),
         *far,
         Group("sequences and their matmuls", grid(cells, (MIDDLE,), *GOALS[1:]), (NN, NATIVE, NUMPY, MATMULS)),

@@ -31,7 +31,7 @@ SUBJECT = ["contender", *CASE, "threads", "tf32", "machine", "gpu"]  # two rows 
 NOISE = 0.05  # a change under this is none, whatever the spread says
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ON_CPU = {NATIVE: "native", NUMPY: "NumPy"}
-WAYS = {"forward": "forward", "training": "forward + backward", "step": "one step"}
+WAYS = {"forward": "forward", "training": "forward + backward", "step": "one step", "model": "in a model"}
 SIZES = ["T", "B", "I", "H", "L"]
 NUMBERS = [
     *SIZES, "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio", "floor_us",
@@ -150,7 +150,7 @@ def overview(rows: DataFrame) -> Block:
     order = {"contender": {name: n for n, name in enumerate(ours)}, "cell": {cell: n for n, cell in enumerate(CELLS)}}
     keys = ["contender", "cell", "dtype"]
     rows = rows.sort_values(keys, kind="stable", key=lambda column: column.map(order.get(column.name, lambda v: v)))
-    return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", list(WAYS))
+    return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", list(WAYS)[:3])
 
 
 def sources(rows: DataFrame) -> Block:
@@ -207,6 +207,15 @@ def peers(rows: DataFrame) -> Block:
         body.append([text, *shown.reindex(timed).fillna("")])
     absent = [f"- {name}: {', '.join(rows.loc[[name], 'note'].unique())}." for name in names if name not in timed]
     return Block(["", *timed], sorted(body), absent)
+
+
+def models(rows: DataFrame) -> Block:
+    """Training between linear layers of torch, whose threads are busy or spin: one and more threads side by side."""
+    body, rows = [], rows[(rows["mode"] == "model") & (rows["contender"] != NN)]
+    threads = sorted(set(rows["threads"]))
+    for cell, group in rows.groupby("cell", sort=False):
+        body.append([str(cell), *(speedup(group[group["threads"] == n]) for n in threads), str(len(group))])
+    return Block(["", *(f"{n} thread{'s' * (n > 1)}" for n in threads), "cases"], body)
 
 
 def calls(rows: DataFrame) -> Block:
@@ -269,6 +278,7 @@ BLOCKS: dict[str, tuple[str, Callable[[DataFrame], Block]]] = {  # titles are th
     "overview": ("", overview),
     "sources": ("Measured on", sources),
     "cpu": ("CPU: times as fast as torch.nn, geometric mean (worst case)", cpu),
+    "models": ("Training between linear layers on the CPU: times as fast as torch.nn", models),
     "products": ("Upper bound for NumPy: times as fast as torch.nn, geometric mean (worst case)", matmuls),
     "peers": ("Peers: times as fast as torch.nn", peers),
     "calls": ("Call overhead", calls),

@@ -99,7 +99,8 @@ def checked(name: str, case: Case, data: Data, default: AccuracyCheck) -> Checke
     """The implementation, or the status and the note of the row that says why not."""
     try:
         one = IMPLEMENTATIONS[name]
-        if reason := "it computes one layer" if case.L > 1 and name not in STACKED else one.skip_reason(case):
+        beyond = name not in STACKED and (case.L > 1 or case.mode == "model")
+        if reason := "it computes one layer, outside of a model" if beyond else one.skip_reason(case):
             return {"status": "absent", "note": reason}
         prepared, outputs = one.prepare(case, data), list[Any]()
         run, answer = prepared if isinstance(prepared, tuple) else (prepared, partial(prepared, 0))
