@@ -80,6 +80,23 @@ def test_without_it_agrees_to_rounding(kind, options, B):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x.t().contiguous().t(), lambda x: torch.stack([x, x], -1)[..., 1], torch.nn.Parameter,
+        lambda x: torch._neg_view(-x), lambda x: x.clone().requires_grad_(), lambda x: x[:1].expand(3, -1),
+    ],
+    ids=["columns", "strided", "parameter", "negated", "leaf", "expanded"],
+)  # fmt: skip
+def test_an_input_may_lie_anywhere(wrap, backend):
+    layer, x = gpu_rnn.GRU(4, 5, num_layers=2, backend=backend), torch.randn(3, 4)
+    first, second = gpu_rnn.stream(layer, 3), gpu_rnn.stream(layer, 3)
+    for _ in range(2):
+        given = wrap(x)
+        assert torch.equal(second(given), first(given.detach().clone()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_in_half_precision_hand_over_what_they_would_in_a_sequence(dtype):
     layer, x = gpu_rnn.LSTM(I, H, num_layers=3, dtype=dtype, step_exact=True), torch.randn(T, 2, I).to(dtype)

@@ -38,7 +38,9 @@ FLAGS = (
 )  # fmt: skip
 WORTH_A_THREAD = 500_000  # multiply-adds between two waits from which a second thread helps: 20 us
 WAKING = 5  # times as many, where threads have to wake up for it
+INPUT_AT = struct.calcsize("5q")  # of the values of Forward after those that it and Backward have in common
 EMPTY = 64  # an address that nothing is read from
+NO_MEMORY = "there is no memory for packed weights, or no thread"
 SOURCES = Path(kernels.__path__[0]) / "native"
 
 
@@ -142,11 +144,11 @@ def forward_arguments(
     return compiled.sizes + compiled.forward_values.pack(reverse, threads, *layout(x, w), *compiled.addresses(pointed))
 
 
-def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[Any], Callable[[], None]]:
+def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[Any], Callable[[Any], None]]:
     """Make one layer that runs a time step per call, with weights that are packed once.
 
-    -> its states, [B, .] each and zero; and what goes from x [B, I] and the states to y [B, P] and the states. Of half
-    precision states are float32, as within a sequence. x, y: torch tensors.
+    -> its states, [B, .] each and zero; and what goes from an input like x [B, I] and the states to y [B, P] and the
+    states. Of half precision states are float32, as within a sequence. x, y: torch tensors.
     """
     w, compiled = plain_weights(problem, weights), compile_problem(problem)
     _, threads = shared_threads(problem, 1)
@@ -157,16 +159,20 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
     packed = source.new_empty(size)
     values = forward_arguments(compiled, source, w, states, target, states, packed=packed, threads=threads)
     compiled.pack(values, packed.data_ptr())
-    run = partial(call, compiled.forward, values, 1, 1, (source, w, target, states, packed))
-    if source.dtype == x.dtype:
-        return states, run
+    arguments, copied = ctypes.create_string_buffer(values, len(values)), target.dtype != y.dtype
+    address = ctypes.c_uint64.from_buffer(arguments, len(compiled.sizes) + INPUT_AT)
+    single, own, tensor = compiled.step, source[0], type(source)
 
-    def converting() -> None:
-        source[0].copy_(x)
-        run()
-        y.copy_(target[0])
+    def step(x: Any, _alive: Any = (w, target, states, packed)) -> None:
+        if copied or type(x) is not tensor or not x.is_contiguous() or x.is_neg():
+            x = own.copy_(x)
+        address.value = x.data_ptr() or EMPTY
+        if single(arguments):
+            raise MemoryError(NO_MEMORY)
+        if copied:
+            y.copy_(target[0])
 
-    return states, converting
+    return states, step
 
 
 def backward(
@@ -378,10 +384,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def call(function: Callable[..., int], values: bytes, runs: int, threads: int, _alive: Any = None) -> None:
-    """_alive: the arrays that `values` points to, for a partial to keep."""
+def call(function: Callable[..., int], values: bytes, runs: int, threads: int) -> None:
     if function(values, runs, threads):
-        raise MemoryError("there is no memory for packed weights, or no thread")
+        raise MemoryError(NO_MEMORY)
 
 
 # ---- Code -----------------------------------------------------------------------------------------------------------
@@ -413,9 +418,10 @@ class Compiled(NamedTuple):
 
     forward: Callable[[bytes, int, int], int]
     backward: Callable[[bytes, int, int], int]
+    step: Callable[[Any], int]  # forward of one run of one time step
     pack: Callable[[bytes, int | None], int]
     sizes: bytes  # the first fields of Forward and Backward, which are the same
-    forward_values: struct.Struct  # all others
+    forward_values: struct.Struct  # all others; the address of x is at INPUT_AT
     backward_values: struct.Struct
     output: tuple[int, ...]  # the shape of y
     plain: Callable[[Iterable[Any]], list[Any]]  # of the arrays' library, as the next one
@@ -436,7 +442,7 @@ def compile_once(problem: Problem) -> Compiled:
     states = f"{cell.S}Q{8 * (MAX_STATES - cell.S)}x"
     plain, addresses, empty_like = of_library(problem.library)
     return Compiled(
-        loaded.forward, loaded.backward, loaded.pack,
+        loaded.forward, loaded.backward, loaded.step, loaded.pack,
         struct.pack("15Q", code(cell, real), *sizes, *passes, shares_openmp(problem)),
         struct.Struct(f"5q13Q{3 * states}"), struct.Struct(f"6q24Q{4 * states}"), (problem.T, problem.B, P),
         plain, addresses, empty_like, kept_shapes(problem),

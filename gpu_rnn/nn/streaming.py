@@ -100,8 +100,7 @@ class Stream:
             self._refuse(x)
         if observed:
             return step_layers(self._layer, x, self._y, self._states)
-        self._x.copy_(x.detach() if x.requires_grad else x)
-        self._advance()
+        self._advance(x.detach() if x.requires_grad else x)
         return self._y
 
     def _refuse(self, x: Tensor) -> NoReturn:
@@ -138,11 +137,12 @@ class Stream:
                 state.index_fill_(0, which, 0)
 
 
+Advance = Callable[[Tensor], None]
 States = Sequence[Sequence[Tensor]]  # for each of the cell's states, of each layer [B, .]; zero at first
 
 
-def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
-    """Make what reads x and the states, and writes y and the states -> it, and these."""
+def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Advance, States]:
+    """Make what reads an input like x and the states, and writes y and the states -> it, and these."""
     calls: list[tuple[Problem, Weights]] = []
 
     def recorder(name: str, runs: Sequence[Run], options: Options) -> list[tuple[Tensor, tuple]]:
@@ -157,7 +157,7 @@ def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[
     if names == {"native"} and simple and all(problem.cell.lowered is None for problem, _ in calls):
         return on_native(calls, x, y)
     if names <= {"native", "numpy"} and simple and all(problem.heads == 1 for problem, _ in calls):
-        return on_numpy([numpy.make_step(problem, weights) for problem, weights in calls], x, y)
+        return on_numpy([numpy.make_step(problem, weights) for problem, weights in calls], y)
     sizes = [y.shape[1], *[layer.hidden_size] * (calls[0][0].cell.S - 1)]
     states = [x.new_zeros(layer.num_layers, len(x), size) for size in sizes]
 
@@ -166,7 +166,13 @@ def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Callable[
     def advance() -> None:
         step_layers(layer, x, y, layers)
 
-    return capture_graph(advance, states) if x.is_cuda else advance, layers
+    run = capture_graph(advance, states) if x.is_cuda else advance
+
+    def copy_and_run(given: Tensor) -> None:
+        x.copy_(given)
+        run()
+
+    return copy_and_run, layers
 
 
 @torch.no_grad()
@@ -188,7 +194,7 @@ def with_own_weights(layer: RecurrentLayer) -> RecurrentLayer:
     return own
 
 
-def on_native(calls: list[tuple[Problem, Weights]], x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+def on_native(calls: list[tuple[Problem, Weights]], x: Tensor, y: Tensor) -> tuple[Advance, States]:
     """The layers by native code, each on the output of the one below, where it is."""
     outputs = [*(torch.empty_like(y) for _ in calls[1:]), y]
     pairs = zip([x, *outputs], outputs)
@@ -196,24 +202,25 @@ def on_native(calls: list[tuple[Problem, Weights]], x: Tensor, y: Tensor) -> tup
     if len(steps) == 1:
         return steps[0], [*zip(*states)]
 
-    def advance() -> None:
-        for step in steps:
-            step()
+    def advance(x: Tensor) -> None:
+        for step, output in zip(steps, outputs):
+            step(x)
+            x = output
 
     return advance, [*zip(*states)]
 
 
-def on_numpy(layers: list, x: Tensor, y: Tensor) -> tuple[Callable[[], None], States]:
+def on_numpy(layers: list, y: Tensor) -> tuple[Advance, States]:
     """Between the layers everything is of the dtype of x, as it is in a whole sequence."""
     outputs = [*(torch.empty_like(y) for _ in layers[1:]), y]
     views = [(torch.from_numpy(a).t(), run, torch.from_numpy(b).t()) for a, b, _, run in layers]
-    parts = list(zip([x, *outputs], views, outputs))
+    parts = list(zip(views, outputs))
 
-    def advance() -> None:
-        for source, (step_input, run, step_output), target in parts:
-            step_input.copy_(source)
+    def advance(x: Tensor) -> None:
+        for (step_input, run, step_output), output in parts:
+            step_input.copy_(x)
             run()
-            target.copy_(step_output)
+            x = output.copy_(step_output)
 
     return advance, [[torch.from_numpy(state).t() for state in states] for states in zip(*(part[2] for part in layers))]
 

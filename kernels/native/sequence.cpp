@@ -750,6 +750,9 @@ extern "C" int forward(const Forward* runs, Index count, Index threads) {
     return 0;
 }
 
+// A run by itself, for a caller to whom arguments have a price.
+extern "C" int step(const Forward& f) { return forward(&f, 1, 1); }
+
 // ---- Gradients of inputs and weights -------------------------------------------------------------------------------
 
 // Rows [T B][columns] of an array, `row` apart within a time step and time steps `time` apart; or with h0 those of `shift`
