@@ -93,8 +93,8 @@ def test_an_input_may_lie_anywhere(wrap, backend):
     layer, x = gpu_rnn.GRU(4, 5, num_layers=2, backend=backend), torch.randn(3, 4)
     first, second = gpu_rnn.stream(layer, 3), gpu_rnn.stream(layer, 3)
     for _ in range(2):
-        given = wrap(x)
-        assert torch.equal(second(given), first(given.detach().clone()))
+        wrapped = wrap(x)
+        assert torch.equal(second(wrapped), first(wrapped.detach().clone()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -168,8 +168,8 @@ def make_advance(layer: RecurrentLayer, x: Tensor, y: Tensor) -> tuple[Advance, 
 
     run = capture_graph(advance, states) if x.is_cuda else advance
 
-    def copy_and_run(given: Tensor) -> None:
-        x.copy_(given)
+    def copy_and_run(value: Tensor) -> None:
+        x.copy_(value)
         run()
 
     return copy_and_run, layers
