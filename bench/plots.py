@@ -30,7 +30,7 @@ CREATOR = "python -m bench report"
 def draw(rows: DataFrame, out: Path) -> list[Path]:
     """All the figures there are measurements for; their paths. Those of an earlier report are removed."""
     rows = rows[(rows["status"] == "ok") & rows["mode"].isin(MODES)]
-    rows = rows[~rows["contender"].isin((*MODIFIERS, *KERNELS, MATMULS))]
+    rows = rows[~rows["implementation"].isin((*MODIFIERS, *KERNELS, MATMULS))]
     paths = []
     for (gpu, machine, threads, dtype), group in rows.groupby(["gpu", "machine", "threads", "dtype"]):
         title = f"{gpu or machine}, {dtype}" + (f", threads: {threads}" if threads else "")
@@ -71,7 +71,7 @@ def panels(rows: DataFrame, title: str) -> tuple[Any, list[tuple[Any, DataFrame]
 
 def speedup_map(rows: DataFrame, name: str, title: str) -> Any:
     """Times as fast as torch.nn, over H and B, at the most frequent T and number of layers."""
-    rows = rows[(rows["contender"] == name) & rows["ratio"].notna()]
+    rows = rows[(rows["implementation"] == name) & rows["ratio"].notna()]
     if rows.empty:
         return None
     T, L = rows.groupby(["T", "L"], sort=False).size().idxmax()
@@ -93,20 +93,20 @@ def speedup_map(rows: DataFrame, name: str, title: str) -> Any:
 def curves(rows: DataFrame, letter: str, column: str, label: str, title: str) -> Any:
     """A column of every implementation over one letter, the others where it has most sizes; times with their bound."""
     others, times = [other for other in "TBHL" if other != letter], column == "us_per_step"
-    rows = rows[rows["contender"].isin((NN, *SCALED)) & rows[column].notna() & (rows["I"] == rows["H"])]
-    sizes = rows[rows["contender"].isin(SCALED)].groupby(others, sort=False)[letter].nunique()
+    rows = rows[rows["implementation"].isin((NN, *SCALED)) & rows[column].notna() & (rows["I"] == rows["H"])]
+    sizes = rows[rows["implementation"].isin(SCALED)].groupby(others, sort=False)[letter].nunique()
     if sizes.empty or sizes.max() < LEAST_SIZES:
         return None
     at = dict(zip(others, sizes.idxmax()))
     rows = rows[(rows[others] == list(at.values())).all(axis=1)]
-    rows = rows[rows.groupby(["cell", "mode", "contender"])[column].transform("size") >= LEAST_POINTS]
+    rows = rows[rows.groupby(["cell", "mode", "implementation"])[column].transform("size") >= LEAST_POINTS]
     if rows.empty:
         return None
     where = ", ".join(f"{other} = {size}" for other, size in at.items())
     figure, pairs = panels(rows, f"{label} over {letter}\n{title}, {where}")
     for axis, group in pairs:
-        for name in [name for name in (NN, *SCALED) if name in set(group["contender"])]:
-            line = group[group["contender"] == name].sort_values(letter, kind="stable")
+        for name in [name for name in (NN, *SCALED) if name in set(group["implementation"])]:
+            line = group[group["implementation"] == name].sort_values(letter, kind="stable")
             (drawn,) = axis.plot(line[letter], line[column], marker="o", markersize=3, label=name)
             points = zip(line[letter], line["plan"]) if times else ()
             for (x1, before), (x2, after) in pairwise(points):
@@ -117,9 +117,9 @@ def curves(rows: DataFrame, letter: str, column: str, label: str, title: str) ->
                         x, 0.98, f"{before} | {after}", transform=axis.get_xaxis_transform(), rotation=90, ha="right",
                         va="top", fontsize=6, color=color,
                     )  # fmt: skip
-        bound = group[group["floor_us"].notna()].sort_values(letter, kind="stable").drop_duplicates(letter)
+        bound = group[group["bound_us"].notna()].sort_values(letter, kind="stable").drop_duplicates(letter)
         if times and not bound.empty:
-            us = bound["floor_us"] / bound["T"]
+            us = bound["bound_us"] / bound["T"]
             axis.plot(bound[letter], us, color="gray", linestyle="--", label="roofline bound")
         axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=label)
         ticks = sorted(set(group[letter]))

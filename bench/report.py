@@ -27,15 +27,15 @@ PUBLISHED = {  # end of a name -> copy
     "bfloat16-speedup-ours-cuda": "speedup_gpu.svg", "float32-threads-1-speedup-ours-native": "speedup_cpu.svg",
 }  # fmt: skip
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
-SUBJECT = ["contender", *CASE, "threads", "tf32", "machine", "gpu"]  # two rows are compared if they agree in these
+SUBJECT = ["implementation", *CASE, "threads", "tf32", "machine", "gpu"]  # two rows are compared if they agree in these
 NOISE = 0.05  # a change under this is none, whatever the spread says
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ON_CPU = {NATIVE: "native", NUMPY: "NumPy"}
 WAYS = {"forward": "forward", "training": "forward + backward", "step": "one step", "model": "in a model"}
 SIZES = ["T", "B", "I", "H", "L"]
 NUMBERS = [
-    *SIZES, "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio", "floor_us",
-    "of_floor", "peak_bytes", "saved_bytes", "error", "ceiling_flops", "ceiling_bandwidth",
+    *SIZES, "threads", "tf32", "median_us", "p20_us", "p80_us", "rounds", "us_per_step", "ratio", "bound_us",
+    "fraction_of_bound", "peak_bytes", "saved_bytes", "error", "ceiling_flops", "ceiling_bandwidth",
 ]  # fmt: skip
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>gpu_rnn: benchmarks</title>
@@ -113,7 +113,7 @@ def compare(a: str, b: str) -> Iterator[str]:
     apart = (both["p80_us_a"] < both["p20_us"]) | (both["p80_us"] < both["p20_us_a"])
     changed = both[apart & ((both["times"] - 1).abs() > NOISE)].sort_values("times", ascending=False)
     for _, row in changed.iterrows():
-        what = f"{row['contender']}: {row['cell']} {row['mode']} {where(row)} {row['dtype']}{threads_of(row, ' ')}"
+        what = f"{row['implementation']}: {row['cell']} {row['mode']} {where(row)} {row['dtype']}{threads_of(row, ' ')}"
         verb = "slower" if row["times"] > 1 else "faster"
         times = f"{max(row['times'], 1 / row['times']):.2f}x {verb}"
         yield f"{what}: {row['median_us_a']:.4g} -> {row['median_us']:.4g} us, {times}"
@@ -136,7 +136,7 @@ def speedup(rows: DataFrame) -> str:
 def by_mode(rows: DataFrame, name: Callable[[tuple], str], modes: Sequence[str]) -> Block:
     """A line for every implementation, cell and dtype, a column for every mode."""
     body, rows = [], rows[rows["mode"].isin(modes) & rows["ratio"].notna()]
-    for key, group in rows.groupby(["contender", "cell", "dtype"], sort=False):
+    for key, group in rows.groupby(["implementation", "cell", "dtype"], sort=False):
         columns = [speedup(group[group["mode"] == mode]) for mode in modes]
         body.append([name(key), *columns, str(len(group))])
     return Block(["", *(WAYS[mode] for mode in modes), "cases"], body)
@@ -145,11 +145,10 @@ def by_mode(rows: DataFrame, name: Callable[[tuple], str], modes: Sequence[str])
 def overview(rows: DataFrame) -> Block:
     """Native code and NumPy on one thread, CUDA on a GPU."""
     ours = {problems.CUDA: "CUDA"} | {name: f"{label}, 1 thread" for name, label in ON_CPU.items()}
-    rows = rows[rows["contender"].isin(ours) & rows["threads"].isin((0, 1))]
+    rows = rows[rows["implementation"].isin(ours) & rows["threads"].isin((0, 1))]
     rows = rows[(rows["device"] == "cuda") | rows.apply(problems.among_goals, axis=1).astype(bool)]
-    order = {"contender": {name: n for n, name in enumerate(ours)}, "cell": {cell: n for n, cell in enumerate(CELLS)}}
-    keys = ["contender", "cell", "dtype"]
-    rows = rows.sort_values(keys, kind="stable", key=lambda column: column.map(order.get(column.name, lambda v: v)))
+    keys, order = ["implementation", "cell", "dtype"], {name: n for n, name in enumerate((*ours, *CELLS))}
+    rows = rows.sort_values(keys, kind="stable", key=lambda column: column.map(lambda v: order.get(v, v)))
     return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", list(WAYS)[:3])
 
 
@@ -167,17 +166,18 @@ def sources(rows: DataFrame) -> Block:
 
 def cpu(rows: DataFrame) -> Block:
     """Native code and NumPy against torch.nn, over the cases of their goals, or so many of them."""
-    rows = rows[(rows["device"] == "cpu") & rows["contender"].isin(ON_CPU)]
+    rows = rows[(rows["device"] == "cpu") & rows["implementation"].isin(ON_CPU)]
     rows = rows[rows.apply(problems.among_goals, axis=1).astype(bool)]
     columns = sorted(set(zip(rows["mode"], rows["threads"])), key=lambda at: (list(WAYS).index(at[0]), at[1]))
 
     def cell_of(name: str, cell: str, mode: str, threads: int) -> str:
-        selected = rows[(rows[["contender", "cell", "mode", "threads"]] == [name, cell, mode, threads]).all(axis=1)]
+        subject = rows[["implementation", "cell", "mode", "threads"]]
+        selected = rows[(subject == [name, cell, mode, threads]).all(axis=1)]
         goals, cases = math.prod(map(len, problems.GOALS[mode == "step" :])), selected["ratio"].count()
         return speedup(selected) + (f", {cases} of {goals}" if 0 < cases < goals else "")
 
     head = ["", *(f"{WAYS[mode]}, {threads} thread{'s' * (threads > 1)}" for mode, threads in columns)]
-    known = {*zip(rows["contender"], rows["cell"])}
+    known = {*zip(rows["implementation"], rows["cell"])}
     kinds = [kind for kind in product(ON_CPU, CELLS) if kind in known]
     return Block(head, [[f"{ON_CPU[kind[0]]}: {kind[1]}", *(cell_of(*kind, *at) for at in columns)] for kind in kinds])
 
@@ -185,7 +185,7 @@ def cpu(rows: DataFrame) -> Block:
 def matmuls(rows: DataFrame) -> Block:
     """What NumPy can't be faster than: its matmuls alone, next to all of ours in the same runs."""
     kinds, body, names = ["cell", "mode", "threads"], [], [*ON_CPU, MATMULS]
-    wide = rows.pivot_table("ratio", [*CASE, "threads", "run"], "contender").reindex(columns=names)
+    wide = rows.pivot_table("ratio", [*CASE, "threads", "run"], "implementation").reindex(columns=names)
     wide = wide.dropna(subset=names[1:])
     for (cell, mode, threads), group in wide.groupby(kinds):
         columns = (speedup(group[[name]].rename(columns={name: "ratio"})) for name in names)
@@ -196,7 +196,8 @@ def matmuls(rows: DataFrame) -> Block:
 def peers(rows: DataFrame) -> Block:
     """Every implementation against torch.nn at the sizes where all peers take part; and which don't, and why."""
     case = [*SIZES, "cell", "dtype", "mode", "threads"]
-    rows = rows.groupby(case).filter(lambda group: group["contender"].isin(PEERS).any()).set_index("contender")
+    rows = rows.groupby(case).filter(lambda group: group["implementation"].isin(PEERS).any())
+    rows = rows.set_index("implementation")
     names = [name for name in (*plots.OURS, *PEERS) if name in rows.index]
     timed = [name for name in names if rows.loc[[name], "ratio"].notna().any()]
     body = []
@@ -211,7 +212,7 @@ def peers(rows: DataFrame) -> Block:
 
 def models(rows: DataFrame) -> Block:
     """Training between linear layers of torch, whose threads are busy or spin: one and more threads side by side."""
-    body, rows = [], rows[(rows["mode"] == "model") & (rows["contender"] != NN)]
+    body, rows = [], rows[(rows["mode"] == "model") & (rows["implementation"] != NN)]
     threads = sorted(set(rows["threads"]))
     for cell, group in rows.groupby("cell", sort=False):
         body.append([str(cell), *(speedup(group[group["threads"] == n]) for n in threads), str(len(group))])
@@ -222,7 +223,7 @@ def calls(rows: DataFrame) -> Block:
     """Call overhead: what a layer's call costs in addition to the kernel that it calls, for one time step."""
     body = []
     for _, group in rows[rows["status"] == "ok"].groupby([*CASE, "threads"], sort=False):
-        us, one = dict(zip(group["contender"], group["median_us"])), group.iloc[0]
+        us, one = dict(zip(group["implementation"], group["median_us"])), group.iloc[0]
         if not us.keys() & set(KERNEL_OF.values()):
             continue
         for name in (name for name in (*KERNEL_OF, STREAM) if name in us):
@@ -235,7 +236,8 @@ def calls(rows: DataFrame) -> Block:
 def gpu(rows: DataFrame) -> Block:
     """Against torch.nn, over all sequences."""
     parts = [NN, *problems.MODIFIERS, *problems.KERNELS]
-    return by_mode(rows[(rows["device"] == "cuda") & ~rows["contender"].isin(parts)], " ".join, ["forward", "training"])
+    rows = rows[(rows["device"] == "cuda") & ~rows["implementation"].isin(parts)]
+    return by_mode(rows, " ".join, ["forward", "training"])
 
 
 def modifiers(rows: DataFrame) -> Block:
@@ -244,11 +246,11 @@ def modifiers(rows: DataFrame) -> Block:
     body = []
     for _, group in rows[rows["status"] == "ok"].groupby(["device", "cell", "dtype", *SIZES, "threads"], sort=False):
         one = group.iloc[0]
-        plain = group[group["contender"] == PLAIN].set_index(["mode", "run"])["median_us"]
+        plain = group[group["implementation"] == PLAIN].set_index(["mode", "run"])["median_us"]
         for name in (NN, *problems.MODIFIERS):
             times, last = [], None
             for mode in ("forward", "training"):
-                own = group[(group["contender"] == name) & (group["mode"] == mode)]
+                own = group[(group["implementation"] == name) & (group["mode"] == mode)]
                 last = None if own.empty else own.iloc[0]
                 us = None if last is None else plain.get((mode, last["run"]))
                 times.append("" if us is None or last is None else f"{us / last['median_us']:.2f}")
@@ -263,13 +265,13 @@ def kernels(rows: DataFrame) -> Block:
     """Where the time of a step goes: our kernels alone, next to the whole of their case."""
     body = []
     for _, group in rows.groupby(["run", *CASE], sort=False):
-        if group["contender"].isin(problems.KERNELS).any():
+        if group["implementation"].isin(problems.KERNELS).any():
             for _, row in group[group["status"] == "ok"].iterrows():
-                bound, share = row["floor_us"] / row["T"], row["of_floor"]
+                bound, share = row["bound_us"] / row["T"], row["fraction_of_bound"]
                 numbers = ["", "", ""] if math.isnan(share) else [f"{bound:.3g}", f"{share:.0%}", ""]
-                if numbers[1] and row["contender"].endswith(" step"):
+                if numbers[1] and row["implementation"].endswith(" step"):
                     numbers[2] = f"{share * row['ceiling_bandwidth'] / 1e9:.0f}"
-                text = f"{row['cell']} {row['mode']} {where(row)} {row['dtype']}: {row['contender']}"
+                text = f"{row['cell']} {row['mode']} {where(row)} {row['dtype']}: {row['implementation']}"
                 body.append([text, row["plan"], f"{row['us_per_step']:.3g}", *numbers])
     return Block(["", "plan", "us per step", "roofline bound, us", "of the bound", "GB/s"], body)
 
@@ -279,7 +281,7 @@ BLOCKS: dict[str, tuple[str, Callable[[DataFrame], Block]]] = {  # titles are th
     "sources": ("Measured on", sources),
     "cpu": ("CPU: times as fast as torch.nn, geometric mean (worst case)", cpu),
     "models": ("Training between linear layers on the CPU: times as fast as torch.nn", models),
-    "products": ("Upper bound for NumPy: times as fast as torch.nn, geometric mean (worst case)", matmuls),
+    "matmuls": ("Upper bound for NumPy: times as fast as torch.nn, geometric mean (worst case)", matmuls),
     "peers": ("Peers: times as fast as torch.nn", peers),
     "calls": ("Call overhead", calls),
     "gpu": ("GPU: times as fast as torch.nn, geometric mean (worst case)", gpu),

@@ -25,13 +25,13 @@ FOLDER = ROOT / "bench/results"
 CASE = ("cell", "mode", "T", "B", "I", "H", "L", "dtype", "device")
 FIELDS = (
     "run",  # when the run began, UTC; all its rows have it
-    "contender", *CASE,
+    "implementation", *CASE,
     "threads",  # of every library; empty on a GPU
     "tf32",  # 1: float32 matmuls are rounded to TF32, as torch.nn does by default on a GPU
     "status",  # ok, or why there is no time: absent, wrong, failed, out of memory, crashed, timed out, left out
     "median_us", "p20_us", "p80_us", "rounds", "us_per_step",
     "ratio",  # to torch.nn in the same rounds; under 1 is faster
-    "floor_us", "of_floor",  # the roofline bound; bound over median
+    "bound_us", "fraction_of_bound",  # the roofline bound; bound over median
     "peak_bytes",  # without inputs and weights
     "saved_bytes",  # that torch's autograd saves for the gradient, without inputs, weights and outputs
     "error",  # the largest against float64, relative to the largest value of that array
@@ -122,11 +122,11 @@ def complete(row: Row, case: Case, run: str, threads: int | None, ceilings: roof
 
         known |= {"tf32": int(tf32(case)), "cudnn_algorithm": cudnn.algorithm(case.problem(tf32(case)))}
     if ceilings is not None:
-        bound = roofline.bound_us(row["contender"], case, ceilings)
-        known |= {"floor_us": bound, "ceiling_bandwidth": ceilings.bandwidth}
+        bound = roofline.bound_us(row["implementation"], case, ceilings)
+        known |= {"bound_us": bound, "ceiling_bandwidth": ceilings.bandwidth}
         known |= {"ceiling_flops": ceilings.flops.get(case.dtype)}
         if bound is not None and "median_us" in row:
-            known["of_floor"] = bound / row["median_us"]
+            known["fraction_of_bound"] = bound / row["median_us"]
     return known | row
 
 
@@ -208,12 +208,12 @@ def where(row: Row) -> str:
 
 def short(row: Row) -> str:
     """A row in a few words."""
-    name, status = row["contender"], row["status"]
+    name, status = row["implementation"], row["status"]
     if status != "ok":
         return f"{name} {status}" + (f" ({row['note'][:80]})" if status != "absent" else "")
     faster = f" {1 / row['ratio']:.2f}x" if row["ratio"] and name != NN else ""
-    if name in KERNELS and row.get("of_floor"):
-        faster = f", {row['of_floor']:.0%} of the " + ("copy bandwidth" if name.endswith("step") else "roofline bound")
+    if name in KERNELS and (share := row.get("fraction_of_bound")):
+        faster = f", {share:.0%} of the {'copy bandwidth' if name.endswith('step') else 'roofline bound'}"
     return f"{name} {row['us_per_step']:.3g} us/step{faster}"
 
 
@@ -221,8 +221,8 @@ def summary(rows: list[Row]) -> list[str]:
     """A line for every kind of case, one for every way to have no time, then kernels alone."""
     kinds: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.get("ratio") and row["contender"] != NN:
-            kind = tuple(row[name] for name in ("contender", "cell", "dtype", "mode", "threads"))
+        if row.get("ratio") and row["implementation"] != NN:
+            kind = tuple(row[name] for name in ("implementation", "cell", "dtype", "mode", "threads"))
             kinds.setdefault(kind, []).append(row)
     lines = []
     for (*words, threads), group in kinds.items():
@@ -232,9 +232,10 @@ def summary(rows: list[Row]) -> list[str]:
             f"{' '.join(words)}{f', threads {threads}' if threads else ''}: {1 / mean:.2f} times as fast as "
             f"torch.nn, {len(group)} cases, worst {1 / worst['ratio']:.2f} at {where(worst)}{against}"
         )
-    without = Counter(f"{row['contender']}: {row['status']}" for row in rows if row["status"] not in ("ok", "absent"))
+    untimed = (row for row in rows if row["status"] not in ("ok", "absent"))
+    without = Counter(f"{row['implementation']}: {row['status']}" for row in untimed)
     lines += [f"{what}, {count} cases" for what, count in without.items()]
-    if absent := sorted({row["contender"] for row in rows if row["status"] == "absent"}):
+    if absent := sorted({row["implementation"] for row in rows if row["status"] == "absent"}):
         lines.append(f"absent in some or all cases: {', '.join(absent)}")
-    alone = [row for row in rows if row["contender"] in KERNELS and row["status"] == "ok"]
+    alone = [row for row in rows if row["implementation"] in KERNELS and row["status"] == "ok"]
     return lines + [f"{row['cell']} {row['mode']} {where(row)}: {short(row)}" for row in alone]

@@ -226,10 +226,10 @@ def row(kernel: Kernel) -> Row:
         "scope": plan.scope, "blocks": str(plan.blocks), "threads": str(plan.threads),
         "registers": str(used.registers), "spills": str(used.spills),
         **{kind: str(count[kind]) for kind in CLASSES}, "issued": str(len(issued)),
-        "floor_us": f"{bound:.3f}", "predicted_us": f"{plan.predicted_us:.3f}",
-        "predicted_of_floor": f"{plan.predicted_us / bound:.2f}",
+        "bound_us": f"{bound:.3f}", "predicted_us": f"{plan.predicted_us:.3f}",
+        "predicted_of_bound": f"{plan.predicted_us / bound:.2f}",
         "measured_us": f"{took:.3f}" if took else "",
-        "measured_of_floor": f"{took / bound:.2f}" if took else "",
+        "measured_of_bound": f"{took / bound:.2f}" if took else "",
         "measured_of_predicted": f"{took / plan.predicted_us:.2f}" if took else "",
         "nvrtc": nvrtc.version(),
     }  # fmt: skip

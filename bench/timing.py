@@ -61,7 +61,7 @@ def measure(emit: Emit, case: Case, names: list[str], seconds: float, folder: st
         if isinstance(outcome, Checked):
             ready[name] = outcome
         else:
-            emit({"row": {"contender": name, **outcome}})
+            emit({"row": {"implementation": name, **outcome}})
             if case.device == "cuda":
                 torch.cuda.synchronize()  # raises after an illegal access: let a new process go on without it
     interleave(emit, case, ready, seconds)
@@ -73,7 +73,7 @@ def measure(emit: Emit, case: Case, names: list[str], seconds: float, folder: st
             overhead = 1e6 * np.median(np.subtract(one.times, ready[kernel].times))
             note = f"{overhead:.1f} us more than {kernel}"
         row = {
-            "contender": name, "status": "ok", "median_us": median, "p20_us": p20, "p80_us": p80,
+            "implementation": name, "status": "ok", "median_us": median, "p20_us": p20, "p80_us": p80,
             "rounds": len(one.times), "us_per_step": median / case.T, "peak_bytes": one.peak, "saved_bytes": one.saved,
             "error": one.error, "plan": one.plan, "note": note, "ratio": ratio or None,
         }  # fmt: skip

@@ -59,14 +59,15 @@ class Worker:
         left = [name for name in dict.fromkeys((NN, *names)) if self.failures[name] < MOST_FAILURES]
         for name in names:
             if name not in left:
-                yield {"contender": name, "status": "left out", "note": f"it crashed or hung {MOST_FAILURES} times"}
+                note = f"it crashed or hung {MOST_FAILURES} times"
+                yield {"implementation": name, "status": "left out", "note": note}
         while left:
             at, end = "start", min(time.monotonic() + timeout, until)
             try:
                 for message in self.run(MEASURE, case, left[:], seconds, folder, until=end):
                     at = message.get("begin", at)
                     if "row" in message:
-                        left.remove(message["row"]["contender"])
+                        left.remove(message["row"]["implementation"])
                         yield message["row"]
                 return
             except (WorkerDied, TimeoutError) as error:
@@ -78,7 +79,7 @@ class Worker:
                 for name in failed:
                     left.remove(name)
                     self.failures[name] += at == name
-                    yield {"contender": name, "status": status, "note": str(error)}
+                    yield {"implementation": name, "status": status, "note": str(error)}
 
     def ceilings(self, device: str, timeout: float = 60) -> dict[str, Any]:
         (rates,) = self.run(CEILINGS, device, until=time.monotonic() + timeout)

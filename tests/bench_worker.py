@@ -13,7 +13,7 @@ def measure(emit, case, names, seconds, folder):
             sys.exit("a last word")
         if name == "hang":
             time.sleep(60)
-        emit({"row": {"contender": name, "status": "ok", "process": os.getpid()}})
+        emit({"row": {"implementation": name, "status": "ok", "process": os.getpid()}})
 
 
 def ceilings(emit, device):

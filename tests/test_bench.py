@@ -122,13 +122,13 @@ def test_weights_are_kept_at_the_smallest_scale_that_holds_them(H, name):
 
 
 def measured(case, *names, seconds=0.01):
-    """The rows of these contenders, by name."""
+    """The rows of these implementations, by name."""
     told, enabled = [], torch.is_grad_enabled()
     try:
         timing.measure(told.append, case, [NN, *names], seconds)
     finally:
         torch.set_grad_enabled(enabled)
-    return {message["row"]["contender"]: message["row"] for message in told if "row" in message}
+    return {message["row"]["implementation"]: message["row"] for message in told if "row" in message}
 
 
 def broken(how):
@@ -377,7 +377,7 @@ def test_a_kernel_of_a_wrong_call_has_no_time(monkeypatch):
 
 
 @pytest.mark.parametrize("case", [Case("gru", 7, 3, 5, 4), Case("lstm", 3, 1000, 2, 4, mode="training")], ids=str)
-def test_products_alone_are_all_that_a_case_has(case, monkeypatch):
+def test_matmuls_alone_are_all_that_a_case_has(case, monkeypatch):
     run, _ = IMPLEMENTATIONS[problems.MATMULS].prepare(case, Data(case))
     work, dot = [], np.dot
 
@@ -430,7 +430,8 @@ def process(monkeypatch):
 
 def test_a_crash_or_a_hang_costs_one_row(process):
     for attempt in range(4):
-        rows = {row["contender"]: row for row in process.measure(CASE, ("crash", "a", "hang", "b"), 0.1, timeout=2)}
+        rows = process.measure(CASE, ("crash", "a", "hang", "b"), 0.1, timeout=2)
+        rows = {row["implementation"]: row for row in rows}
         statuses = [rows[name]["status"] for name in (NN, "crash", "a", "hang", "b")]
         if attempt < 3:
             assert statuses == ["ok", "crashed", "ok", "timed out", "ok"]
@@ -445,12 +446,12 @@ def test_answers_that_come_too_late_are_not_those_of_the_next_case(process):
     next(process.run(worker.MEASURE, CASE, ["never read", "hang"], 0.1, None, until=time.monotonic() + 60))
     for name in "ab":
         rows = list(process.measure(CASE, (name,), 0.1, timeout=60))
-        assert [row["contender"] for row in rows] == [NN, name]
+        assert [row["implementation"] for row in rows] == [NN, name]
 
 
 def test_what_is_not_done_when_the_time_is_over_has_no_row(process):
     rows = list(process.measure(CASE, ("a", "hang", "b"), 0.1, timeout=60, until=time.monotonic() + 4))
-    assert [row["contender"] for row in rows] == [NN, "a"]
+    assert [row["implementation"] for row in rows] == [NN, "a"]
     assert not process.failures
 
 
@@ -516,9 +517,9 @@ def test_time_goes_to_every_function_and_a_file_that_cannot_be_read_is_told(tmp_
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
-def row(contender=NUMPY, case=CASE, us=100.0, ratio=0.5, **more):
+def row(implementation=NUMPY, case=CASE, us=100.0, ratio=0.5, **more):
     measured = {
-        "contender": contender, "status": "ok", "median_us": us, "p20_us": 0.98 * us, "p80_us": 1.02 * us,
+        "implementation": implementation, "status": "ok", "median_us": us, "p20_us": 0.98 * us, "p80_us": 1.02 * us,
         "us_per_step": us / case.T, "ratio": ratio, "rounds": 5, "peak_bytes": 1 << 20, **more,
     }  # fmt: skip
     return results.complete(
@@ -536,12 +537,12 @@ def test_results_only_grow(tmp_path):
         results.append(path, row(us=us))
     first, second = rows_of(path)
     assert (first["median_us"], second["median_us"]) == (100, 0.333333)
-    assert (first["T"], first["dtype"], first["contender"], first["driver"]) == (3, "float32", NUMPY, "")
-    assert first["of_floor"] == pytest.approx(first["floor_us"] / 100, rel=1e-4)
+    assert (first["T"], first["dtype"], first["implementation"], first["driver"]) == (3, "float32", NUMPY, "")
+    assert first["fraction_of_bound"] == pytest.approx(first["bound_us"] / 100, rel=1e-4)
     before = path.read_text()
     with pytest.raises(ValueError, match="colour"):
         results.append(path, row(colour="red"))
-    path.write_text(before.replace("contender", "who", 1))
+    path.write_text(before.replace("implementation", "who", 1))
     with pytest.raises(ValueError, match="never rewritten"):
         results.append(path, row())
 
@@ -603,7 +604,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Worker, "measure", interrupted)
     path = tmp_path / "run.csv"
     assert command.main(["run", "-T", "1", "2", "-B", "1", "-H", "4", "--threads", "1", "--out", str(path)]) == 130
-    assert [row["contender"] for row in rows_of(path)] == [NN]
+    assert [row["implementation"] for row in rows_of(path)] == [NN]
     assert "what was measured is kept" in capsys.readouterr().out
     assert not process
 
@@ -656,7 +657,7 @@ def test_report(tmp_path, capsys):
     assert "bench:typo" in capsys.readouterr().err
 
 
-def reported(tmp_path, *rows, blocks=("cpu", "products", "peers", "calls", "sources")):
+def reported(tmp_path, *rows, blocks=("cpu", "matmuls", "peers", "calls", "sources")):
     """README.md after a report of these rows, by block."""
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
@@ -699,10 +700,10 @@ def test_what_a_call_costs_is_told(tmp_path):
     assert "ours (stream) | 9 |" in table
 
 
-def test_products_alone_are_held_against_ours(tmp_path):
+def test_matmuls_alone_are_held_against_ours(tmp_path):
     whole = [row(case=replace(CASE, B=B), ratio=r) for B, r in ((1, 0.4), (8, 0.9))]
     alone = [row(problems.MATMULS, replace(CASE, B=B), ratio=r) for B, r in ((1, 0.2), (8, 0.8), (64, 0.1))]
-    table = reported(tmp_path, *whole, *alone)["products"]
+    table = reported(tmp_path, *whole, *alone)["matmuls"]
     assert "threads 1 |  | 1.67 (1.11) | 2.50 (1.25) | 2 |" in table  # without the case that ours has no time for
 
 
