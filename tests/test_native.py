@@ -393,17 +393,21 @@ def test_a_fork_does_not_wait_for_openmp():
 
 
 @RUNS_ON_OPENMP
-def test_a_library_loaded_in_a_fork_does_not_wait_for_openmp():
-    """Its parent used OpenMP before."""
-    code = """
+@pytest.mark.parametrize("before", ["pass", "run(torch.float32)"])
+def test_a_library_loaded_in_a_fork_does_not_wait_for_openmp(before):
+    """Its parent used OpenMP before; there is a library for every dtype."""
+    code = f"""
 import os, sys, torch
-torch.set_num_threads(2)
-torch.ones(1 << 20).exp()
-if (child := os.fork()) == 0:
+def run(dtype):
     import gpu_rnn
     from gpu_rnn.backends import native
     native.WORTH_A_THREAD = 0
-    y, _ = gpu_rnn.GRU(20, 40)(torch.randn(9, 3, 20))
+    gpu_rnn.GRU(20, 40, dtype=dtype)(torch.randn(9, 3, 20, dtype=dtype))
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()
+{before}
+if (child := os.fork()) == 0:
+    run(torch.float64)
     os._exit(len(os.listdir("/proc/self/task")))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -411,6 +415,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 # ---- through the front door -----------------------------------------------------------------------------------------
+
 
 
 @pytest.mark.parametrize(("name", "function", "options"), FUNCTIONS)

@@ -366,8 +366,7 @@ def shares_openmp(problem: Problem) -> bool:
     return problem.library == "torch" and not forked()
 
 
-@cache
-def forked() -> bool:
+def forked() -> bool:  # not cached: a child would inherit its parent's answer
     """Whether this process was forked and has executed no program since. Where there is no telling: yes."""
     try:
         flags = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6])  # as man 5 proc numbers it, 9
