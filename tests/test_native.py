@@ -417,6 +417,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 # ---- through the front door -----------------------------------------------------------------------------------------
 
 
+def test_a_tensor_without_memory_is_not_read():
+    with pytest.raises(ValueError, match=r"a tensor of shape \[5, 2, 3\] has no memory"):
+        gpu_rnn.GRU(3, 4)(torch._efficientzerotensor((5, 2, 3)))
+
 
 @pytest.mark.parametrize(("name", "function", "options"), FUNCTIONS)
 def test_gradcheck(name, function, options, rng):

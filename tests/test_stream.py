@@ -10,7 +10,7 @@ from torch import nn
 
 import gpu_rnn
 from gpu_rnn import ShapeError
-from gpu_rnn.backends import numpy
+from gpu_rnn.backends import native, numpy
 
 LAYERS = [
     ("LSTM", {}), ("LSTM", {"num_layers": 3, "bias": False, "batch_first": True}), ("LSTM", {"proj_size": 8}),
@@ -86,8 +86,9 @@ def test_without_it_agrees_to_rounding(kind, options, B):
     [
         lambda x: x.t().contiguous().t(), lambda x: torch.stack([x, x], -1)[..., 1], torch.nn.Parameter,
         lambda x: torch._neg_view(-x), lambda x: x.clone().requires_grad_(), lambda x: x[:1].expand(3, -1),
+        lambda x: torch._efficientzerotensor(x.shape),
     ],
-    ids=["columns", "strided", "parameter", "negated", "leaf", "expanded"],
+    ids=["columns", "strided", "parameter", "negated", "leaf", "expanded", "without memory"],
 )  # fmt: skip
 def test_an_input_may_lie_anywhere(wrap, backend):
     layer, x = gpu_rnn.GRU(4, 5, num_layers=2, backend=backend), torch.randn(3, 4)
@@ -95,6 +96,21 @@ def test_an_input_may_lie_anywhere(wrap, backend):
     for _ in range(2):
         wrapped = wrap(x)
         assert torch.equal(second(wrapped), first(wrapped.detach().clone()))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("part", [lambda y: y, lambda y: y[:, 5:]], ids=["whole", "part"])
+@pytest.mark.parametrize("B", [1, 100])
+def test_an_output_may_be_the_next_input(B, part, num_layers, monkeypatch):
+    monkeypatch.setattr(native, "threads", lambda: 2)
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 0)
+    y = part(torch.randn(B, 300))
+    layer = gpu_rnn.GRU(y.shape[1], 300, num_layers=num_layers)
+    first, second = gpu_rnn.stream(layer, len(y)), gpu_rnn.stream(layer, len(y))
+    for _ in range(5):
+        expected = second(y.clone())
+        y = part(first(y))
+        assert torch.equal(y, part(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -162,11 +162,13 @@ def make_step(problem: Problem, weights: Weights, x: Any, y: Any) -> tuple[list[
     arguments, copied = ctypes.create_string_buffer(values, len(values)), target.dtype != y.dtype
     address = ctypes.c_uint64.from_buffer(arguments, len(compiled.sizes) + INPUT_AT)
     single, own, tensor = compiled.step, source[0], type(source)
+    written = range(target.data_ptr(), target.data_ptr() + target.nbytes)  # while x is still read
 
     def step(x: Any, _alive: Any = (w, target, states, packed)) -> None:
-        if copied or type(x) is not tensor or not x.is_contiguous() or x.is_neg():
-            x = own.copy_(x)
-        address.value = x.data_ptr() or EMPTY
+        elsewhere = copied or type(x) is not tensor or not x.is_contiguous() or x.is_neg()
+        if elsewhere or (at := x.data_ptr()) in written or not at:
+            at = own.copy_(x).data_ptr() or EMPTY
+        address.value = at
         if single(arguments):
             raise MemoryError(NO_MEMORY)
         if copied:
@@ -319,7 +321,13 @@ def array_addresses(arrays: Iterable[Any]) -> list[int]:
 
 def tensor_addresses(tensors: Iterable[Any]) -> list[int]:
     """0 for None alone: an empty tensor has no address, but is not left out."""
-    return [0 if tensor is None else tensor.data_ptr() or EMPTY for tensor in tensors]
+    return [0 if tensor is None else tensor.data_ptr() or address_without_memory(tensor) for tensor in tensors]
+
+
+def address_without_memory(tensor: Any) -> int:
+    if tensor.numel():  # zeros as of torch.autograd.forward_ad, or of a storage that was resized
+        raise ValueError(f"a tensor of shape {[*tensor.shape]} has no memory; clone() gives zeros without it some")
+    return EMPTY
 
 
 def layout(x: Any, w: Weights) -> tuple[int, int, int]:
