@@ -40,6 +40,11 @@ DEVICE int in_register(int x) {
     TWIN();
     return x;
 }
+DEVICE long long in_register(long long x) {
+    PTX(asm volatile("" : "+l"(x)));
+    TWIN();
+    return x;
+}
 template <class T>
 DEVICE T* in_register(T* global) {
     PTX(asm volatile("" : "+l"(global)));

@@ -55,11 +55,16 @@ struct Sums {
     };
     float sums[GATE_SETS][LANE_ROWS][BATCH_ROWS] = {};  // over this lane's k
 
-    // Add k tiles `first` to `last`. `tile` is where they begin in the operand, whose batch rows are PITCH bytes apart;
-    // load(a, r, j) loads this lane's part of fragment j of gate set r.
+    // Where in a k tile of the operand a lane reads, in bytes.
+    template <int PITCH>
+    DEVICE static int lane_at(int lane) {
+        return lane / (16 / LANE_ROWS) * sizeof(Operand);
+    }
+
+    // Add k tiles `first` to `last`. `tile` is where the lane reads the first of them in the operand, whose batch rows are
+    // PITCH bytes apart; load(a, r, j) loads this lane's part of fragment j of gate set r.
     template <int PITCH, class Load>
-    DEVICE void add(const unsigned char* tile, int first, int last, int lane, Load load) {
-        tile += lane / (16 / LANE_ROWS) * sizeof(Operand);
+    DEVICE void add(const unsigned char* tile, int first, int last, Load load) {
 #pragma unroll
         for (int j = first; j < last; ++j, tile += 32) {
             unsigned a[GATE_SETS][4];
@@ -122,20 +127,26 @@ struct Sums {
                                                               : 4 / (GATE_SETS * BATCH_TILES);  // to hide mma's latency
     float sums[CHAINS][GATE_SETS][BATCH_TILES][4] = {};
 
-    // Add k tiles `first` to `last`. `tile` is where they begin in the operand, whose batch rows are PITCH bytes apart;
-    // load(a, r, j) loads this lane's part of fragment j of gate set r.
+    // Where in two k tiles of the operand a lane points for ldmatrix, in bytes; for one tile the upper half of a warp
+    // doesn't count.
+    template <int PITCH>
+    DEVICE static int lane_at(int lane) {
+        return lane % 8 * PITCH + lane / 8 * 16;
+    }
+
+    // Add k tiles `first` to `last`. `tile` is where the lane reads the first of them in the operand, whose batch rows are
+    // PITCH bytes apart; load(a, r, j) loads this lane's part of fragment j of gate set r.
     template <int PITCH, class Load>
-    DEVICE void add(const unsigned char* tile, int first, int last, int lane, Load load) {
-        tile += lane % 8 * PITCH;
+    DEVICE void add(const unsigned char* tile, int first, int last, Load load) {
 #pragma unroll
         for (int j = first; j < last; j += 2, tile += 64) {
             unsigned b[BATCH_TILES][4];  // the columns of two k tiles
 #pragma unroll
             for (int n = 0; n < BATCH_TILES; ++n) {
                 if (j + 1 < last)
-                    ldmatrix_x4(b[n], tile + n * 8 * PITCH + lane / 8 * 16);
+                    ldmatrix_x4(b[n], tile + n * 8 * PITCH);
                 else
-                    ldmatrix_x2(b[n], tile + n * 8 * PITCH + lane / 8 % 2 * 16);
+                    ldmatrix_x2(b[n], tile + n * 8 * PITCH);
             }
 #pragma unroll
             for (int next = 0; next < 2 && j + next < last; ++next) {

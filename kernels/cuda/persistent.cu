@@ -84,7 +84,7 @@ struct Element {
 
 // An element after the time loop, computed anew: kept through the loop, some configurations would have to spill it.
 DEVICE Element element_anew(int k, int first_row, int B, int H) {
-    const unsigned thread = in_register(threadIdx.x), block = in_register(blockIdx.x);
+    const int thread = in_register(int(threadIdx.x)), block = in_register(int(blockIdx.x));
     return Element(k, in_register(first_row), in_register(B), in_register(H), thread, block);
 }
 
@@ -171,15 +171,13 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
     unsigned flag_bits[ELEMENTS];  // flags of the time step after the next
     SCALAR x[ELEMENTS][G];         // of the next time step, loaded during the exchange of this one
     const Element mine(0, first_row, B, H);
-    const long long direction = p.reverse != 0 ? -1 : 1;
-    const auto state_stride = static_cast<long long>(B) * H;
-    Cursor<const SCALAR> Wx_at{p.Wx + index.row(index.nth(0), mine, G, 0), direction * G * state_stride,
-                               ROW_STRIDE * G * H};
-    Cursor<SCALAR> y_at{p.y + index.h(index.nth(0), mine), direction * state_stride, ROW_STRIDE * H};
-    Cursor<SCALAR> saved_at{p.saved + index.row(index.nth(0), mine, K, 0), direction * K * state_stride,
-                            ROW_STRIDE * K * H};
+    const auto state_stride = static_cast<long long>(B) * H,
+               row_step = kept(p.reverse != 0 ? -state_stride : state_stride);
+    Cursor<const SCALAR> Wx_at{p.Wx + index.row(index.nth(0), mine, G, 0), G * row_step, ROW_STRIDE * G * H};
+    Cursor<SCALAR> y_at{p.y + index.h(index.nth(0), mine), row_step, ROW_STRIDE * H};
+    Cursor<SCALAR> saved_at{p.saved + index.row(index.nth(0), mine, K, 0), K * row_step, ROW_STRIDE * K * H};
     Cursor<float> cell_states_at{p.cell_states + index.cell_state(index.state_out(index.nth(0)), 1, mine),
-                                 direction * (S - 1) * state_stride, ROW_STRIDE * H};
+                                 (S - 1) * row_step, ROW_STRIDE * H};
     // A time step may be shorter than the latency of memory, so the inputs of the one after the next are prefetched to
     // L2: 16 units are contiguous, and each of their first threads prefetches one gate of theirs.
     Cursor<const SCALAR> Wx_later{Wx_at.pointer + Wx_at.step + mine.unit % 16 * (H - 1LL), Wx_at.step, Wx_at.pitch};
@@ -224,20 +222,20 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
         }
         float h_in = state[k][0];
         Cell::operand(&h_in, aux[k]);
-        if (e.in_tile()) recurrent.stage(0, 0, e.row, e.unit, h_in);
+        if (e.in_tile()) recurrent.stage(0, 0, k, h_in);
     }
     recurrent.send(0);
     if (!HAS_LOWER_LAYER) fetch(0);
 
-    auto load_gates = [&](const Element& e, int k, float Wx[G], float Rh[G]) {
+    auto load_gates = [&](int k, float Wx[G], float Rh[G]) {
 #pragma unroll
         for (int g = 0; g < G; ++g) {
 #if LAYERS > 1
-            Wx[g] = HAS_LOWER_LAYER ? input.split_k_sum(g, e.row, e.unit) + input_bias[k][g] : to_float(x[k][g]);
+            Wx[g] = HAS_LOWER_LAYER ? input.split_k_sum(g, k) + input_bias[k][g] : to_float(x[k][g]);
 #else
             Wx[g] = to_float(x[k][g]);
 #endif
-            Rh[g] = recurrent.split_k_sum(g, e.row, e.unit) + bias[k][g];
+            Rh[g] = recurrent.split_k_sum(g, k) + bias[k][g];
         }
     };
     for (long long n = 0; n < T; ++n) {
@@ -251,10 +249,9 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
             const int first = Levels::means_before(level), last = Levels::means_before(level + 1);
 #pragma unroll
             for (int k = 0; k < ELEMENTS; ++k) {
-                const Element e(k, first_row, B, H);
                 float Wx[G], Rh[G], values[Levels::MEANS_OR_1];
                 if (valid(k)) {
-                    load_gates(e, k, Wx, Rh);
+                    load_gates(k, Wx, Rh);
                     Cell::step_level(level, Wx, Rh, state[k], aux[k], means[k], values);
                 }
                 for (int m = first; m < last; ++m) means[k][m] = valid(k) ? values[m - first] : 0.0f;
@@ -265,7 +262,7 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {
             const Element e(k, first_row, B, H);
-            if (e.in_tile()) load_gates(e, k, Wx[k], Rh[k]);
+            if (e.in_tile()) load_gates(k, Wx[k], Rh[k]);
         }
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {
@@ -280,7 +277,7 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
 #pragma unroll
             for (int k = 0; k < ELEMENTS; ++k) {
                 const Element e(k, first_row, B, H);
-                if (e.in_tile()) recurrent.stage(n + 1, 0, e.row, e.unit, valid(k) ? h_in[k] : 0.0f);
+                if (e.in_tile()) recurrent.stage(n + 1, 0, k, valid(k) ? h_in[k] : 0.0f);
             }
         }
         if (WAVEFRONT || n + 1 < T) recurrent.send(n + 1);
@@ -391,7 +388,7 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
         for (int k = 0; k < ELEMENTS; ++k) {
             const Element e(k, first_row, B, H);
             if (!e.valid || PROFILE_ONLY == PRODUCT) continue;
-            const float dx = PersistentBlock::add_partial_sums(input_partial_sums, 0, e.row, e.unit);
+            const float dx = recurrent.add_partial_sums(input_partial_sums, 0, k);
             st_relaxed_gpu(dx_out.of(round, e), make_uint2(__float_as_uint(dx), LayerGradChannel::flag(round)));
         }
     };
@@ -406,17 +403,16 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
     SCALAR dy[ELEMENTS], h_prev[ELEMENTS],
         saved[ELEMENTS][K > 0 ? K : 1];  // as stored: a conversion would wait for the load
     const Element mine(0, first_row, B, H);
-    const long long latest = index.nth(T - 1), direction = p.reverse != 0 ? 1 : -1;
-    const auto state_stride = static_cast<long long>(B) * H;
-    Cursor<const SCALAR> dy_at{p.dy + index.h(latest, mine), direction * state_stride, ROW_STRIDE * H};
-    Cursor<const SCALAR> y_at{p.y + index.h(latest, mine) + direction * state_stride, direction * state_stride,
-                              ROW_STRIDE * H};
-    Cursor<const SCALAR> saved_at{p.saved + index.row(latest, mine, K, 0), direction * K * state_stride,
-                                  ROW_STRIDE * K * H};
+    const long long latest = index.nth(T - 1);
+    const auto state_stride = static_cast<long long>(B) * H,
+               row_step = kept(p.reverse != 0 ? state_stride : -state_stride);
+    Cursor<const SCALAR> dy_at{p.dy + index.h(latest, mine), row_step, ROW_STRIDE * H};
+    Cursor<const SCALAR> y_at{p.y + index.h(latest, mine) + row_step, row_step, ROW_STRIDE * H};
+    Cursor<const SCALAR> saved_at{p.saved + index.row(latest, mine, K, 0), K * row_step, ROW_STRIDE * K * H};
     Cursor<const float> cell_states_at{p.cell_states + index.cell_state(index.state_in(latest), 1, mine),
-                                       direction * (S - 1) * state_stride, ROW_STRIDE * H};
-    Cursor<SCALAR> dWx_at{p.dWx + index.row(latest, mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
-    Cursor<SCALAR> dRh_at{p.dRh + index.row(latest, mine, G, 0), direction * G * state_stride, ROW_STRIDE * G * H};
+                                       (S - 1) * row_step, ROW_STRIDE * H};
+    Cursor<SCALAR> dWx_at{p.dWx + index.row(latest, mine, G, 0), G * row_step, ROW_STRIDE * G * H};
+    Cursor<SCALAR> dRh_at{p.dRh + index.row(latest, mine, G, 0), G * row_step, ROW_STRIDE * G * H};
     const int valid_bits = valid_elements(first_row, B, H);
     auto valid = [&](int k) { return (valid_bits >> k & 1) != 0; };
     // Offset of the states before a time step in cell_states, from those after it in dhistory.
@@ -480,7 +476,7 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
         auto accumulate_incoming_grad = [&](const Element& e, int k) {
             float partials[LEARNED > 0 ? LEARNED : 1];
             if (round > 0) {
-                float back = recurrent.split_k_sum(0, e.row, e.unit);
+                float back = recurrent.split_k_sum(0, k);
                 if (Cell::OPERAND) {  // the flags are still those of the time step that read this h
                     Cell::operand_grad(&back, partials, aux[k]);
                     for (int i = 0; i < LEARNED; ++i) sums[k][i] += partials[i];
@@ -542,10 +538,10 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
                 state_next[k][s] = state_prev[k][s];
             }
 #pragma unroll
-            for (int g = 0; g < G; ++g) recurrent.stage(round, g, e.row, e.unit, valid(k) ? da[k][g] : 0.0f);
+            for (int g = 0; g < G; ++g) recurrent.stage(round, g, k, valid(k) ? da[k][g] : 0.0f);
 #pragma unroll
             for (int i = 0; i < Values::COUNT_SEPARATE; ++i)
-                recurrent.stage(round, G + i, e.row, e.unit, valid(k) ? dx[k][Values::separate_gate(i)] : 0.0f);
+                recurrent.stage(round, G + i, k, valid(k) ? dx[k][Values::separate_gate(i)] : 0.0f);
         }
         if (n < 0) break;
         recurrent.send(round);

@@ -96,6 +96,10 @@ struct WeightTile {
     }
 };
 
+// What would take few instructions to compute anew at every time step, in a register; large batches leave none.
+DEVICE int kept(int x) { return K_CHUNKS == 1 ? in_register(x) : x; }
+DEVICE long long kept(long long x) { return K_CHUNKS == 1 ? in_register(x) : x; }
+
 struct PersistentBlock {
     static constexpr int GATE_SETS = WeightTile::GATE_SETS, VALUES = Values::COUNT, K_TILES = WeightTile::K_TILES;
     static constexpr int K_CHUNK = (K_TILES + K_CHUNKS - 1) / K_CHUNKS;        // k tiles of a warp in one chunk
@@ -127,6 +131,16 @@ struct PersistentBlock {
     float* partial_sums;    // [K_SPLITS][GATE_SETS][BATCH_ROWS][SUMS_PITCH]
     WeightTile weights;
     int warp, lane, rank;
+    // Places of this thread, in registers: the compiler computes what takes few instructions anew at every time step.
+    int operand_at;  // bytes of an operand: its lane's part of the warp's first k tile
+    int sums_at;     // in partial_sums: its lane's first
+    int value_at;    // bytes of an operand: the value of its first element
+    int sum_at;      // in partial_sums: the sum of its first element
+#if SCOPE == CLUSTER
+    int sent_at;         // bytes of an operand: its lane's first word of the block's slice
+    int first_peer;      // that its warp sends to
+    int received_bytes;  // of a round, from all peers
+#endif
     int valid_rows;  // of the batch: the group's other rows aren't exchanged
     UnitReduction unit_reduction;
 #if SCOPE == CLUSTER
@@ -160,10 +174,21 @@ struct PersistentBlock {
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
           rank(blockIdx.x % BLOCKS),
+          operand_at(kept(warp % K_SPLITS * K_CHUNK * 32 + Sums<GATE_SETS>::template lane_at<OPERAND_PITCH>(lane))),
+          value_at(kept(own_row() * OPERAND_PITCH + rank * SLICE_BYTES + own_unit() * int(sizeof(SCALAR)))),
+          sum_at(kept(own_row() * SUMS_PITCH + own_unit())),
           valid_rows(max(0, min(BATCH_ROWS, rows_left - batch_tile() * BATCH_ROWS))),
           needs_wait(!SINGLE_BLOCK || from != group()),
           unit_reduction(staged + STAGED_BYTES + SUMS_BYTES + WeightTile::BYTES + 16,
                          exchanges + from * group_words(T) + group_words(T) - UnitReduction::EXCHANGE_WORDS) {
+        const Corner corner = Sums<GATE_SETS>::corner(lane);
+        sums_at = kept((warp % K_SPLITS * GATE_SETS * BATCH_ROWS + corner.column) * SUMS_PITCH + warp / K_SPLITS * 16 +
+                       corner.row);
+#if SCOPE == CLUSTER
+        sent_at = kept(word_at(lane));
+        first_peer = kept((rank + 1 + warp) % BLOCKS);
+        received_bytes = kept((BLOCKS - 1) * valid_rows * SLICE_BYTES);
+#endif
         constexpr int FIRST_BYTES = OPERAND_BUFFERS * OPERAND_BYTES + STAGED_BYTES + SUMS_BYTES;
         if (R != nullptr) weights.template load<FIRST_BYTES>(operand, R, from != group(), H, rank, warp, lane);
         __syncthreads();  // weights have left the memory that is zeroed now
@@ -189,6 +214,9 @@ struct PersistentBlock {
 #endif
     }
 
+    DEVICE static int own_unit() { return threadIdx.x % BLOCK_UNITS; }  // of a thread's first element, as its row
+    DEVICE static int own_row() { return threadIdx.x / BLOCK_UNITS; }
+
     // In the following n is the number of an exchange round, from 0.
 
     // Multiply what round n sends. `partial_sums` has the sums, one per K split, for `split_k_sum` to add.
@@ -213,36 +241,42 @@ struct PersistentBlock {
 
     DEVICE void multiply(long long n, int first, int last, const WeightTile& matrix, Sums<GATE_SETS>& sums) const {
         if (PROFILE_ONLY == EXCHANGE) return;
-        const unsigned char* tile = operand + n % OPERAND_BUFFERS * OPERAND_BYTES + warp % K_SPLITS * K_CHUNK * 32;
-        sums.template add<OPERAND_PITCH>(tile, first, last, lane,
+        const unsigned char* tile = operand + buffer_of(n) * OPERAND_BYTES + operand_at;
+        sums.template add<OPERAND_PITCH>(tile, first, last,
                                          [&](unsigned a[4], int r, int j) { matrix.load_fragment(a, r, j); });
     }
 
     DEVICE void store_partial_sums(const Sums<GATE_SETS>& sums, float* to) const {
-        const Corner at = Sums<GATE_SETS>::corner(lane);
-        to += (warp % K_SPLITS * GATE_SETS * BATCH_ROWS + at.column) * SUMS_PITCH + warp / K_SPLITS * 16 + at.row;
+        to += sums_at;
         sums.finish(lane, [&](int r, int row, int column, float sum) {
             to[(r * BATCH_ROWS + column) * SUMS_PITCH + row] = sum;
         });
         __syncthreads();  // all partial sums are stored, and the operand has been multiplied
     }
 
-    DEVICE float split_k_sum(int r, int row, int unit) const { return add_partial_sums(partial_sums, r, row, unit); }
-    DEVICE static float add_partial_sums(const float* from, int r, int row, int unit) {
-        float total = 0;
+    // Of this thread's element k.
+    DEVICE float split_k_sum(int r, int k) const { return add_partial_sums(partial_sums, r, k); }
+    DEVICE float add_partial_sums(const float* from, int r, int k) const {
+        from += sum_at + (r * BATCH_ROWS + k * ROW_STRIDE) * SUMS_PITCH;
+        float total = from[0];
 #pragma unroll
-        for (int split = 0; split < K_SPLITS; ++split)
-            total += from[((split * GATE_SETS + r) * BATCH_ROWS + row) * SUMS_PITCH + unit];
+        for (int split = 1; split < K_SPLITS; ++split) total += from[split * GATE_SETS * BATCH_ROWS * SUMS_PITCH];
         return total;
     }
 
-    // Stage a value of this thread, to be sent to the other blocks.
-    DEVICE void stage(long long n, int value, int row, int unit, float x) {
+    // Stage a value of this thread's element k, to be sent to the other blocks.
+    DEVICE void stage(long long n, int value, int k, float x) {
         const SCALAR stored = encoded(x, SCALAR());
-        if (SENDS) reinterpret_cast<SCALAR*>(staged + row * SLICE_BYTES)[value * BLOCK_UNITS + unit] = stored;
+        const int row = own_row() + k * ROW_STRIDE;
+        if (SENDS) reinterpret_cast<SCALAR*>(staged)[(row * VALUES + value) * BLOCK_UNITS + own_unit()] = stored;
         if (SCOPE == GRID && !SINGLE_BLOCK) return;
-        unsigned char* slice = operand + n % OPERAND_BUFFERS * OPERAND_BYTES + row * OPERAND_PITCH + rank * SLICE_BYTES;
-        reinterpret_cast<SCALAR*>(slice)[value * BLOCK_UNITS + unit] = stored;
+        unsigned char* first = operand + buffer_of(n) * OPERAND_BYTES + value_at;
+        reinterpret_cast<SCALAR*>(first + k * ROW_STRIDE * OPERAND_PITCH)[value * BLOCK_UNITS] = stored;
+    }
+
+    // Word i of the block's slice in an operand, in bytes.
+    DEVICE int word_at(int i) const {
+        return i / (SLICE_BYTES / 16) * OPERAND_PITCH + i % (SLICE_BYTES / 16) * 16 + rank * SLICE_BYTES;
     }
 
     // Send the block's slice to the others, once all its threads have staged.
@@ -250,21 +284,23 @@ struct PersistentBlock {
         __syncthreads();  // the slice is complete, and the partial sums have been read
         if (PROFILE_ONLY == PRODUCT) return;
 #if SCOPE == CLUSTER
-        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[n % 2], (BLOCKS - 1) * valid_rows * SLICE_BYTES);
-        unsigned char* slice = operand + n % OPERAND_BUFFERS * OPERAND_BYTES + rank * SLICE_BYTES;
+        const int buffer = kept(buffer_of(n));
+        if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&received[buffer], received_bytes);
+        unsigned char* slice = operand + buffer * OPERAND_BYTES;
         constexpr int EACH = (BATCH_ROWS * (SLICE_BYTES / 16) + 31) / 32;  // words of a lane
 #pragma unroll
         for (int turn = 0; turn < EACH; ++turn) {
             const int i = lane + turn * 32;
-            uint4* mine =
-                reinterpret_cast<uint4*>(slice + i / (SLICE_BYTES / 16) * OPERAND_PITCH + i % (SLICE_BYTES / 16) * 16);
+            constexpr bool WHOLE_ROWS = 512 % SLICE_BYTES == 0;  // has a turn
+            uint4* mine = reinterpret_cast<uint4*>(
+                slice + (WHOLE_ROWS ? sent_at + turn * (512 / SLICE_BYTES) * OPERAND_PITCH : word_at(i)));
             if (i >= valid_rows * (SLICE_BYTES / 16)) break;
             const uint4 value = *mine;
 #pragma unroll
             for (int first = 0; first < BLOCKS - 1; first += WARPS) {
                 const int peer = first + warp;  // warps send to different peers at a time
                 if (peer < BLOCKS - 1)
-                    st_async(mine, value, &received[n % 2], (rank + 1 + peer) % static_cast<unsigned>(BLOCKS));
+                    st_async(mine, value, &received[buffer], (first_peer + first) % static_cast<unsigned>(BLOCKS));
             }
         }
 #elif SCOPE == GRID
@@ -310,7 +346,7 @@ struct PersistentBlock {
     DEVICE void receive(long long n, int first, int last) {
         if (PROFILE_ONLY == PRODUCT || !needs_wait) return;
 #if SCOPE == CLUSTER
-        mbarrier_wait_cluster(&received[n % 2], n / 2 % 2);
+        mbarrier_wait_cluster(&received[buffer_of(n)], n >> 1 & 1);
 #elif SCOPE == GRID
         // The warps that multiply the same columns receive them, so a warp waits for no others. A word is overwritten
         // two rounds later, if at all. That needs no fence: its owner stores it after it has received all of the round
@@ -355,6 +391,7 @@ struct PersistentBlock {
 #endif
     }
 
+    DEVICE static int buffer_of(long long n) { return OPERAND_BUFFERS == 1 ? 0 : static_cast<int>(n & 1); }
     DEVICE static long long slot(long long n) { return KEEPS_ALL_ROUNDS ? n : n & 1; }  // n % 2 would test the sign
     DEVICE static unsigned flag(long long n) { return static_cast<unsigned>(n + 1); }
 
