@@ -412,8 +412,8 @@ def test_inline_asm_stands_in_device_cuh_alone():
 def test_every_wrapper_has_both_bodies():
     assert len(wrappers()) > 20
     for name, body in wrappers().items():
-        assert ("PTX(" in body) == ("TWIN(" in body), name
-        assert body.count("PTX(") == body.count("TWIN("), name
+        assert ("PTX(" in body) == ("EMULATED(" in body), name
+        assert body.count("PTX(") == body.count("EMULATED("), name
         assert len(re.findall(r"\basm\b", body)) <= body.count("PTX("), name
     inside = sum(len(re.findall(r"\basm\b", body)) for body in wrappers().values())
     assert inside == len(re.findall(r"\basm\b", without_comments(DEVICE.read_text())))

@@ -3,8 +3,8 @@
 // Every PTX instruction of the package stands here, behind a function with a plain C++ signature; `asm`
 // appears nowhere else. Each function has two bodies side by side:
 //
-//     PTX(...)    what NVRTC compiles for the GPU;
-//     TWIN(...)   what g++ compiles for the tests, where a CUDA thread is a fiber on the CPU (tests/cuda_emulator).
+//     PTX(...)       what NVRTC compiles for the GPU;
+//     EMULATED(...)  what g++ compiles for the tests, where a CUDA thread is a fiber on the CPU (tests/cuda_emulator).
 //
 // One signature for both makes it impossible to have one without the other. A function with neither is
 // written in terms of those that have. The host side is chosen by GPU_RNN_ON_HOST, which
@@ -21,13 +21,13 @@
 
 #if GPU_RNN_ON_HOST
 #define PTX(...)
-#define TWIN(...) __VA_ARGS__
+#define EMULATED(...) __VA_ARGS__
 #define HOPPER 1
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define PTX(...) __VA_ARGS__
-#define TWIN(...)
+#define EMULATED(...)
 #define HOPPER (__CUDA_ARCH__ >= 900)
 #define SMEM(pointer) static_cast<unsigned>(__cvta_generic_to_shared(pointer))  // the 32-bit shared address
 #endif
@@ -37,7 +37,7 @@
 // A number or an address that stays in a register: a compiler that saves registers computes it anew at every use.
 DEVICE int in_register(int x) {
     PTX(asm volatile("" : "+r"(x)));
-    TWIN();
+    EMULATED();
     return x;
 }
 DEVICE long long in_register(long long x) {
@@ -48,7 +48,7 @@ DEVICE long long in_register(long long x) {
 template <class T>
 DEVICE T* in_register(T* global) {
     PTX(asm volatile("" : "+l"(global)));
-    TWIN();
+    EMULATED();
     return global;
 }
 
@@ -99,15 +99,15 @@ DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 DEVICE unsigned to_tf32(float x) {
     unsigned rounded;
     PTX(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x)));
-    TWIN(rounded = host::round_to_tf32(x));
+    EMULATED(rounded = host::round_to_tf32(x));
     return rounded;
 }
 
-// One instruction, absolute error about 5e-4 near 1 (PTX ISA: relative error 2^-11). The twin's error is as large.
+// One instruction, absolute error about 5e-4 near 1 (PTX ISA: relative error 2^-11). The emulation's is as large.
 DEVICE float tanh_approx(float x) {
     float y;
     PTX(asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)));
-    TWIN(y = __uint_as_float(host::round_to_tf32(tanhf(x))));
+    EMULATED(y = __uint_as_float(host::round_to_tf32(tanhf(x))));
     return y;
 }
 
@@ -121,13 +121,13 @@ DEVICE uint2 ld_relaxed_gpu(const uint2* address) {
     PTX(unsigned long long whole;
         asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(whole) : "l"(address) : "memory");
         value = make_uint2(static_cast<unsigned>(whole), static_cast<unsigned>(whole >> 32)));
-    TWIN(value = host::load_relaxed(address));
+    EMULATED(value = host::load_relaxed(address));
     return value;
 }
 DEVICE void st_relaxed_gpu(uint2* address, uint2 value) {
     PTX(const unsigned long long whole = value.x | static_cast<unsigned long long>(value.y) << 32;
         asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(whole) : "memory"));
-    TWIN(host::store_relaxed(address, value));
+    EMULATED(host::store_relaxed(address, value));
 }
 DEVICE uint4 ld_relaxed_gpu(const uint4* address) {
     uint4 value;
@@ -136,7 +136,7 @@ DEVICE uint4 ld_relaxed_gpu(const uint4* address) {
             "=l"(high) : "l"(address) : "memory");
         value = make_uint4(static_cast<unsigned>(low), static_cast<unsigned>(low >> 32),
                            static_cast<unsigned>(high), static_cast<unsigned>(high >> 32)));
-    TWIN(value = host::load_relaxed(address));
+    EMULATED(value = host::load_relaxed(address));
     return value;
 }
 DEVICE void st_relaxed_gpu(uint4* address, uint4 value) {
@@ -145,13 +145,13 @@ DEVICE void st_relaxed_gpu(uint4* address, uint4 value) {
         asm volatile(
             "{\n.reg .b128 q;\nmov.b128 q, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], q;\n}" ::"l"(address),
             "l"(low), "l"(high) : "memory"));
-    TWIN(host::store_relaxed(address, value));
+    EMULATED(host::store_relaxed(address, value));
 }
 
 // Brings the 128-byte line into L2 ahead of its use.
 DEVICE void prefetch_l2(const void* address) {
     PTX(asm volatile("prefetch.global.L2 [%0];" ::"l"(address)));
-    TWIN(static_cast<void>(address));
+    EMULATED(static_cast<void>(address));
 }
 
 // ---- The watchdog of spins --------------------------------------------------------------------------------
@@ -159,12 +159,12 @@ DEVICE void prefetch_l2(const void* address) {
 DEVICE unsigned globaltimer_lo() {  // nanoseconds
     unsigned now;
     PTX(asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now)));
-    TWIN(now = 0);  // where time stands still; the scheduler finds those that wait for ever
+    EMULATED(now = 0);  // where time stands still; the scheduler finds those that wait for ever
     return now;
 }
 DEVICE void trap() {
     PTX(asm volatile("trap;"));
-    TWIN(host::fail("trap"));
+    EMULATED(host::fail("trap"));
 }
 // Compiled with -DWATCHDOG, a wait of over two seconds ends the kernel with a trap: a hang costs one launch. One Watchdog
 // for each wait; `turn` is called in each turn of its loop, and looks at the clock in few of them.
@@ -188,7 +188,7 @@ struct Watchdog {
 // Barriers 1 to 15 (0 is __syncthreads). Of `threads` threads, a multiple of 32. Whole warps call it together.
 DEVICE void named_barrier_sync(unsigned id, unsigned threads) {
     PTX(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
-    TWIN(host::named_barrier_sync(id, threads));
+    EMULATED(host::named_barrier_sync(id, threads));
 }
 
 // ---- Matrix products: the whole warp calls these ----------------------------------------------------------
@@ -204,7 +204,7 @@ DEVICE void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" : "=f"(d[0]),
                      "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
                      "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])));
-    TWIN(host::mma_m16n8k16_bf16(d, a, b, c));
+    EMULATED(host::mma_m16n8k16_bf16(d, a, b, c));
 }
 DEVICE void mma_m16n8k16_f16(float d[4], const unsigned a[4], const unsigned b[2], const float c[4]) {
     PTX(
@@ -212,7 +212,7 @@ DEVICE void mma_m16n8k16_f16(float d[4], const unsigned a[4], const unsigned b[2
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" : "=f"(d[0]),
                      "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
                      "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])));
-    TWIN(host::mma_m16n8k16_f16(d, a, b, c));
+    EMULATED(host::mma_m16n8k16_f16(d, a, b, c));
 }
 // a [16, 8], b [8, 8], both tf32 in 32-bit registers, with t = lane % 4:
 //   a[i] is a[group + 8 * (i % 2)][t + 4 * (i / 2)];  b[i] is b[t + 4 * i][group];  c and d as above.
@@ -222,7 +222,7 @@ DEVICE void mma_m16n8k8_tf32(float d[4], const unsigned a[4], const unsigned b[2
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" : "=f"(d[0]),
                      "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
                      "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])));
-    TWIN(host::mma_m16n8k8_tf32(d, a, b, c));
+    EMULATED(host::mma_m16n8k8_tf32(d, a, b, c));
 }
 
 // Loads 8 x 8 matrices of 16-bit numbers. Lane 8 * m + r gives the address of row r (16 bytes, aligned) of
@@ -230,12 +230,12 @@ DEVICE void mma_m16n8k8_tf32(float d[4], const unsigned a[4], const unsigned b[2
 DEVICE void ldmatrix_x2(unsigned r[2], const void* shared) {
     PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
                      "=r"(r[1]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 2));
+    EMULATED(host::ldmatrix(r, shared, 2));
 }
 DEVICE void ldmatrix_x4(unsigned r[4], const void* shared) {
     PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
                      "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(SMEM(shared)) : "memory"));
-    TWIN(host::ldmatrix(r, shared, 4));
+    EMULATED(host::ldmatrix(r, shared, 4));
 }
 
 // ==== Hopper and later =====================================================================================
@@ -247,11 +247,11 @@ DEVICE void ldmatrix_x4(unsigned r[4], const void* shared) {
 // waiting. Every thread alternates arrive and wait. The blocks have started then, and none exits before all arrive.
 DEVICE void cluster_arrive() {
     PTX(asm volatile("barrier.cluster.arrive.release;" :: : "memory"));
-    TWIN(host::cluster_arrive());
+    EMULATED(host::cluster_arrive());
 }
 DEVICE void cluster_wait() {
     PTX(asm volatile("barrier.cluster.wait.acquire;" :: : "memory"));
-    TWIN(host::cluster_wait());
+    EMULATED(host::cluster_wait());
 }
 DEVICE void cluster_sync() {
     cluster_arrive();
@@ -269,17 +269,17 @@ struct alignas(8) Mbarrier {
 
 DEVICE void mbarrier_init(Mbarrier* shared, unsigned count) {
     PTX(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SMEM(shared)), "r"(count) : "memory"));
-    TWIN(host::mbarrier_init(shared, count));
+    EMULATED(host::mbarrier_init(shared, count));
 }
 DEVICE void fence_mbarrier_init() {
     PTX(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
-    TWIN(host::fence_mbarrier_init());
+    EMULATED(host::fence_mbarrier_init());
 }
 // Announces `bytes` to the current phase, then arrives.
 DEVICE void mbarrier_arrive_expect_tx(Mbarrier* shared, unsigned bytes) {
     PTX(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(SMEM(shared)),
                      "r"(bytes) : "memory"));
-    TWIN(host::mbarrier_arrive_expect_tx(shared, bytes));
+    EMULATED(host::mbarrier_arrive_expect_tx(shared, bytes));
 }
 // True when the phase has ended; may return false after a while, so call it in a loop, as mbarrier_wait_cluster does. Sees
 // what other blocks of the cluster did before they arrived or stored.
@@ -289,7 +289,7 @@ DEVICE bool mbarrier_try_wait_cluster(Mbarrier* shared, unsigned parity) {
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(SMEM(shared)),
         "r"(parity) : "memory"));
-    TWIN(done = host::mbarrier_try_wait(shared, parity));
+    EMULATED(done = host::mbarrier_try_wait(shared, parity));
     return done != 0;
 }
 DEVICE void mbarrier_wait_cluster(Mbarrier* shared, unsigned parity) {
@@ -306,7 +306,7 @@ DEVICE void st_async(unsigned* shared, unsigned value, Mbarrier* bar, unsigned r
         "mapa.shared::cluster.u32 bar, %2, %3;\n"
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [bar];\n}" ::"r"(SMEM(shared)),
         "r"(value), "r"(SMEM(bar)), "r"(rank) : "memory"));
-    TWIN(host::st_async(shared, &value, sizeof value, bar, rank));
+    EMULATED(host::st_async(shared, &value, sizeof value, bar, rank));
 }
 DEVICE void st_async(uint4* shared, uint4 value, Mbarrier* bar, unsigned rank) {
     PTX(asm volatile(
@@ -315,7 +315,7 @@ DEVICE void st_async(uint4* shared, uint4 value, Mbarrier* bar, unsigned rank) {
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [bar];\n"
         "}" ::"r"(SMEM(shared)),
         "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(SMEM(bar)), "r"(rank) : "memory"));
-    TWIN(host::st_async(shared, &value, sizeof value, bar, rank));
+    EMULATED(host::st_async(shared, &value, sizeof value, bar, rank));
 }
 
 #endif  // HOPPER

@@ -1,6 +1,6 @@
 // language.h: CUDA C++ as a kernel sees it, for g++ -std=c++20. Included in front of every kernel source.
 //
-// First the entry points of the runtime that the twins in device.cuh call (namespace host), then the
+// First the entry points of the runtime that the emulations in device.cuh call (namespace host), then the
 // language: launch variables, barriers, shuffles, atomics, 16-bit floats, intrinsics. Only what kernels may
 // use is here: volatile tricks, __threadfence() and cooperative groups are left out on purpose (see
 // device.cuh).
@@ -20,7 +20,7 @@
 #include <utility>
 
 #define GPU_RNN_ON_HOST 1
-#define __CUDA_ARCH__ 900  // the twins cover Hopper
+#define __CUDA_ARCH__ 900  // the emulations cover Hopper
 
 #define __global__
 #define __device__
@@ -58,7 +58,7 @@ struct __half {
 
 struct Mbarrier;  // defined in device.cuh: 8 bytes that the runtime alone reads
 
-// ---- The runtime behind the twins -------------------------------------------------------------------------
+// ---- The runtime behind the emulations --------------------------------------------------------------------
 
 namespace host {
 
@@ -100,7 +100,7 @@ void mbarrier_arrive_expect_tx(Mbarrier* bar, unsigned bytes);
 bool mbarrier_try_wait(Mbarrier* bar, unsigned parity);
 void st_async(void* shared, const void* value, unsigned bytes, Mbarrier* bar, unsigned rank);
 
-// ---- Small twins that need no runtime ----
+// ---- Small emulations that need no runtime ----
 
 template <class To, class From>
 __forceinline__ To bit_cast(From from) {

@@ -343,7 +343,7 @@ def _runtime_objects(sanitizer: Sanitizer | None, flags: tuple[str, ...]) -> lis
 
 @functools.cache
 def _place(library: Path, addresses: tuple[str, ...]) -> str:
-    """`at features.cu:12, called from features.cu:30`, leaving out the runtime and the twins."""
+    """`at features.cu:12, called from features.cu:30`, leaving out the runtime and the emulations."""
     if shutil.which("addr2line") is None:
         return f"at {addresses[0]}"
     ours = tuple(f"{name}:" for name in (*_RUNTIME, *_HEADERS, DEVICE.name, "??"))
