@@ -143,7 +143,7 @@ def test_arrays_that_are_not_aligned(monkeypatch):
 
     _, backward = cuda_on_cpu.per_step_passes(ready)
     sequences.check(case, case._replace(dy=odd).run(forward, backward))
-    assert {dict(launch.unit.defines)["UNITS"] for launch in launches} == {"1"}
+    assert {dict(launch.unit.defines)["VEC"] for launch in launches} == {"1"}
 
 
 def test_arrays_that_are_not_contiguous():
@@ -197,7 +197,7 @@ def test_plan_covers_every_unit(B, H, storage, offset):
         product=storage,
         addresses=(256, offset),
     )
-    units = int(dict(launch.unit.defines)["UNITS"])
+    units = int(dict(launch.unit.defines)["VEC"])
     x, y, _ = launch.block
     assert x * y == plans.THREADS
     assert H <= launch.grid[0] * x * units < H + x * units, "no block without work"

@@ -67,7 +67,7 @@ class BackwardBuffers(NamedTuple):
     dWx: Any  # [T, B, G*H] storage, written
     dRh: Any  # [T, B, G*H] storage, written; None where it equals dWx (no gate is `separate`)
     dhistory: Any  # [T, S-1, B, H] storage; gradients of the cell states after every time step, or None for zero
-    dunits: Any  # [learned, B, H] real; zeros, accumulated; None if no per-unit parameter is trainable
+    dunits: Any  # [trainable, B, H] real; zeros, accumulated; None if no per-unit parameter is trainable
     aux: AuxInputs
     reverse: bool
     w_ih: Any = None  # [G*H, H] storage, of a layer that takes its input from the one below

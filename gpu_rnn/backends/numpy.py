@@ -636,7 +636,7 @@ class Aux:
         return len(self.cell.per_unit_params) + self.cell.flags.index(HOLD)
 
     def per_unit_grad(self, dunits: np.ndarray) -> np.ndarray:
-        """[learned, H, B] -> [N, R, H]."""
+        """[trainable, H, B] -> [N, R, H]."""
         N, R, H = self.inputs.units.shape
         per_unit = np.zeros((N, R, H), dunits.dtype)
         per_unit[: len(dunits)] = dunits.sum(2)[:, None] if R == 1 else dunits.swapaxes(1, 2)

@@ -61,7 +61,7 @@ class Grad(NamedTuple):
     dWx: Any  # [T, B, G*H] storage, written
     dRh: Any  # [T, B, G*H] storage, written; None where it equals dWx (no gate is `separate`)
     dhistory: Any  # [T, S-1, B, H] storage; gradients of the cell states after every time step, or None for zero
-    dunits: Any  # [learned, B, H] real, accumulated; or None
+    dunits: Any  # [trainable, B, H] real, accumulated; or None
     units: Any  # as in AuxInputs
     flags: Any
     seed: Any

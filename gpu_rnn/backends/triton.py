@@ -221,8 +221,8 @@ def backward_constexprs(cell: Cell) -> tuple:
     from gpu_rnn.kernels.triton.cell_functions import compile_cell as compile_cell
 
     functions = compile_cell(cell)
-    operand_grad = None if cell.recurrent_input is None else functions.recurrent_input_grad
-    return functions.grad, functions.grad_level, functions.grad_means, operand_grad, *sizes(cell), cell.num_trainable
+    of_input = None if cell.recurrent_input is None else functions.recurrent_input_grad
+    return functions.grad, functions.grad_level, functions.grad_means, of_input, *sizes(cell), cell.num_trainable
 
 
 def sizes(cell: Cell) -> tuple[int, ...]:

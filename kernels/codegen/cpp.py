@@ -14,7 +14,7 @@ def render_cell(cell: Cell) -> str:
     """The LSTM's begins
 
     struct Cell {
-        enum { G = 4, S = 2, K = 4, PER_UNIT = 0, LEARNED = 0, FLAGS = 0, UNIFORMS = 0, OPERAND = 0 };
+        enum { G = 4, S = 2, K = 4, PER_UNIT = 0, TRAINABLE = 0, FLAGS = 0, UNIFORMS = 0, RECURRENT_INPUT = 0 };
         enum { SEPARATE = 0, COUNT_SEPARATE = 0 };
         enum { STEP_LEVELS = 0, STEP_MEANS = 0, GRAD_LEVELS = 0, GRAD_MEANS = 0 };
         DEVICE static void step(const real* x, const real* h, real* state, real* saved,
@@ -22,8 +22,8 @@ def render_cell(cell: Cell) -> str:
             const real x_0 = x[0];
     """
     sizes = {"G": cell.G, "S": cell.S, "K": cell.K}
-    sizes |= {"PER_UNIT": len(cell.per_unit_params), "LEARNED": cell.num_trainable}
-    sizes |= {"FLAGS": len(cell.flags), "UNIFORMS": cell.uniforms, "OPERAND": int(cell.recurrent_input is not None)}
+    sizes |= {"PER_UNIT": len(cell.per_unit_params), "TRAINABLE": cell.num_trainable, "FLAGS": len(cell.flags)}
+    sizes |= {"UNIFORMS": cell.uniforms, "RECURRENT_INPUT": int(cell.recurrent_input is not None)}
     separate = {"SEPARATE": sum(1 << gate for gate, own in enumerate(cell.separate) if own)}  # a bit for each gate
     separate["COUNT_SEPARATE"] = sum(cell.separate)
     step, grad = step_split(cell), grad_split(cell)
@@ -44,10 +44,10 @@ def render_cell(cell: Cell) -> str:
         "    }",
         *reduction_levels("step", "const real* x, const real* h, const real* state", step),
         *reduction_levels("grad", "const real* dnew, const real* next, const real* state, const real* saved", grad),
-        "    DEVICE static void operand(real* h, const real* extra) {",
+        "    DEVICE static void recurrent_input(real* h, const real* extra) {",
         *body(recurrent_input_graph(cell), "h"),
         "    }",
-        "    DEVICE static void operand_grad(real* dnew, real* dunits, const real* extra) {",
+        "    DEVICE static void recurrent_input_grad(real* dnew, real* dunits, const real* extra) {",
         *body(recurrent_input_grad_graph(cell), "dnew", "dunits"),
         "    }",
         "};\n",

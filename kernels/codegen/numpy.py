@@ -22,7 +22,7 @@ A row is one gate or one temporary of one time step, an array [H, B]. The arrays
     q0 q1 ...     gradients of the states after                 c  what they are multiplied by (`Gradient`)
     d  gate gradients: `d[:G]` those of x, in inputs order; `d[n:G+n]` those of h, in recurrent order; behind them
        gradients of the states before
-    g  [learned, H, B]  gradients of the first of m
+    g  [trainable, H, B]  gradients of the first of m
     w  temporaries                                              u  [rows, 1, B]  those that are the same for all units
 """
 

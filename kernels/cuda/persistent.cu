@@ -140,7 +140,7 @@ struct Params {             // of one instance
                             // if not `save`, [1, S-1, B, H], overwritten
     SCALAR* saved;          // [T, B, K, H] written; it may be Wx where K = G
     SCALAR* y;              // [T, B, H] written
-    const float* units;     // see Extra
+    const float* units;     // see AuxInputs
     const unsigned char* flags;
     const unsigned long long* seed;
     const SCALAR* input_weights;  // [G, H, H]; of layers above the first, as b_ih
@@ -162,12 +162,12 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
     PersistentBlock input(arena + PersistentBlock::BYTES, exchange, group() - HAS_LOWER_LAYER, T, B - first_row,
                           input_weights, H);
     float input_bias[ELEMENTS][G];
-    static_assert(!Cell::OPERAND, "what is sent is h, the input of the layer above");
+    static_assert(!Cell::RECURRENT_INPUT, "what is sent is h, the input of the layer above");
 #endif
 
     const TimeIndex index{T, B, H, S, p.reverse != 0};
-    const Extra extra{p.units, p.flags, p.seed, B, H, rows};
-    float state[ELEMENTS][S], bias[ELEMENTS][G], saved[ELEMENTS][K > 0 ? K : 1], aux[ELEMENTS][EXTRA_OR_1];
+    const AuxInputs aux_inputs{p.units, p.flags, p.seed, B, H, rows};
+    float state[ELEMENTS][S], bias[ELEMENTS][G], saved[ELEMENTS][K > 0 ? K : 1], aux[ELEMENTS][AUX_OR_1];
     unsigned flag_bits[ELEMENTS];  // flags of the time step after the next
     SCALAR x[ELEMENTS][G];         // of the next time step, loaded during the exchange of this one
     const Element mine(0, first_row, B, H);
@@ -192,8 +192,8 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
 #pragma unroll
             for (int g = 0; g < G; ++g) x[k][g] = Wx_at.of(k)[g * H];
             if (ahead) prefetch_l2(Wx_later.of(k));
-            if (n + 1 < T) flag_bits[k] = extra.bits(index.nth(n + 1), e.b);
-            extra.uniforms_of(aux[k], index.nth(n), e.b, e.hidden);
+            if (n + 1 < T) flag_bits[k] = aux_inputs.bits(index.nth(n + 1), e.b);
+            aux_inputs.uniforms_of(aux[k], index.nth(n), e.b, e.hidden);
         }
         Wx_at.advance(), Wx_later.advance();
     };
@@ -214,14 +214,14 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
         for (int g = 0; HAS_LOWER_LAYER && g < G; ++g)
             input_bias[k][g] = e.valid && p.b_ih != nullptr ? to_float(p.b_ih[g * H + e.hidden]) : 0.0f;
 #endif
-        for (int i = 0; i < EXTRA; ++i) aux[k][i] = 0;
+        for (int i = 0; i < AUX; ++i) aux[k][i] = 0;
         flag_bits[k] = 0;
         if (e.valid) {
-            extra.of_unit(aux[k], e.b, e.hidden);
-            extra.flags_of(aux[k], extra.bits(index.nth(0), e.b));
+            aux_inputs.of_unit(aux[k], e.b, e.hidden);
+            aux_inputs.flags_of(aux[k], aux_inputs.bits(index.nth(0), e.b));
         }
         float h_in = state[k][0];
-        Cell::operand(&h_in, aux[k]);
+        Cell::recurrent_input(&h_in, aux[k]);
         if (e.in_tile()) recurrent.stage(0, 0, k, h_in);
     }
     recurrent.send(0);
@@ -269,9 +269,9 @@ DEVICE void forward(const Params& p, uint4* exchange, long long T, int B, int H,
             const Element e(k, first_row, B, H);
             if (!e.in_tile()) continue;
             Cell::step(Wx[k], Rh[k], state[k], saved[k], aux[k], means[k]);
-            extra.flags_of(aux[k], flag_bits[k]);
+            aux_inputs.flags_of(aux[k], flag_bits[k]);
             h_in[k] = state[k][0];
-            Cell::operand(&h_in[k], aux[k]);
+            Cell::recurrent_input(&h_in[k], aux[k]);
         }
         if (WAVEFRONT || n + 1 < T) {
 #pragma unroll
@@ -339,8 +339,8 @@ struct Params {                // of one instance
     SCALAR* dWx;               // [T, B, G, H] written
     SCALAR* dRh;               // [T, B, G, H] written; null where it equals dWx
     const SCALAR* dhistory;    // [T, S-1, B, H] gradients of the other states after every time step; null for zero
-    float* dunits;             // [LEARNED, B, H] added to
-    const float* units;        // see Extra
+    float* dunits;             // [TRAINABLE, B, H] added to
+    const float* units;        // see AuxInputs
     const unsigned char* flags;
     const unsigned long long* seed;
     const SCALAR* input_weights;  // [G, H, H]; of layers above the first
@@ -369,7 +369,7 @@ struct LayerGradChannel {
 // SENDS_DX: the instance is a layer that sends the gradient of its inputs to the one below.
 template <bool SENDS_DX>
 DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H, int rows, int first_row) {
-    constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
+    constexpr int G = Cell::G, S = Cell::S, K = Cell::K, TRAINABLE = Cell::TRAINABLE;
     DYNAMIC_SHARED(unsigned char, arena);
     PersistentBlock recurrent(arena, exchange, group(), T, B - first_row, p.weights, H);
 #if LAYERS > 1
@@ -396,9 +396,9 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
 
     const TimeIndex index{T, B, H, S, p.reverse != 0};
     float dstate[ELEMENTS][S];  // of the states after the time step; accumulate_incoming_grad completes that of h
-    const Extra extra{p.units, p.flags, p.seed, B, H, rows};
-    float state_next[ELEMENTS][S], state_prev[ELEMENTS][S], aux[ELEMENTS][EXTRA_OR_1],
-        sums[ELEMENTS][LEARNED > 0 ? LEARNED : 1];
+    const AuxInputs aux_inputs{p.units, p.flags, p.seed, B, H, rows};
+    float state_next[ELEMENTS][S], state_prev[ELEMENTS][S], aux[ELEMENTS][AUX_OR_1],
+        sums[ELEMENTS][TRAINABLE > 0 ? TRAINABLE : 1];
     unsigned flag_bits[ELEMENTS];
     SCALAR dy[ELEMENTS], h_prev[ELEMENTS],
         saved[ELEMENTS][K > 0 ? K : 1];  // as stored: a conversion would wait for the load
@@ -431,7 +431,7 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
             for (int j = 0; j < K; ++j) saved[k][j] = saved_at.of(k)[j * H];
 #pragma unroll
             for (int s = 1; s < S; ++s) state_prev[k][s] = cell_states_at.of(k)[(s - 1) * state_stride];
-            flag_bits[k] = extra.bits(index.nth(n), e.b);
+            flag_bits[k] = aux_inputs.bits(index.nth(n), e.b);
             if (p.dhistory == nullptr) continue;
             const SCALAR* history = p.dhistory + (cell_states_at.of(k) - p.cell_states - states_before);
 #pragma unroll
@@ -455,10 +455,10 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
         for (int j = 0; j < K; ++j) saved[k][j] = from_float<SCALAR>(0.0f);
 #pragma unroll
         for (int s = 1; s < S; ++s) state_prev[k][s] = 0.0f;
-        for (int i = 0; i < EXTRA; ++i) aux[k][i] = 0;
+        for (int i = 0; i < AUX; ++i) aux[k][i] = 0;
         flag_bits[k] = 0;
-        if (e.valid) extra.of_unit(aux[k], e.b, e.hidden);
-        for (int i = 0; i < LEARNED; ++i) sums[k][i] = e.valid ? p.dunits[(i * index.B + e.b) * H + e.hidden] : 0.0f;
+        if (e.valid) aux_inputs.of_unit(aux[k], e.b, e.hidden);
+        for (int i = 0; i < TRAINABLE; ++i) sums[k][i] = e.valid ? p.dunits[(i * index.B + e.b) * H + e.hidden] : 0.0f;
     }
 
     for (long long round = 0; round <= T; ++round) {  // the last only completes the gradient of h0
@@ -474,18 +474,18 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
 #endif
         float dx[ELEMENTS][G], da[ELEMENTS][G], means[ELEMENTS][Levels::MEANS_OR_1];
         auto accumulate_incoming_grad = [&](const Element& e, int k) {
-            float partials[LEARNED > 0 ? LEARNED : 1];
+            float partials[TRAINABLE > 0 ? TRAINABLE : 1];
             if (round > 0) {
                 float back = recurrent.split_k_sum(0, k);
-                if (Cell::OPERAND) {  // the flags are still those of the time step that read this h
-                    Cell::operand_grad(&back, partials, aux[k]);
-                    for (int i = 0; i < LEARNED; ++i) sums[k][i] += partials[i];
+                if (Cell::RECURRENT_INPUT) {  // the flags are still those of the time step that read this h
+                    Cell::recurrent_input_grad(&back, partials, aux[k]);
+                    for (int i = 0; i < TRAINABLE; ++i) sums[k][i] += partials[i];
                 }
                 dstate[k][0] += back;
             }
             if (n < 0) return;
-            extra.flags_of(aux[k], flag_bits[k]);
-            if (valid(k)) extra.uniforms_of(aux[k], index.nth(n), e.b, e.hidden);
+            aux_inputs.flags_of(aux[k], flag_bits[k]);
+            if (valid(k)) aux_inputs.uniforms_of(aux[k], index.nth(n), e.b, e.hidden);
 #if LAYERS > 1
             if (valid(k) && receives_dx) {
                 for (Watchdog watchdog; received_dx[k].y != LayerGradChannel::flag(round); watchdog.turn())
@@ -527,11 +527,11 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
             if (!e.in_tile()) continue;
             if (Levels::COUNT == 0) accumulate_incoming_grad(e, k);
             if (n < 0) continue;
-            float from_step[K > 0 ? K : 1], dbefore[S], partials[LEARNED > 0 ? LEARNED : 1];
+            float from_step[K > 0 ? K : 1], dbefore[S], partials[TRAINABLE > 0 ? TRAINABLE : 1];
             load_saved(k, from_step);
             Cell::grad(dstate[k], state_next[k], state_prev[k], from_step, dx[k], da[k], dbefore, partials, aux[k],
                        means[k]);
-            for (int i = 0; i < LEARNED; ++i) sums[k][i] += partials[i];
+            for (int i = 0; i < TRAINABLE; ++i) sums[k][i] += partials[i];
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 dstate[k][s] = dbefore[s];
@@ -565,7 +565,7 @@ DEVICE void backward(const Params& p, uint4* exchange, long long T, int B, int H
     for (int k = 0; k < ELEMENTS; ++k) {
         const Element e = element_anew(k, first_row, B, H);
         if (!valid(k)) continue;
-        for (int j = 0; j < LEARNED; ++j) p.dunits[(j * end.B + e.b) * H + e.hidden] = sums[k][j];
+        for (int j = 0; j < TRAINABLE; ++j) p.dunits[(j * end.B + e.b) * H + e.hidden] = sums[k][j];
         p.dh[end.initial(e)] = dstate[k][0];
 #pragma unroll
         for (int s = 1; s < S; ++s) p.dcell_states[end.cell_state(0, s, e)] = dstate[k][s];

@@ -24,7 +24,7 @@ def launch(
     aligned = H % wide == 0 and all(address % 16 == 0 for address in addresses)
     units = 1 if not aligned else wide // 2 if cell.has_reduction else wide
     types = {"SCALAR": storage, "PRODUCT": product, "REAL": real}
-    defines = {name: C_TYPES[dtype] for name, dtype in types.items()} | {"UNITS": units}
+    defines = {name: C_TYPES[dtype] for name, dtype in types.items()} | {"VEC": units}
     across = max(1, -(-H // units))  # threads that a row needs
     threads = REDUCTION_THREADS if cell.has_reduction else THREADS
     x = min(threads, 1 << (across - 1).bit_length())  # a power of two divides the block into whole rows

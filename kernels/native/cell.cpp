@@ -5,7 +5,7 @@
 // lies as the caller has it. Where the cell takes means over units (Cell::*_LEVELS), a call has whole rows and goes
 // through each once for every level of means and once more for the result, in one order of additions.
 
-constexpr int G = Cell::G, S = Cell::S, K = Cell::K, LEARNED = Cell::LEARNED;
+constexpr int G = Cell::G, S = Cell::S, K = Cell::K, TRAINABLE = Cell::TRAINABLE;
 constexpr int PER_UNIT = Cell::PER_UNIT, FLAGS = Cell::FLAGS, UNIFORMS = Cell::UNIFORMS;
 constexpr int AUX = PER_UNIT + FLAGS + UNIFORMS;
 DEVICE constexpr int or_1(int size) { return size > 0 ? size : 1; }  // an array has an element
@@ -175,16 +175,16 @@ static void step(const Forward& f, Index n, Range range, Gates Wx, Gates Rh, sca
     }
 }
 
-// What the recurrent weights see of h [B, P], at time step n.
-static void operand(const Forward& f, Index n, Range range, const scalar* h, scalar* out) {
+// The input of the recurrent matmul of time step n, from h [B, P].
+static void recurrent_input(const Forward& f, Index n, Range range, const scalar* h, scalar* out) {
     each_pair(range, [&](int count, const Index* b, const Index* u) {
-        real seen[1], aux[or_1(AUX)];
+        real h_in[1], aux[or_1(AUX)];
         for (int i = 0; i < PAIR; ++i) {
-            seen[0].v[i] = load(h + b[i] * f.P + u[i] * V, lanes_of(u[i], f.Q));
+            h_in[0].v[i] = load(h + b[i] * f.P + u[i] * V, lanes_of(u[i], f.Q));
             load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.Q);
         }
-        Cell::operand(seen, aux);
-        for (int i = 0; i < count; ++i) store(out + b[i] * f.P + u[i] * V, seen[0].v[i], lanes_of(u[i], f.Q));
+        Cell::recurrent_input(h_in, aux);
+        for (int i = 0; i < count; ++i) store(out + b[i] * f.P + u[i] * V, h_in[0].v[i], lanes_of(u[i], f.Q));
     });
 }
 
@@ -224,7 +224,7 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
     auto pass = [&](Range some, const real* means) {
         each_pair(some, [&](int count, const Index* b, const Index* u) {
             GradInputs in;
-            real dx[G], dr[G], dstate[S], dunits[or_1(LEARNED)];
+            real dx[G], dr[G], dstate[S], dunits[or_1(TRAINABLE)];
             load_inputs(in, b, u);
             Cell::grad(in.dnew, in.next, in.state, in.saved, dx, dr, dstate, dunits, in.aux, means);
 #pragma GCC unroll 4
@@ -232,7 +232,7 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
                 if (i >= count) break;
                 const int lanes = lanes_of(u[i], f.D);
                 const Index at = b[i] * H + u[i] * V, gate = (t * f.B + b[i]) * G * H + u[i] * V;
-                for (int k = 0; k < LEARNED; ++k) add_to(f.dunits + k * plane + at, dunits[k].v[i], lanes);
+                for (int k = 0; k < TRAINABLE; ++k) add_to(f.dunits + k * plane + at, dunits[k].v[i], lanes);
                 if (!projected) store(f.dfirst[0] + at, dstate[0].v[i], lanes);
                 for (int s = 1; s < S; ++s) store(f.dfirst[s] + at, dstate[s].v[i], lanes);
                 for (int g = 0; g < G; ++g) store(f.dWx + gate + g * H, dx[g].v[i], lanes);
@@ -254,20 +254,20 @@ static void grad(const Backward& f, Index n, Range range, Gates dh) {
     }
 }
 
-// dh: gradient of what the recurrent weights saw at time step n. Added to dfirst[0], that of h.
-static void operand_grad(const Backward& f, Index n, Range range, Gates dh) {
+// dh: gradient of the input of the recurrent matmul of time step n. Added to dfirst[0], that of h.
+static void recurrent_input_grad(const Backward& f, Index n, Range range, Gates dh) {
     each_pair(range, [&](int count, const Index* b, const Index* u) {
-        real dseen[1], aux[or_1(AUX)], dunits[or_1(LEARNED)];
+        real dh_in[1], aux[or_1(AUX)], dunits[or_1(TRAINABLE)];
         for (int i = 0; i < PAIR; ++i) {
-            dseen[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
-            if constexpr (Cell::OPERAND != 0) load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.Q);
+            dh_in[0].v[i] = load(dh.data + (b[i] - range.b0) * dh.row + (u[i] - range.u0) * V);
+            if constexpr (Cell::RECURRENT_INPUT != 0) load_aux(aux, i, f, time_of(f, n), b[i], u[i], f.Q);
         }
-        if constexpr (Cell::OPERAND != 0) Cell::operand_grad(dseen, dunits, aux);
+        if constexpr (Cell::RECURRENT_INPUT != 0) Cell::recurrent_input_grad(dh_in, dunits, aux);
         for (int i = 0; i < count; ++i) {
             const int lanes = lanes_of(u[i], f.Q);
-            add_to(f.dfirst[0] + b[i] * f.P + u[i] * V, dseen[0].v[i], lanes);
-            if constexpr (Cell::OPERAND != 0)
-                for (int k = 0; k < LEARNED; ++k)
+            add_to(f.dfirst[0] + b[i] * f.P + u[i] * V, dh_in[0].v[i], lanes);
+            if constexpr (Cell::RECURRENT_INPUT != 0)
+                for (int k = 0; k < TRAINABLE; ++k)
                     add_to(f.dunits + (k * f.B + b[i]) * f.H + u[i] * V, dunits[k].v[i], lanes);
         }
     });
@@ -277,6 +277,6 @@ static void operand_grad(const Backward& f, Index n, Range range, Gates dh) {
 #define HOLD_FLAG -1  // the bit of the flag by which a time step leaves the states as they are
 #endif
 extern "C" const Code code = {
-    G, S, K, Cell::OPERAND, Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0, HOLD_FLAG, LEARNED, Cell::SEPARATE,
-    step, operand, grad, operand_grad,
+    G, S, K, Cell::RECURRENT_INPUT, Cell::STEP_LEVELS + Cell::GRAD_LEVELS > 0, HOLD_FLAG, TRAINABLE, Cell::SEPARATE,
+    step, recurrent_input, grad, recurrent_input_grad,
 };

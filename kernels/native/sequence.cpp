@@ -616,7 +616,7 @@ static int forward_of_head(const Forward& f) {
     Matrices weights(f);
     const bool few = T == 1 && B > 0 && B <= FEW_ROWS && !f.packed;  // weights are read where they are
     const bool once = T == 1 && sharing == threads && !f.packed && !few;
-    Scratch seen(cell.OPERAND ? B * P : 0), unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
+    Scratch h_in_scratch(cell.RECURRENT_INPUT ? B * P : 0), unprojected(f.W_hr && !f.h_unprojected ? B * H : 0);
     const Index rows = by_rows ? (B + threads - 1) / threads : B, width = (blocks + sharing - 1) / sharing;
     // Inputs of several time steps are projected at once where one has too few rows; else those of a step's next blocks.
     const Index passes = f.passes, inputs_T = T / passes;
@@ -629,7 +629,7 @@ static int forward_of_head(const Forward& f) {
     const Index own = inputs + gates + projected + (once ? weights.size(some_blocks, some_outputs) : 0);
     const Index start_size = Starts(f, nullptr).size(), panels = few || once ? 0 : weights.size(blocks, outputs);
     Scratch scratch(threads * own), packed(f.packed ? 0 : start_size + panels);
-    if (seen.failed || unprojected.failed || scratch.failed || packed.failed) return 1;
+    if (h_in_scratch.failed || unprojected.failed || scratch.failed || packed.failed) return 1;
     Starts starts(f, f.packed ? const_cast<scalar*>(f.packed) : packed.data);
     if (!few) weights.place(starts.x + start_size, blocks);
     if (!f.packed) starts.pack(f);
@@ -683,17 +683,17 @@ static int forward_of_head(const Forward& f) {
             }
             const Index t = time_of(n);
             const scalar* before = h_before(n);
-            const scalar* seen_by_weights = before;
-            if (cell.OPERAND) {
-                cell.operand(f, n, {b0, b1, p0, p1}, before, seen.data);
-                seen_by_weights = seen.data;
+            const scalar* h_in = before;
+            if (cell.RECURRENT_INPUT) {
+                cell.recurrent_input(f, n, {b0, b1, p0, p1}, before, h_in_scratch.data);
+                h_in = h_in_scratch.data;
                 barrier.wait();
             }
             scalar* to = !f.W_hr ? f.y + t * B * P : f.h_unprojected ? f.h_unprojected + t * B * H : unprojected.data;
             const scalar* x = Wx + at * mine * some * GV;
             each_blocks(recurrent, u0, u1, [&](Index u, Index end) {
                 const Index across = cell.REDUCES ? blocks : recurrent.blocks;
-                const auto row = [&](Index r) { return seen_by_weights + (b0 + r) * P; };
+                const auto row = [&](Index r) { return h_in + (b0 + r) * P; };
                 product(R, recurrent, u, end, row, starts.h, cell.REDUCES ? Rh + u * GV : Rh, across * GV);
                 Gates input{x + (u - u0) * GV, some * GV};
                 if (!f.W) {
@@ -830,27 +830,28 @@ static int gradients(const Backward& f) {
     const Index inputs = blocks_of(I), blocks = blocks_of(max(I, max(H, P)));
     const Index sums = I % V || H % V || Q % V ? (blocks_of(M) + threads - 1) / threads * V * blocks * V : 0;
     const Index own = CHUNK_ROWS * PIECE + blocks * PIECE * V + sums;
-    const bool seen_anew = f.dR && cell.OPERAND && K > 0;
-    Scratch zero(blocks * V), scratch(threads * own), packed(W_back.size(inputs)), seen(seen_anew ? K * P : 0);
-    if (zero.failed || scratch.failed || packed.failed || seen.failed) return 1;
+    const bool recompute_h_in = f.dR && cell.RECURRENT_INPUT && K > 0;
+    Scratch zero(blocks * V), scratch(threads * own), packed(W_back.size(inputs));
+    Scratch h_in_scratch(recompute_h_in ? K * P : 0);
+    if (zero.failed || scratch.failed || packed.failed || h_in_scratch.failed) return 1;
     memset(zero.data, 0, blocks * V * sizeof(scalar));
     W_back.panels = packed.data;
     const Rows x{f.x, I, B, f.x_time, f.x_row}, unprojected{f.h_unprojected, H, B, B * H, H};
     const Rows h_before{f.y, P, B, B * P, P, f.h0, f.reverse ? T - 1 : 0, f.reverse ? 1 : -1};
-    const Rows seen_rows = seen_anew ? Rows{seen.data, P, B, B * P, P} : h_before;
+    const Rows h_in_rows = recompute_h_in ? Rows{h_in_scratch.data, P, B, B * P, P} : h_before;
     Barrier ready{threads};
     auto body = [&](int thread) {
         const Part part{0, 0, thread, threads};
         scalar* room = scratch.data + thread * own;
         W_back.pack(part.first(inputs), part.last(inputs));
-        for (Index n = 0; seen_anew && n < f.heads; ++n) {
+        for (Index n = 0; recompute_h_in && n < f.heads; ++n) {
             Forward like{};
             like.T = T, like.B = B, like.H = H, like.P = P, like.D = D, like.Q = Q, like.reverse = f.reverse;
             like.aux = f.aux, like.unit_rows = f.unit_rows;
             skip(like.aux.units, n * D), skip(like.aux.seed, n);
             for (Index t = part.first(T); t < part.last(T); ++t)
-                cell.operand(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(Q)}, h_before(t * B) + n * Q,
-                             seen.data + t * B * P + n * Q);
+                cell.recurrent_input(like, f.reverse ? T - 1 - t : t, {0, B, 0, blocks_of(Q)}, h_before(t * B) + n * Q,
+                                     h_in_scratch.data + t * B * P + n * Q);
         }
         const bool two = f.passes == 2 && f.dWx_sum;
         for (Index t = part.first(T / f.passes); two && t < part.last(T / f.passes); ++t) {
@@ -875,14 +876,14 @@ static int gradients(const Backward& f) {
         if (f.dW) transposed_product(f.dWx_sum, Kx, M, m0, m1, x, f.dW, zero.data, room);
         for (Index m = m0, end; f.dR && m < m1; m = end) {  // from head to head
             end = f.heads == 1 ? m1 : min(m1, (m / D + 1) * D);
-            transposed_product(f.dRh, K, M, m, end, seen_rows.of_head(m % H / D, Q), f.dR, zero.data, room);
+            transposed_product(f.dRh, K, M, m, end, h_in_rows.of_head(m % H / D, Q), f.dR, zero.data, room);
         }
         if (f.dW_hr) transposed_product(f.dy_total, K, P, p0, p1, unprojected, f.dW_hr, zero.data, room);
         if (f.db_x) sum_rows(f.dWx_sum, Kx, M, m0, m1, f.db_x);
         if (f.db_h) sum_rows(f.dRh, K, M, m0, m1, f.db_h);
     };
     if (!workers.run(body)) return 1;
-    for (Index n = 0; f.dunits_sum && n < cell.LEARNED; ++n)
+    for (Index n = 0; f.dunits_sum && n < cell.TRAINABLE; ++n)
         sum_rows(f.dunits + n * B * H, B, H, 0, H, f.dunits_sum + n * H);
     return 0;
 }
@@ -960,7 +961,7 @@ static int backward_of_head(const Backward& f) {
                 const auto row = [&](Index r) { return f.dRh + (t * B + b0 + r) * G * H; };
                 const Index(&gates)[2] = f.gates[n & 1];
                 multiply(R_back, cut, u, end, row, zero.data, back, cut.blocks * V, gates[0] * f.D, gates[1] * f.D);
-                cell.operand_grad(f, n, {b0, b1, u, end}, {back, cut.blocks * V});
+                cell.recurrent_input_grad(f, n, {b0, b1, u, end}, {back, cut.blocks * V});
             });
             barrier.wait();
         }

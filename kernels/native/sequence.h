@@ -70,14 +70,14 @@ struct Backward {
     scalar* dWx_sum;              // [T / passes, B, G, H] written: its sums over passes; dWx for one, or null
     scalar* dRh;                  // the same of the recurrent projection; it is dWx where the two are equal
     scalar* dy_total;             // [T, B, P] written: gradient of y, later time steps included; null without W_hr
-    scalar* dunits;               // [LEARNED, B, H] added to
+    scalar* dunits;               // [TRAINABLE, B, H] added to
     scalar* dx;                   // [T / passes, B, I] written; null, as all that follow, where it isn't wanted
     scalar* dW;                   // [G, H, I] written
     scalar* dR;                   // [G, H, Q] written
     scalar* db_x;                 // [G, H] written
     scalar* db_h;                 // [G, H] written
     scalar* dW_hr;                // [P, H] written
-    scalar* dunits_sum;           // [LEARNED, H] written: dunits, summed over the batch
+    scalar* dunits_sum;           // [TRAINABLE, H] written: dunits, summed over the batch
     const scalar* dlast[MAX_STATES];     // gradients of the states after
     scalar* dfirst[MAX_STATES];          // gradients of the states before, written; on the way those at state index n
     const scalar* cell_states[MAX_STATES];  // as in Forward
@@ -99,9 +99,11 @@ struct Range {
 
 // A cell, compiled for one CPU (cell.cpp). Where it REDUCES, a range has whole rows.
 struct Code {
-    Index G, S, K, OPERAND, REDUCES, HOLD, LEARNED, SEPARATE;  // HOLD: the bit of the flag that keeps the states, or -1
+    Index G, S, K, RECURRENT_INPUT, REDUCES;
+    Index HOLD;  // the bit of the flag that keeps the states, or -1
+    Index TRAINABLE, SEPARATE;
     void (*step)(const Forward&, Index n, Range, Gates Wx, Gates Rh, scalar* h);
-    void (*operand)(const Forward&, Index n, Range, const scalar* h, scalar* out);
+    void (*recurrent_input)(const Forward&, Index n, Range, const scalar* h, scalar* out);
     void (*grad)(const Backward&, Index n, Range, Gates dh);
-    void (*operand_grad)(const Backward&, Index n, Range, Gates dh);
+    void (*recurrent_input_grad)(const Backward&, Index n, Range, Gates dh);
 };

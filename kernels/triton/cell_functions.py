@@ -50,8 +50,8 @@ def compile_cell(cell: Cell) -> CellFunctions:
         reduction_levels("grad_level", GRAD, grad),
         step.counts,
         grad.counts,
-        function("operand", ("h", "extra"), body(recurrent_input_graph(cell), "h")),
-        function("operand_grad", ("dnew", "extra"), body(recurrent_input_grad_graph(cell), "dnew")),
+        function("recurrent_input", ("h", "extra"), body(recurrent_input_graph(cell), "h")),
+        function("recurrent_input_grad", ("dnew", "extra"), body(recurrent_input_grad_graph(cell), "dnew")),
     )
 
 

@@ -83,7 +83,7 @@ def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
     it spills; and with more than 32 KiB where a cell takes anything beside gates and states. Else it is the addresses,
     one for each small access: above 64 units rows must be made of fours, and with anything beside, of 16 bytes.
 
-    What a time step has to keep fills registers, too: a state twice, as it was and as it is made, what is learned once,
+    What a time step has to keep fills registers, too: a state twice, as it was and as it is made, what is trainable,
     and three values for a flag, a mask or a random number, with which a state is one thing or another. Up to 64 units
     there may be 21 such values, and half as many for twice the units. In float32, too, there may be half as many, and
     in a cell that takes means, as all gates are at hand until these are known: in a tile of 16 it would spill even so.
@@ -109,7 +109,7 @@ def sequence_bytes(cell: Cell, tile: int, dtype: str, rows: int, stages: int, *,
     """The most shared memory that a sequence kernel takes; less if the cell ignores some of its arguments."""
     item = ITEM_BYTES[dtype]
     weights = cell.G * tile * tile * item
-    streamed = cell.G * item  # xg
+    streamed = cell.G * item  # Wx
     if backward:  # dy, y, the h before, saved; and the other states before and after
         streamed = (3 + cell.K) * item + 2 * (cell.S - 1) * REAL_BYTES
     exchanged = REAL_BYTES  # between the layouts of products and of memory, one tile at a time
