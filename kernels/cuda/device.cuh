@@ -42,7 +42,7 @@ DEVICE int in_register(int x) {
 }
 DEVICE long long in_register(long long x) {
     PTX(asm volatile("" : "+l"(x)));
-    TWIN();
+    EMULATED();
     return x;
 }
 template <class T>
