@@ -59,8 +59,8 @@ def measure(problem: Problem, plan: persistent.PersistentConfig) -> float:
     R, b_hh, h0 = (H**-0.5 * draw(cell.G, H, H)).to(kind), draw(cell.G, H).to(kind), draw(B, H).to(kind)
     args: tuple = (gates, R, b_hh, h0, states, saved, y, *[None] * 5)
     if plan.backward:
-        dhg = gates.clone() if any(cell.separate) else None
-        args = (y, draw(B, H), draw(max(cell.S - 1, 1), B, H), R, y, h0, states, saved, gates, dhg, *[None] * 6)
+        dRh = gates.clone() if any(cell.separate) else None
+        args = (y, draw(B, H), draw(max(cell.S - 1, 1), B, H), R, y, h0, states, saved, gates, dRh, *[None] * 6)
     launch = launch_plan(cuda.prepare_launch, plan, cell, dtype, T, B, H, args, like=y, save=True)
     times, (begin, end) = [], (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(LAUNCHES + 1):

@@ -1,4 +1,4 @@
-"""The cells of `gpu_rnn.cells` beside torchrecurrent's layers and compiled loops: `python -m bench.cells [CELL ...]`.
+"""The cells of `gpu_rnn.cells` next to torchrecurrent's layers and compiled loops: `python -m bench.cells [CELL ...]`.
 
 Times them on one thread of this machine's CPU into bench/results/cells/*.csv: processor time, which hardly depends on
 what else runs, the best of several calls. `python docs/cells.py` then renews docs/cells.md and its figure.

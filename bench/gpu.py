@@ -253,7 +253,7 @@ class GpuRun:
         self.tool("profile", command, f"-T 256 -B 16 -H 512 --mode training --cell {cell} --dtype {dtype}")
 
     def tool(self, stage: str, tool: str, sizes: str) -> None:
-        """Run a tool over cases of each GPU backend; what it says goes to a file, its verdict to the summary."""
+        """Run a tool over cases of each GPU backend; what it says goes to a file, its outcome to the summary."""
         for name in (problems.CUDA, problems.TRITON):
             command = [*tool.split(), sys.executable, "-m", "bench", "once", "--device", "cuda", *sizes.split()]
             command += ["--implementation", name]
@@ -269,12 +269,12 @@ class GpuRun:
                     return self.note(stage, f"{command[0]} is not on this machine")
                 try:
                     code = process.wait(max(min(TOOL_TIMEOUT_S, self.until - time.monotonic()), 0))
-                    verdict = "clean" if code == 0 else f"exit status {code}: see {Path(file.name).name}"
+                    outcome = "clean" if code == 0 else f"exit status {code}: see {Path(file.name).name}"
                 except subprocess.TimeoutExpired:
-                    verdict = OUT_OF_TIME
+                    outcome = OUT_OF_TIME
                 worker.end(process)
-            self.facts.setdefault(stage, {})[text] = verdict
-            (self.say if verdict == "clean" else lambda told: self.note(stage, told))(f"{text}: {verdict}")
+            self.facts.setdefault(stage, {})[text] = outcome
+            (self.say if outcome == "clean" else lambda told: self.note(stage, told))(f"{text}: {outcome}")
 
     # ---- telling ----------------------------------------------------------------------------------------------------
 

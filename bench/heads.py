@@ -1,4 +1,4 @@
-"""Layers with heads beside the loops that flashrnn and TiRex-2 run on a CPU: `python -m bench.heads`.
+"""Layers with heads next to the loops that flashrnn and TiRex-2 run on a CPU: `python -m bench.heads`.
 
 Times `gpu_rnn.flashrnn` on native code and flashrnn's own function, at the sizes of FlashRNN's benchmarks, and the
 sLSTM layer of TiRex-2 with either. `--slow` adds what takes many minutes: the loop's training, and TiRex-2's layer

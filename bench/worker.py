@@ -97,8 +97,8 @@ class Worker:
                 pipe.send((function, args))
             while True:
                 if not pipe.poll(max(0, min(patience, until - time.monotonic(), 1e6))):
-                    late = time.monotonic() >= until
-                    raise TimeoutError(self.last_words(OUT_OF_TIME if late else f"nothing happened for {patience:g} s"))
+                    how = OUT_OF_TIME if time.monotonic() >= until else f"nothing happened for {patience:g} s"
+                    raise TimeoutError(self.with_stderr_tail(how))
                 message = pipe.recv()
                 if message is None:
                     done = True
@@ -108,7 +108,7 @@ class Worker:
             assert self.process is not None
             code = self.process.wait(5)
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            raise WorkerDied(self.last_words(how)) from None
+            raise WorkerDied(self.with_stderr_tail(how)) from None
         finally:
             if not done:
                 self.close()
@@ -124,7 +124,7 @@ class Worker:
         theirs.close()
         return self.pipe
 
-    def last_words(self, how: str) -> str:
+    def with_stderr_tail(self, how: str) -> str:
         """How the process ended, and the last that it said: of a fatal signal where it was, else the last lines."""
         self.said.seek(0)
         lines = [line.strip()[:200] for line in self.said.read()[-20000:].splitlines() if line.strip()]

@@ -10,7 +10,7 @@ from torch import nn
 def choice(text: str | None) -> Callable[[nn.Module], Callable]:
     """What the command line wants done with a model before it runs."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ours", action="store_true", help="put gpu_rnn's layers in the place of torch.nn's")
+    parser.add_argument("--ours", action="store_true", help="use gpu_rnn's layers instead of torch.nn's")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     options = parser.parse_args()
 

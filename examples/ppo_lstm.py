@@ -43,7 +43,7 @@ from torch.utils.benchmark import Timer
 import gpu_rnn
 
 SIGNS, DELAY = 4, (4, 12)  # time steps from the sign to the question, at least and at most
-QUESTION, NOTHING = SIGNS, SIGNS + 1  # what there is to see beside the signs
+QUESTION, NOTHING = SIGNS, SIGNS + 1  # what there is to see besides the signs
 T, B, SIZE, EPOCHS = 128, 16, 32, 4  # time steps, environments, hidden size, passes over a rollout
 RATE, DISCOUNT, TRACE, CLIP, ENTROPY = 5e-3, 0.95, 0.95, 0.2, 0.01  # TRACE is the lambda of advantages
 

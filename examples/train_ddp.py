@@ -24,7 +24,7 @@ from gpu_rnn.tools.demo import LEARNING_RATE, B, Model, Text
 def main(steps: int, text: Path | None, shard: bool) -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     train(steps, text, shard)  # its model goes before the process group does
-    distributed.barrier()  # nobody leaves while another still talks
+    distributed.barrier()  # no process leaves while another one still communicates
     time.sleep(
         0.2
     )  # gloo's thread needs Python's lock to let go of its tensors, and leaving waits for it with the lock

@@ -2,7 +2,7 @@
 
     python examples/word_language_model.py [--ours] [--compile]
 
-prints the same losses with and without `--ours`: gpu_rnn's layers in the place of torch.nn's.
+prints the same losses with and without `--ours`: gpu_rnn's layers instead of torch.nn's.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ from importlib import util as _util
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
-if not (_Path(__file__).parent / "kernels").is_dir():  # a bare checkout: the folder kernels/ stands beside this one
+if not (_Path(__file__).parent / "kernels").is_dir():  # a bare checkout: the folder kernels/ stands next to this one
     _folder = _Path(__file__).parents[1] / "kernels"
     _spec = _util.spec_from_file_location(
         "gpu_rnn.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)]

@@ -97,7 +97,7 @@ def info() -> None:
               for place in ("cpu", "cuda")}  # fmt: skip
     backends = Table("backend", *(f"arrays on {place}" for place in sample), show_lines=True)
     for name in dispatch.ORDER:
-        backends.add_row(name, *(Text("\n".join(verdict(name, problem))) for problem in sample.values()))
+        backends.add_row(name, *(Text("\n".join(availability(name, problem))) for problem in sample.values()))
 
     console = Console()
     console.print(system)
@@ -123,7 +123,7 @@ def library(place: str) -> str:
     return "torch" if missing("torch") is None else {"cpu": "numpy", "cuda": "cupy"}[place]
 
 
-def verdict(name: str, problem: Problem) -> list[str]:
+def availability(name: str, problem: Problem) -> list[str]:
     reasons = dispatch.backend(name).reasons(problem)
     return [f"no: {reason}" for reason in reasons] or [f"yes: {dispatch.backend(name).plan(problem)}"]
 

@@ -121,7 +121,7 @@ def cell_name(name: str, layer: KerasLayer, overrides: dict[str, Any]) -> str:
     if cell is None or lacking:
         raise NotImplementedError(
             f"{name!r}, {layer}, has what no layer here has: {', '.join(f'{key}={config[key]!r}' for key in lacking)}; "
-            f"{lacking[0]}=... as an argument takes another value for it, where only the weights are wanted"
+            f"{lacking[0]}=... as an argument takes another value for it, where only the weights count"
         )
     G, n = len(GATES[layer.cell]), len(layer.arrays) // layer.D
     kernel, recurrent = (array.shape for array in layer.arrays[:2]) if n > 1 else ((), ())
@@ -144,7 +144,7 @@ def cell_name(name: str, layer: KerasLayer, overrides: dict[str, Any]) -> str:
 def save(layer: Any, target: Any, name: str | Iterable[str] | None = None, **config: Any) -> None:
     """Write the weights of a layer into layers of Keras, or `model(layer)` into a file.
 
-    Where Keras has one bias, as all but the GRU with its reset after the product, it gets b_ih + b_hh.
+    Where Keras has one bias, as all but the GRU with its reset after the matmul, it gets b_ih + b_hh.
 
     Args:
         layer: gpu_rnn.RNN, LSTM or GRU, or the stack that `weights` gives.

@@ -114,10 +114,10 @@ class Traced(Symbolic):
         self.symbol = symbol
 
     def apply(self, op: str, *others: "Traced | float") -> "Traced":
-        return shown(self.symbol.apply(op, *map(behind, others)))
+        return as_traced(self.symbol.apply(op, *map(behind, others)))
 
     def lift(self, value: "Traced | float") -> "Traced":
-        return shown(self.symbol.lift(behind(value)))
+        return as_traced(self.symbol.lift(behind(value)))
 
     def __repr__(self):
         return repr(self.symbol)
@@ -152,7 +152,7 @@ for _what, _names in LOOKS.items():
         setattr(Traced, f"__{_name}__", refuse(_what))
 
 
-def shown(symbol: Symbol) -> Traced:
+def as_traced(symbol: Symbol) -> Traced:
     """The same for the same symbol."""
     faces = symbol.graph.faces
     if symbol not in faces:
@@ -251,7 +251,7 @@ def read(function: Callable, **inputs: int) -> tuple[Graph, Any]:
     """Run `function` on tuples of traced values -> the graph, and what it returned; `inputs` gives each argument's
     length, in order."""
     graph = Graph()
-    arguments = [tuple(shown(graph.node("input", name, k)) for k in range(n)) for name, n in inputs.items()]
+    arguments = [tuple(as_traced(graph.node("input", name, k)) for k in range(n)) for name, n in inputs.items()]
     return graph, function(*arguments)
 
 

@@ -43,8 +43,8 @@ def split(graph: Graph, G: int, S: int, E: int, place: int, trainable: int) -> T
     later = tuple(sorted({gate_of(product) for product in own}))
     from_h = dependents(nodes, [node for node in nodes if node.op == "input" and node.operands[0] == "h"])
     from_own = dependents(nodes, own)
-    shown, *others = dict.fromkeys(product.operands[0] for product in own)
-    if others or shown in from_own:
+    second_input, *others = dict.fromkeys(product.operands[0] for product in own)
+    if others or second_input in from_own:
         raise ValueError("recurrent() may be applied to at most one value per time step; this cell applies it to more")
     if not all(0 <= gate < G for gate in later):
         raise ValueError(f"recurrent() for gate {later[-1]}; the cell has {G} gates, numbered from 0")
@@ -66,7 +66,7 @@ def split(graph: Graph, G: int, S: int, E: int, place: int, trainable: int) -> T
             carried.append(value)
     known_in_first: dict[Symbol, Symbol] = {}
     others = [graph.node("input", "state", k) for k in range(1, S)]
-    first.outputs = (tuple(first.copy_into(value, known_in_first) for value in (shown, *others, *carried)), ())
+    first.outputs = (tuple(first.copy_into(value, known_in_first) for value in (second_input, *others, *carried)), ())
     second.outputs = ((*(second.copy_into(value, known) for value in new), *[second.symbol(0.0)] * len(carried)), ())
     read = {*new, *(value for node in nodes if is_op(node) for value in node.operands)}
     inputs = [node.operands for node in nodes if node.op == "input" and node in read]

@@ -78,8 +78,8 @@ def leaves(arrays, dtype, device="cpu"):
 
 
 def relu(place, shape="stacked", device="cpu", backend=None, peer=torch.float32):
-    """RNN with the rectifier in float32. Its biases decide who is active, not rounding. `peer`: the dtype of torch.nn's
-    that is as precise."""
+    """RNN with the rectifier in float32. Its biases decide which units are active, not rounding. `peer`: the dtype of
+    torch.nn's that is as precise."""
     torch.manual_seed(1)
     drawn = nn.RNN(I, H, nonlinearity="relu", **SHAPES[shape])
     with torch.no_grad():

@@ -170,7 +170,7 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     def draw(*shape, scale=1.0):  # exactly what the dtype can store
         return decode(encode(scale * rng.standard_normal(shape), dtype), dtype)
 
-    xg, R, b_hh = draw(T, B, G, H), draw(G * H, H, scale=H**-0.5), draw(G * H)
+    Wx, R, b_hh = draw(T, B, G, H), draw(G * H, H, scale=H**-0.5), draw(G * H)
     h0, others0 = draw(B, H), draw(S - 1, B, H)
     dy, dh, dothers = draw(T, B, H), draw(B, H), draw(S - 1, B, H)
     units = (1 + 0.3 * draw(len(cell.per_unit_params), 1, H)).astype(np.float32) if cell.per_unit_params else None
@@ -189,12 +189,12 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     others[T if case.save and case.reverse else 0] = others0
     y = poison((T, B, H), dtype)
     saved = poison((T, B, K, H), dtype) if case.save else None
-    step = [encode(xg, dtype), stored, encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
+    step = [encode(Wx, dtype), stored, encode(b_hh, dtype), encode(h0, dtype), others, saved, y]
     step += [units, *[None] * 4]
     run(step, backward=False)
 
     weights = Weights(np.eye(G * H), R, None, b_hh, units=None if units is None else units.astype(float))
-    x, state = xg.reshape(T, B, G * H), (h0, *others0)
+    x, state = Wx.reshape(T, B, G * H), (h0, *others0)
     exact, last, exact_saved = calls.forward(
         numpy_backend.forward, cell, x, weights, state, reverse=case.reverse, save=True
     )
@@ -206,12 +206,12 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
     if not case.save:
         return result
 
-    dxg, dhg = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
+    dWx, dRh = poison((T, B, G, H), dtype), poison((T, B, G, H), dtype) if any(cell.separate) else None
     dh_ours, dothers_ours = dh.astype(np.float32), dothers.astype(np.float32)
     saved_before = [a.copy() for a in (y, others, saved)]
     back = [encode(dy, dtype), dh_ours, dothers_ours, stored, y, encode(h0, dtype), others, saved]
     dunits = np.zeros((cell.num_trainable, B, H), np.float32)
-    run([*back, dxg, dhg, None, dunits, units, None, None, None], backward=True)
+    run([*back, dWx, dRh, None, dunits, units, None, None, None], backward=True)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(saved_before, (y, others, saved))), (
         "backward wrote the saved activations"
     )
@@ -230,12 +230,12 @@ def errors(case: Case, plans: Plans, kernels: list[runtime.Library], seed: int =
         needs={"x", "b_hh"} | ({"units"} if cell.per_unit_params else set()),
     )
     bound = 8 * scale * max(1.0, np.abs(gradients["x"]).max())
-    result["dxg"] = np.abs(decode(dxg, dtype).reshape(x.shape) - gradients["x"]).max() / bound
+    result["dWx"] = np.abs(decode(dWx, dtype).reshape(x.shape) - gradients["x"]).max() / bound
     for letter, ours, exact0 in zip(cell.states, (dh_ours, *dothers_ours), gradients["state"]):
         result[f"d{letter}0"] = np.abs(ours - exact0).max() / (2 * bound)
-    if dhg is not None:
-        total = decode(dhg, dtype).sum((0, 1)).ravel()
-        result["dhg"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
+    if dRh is not None:
+        total = decode(dRh, dtype).sum((0, 1)).ravel()
+        result["dRh"] = np.abs(total - gradients["b_hh"]).max() / (bound * math.sqrt(T * B))
     if cell.per_unit_params:
         result["dunits"] = np.abs(dunits.sum(1) - gradients["units"][:, 0]).max() / (bound * math.sqrt(T * B))
     return result

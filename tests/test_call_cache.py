@@ -1,6 +1,6 @@
 """A plain call goes by the plan of those that look like it: whatever changes between two calls, the second has to see.
 
-Expected is what the long way gives, for which nothing is known of calls before.
+Expected is what the uncached path gives, which knows nothing of earlier calls.
 """
 
 import copy

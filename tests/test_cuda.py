@@ -86,7 +86,7 @@ def test_no_array_is_contiguous(dtype):
 )
 @BOTH_WAYS
 def test_persistent_kernels_are_as_good_as_torch(name, library, dtype, reverse):
-    """The weights stay on the chip: in a block, in a cluster, and on a device that has no clusters in the grid."""
+    """The weights stay on-chip: in a block, in a cluster, and on a device that has no clusters in the grid."""
     tf32 = dtype == "tf32"
     for device, size in (("h200", (4, 3, 5, 20)), ("h200", (5, 9, 3, 70)), ("a100", (4, 2, 3, 70))):
         launches = []
@@ -238,7 +238,7 @@ class Cupy:
         self.has_context = True
 
     def queried(self, answer):
-        """What the driver says of a kernel, to who has a context."""
+        """What the driver says of a kernel, where there is a context."""
         assert self.has_context
         return answer
 

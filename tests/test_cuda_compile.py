@@ -24,7 +24,7 @@ MOST_REGISTERS = 128  # 16 warps on a multiprocessor, each with ten wide loads u
 
 
 def in_turn(names, dtypes):
-    """Each cell in each dtype for sm_90 and for one other: each cell, and each dtype, meets every architecture."""
+    """Each cell in each dtype for sm_90 and for one other: all cells and all dtypes are for every architecture."""
     return [
         (arch, name, *dtype)
         for i, name in enumerate(names) for j, dtype in enumerate(dtypes) for arch in ("sm_90", OTHERS[(i + j) % 3])

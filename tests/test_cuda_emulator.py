@@ -232,7 +232,7 @@ def test_faults(kind, message):
     text = error_of("fault", 1, 64, [np.int32(kind), y])
     assert re.search(message, text)
     if kind not in (9, 16):
-        line = line_of(f"case {kind}:") + {7: 2, 17: 2}.get(kind, 0)  # the guilty call may stand further down
+        line = line_of(f"case {kind}:") + {7: 2, 17: 2}.get(kind, 0)  # the faulty call may stand further down
         assert f"faults.cu:{line}" in text
 
 

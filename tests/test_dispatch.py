@@ -1,4 +1,4 @@
-"""Who is chosen, who is refused, and what is said about it."""
+"""Which backend is chosen, which are refused, and what `explain` says about it."""
 
 import inspect
 

@@ -26,7 +26,7 @@ ARRAYS = pytest.mark.parametrize(
 SIZES = [  # T, B, I, H: aligned, ragged and degenerate
     (1, 1, 1, 1), (5, 2, 7, 31), (3, 70, 4, 100), (20, 16, 64, 256),
 ]  # fmt: skip
-# Those where the weights stay on the chip, on a Hopper GPU, both ways; where both directions of a layer go at once; and
+# Those where the weights stay on-chip, on a Hopper GPU, both ways; where both directions of a layer go at once; and
 # where the batch takes several launches, at least forward. test_residence sees to it that plans are so.
 PERSISTENT = [(4, 3, 5, 20), (20, 17, 9, 128), (6, 40, 7, 300), (5, 9, 33, 512), (7, 5, 8, 700)]
 MODIFIED = {  # where the weights are, and a problem with few time steps that goes step by step
@@ -85,7 +85,7 @@ def plans(problem, on):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scope", persistent.SCOPES)
 def test_persistent_kernels(name, dtype, size, scope, monkeypatch):
-    """Weights on the chip, in each scope that can hold them; one batch tile and several."""
+    """Weights on-chip, in each scope that can hold them; one batch tile and several."""
     monkeypatch.setattr(cuda, "SCOPES", (scope,))
     problem = problem_of(name, dtype, size)
     if None in plans(problem, cuda.device()):

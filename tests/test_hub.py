@@ -76,7 +76,7 @@ def builds(package, tmp_path_factory):
 
 @pytest.fixture
 def only(builds, tmp_path):
-    """Run code where these distributions, and what they require, are all that Python can import beside its own."""
+    """Run code where these distributions, and what they require, are all that Python can import besides its own."""
     pytest.importorskip("triton")
 
     def run(names, code, *paths, **env):

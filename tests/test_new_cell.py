@@ -291,7 +291,7 @@ def elman(x, h, state):
 
 
 def indrnn(x, h, state, extra):
-    """Li et al. 2018: every unit sees itself alone; here beside the recurrent weights."""
+    """Li et al. 2018: every unit sees itself alone; here in addition to the recurrent weights."""
     return (tanh(x[0] + h[0] + extra[0] * state[0]),)
 
 

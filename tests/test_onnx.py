@@ -695,7 +695,7 @@ def test_damage_is_a_value_error_with_the_path(damage, rng, tmp_path):
 
 
 def test_what_onnx_has_no_form_for_is_refused():
-    with pytest.raises(NotImplementedError, match=r"weights \[2, 6\] beside W, R and b"):
+    with pytest.raises(NotImplementedError, match=r"weights \[2, 6\] besides W, R and b"):
         gpu_rnn.onnx.model(gpu_rnn.LSTM(I, H, proj_size=2))
     for options in ({"cell_clip": 1.0}, {"zoneout": (0.0, 0.1)}):
         with pytest.raises(NotImplementedError, match=rf"LSTM\(4, 6, .*has {next(iter(options))}, which counts in inf"):

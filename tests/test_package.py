@@ -53,7 +53,7 @@ def test_unknown_names_are_attribute_errors():
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"  # a copy: building writes beside the sources
+    source = out / "source"  # a copy: building writes next to the sources
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "gpu_rnn", "kernels"):
         (source / name).symlink_to(ROOT / name)

@@ -108,7 +108,7 @@ def test_a_grid_that_is_not_co_resident_would_hang_and_is_reported():
 
 @pytest.mark.parametrize(("name", "scope"), [("gru", "cluster"), ("lstm+norm", "cluster"), ("gru+norm", "grid")])
 def test_two_runs_are_bitwise_equal(name, scope):
-    """Under different schedules: no sum depends on who comes first."""
+    """Under different schedules: no sum depends on which block comes first."""
     case = Case(name, "bfloat16", scope, T=4, B=9, H=40)
     plans = planned(case)
     kernels = libraries(case, plans)
@@ -288,7 +288,7 @@ def inference(case, plan, rng, only=None):
     """A forward launch, the arguments that follow its own, and its arrays; float16."""
     cell, (T, B, H) = cells.get(case.cell), (case.T, case.B, case.H)
     arrays = {
-        "xg": rng.standard_normal((T, B, cell.G, H)).astype(np.float16),
+        "Wx": rng.standard_normal((T, B, cell.G, H)).astype(np.float16),
         "weights": (rng.standard_normal((cell.G * H, H)) * H**-0.5).astype(np.float16),
         "h0": np.zeros((B, H), np.float16),
         "others": np.zeros((1, cell.S - 1, B, H), np.float32),
@@ -296,7 +296,7 @@ def inference(case, plan, rng, only=None):
         "exchange": zeros(plan.exchange_bytes(T)),
     }
     at = {name: array.ctypes.data for name, array in arrays.items()}
-    addresses = (at["xg"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0, 0, 0)
+    addresses = (at["Wx"], at["weights"], 0, at["h0"], at["others"], 0, at["y"], 0, 0, 0, 0, 0)
     words = persistent.kernel_params([persistent.Instance(addresses, reverse=False)])
     (launch,) = persistent.launches(plan, cell, "float16", T, B, H, 1, save=False, only=only)
     return launch, (words, at["exchange"]), arrays
@@ -308,7 +308,7 @@ def test_nan_travels():
     plans = planned(case)
     (plan,), (kernels,) = plans, libraries(case, plans)
     launch, params, arrays = inference(case, plan, np.random.default_rng(0))
-    arrays["xg"][1, 2, 0, 7] = np.nan
+    arrays["Wx"][1, 2, 0, 7] = np.nan
     cuda_on_cpu.execute(kernels, launch, *params, seed=1)
     expected = np.zeros((3, 4, 40), bool)
     expected[1, 2, 7] = True  # its own unit at once, all units of the row a time step later

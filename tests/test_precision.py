@@ -1,4 +1,4 @@
-"""`precision`: who decides over float32 products, how far the word reaches, and that it holds for a whole call."""
+"""`precision`: what decides over float32 matmuls, how far the word reaches, and that it holds for a whole call."""
 
 from types import SimpleNamespace
 

@@ -170,7 +170,7 @@ def test_a_sequence_with_a_state_that_is_no_tile(monkeypatch, shared, backward):
     fake_gpu.check(binary, 90, products=False)
 
 
-# The largest H of a row of the plan, or a ragged one in the same tile, so that every row meets both.
+# The largest H of a row of the plan, or a ragged one in the same tile, so that every row has both.
 SEQUENCES = [
     ("lstm", "bfloat16", {80: 128, 90: 100, 100: 128}), ("lstm", "float32", {80: 50, 90: 33, 100: 64}),
     ("gru", "bfloat16", {80: 100, 90: 128, 100: 128}), ("gru", "float32", {80: 64, 90: 50, 100: 64}),
@@ -217,7 +217,7 @@ def test_the_largest_sequences_with_modifiers(monkeypatch, name, dtype, capabili
 
 @pytest.mark.parametrize(("dtype", "H"), [("bfloat16", 15), ("float32", 16)], ids=["loaded", "copied ahead"])
 def test_a_sequence_has_read_what_it_overwrites(monkeypatch, dtype, H):
-    """`saved` may be `xg`, and who writes an element needn't be who read it."""
+    """`saved` may be `Wx`, and another thread may write an element than the one that read it."""
     reading = compiled_sequence(monkeypatch, 90, "lstm", dtype, H, False).asm["ptx"].partition("st.global")[0]
     assert "bar.sync" in re.split(r"ld\.global|cp\.async\.c", reading)[-1]
 

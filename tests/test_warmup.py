@@ -20,7 +20,7 @@ LSTM = Problem(cells.get("lstm"), 1, 1, 1, 1)
 
 @pytest.fixture
 def requested(monkeypatch):
-    """The problems that a backend was asked to compile for."""
+    """The problems that a backend was requested to compile for."""
     problems = []
     backend = SimpleNamespace(NAME="stub", warmup=lambda problem: problems.append(problem) or ("one", "two"))
     monkeypatch.setattr(dispatch, "choose", lambda problem, name: backend)

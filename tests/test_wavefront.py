@@ -62,7 +62,7 @@ class Run:
         def draw(*shape, scale=1.0):  # exactly what the dtype can store
             return decode(encode(scale * rng.standard_normal(shape), self.dtype), self.dtype)
 
-        self.xg = draw(T, B, G, H)
+        self.Wx = draw(T, B, G, H)
         self.W, self.R = ([draw(G * H, H, scale=H**-0.5) for _ in range(layers)] for _ in range(2))
         self.b_ih, self.b_hh = ([draw(G * H) for _ in range(layers)] for _ in range(2))
         self.state = [(draw(B, H), *draw(S - 1, B, H)) for _ in range(layers)]
@@ -91,11 +91,11 @@ class Run:
             others = np.full((T + 1 if save else 1, S - 1, B, H), np.nan, np.float32)
             others[0] = np.reshape(self.state[k][1:], (S - 1, B, H))
             y, saved = poison((T, B, H), storage), poison((T, B, K, H), storage) if save else None
-            xg = None if k else encode(self.xg, storage)
-            args.append([xg, None, b_hh, h0, others, saved, y, None, None, None, None, b_ih if k else None])
+            Wx = None if k else encode(self.Wx, storage)
+            args.append([Wx, None, b_hh, h0, others, saved, y, None, None, None, None, b_ih if k else None])
             self.saved.append((y, h0, others, saved))
         self.launch(False, args, save=save, seed=seed, **options)
-        below = self.xg.reshape(T, B, -1)
+        below = self.Wx.reshape(T, B, -1)
         for k, (y, _, others, _) in enumerate(self.saved):
             W, b_ih = (self.W[k], self.b_ih[k]) if k else (np.eye(cell.G * H), None)
             weights = Weights(W, self.R[k], b_ih, self.b_hh[k])
@@ -113,12 +113,12 @@ class Run:
         (T, B, H), cell, storage, errors = self.sizes, self.cell, self.dtype, {}
         before, args = [[a.copy() for a in layer_saved] for layer_saved in self.saved], []
         for dy, dlast, layer_saved in zip(self.dy, self.dlast, self.saved):
-            dxg, dhg = (poison((T, B, cell.G, H), storage) for _ in range(2))
+            dWx, dRh = (poison((T, B, cell.G, H), storage) for _ in range(2))
             dh, *dothers = dlast.astype(np.float32)
             dothers = np.reshape(dothers, (cell.S - 1, B, H))
             dy = None if dy is None else encode(dy, storage)
-            dhg = dhg if any(cell.separate) else None
-            args.append([dy, dh.copy(), dothers.copy(), None, *layer_saved, dxg, dhg, *[None] * 6])
+            dRh = dRh if any(cell.separate) else None
+            args.append([dy, dh.copy(), dothers.copy(), None, *layer_saved, dWx, dRh, *[None] * 6])
         self.launch(True, args, save=True, seed=seed, **options)
         for layer_saved, layer_before in zip(self.saved, before):
             assert all(np.array_equal(a, b) for a, b in zip(layer_saved, layer_before)), (
@@ -126,12 +126,12 @@ class Run:
             )
         dx = None
         for k in reversed(range(self.layers)):
-            dxg, dhg, dstate, dx = self.gradients(k, dx)
-            _, dh, dothers, *_, ours_dxg, ours_dhg, _, _, _, _, _, _ = args[k]
-            scale = 8 * self.epsilon * np.sqrt(T * (self.layers - k)) * max(1.0, np.abs(dxg).max(), np.abs(dhg).max())
-            errors[f"dxg{k}"] = np.abs(decode(ours_dxg, storage) - dxg).max() / scale
-            if ours_dhg is not None:
-                errors[f"dhg{k}"] = np.abs(decode(ours_dhg, storage) - dhg).max() / scale
+            dWx, dRh, dstate, dx = self.gradients(k, dx)
+            _, dh, dothers, *_, ours_dWx, ours_dRh, _, _, _, _, _, _ = args[k]
+            scale = 8 * self.epsilon * np.sqrt(T * (self.layers - k)) * max(1.0, np.abs(dWx).max(), np.abs(dRh).max())
+            errors[f"dWx{k}"] = np.abs(decode(ours_dWx, storage) - dWx).max() / scale
+            if ours_dRh is not None:
+                errors[f"dRh{k}"] = np.abs(decode(ours_dRh, storage) - dRh).max() / scale
             for letter, ours, theirs in zip(cell.states, (dh, *dothers), dstate):
                 errors[f"d{letter}{k}"] = np.abs(ours - theirs).max() / (2 * scale)
         return errors
@@ -140,16 +140,16 @@ class Run:
         """Compute a layer's in float64 from the same saved activations: of Wx, of Rh, of the states, of x."""
         (T, B, H), cell, storage = self.sizes, self.cell, self.dtype
         y, h0, others, saved = (decode(a, storage if n != 2 else "float32") for n, a in enumerate(self.saved[k]))
-        dstate, dxg, dhg = [*self.dlast[k]], np.empty((T, B, cell.G, H)), np.empty((T, B, cell.G, H))
+        dstate, dWx, dRh = [*self.dlast[k]], np.empty((T, B, cell.G, H)), np.empty((T, B, cell.G, H))
         for t in reversed(range(T)):
             for from_above in (self.dy[k], dx):
                 dstate[0] = dstate[0] + (0 if from_above is None else from_above[t])
             inputs = {"dnew": dstate, "new": (y[t], *others[t + 1]), "state": (y[t - 1] if t else h0, *others[t])}
             inputs["saved"] = [*saved[t].swapaxes(0, 1)]
             of_x, of_h, of_state, _ = cells.grad_graph(cell).run(arrays.operations(y), **inputs)
-            dxg[t], dhg[t] = np.stack(of_x, 1), np.stack(of_h, 1)
-            dstate = [of_state[0] + dhg[t].reshape(B, -1) @ self.R[k], *of_state[1:]]
-        return dxg, dhg, dstate, dxg.reshape(T, B, -1) @ self.W[k]
+            dWx[t], dRh[t] = np.stack(of_x, 1), np.stack(of_h, 1)
+            dstate = [of_state[0] + dRh[t].reshape(B, -1) @ self.R[k], *of_state[1:]]
+        return dWx, dRh, dstate, dWx.reshape(T, B, -1) @ self.W[k]
 
 
 def wrong(errors):

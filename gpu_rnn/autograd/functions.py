@@ -95,7 +95,7 @@ class RNNFunction(Function):
     """call, results, tensors -> of each run its outputs.
 
     results: those of the call, computed already; None where a transform is active, which wants to see them computed:
-    then what was saved is among the outputs of each run, too. It is only read, so that a graph can be walked again.
+    then what was saved is among the outputs of each run, too. It is only read, so that backward can run again.
     """
 
     @staticmethod

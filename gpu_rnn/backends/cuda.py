@@ -422,7 +422,7 @@ def device_of(index: int, scopes: tuple[str, ...], proven_only: bool) -> persist
 
 
 def max_active_clusters(shared: int) -> tuple[tuple[int, int], ...]:
-    """By size, how many clusters are resident at once whose blocks have a multiprocessor each."""
+    """By size, how many clusters are co-resident whose blocks have a multiprocessor each."""
     counts, module = [], cluster_probe_module()
     for n in CLUSTERS:
         raw = module.get_function(f"cluster_of_{n}")

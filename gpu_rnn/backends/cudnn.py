@@ -1,7 +1,7 @@
 """Which cuDNN algorithm torch.nn's recurrent layers ask for: a pure function, for explanations and benchmark rows.
 
 From `get_algo` and what it calls in PyTorch's aten/src/ATen/native/cudnn/RNN.cpp (2.13), in its order. Above the small
-sizes nearly everything is STANDARD: one product and one elementwise kernel per step.
+sizes nearly everything is STANDARD: one matmul and one elementwise kernel per step.
 """
 
 from gpu_rnn.kernels.modifiers import HOLD

@@ -70,7 +70,7 @@ class Backend(Protocol):
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Run backward -> of each run the gradients in `needs` by name, and those of its states as "state", a tuple.
 
-        saved: of each run y and what `forward` saved, which is only read, so that a graph can be walked again. In a
+        saved: of each run y and what `forward` saved, which is only read, so that backward can run again. In a
         stack "x" among the needs of an upper layer says that something below it is needed; it returns no "x" itself,
         and without needs of its own a layer need not return any gradient.
         """

@@ -275,13 +275,13 @@ def flip(array: Any) -> Any:
 
 
 def product_dtype(kind: str, dtype: str) -> str:
-    """The widest dtype that `matmul` can give for arrays of a library and dtype: float32 for halves in torch >= 2.8."""
+    """The widest dtype that `matmul` can give for a library and a dtype: float32 for half precision in torch >= 2.8."""
     wide = kind == "torch" and dtype in HALF_DTYPES and hasattr(module(kind).ops.aten.mm, "dtype_out")
     return "float32" if wide else dtype
 
 
 def default_precision(array: Any) -> str:
-    """Of the products of a recurrent layer, where none is forced: "tf32" or "ieee"."""
+    """Of the matmuls of a recurrent layer, where none is forced: "tf32" or "ieee"."""
     if library(array) != "torch" or not array.is_cuda or dtype(array) != "float32":
         return "ieee"
     return torch_precision()
@@ -308,7 +308,7 @@ def matmul(a: Any, b: Any, out: Any, add: Any = None) -> None:
             xp.mm(a, b, out=out)
         elif out.is_cuda:
             xp.mm(a, b, out_dtype=out.dtype, out=out)
-        else:  # torch has no such product on the CPU
+        else:  # torch has no such matmul on the CPU
             xp.mm(a.to(out.dtype), b.to(out.dtype), out=out)
     elif add is out:
         out += a @ b
@@ -323,10 +323,10 @@ SETTING = RLock()
 
 @contextmanager
 def matmul_precision(like: Any, tf32: bool) -> Iterator[None]:
-    """torch's float32 products on a GPU, with or without TF32, whatever its setting for products in general says.
+    """torch's float32 matmuls on a GPU, with or without TF32, whatever its setting for matmuls in general says.
 
-    A product takes its precision from that setting, which is the whole process's, when it is enqueued. So it is changed
-    meanwhile, by one sequence at a time, and put back. A product that another thread enqueues just then has it, too.
+    A matmul takes its precision from that setting, which is the whole process's, when it is enqueued. So it is changed
+    meanwhile, by one sequence at a time, and put back. A matmul that another thread enqueues just then has it, too.
     """
     if library(like) != "torch" or not like.is_cuda or dtype(like) != "float32":
         yield

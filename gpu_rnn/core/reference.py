@@ -87,7 +87,7 @@ def join_each(heads: Sequence[tuple]) -> tuple:
 
 
 def linear(value: Any, weight: Any, bias: Any) -> Any:
-    """Without a weight the value is the product already."""
+    """Without a weight the value is projected already."""
     product = value if weight is None else value @ weight.T
     return product if bias is None else product + bias
 

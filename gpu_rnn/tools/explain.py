@@ -23,7 +23,7 @@ FUNCTIONS = (lstm, gru, rnn)
 class Explanations(tuple[Explanation, ...]):
     """One Explanation for each direction of each layer, in torch's order; prints equal ones once.
 
-    saved: bytes that a call of the whole layer keeps for backward beside its input, its parameters and given states,
+    saved: bytes that a call of the whole layer keeps for backward besides its input, its parameters and given states,
     as saved-tensor hooks count them: those of the parts, and what is between them (outputs of both directions as one
     input, padded and cast copies, masks); without dropout between layers. 0 in inference.
     """

@@ -144,7 +144,7 @@ class Stack:
                 weights = weights._replace(units=peephole.reshape(-1, 1, layer.hidden_size))
             units.append(Weights(*(None if w is None else w.detach().cpu().numpy() for w in weights)))
         if more := [shape(w.w_hr) for w in units if w.w_hr is not None]:
-            raise NotImplementedError(f"{layer} has weights {', '.join(more)} beside W, R and b, as of a projection")
+            raise NotImplementedError(f"{layer} has weights {', '.join(more)} besides W, R and b, as of a projection")
         variant = {"coupled": layer.coupled, "peephole": layer.peephole, "before": not layer.reset_after}
         D, cell = layer._directions, apply_modifiers(cells.get(layer._cell), **variant)
         stacked = tuple(tuple(units[k : k + D]) for k in range(0, len(units), D))

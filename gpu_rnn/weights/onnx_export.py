@@ -281,18 +281,18 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
     now = [body.slot("x", G * H), *(body.slot(flag, 1) for flag in cell.flags)]
     blocks = [H] * G
 
-    def product(seen: ir.Value, gate: float) -> ir.Value:
+    def product(h_in: ir.Value, gate: float) -> ir.Value:
         bias = None if b_hh is None else nodes.split(b_hh, blocks, 0)[int(gate)]
-        return body.linear(seen, nodes.split(w_hh, blocks, -1)[int(gate)], bias)
+        return body.linear(h_in, nodes.split(w_hh, blocks, -1)[int(gate)], bias)
 
     operations = body.operations(product)
-    ((seen,),) = cells.recurrent_input_graph(cell).run(operations, h=states[:1], extra=[*of_h, *now[1:]])
+    ((h_in,),) = cells.recurrent_input_graph(cell).run(operations, h=states[:1], extra=[*of_h, *now[1:]])
     graph = cells.step_graph(cell)
     graph = replace(graph, outputs=graph.outputs[:1]).pruned()
     (after,) = graph.run(
         operations,
         x=body.split(now[0], blocks, -1),
-        h=body.split(body.linear(seen, w_hh, b_hh), blocks, -1),
+        h=body.split(body.linear(h_in, w_hh, b_hh), blocks, -1),
         state=(states[0] if w_hr is None else 0.0, *states[1:]),
         extra=[*fixed, *now[1:]],
     )
@@ -304,14 +304,14 @@ def loop(nodes: Nodes, cell: cells.Cell, direction: Run, history: bool) -> list[
         after[0] = body.add("MatMul", after[0], w_hr)
         if HOLD in cell.flags:
             after[0] = operations["where"](now[1 + cell.flags.index(HOLD)], states[0], after[0])
-    shown = [body.add("Identity", new) for new in (after if history else after[:1])]
+    states_out = [body.add("Identity", new) for new in (after if history else after[:1])]
     after = [body.add("Identity", new) for new in after]  # a state that stays is an input, which no output may be
 
     results = nodes.add(
-        "Scan", *(nodes.cast(initial, real) for initial in state), *scanned, outputs=len(after) + len(shown),
-        body=ir.Graph([*states, *now], [*after, *shown], nodes=body.nodes, name=cell.name),
+        "Scan", *(nodes.cast(initial, real) for initial in state), *scanned, outputs=len(after) + len(states_out),
+        body=ir.Graph([*states, *now], [*after, *states_out], nodes=body.nodes, name=cell.name),
         num_scan_inputs=len(scanned), scan_input_directions=[int(reverse)] * len(scanned),
-        scan_output_directions=[int(reverse)] * len(shown),
+        scan_output_directions=[int(reverse)] * len(states_out),
     )  # fmt: skip
     last, (y, *others) = results[: len(after)], results[len(after) :]
     return [each if dtype == real else nodes.add("Cast", each, to=dtype.value) for each in (y, *last, *others)]

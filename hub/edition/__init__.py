@@ -1,6 +1,6 @@
 """Recurrent layers (RNN, LSTM, GRU), forward and backward, as Triton kernels: gpu_rnn's edition for the kernels hub.
 
-RNN, LSTM, GRU, *Cell    modules in the place of torch.nn's, parameters and all; `replace_` puts them into a model, and
+RNN, LSTM, GRU, *Cell    drop-in replacements for torch.nn's, parameters and all; `replace_` puts them into a model, and
                          `restore_` torch.nn's
 rnn, lstm, gru           functions of tensors
 layers                   what `kernels.kernelize` puts into the torch.nn modules that a model has

@@ -47,10 +47,10 @@ def variant(before=False, norm=False, projected=False):
 
     before    the reset gate before the recurrent product, as Cho et al. had it: n = tanh(x_n + R_n (r h_{t-1}) + b_hn)
     norm      layer normalization (Ba, Kiros & Hinton 2016): each unit's h over the standard deviation of all units',
-              for r and z together, times a gain; that of n with its bias, which r meets as well. x is normalized
+              for r and z together, times a gain; that of n with its bias, which r multiplies as well. x is normalized
               already, with all other biases in it. The mean of h over the same gates and all units is zero, as it is
               where every column of their rows of R has mean zero.
-    projected a state s of its own in the place of h, which is what it shows: s' = (1 - z) n + z s, h' = s'. So h' may
+    projected a state s of its own; h is what it shows of it: s' = (1 - z) n + z s, h' = s'. So h' may
               be projected afterwards, and the recurrent weights see that; as Sak et al. (2014) have it for the LSTM
 
     -> gates, names of what there is per unit, step, and the states if they are others; its gradient is derived

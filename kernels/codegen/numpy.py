@@ -109,7 +109,7 @@ def states(graph: Graph, cell: Cell, h: str, others: str) -> list[Symbol]:
 
 
 def auxiliary(graph: Graph, cell: Cell) -> tuple[list[Symbol], ...]:
-    """The cell's argument beside gates and states, if it has one."""
+    """The cell's argument besides gates and states, if it has one."""
     return ([graph.node("input", "m", row) for row in range(cell.E)],) if cell.E else ()
 
 

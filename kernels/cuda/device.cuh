@@ -56,7 +56,7 @@ DEVICE T* in_register(T* global) {
 
 // EXPORT(kernel) after a kernel's definition gives Python a way to launch it on the host.
 // SHARED(float[4][16], tile); declares static shared memory, 16-byte aligned. DYNAMIC_SHARED(float, arena);
-// declares `float* arena`, the shared memory asked for at launch, 128-byte aligned.
+// declares `float* arena`, the shared memory requested at launch, 128-byte aligned.
 #if GPU_RNN_ON_HOST
 #define EXPORT(kernel) HOST_ENTRY(kernel)
 #define SHARED(T, name) auto& name = host::shared_variable<T>(__COUNTER__)
@@ -191,7 +191,7 @@ DEVICE void named_barrier_sync(unsigned id, unsigned threads) {
     EMULATED(host::named_barrier_sync(id, threads));
 }
 
-// ---- Matrix products: the whole warp calls these ----------------------------------------------------------
+// ---- Matmuls: the whole warp calls these ----------------------------------------------------------
 
 // d = a b + c, a [16, 16] row-major, b [16, 8] column-major. In PTX ISA terms, with group = lane / 4 and
 // pair = 2 * (lane % 4):

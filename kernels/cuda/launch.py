@@ -10,7 +10,7 @@ from ..codegen.cpp import render_cell
 HERE = Path(__file__).parent
 C_TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
-# For NVRTC, beside the architecture: the arithmetic is written out. Subnormals are zero (CuPy asks for that anyway),
+# For NVRTC, besides the architecture: the arithmetic is written out. Subnormals are zero (CuPy asks for that anyway),
 # a b + c is rounded once, and division is IEEE's except where __fdividef is written.
 OPTIONS = ("-std=c++17", "-ftz=true", "-fmad=true", "-prec-div=true")
 
@@ -47,7 +47,7 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]  # an int: an address or 64 bits; else NumPy's: scalars or, of a struct, an array of 1
     shared: int = 0  # bytes of dynamic shared memory
     cluster: tuple[int, int, int] = (1, 1, 1)  # as the kernel declares it
-    cooperative: bool = False  # all blocks are resident at once
+    cooperative: bool = False  # all blocks are co-resident
 
 
 # Makes a launch ready to be repeated. What it returns launches; it takes the arguments that follow the launch's own.

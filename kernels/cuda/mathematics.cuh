@@ -1,4 +1,4 @@
-// mathematics.cuh: the functions of a cell beside + - * /, as kernels/mathematics.py has them.
+// mathematics.cuh: the functions of a cell besides + - * /, as kernels/mathematics.py has them.
 //
 // tanh, exp and log are CUDA's own, for float and for double. For float they take 7 to 25 instructions, are right to 2
 // units in the last place, and have no slow path: infinities and large numbers give what they should, NaN stays NaN.

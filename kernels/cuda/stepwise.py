@@ -16,7 +16,7 @@ def launch(
 ) -> Launch:
     """Of `stepwise_forward` or `stepwise_backward`, without the arguments of the time step.
 
-    storage, product: dtypes of what the caller has and of the recurrent products. addresses: of the kernel's arrays. R:
+    storage, product: dtypes of what the caller has and of the recurrent matmuls. addresses: of the kernel's arrays. R:
     batch rows of the values per unit, B or 1.
     """
     real = "float64" if storage == "float64" else "float32"

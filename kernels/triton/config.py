@@ -48,11 +48,11 @@ class Sequence(NamedTuple):
 def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bool) -> tuple[Sequence | None, str]:
     """The plan, or None and why there is none; `shared_memory` is what the GPU lets one program have, in bytes.
 
-    rows       16, the height of a tensor core's product. More would use fewer multiprocessors.
-    tile       at least 16, the shortest sum of a tensor core's product.
+    rows       16, the height of a tensor core's matmul. More would use fewer multiprocessors.
+    tile       at least 16, the shortest sum of a tensor core's matmul.
     stages     3, so that a time step's input is loaded two time steps ahead; fewer where shared memory is scarce.
-    num_warps  as many as there are 8 columns, the width of a tensor core's product, up to 8: with more, each would read
-               all of h again. IEEE float32 products have no tensor cores; split twice as far, operands don't spill.
+    num_warps  as many as there are 8 columns, the width of a tensor core's matmul, up to 8: with more, each would read
+               all of h again. IEEE float32 matmuls have no tensor cores; split twice as far, operands don't spill.
     maxnreg    all that there are: one program per multiprocessor is the rule. Left to itself ptxas prefers to spill.
 
     Shared memory is what limits half precision, and registers the rest (`spilling`). Plain cells up to these H:
@@ -79,9 +79,9 @@ def sequence(cell: Cell, H: int, dtype: str, shared_memory: int, *, backward: bo
 def spilling(cell: Cell, H: int, tile: int, dtype: str) -> str | None:
     """What takes more registers than there are, or None. Nothing else was seen to spill with Triton 3.6.0 and 3.7.1.
 
-    In float32 it is the product, all of it unrolled: with 64 KiB of weights it takes 96 registers of 128, with 96 KiB
-    it spills; and with more than 32 KiB where a cell takes anything beside gates and states. Else it is the addresses,
-    one for each small access: above 64 units rows must be made of fours, and with anything beside, of 16 bytes.
+    In float32 it is the matmul, all of it unrolled: with 64 KiB of weights it takes 96 registers of 128, with 96 KiB
+    it spills; and with more than 32 KiB where a cell takes anything besides gates and states. Else it is the addresses,
+    one for each small access: above 64 units rows must be made of fours, and with anything else, of 16 bytes.
 
     What a time step has to keep fills registers, too: a state twice, as it was and as it is made, what is trainable,
     and three values for a flag, a mask or a random number, with which a state is one thing or another. Up to 64 units
@@ -112,7 +112,7 @@ def sequence_bytes(cell: Cell, tile: int, dtype: str, rows: int, stages: int, *,
     streamed = cell.G * item  # Wx
     if backward:  # dy, y, the h before, saved; and the other states before and after
         streamed = (3 + cell.K) * item + 2 * (cell.S - 1) * REAL_BYTES
-    exchanged = REAL_BYTES  # between the layouts of products and of memory, one tile at a time
+    exchanged = REAL_BYTES  # between the layouts of matmuls and of memory, one tile at a time
     return weights + rows * tile * ((stages - 1) * streamed + exchanged)
 
 

@@ -3,7 +3,7 @@
 Finite and right at every argument, NaN stays NaN. In float32 on a GPU within a few ulp, except that below 2^-126 the
 exponential is 0, and that its relative error grows as |a| 2^-24, which sigmoid and tanh only show where they are tiny
 or don't change any more. Written in the few instructions that a GPU has for this: Triton's own float32 exp and division
-take 5 and 8, most of them for denormal numbers, and recurrent layers do little else between two products.
+take 5 and 8, most of them for denormal numbers, and recurrent layers do little else between two matmuls.
 """
 
 import triton

@@ -63,9 +63,9 @@ EXPORT(needs_all_blocks)
 
 extern "C" __global__ void reads_shared_memory(float* y) {  // [2, 32]
     SHARED(float[32], fixed);
-    DYNAMIC_SHARED(float, asked);
+    DYNAMIC_SHARED(float, requested);
     y[threadIdx.x] = fixed[threadIdx.x];
-    y[32 + threadIdx.x] = asked[threadIdx.x];
+    y[32 + threadIdx.x] = requested[threadIdx.x];
 }
 EXPORT(reads_shared_memory)
 
@@ -131,11 +131,11 @@ EXPORT(fault)
 extern "C" __global__ void overrun(int kind, float* y) {  // [64]
     SHARED(float[32], left);
     SHARED(float[32], right);
-    DYNAMIC_SHARED(float, asked);
-    left[threadIdx.x % 32] = right[threadIdx.x % 32] = asked[threadIdx.x % 32] = 0;
+    DYNAMIC_SHARED(float, requested);
+    left[threadIdx.x % 32] = right[threadIdx.x % 32] = requested[threadIdx.x % 32] = 0;
     switch (kind) {
         case 0: y[threadIdx.x] = left[threadIdx.x]; break;
-        case 1: y[threadIdx.x] = asked[threadIdx.x]; break;
+        case 1: y[threadIdx.x] = requested[threadIdx.x]; break;
         case 2: y[threadIdx.x + 1] = 1; break;
         case 3: *reinterpret_cast<float4*>(y + 1) = make_float4(1, 2, 3, 4); break;
         case 4: y[0] = float(1 << (threadIdx.x + 1)); break;

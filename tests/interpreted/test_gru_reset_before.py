@@ -1,4 +1,4 @@
-"""The GRU with its reset before the product in Triton, by two phases."""
+"""The GRU with its reset before the matmul in Triton, in two passes."""
 
 import pytest
 
