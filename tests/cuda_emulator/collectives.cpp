@@ -16,40 +16,40 @@ struct Lane {
     int group, in_group;
 };
 
-unsigned awaited(const Meeting& meeting, const Warp& warp) { return meeting.mask & warp.live; }
+unsigned awaited(const Rendezvous& rendezvous, const Warp& warp) { return rendezvous.mask & warp.live; }
 
-// The meeting is full: does the work and lets all lanes but the running one go on.
-void hold(Warp& warp, Meeting& meeting) {
-    const Meeting held = meeting;
-    meeting.mask = 0;
+// The rendezvous is full: does the work and lets all lanes but the running one go on.
+void complete(Warp& warp, Rendezvous& rendezvous) {
+    const Rendezvous completed = rendezvous;
+    rendezvous.mask = 0;
     --warp.open;
-    held.work(held.operands, held.arrived);
+    completed.work(completed.operands, completed.arrived);
     for (int lane = 0; lane < 32; ++lane) {
-        if (held.arrived >> lane & 1 && held.fibers[lane] != self()) {
-            wake(held.fibers[lane]);
+        if (completed.arrived >> lane & 1 && completed.fibers[lane] != self()) {
+            wake(completed.fibers[lane]);
         }
     }
 }
 
-Meeting& find_meeting(Warp& warp, unsigned mask, Collective work, const char* name) {
-    Meeting* free_slot = nullptr;
+Rendezvous& find_rendezvous(Warp& warp, unsigned mask, Collective work, const char* name) {
+    Rendezvous* free_slot = nullptr;
     unsigned unseen = warp.open;
-    for (Meeting& meeting : warp.meetings) {
-        if (meeting.mask == 0) {
-            free_slot = free_slot ? free_slot : &meeting;
+    for (Rendezvous& rendezvous : warp.slots) {
+        if (rendezvous.mask == 0) {
+            free_slot = free_slot ? free_slot : &rendezvous;
             if (unseen == 0) {
                 break;
             }
         } else {
-            if (meeting.mask == mask && meeting.work == work) {
-                return meeting;
+            if (rendezvous.mask == mask && rendezvous.work == work) {
+                return rendezvous;
             }
             --unseen;
         }
     }
     if (!free_slot) {
         const Unseen unseen;
-        free_slot = &warp.meetings.emplace_back();
+        free_slot = &warp.slots.emplace_back();
     }
     ++warp.open;
     free_slot->mask = mask;
@@ -59,24 +59,24 @@ Meeting& find_meeting(Warp& warp, unsigned mask, Collective work, const char* na
     return *free_slot;
 }
 
-void meet(unsigned mask, Collective work, void* operands, const char* name, const void* site) {
+void join_collective(unsigned mask, Collective work, void* operands, const char* name, const void* site) {
     Fiber* me = self();
     Warp& warp = *me->warp;
     if (!(mask >> me->lane & 1)) {
         fail("%s: mask %08x leaves out the calling lane %u", name, mask, me->lane);
     }
-    Meeting& meeting = find_meeting(warp, mask, work, name);
-    meeting.arrived |= 1u << me->lane;
-    meeting.operands[me->lane] = operands;
-    meeting.fibers[me->lane] = me;
-    if (meeting.arrived == awaited(meeting, warp)) {
-        hold(warp, meeting);
+    Rendezvous& rendezvous = find_rendezvous(warp, mask, work, name);
+    rendezvous.arrived |= 1u << me->lane;
+    rendezvous.operands[me->lane] = operands;
+    rendezvous.fibers[me->lane] = me;
+    if (rendezvous.arrived == awaited(rendezvous, warp)) {
+        complete(warp, rendezvous);
         maybe_preempt();
         return;
     }
     me->doing = "waits in";
     me->site = site;
-    me->meeting = &meeting;
+    me->rendezvous = &rendezvous;
     park();
 }
 
@@ -85,7 +85,7 @@ void meet_whole_warp(Collective work, void* operands, const char* name, const vo
     if (self()->warp->live != ~0u) {
         fail("%s: needs a whole warp, but some lanes do not exist or have exited", name);
     }
-    meet(~0u, work, operands, name, site);
+    join_collective(~0u, work, operands, name, site);
 }
 
 template <class Operands>
@@ -98,9 +98,9 @@ Operands& of_lane(void* const* operands, int lane) {
 void leave_warp(Fiber* fiber) {
     Warp& warp = *fiber->warp;
     warp.live &= ~(1u << fiber->lane);
-    for (Meeting& meeting : warp.meetings) {
-        if (meeting.mask && meeting.arrived == awaited(meeting, warp)) {
-            hold(warp, meeting);
+    for (Rendezvous& rendezvous : warp.slots) {
+        if (rendezvous.mask && rendezvous.arrived == awaited(rendezvous, warp)) {
+            complete(warp, rendezvous);
         }
     }
 }
@@ -122,7 +122,7 @@ void warp_barrier(unsigned mask) {
     WarpBarrier& barrier = barrier_of(*self()->warp, mask);
     const char* token = &barrier.tokens[barrier.phase % 2];
     release(token);
-    meet(mask, end_phase, &barrier, "__syncwarp", CALLER);
+    join_collective(mask, end_phase, &barrier, "__syncwarp", CALLER);
     acquire(token);
 }
 
@@ -217,19 +217,19 @@ void reduce_lanes(void* const* all, unsigned lanes) {
 
 uint64_t shuffle(unsigned mask, uint64_t value, Shuffle kind, int argument, int width) {
     ShuffleOperands operands{value, 0, kind, argument, width};
-    meet(mask, shuffle_lanes, &operands, "a shuffle", CALLER);
+    join_collective(mask, shuffle_lanes, &operands, "a shuffle", CALLER);
     return operands.result;
 }
 
 unsigned ballot(unsigned mask, bool predicate) {
     VoteOperands operands{predicate, 0};
-    meet(mask, count_votes, &operands, "a vote", CALLER);
+    join_collective(mask, count_votes, &operands, "a vote", CALLER);
     return operands.result;
 }
 
 unsigned reduce(unsigned mask, unsigned value, Reduce kind, bool is_signed) {
     ReduceOperands operands{value, 0, kind, is_signed};
-    meet(mask, reduce_lanes, &operands, "a reduction", CALLER);
+    join_collective(mask, reduce_lanes, &operands, "a reduction", CALLER);
     return operands.result;
 }
 

@@ -57,9 +57,9 @@ void end_phase_if_complete(Mbarrier* bar) {
     state.phase ^= 1;
     state.pending = state.expected;
     made_progress();
-    const auto found = waiting.find(bar);
-    if (found != waiting.end()) {
-        found->second.wake_all();
+    const auto entry = waiting.find(bar);
+    if (entry != waiting.end()) {
+        entry->second.wake_all();
     }
 }
 

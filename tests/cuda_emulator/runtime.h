@@ -40,7 +40,7 @@ struct Barrier {
 
 // Lanes of a warp that meet in a collective. The last to come does the work for all.
 using Collective = void (*)(void* const* operands, unsigned lanes);
-struct Meeting {
+struct Rendezvous {
     unsigned mask = 0;  // 0: this slot is free
     unsigned arrived = 0;
     Collective work = nullptr;
@@ -56,8 +56,8 @@ struct WarpBarrier {  // what ThreadSanitizer must know of __syncwarp with one m
 
 struct Warp {
     unsigned live = 0;             // lanes that exist and have not exited
-    unsigned open = 0;             // meetings in use
-    std::deque<Meeting> meetings;  // free ones among them; a deque, since fibers point to their meeting
+    unsigned open = 0;             // rendezvous in use
+    std::deque<Rendezvous> slots;  // free ones among them; a deque, since fibers point to their rendezvous
     std::map<unsigned, WarpBarrier> barriers;  // by mask
 };
 
@@ -85,7 +85,7 @@ struct Fiber : Thread {
     const void* site = nullptr;
     unsigned number = 0;
     const Barrier* barrier = nullptr;
-    const Meeting* meeting = nullptr;
+    const Rendezvous* rendezvous = nullptr;
     const Mbarrier* mbarrier = nullptr;
 
     // What it saw at its last polls, to notice that nothing moves any more: a loop may look at several words in turn.

@@ -255,7 +255,7 @@ void made_progress() { now.idle_polls = 0; }
 void wake(Fiber* fiber) {
     fiber->doing = "is ready";
     fiber->barrier = nullptr;
-    fiber->meeting = nullptr;
+    fiber->rendezvous = nullptr;
     fiber->mbarrier = nullptr;
     made_progress();
     schedule.add(fiber);
@@ -630,10 +630,10 @@ std::string describe_wait(const Fiber& fiber) {
         }
         text +=
             ", " + std::to_string(barrier->arrived) + " of " + std::to_string(barrier->expected) + " arrived";
-    } else if (const Meeting* meeting = fiber.meeting) {
+    } else if (const Rendezvous* rendezvous = fiber.rendezvous) {
         char masks[96];
-        snprintf(masks, sizeof masks, " %s, lanes %08x of %08x arrived", meeting->name, meeting->arrived,
-                 meeting->mask);
+        snprintf(masks, sizeof masks, " %s, lanes %08x of %08x arrived", rendezvous->name, rendezvous->arrived,
+                 rendezvous->mask);
         text += masks;
     } else if (fiber.mbarrier) {
         text += ", " + describe_mbarrier(fiber.mbarrier);
