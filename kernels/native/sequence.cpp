@@ -104,7 +104,7 @@ static struct {
     int (*rank)();
     bool sought, lost;
 
-    bool found() {
+    bool is_loaded() {
         if (!sought) {
             find(parallel, "GOMP_parallel"), find(size, "omp_get_num_threads"), find(rank, "omp_get_thread_num");
             sought = true;
@@ -140,7 +140,7 @@ public:
 
     Workers(Index requested, bool prefer_openmp) {
         if (requested < 2 || pthread_mutex_trylock(&several) != 0) return;
-        by_openmp = prefer_openmp && openmp.found();
+        by_openmp = prefer_openmp && openmp.is_loaded();
         count = static_cast<int>(min(requested, Pool::MOST));
         if (!by_openmp) count = start(count);
         if (count == 1) pthread_mutex_unlock(&several);

@@ -72,18 +72,18 @@ def forward_kernel(
 
     for _ in tl.range(0, T, num_stages=STAGES):
         here = t * B + top  # the row among those of all time steps
-        x_part = load_tiles(Wx + here * G * H, H, row * G * H + column, mask, tl.float32, G)
+        x_gates = load_tiles(Wx + here * G * H, H, row * G * H + column, mask, tl.float32, G)
         extra = per_unit + flag_tiles(flags, t, B, top, row, tl.float32, FLAGS)
         h_in = RECURRENT_INPUT((state[0],), extra)
         h = tl.where(column < H, h_in[0][0], 0.0).to(w_hh.dtype.element_ty)  # NaN in the padding times zero is NaN
-        h_part = ()
+        h_gates = ()
         for g in tl.static_range(G):
-            h_part = h_part + (tl.dot(h, weights[g], bias[g], input_precision=PRECISION),)
+            h_gates = h_gates + (tl.dot(h, weights[g], bias[g], input_precision=PRECISION),)
         extra = extra + uniform_tiles(key, t, top, row, column, tl.float32, UNIFORMS)
         means = ()
         for level in tl.static_range(len(REDUCTION_COUNTS)):
-            means = means + REDUCE(level, x_part, h_part, state, extra, means, column < H, H)
-        state, saved_values = STEP(x_part, h_part, state, extra, means)
+            means = means + REDUCE(level, x_gates, h_gates, state, extra, means, column < H, H)
+        state, saved_values = STEP(x_gates, h_gates, state, extra, means)
         store_tiles(y + here * H, 0, at, mask, state, 0, 1)
         if saved is not None:
             state_out = t + 1 - reverse
@@ -157,18 +157,18 @@ def backward_kernel(
         means = ()
         for level in tl.static_range(len(REDUCTION_COUNTS)):
             means = means + REDUCE(level, dnew, new, state, saved_values, extra + drawn, means, column < H, H)
-        dx_part, dh_part, dbefore, parts = GRAD(dnew, new, state, saved_values, extra + drawn, means)
+        dx_gates, dh_gates, dbefore, parts = GRAD(dnew, new, state, saved_values, extra + drawn, means)
         if TRAINABLE > 0:
             sums = add_tiles(sums, parts, TRAINABLE)
 
-        store_tiles(dWx + here * G * H, H, gate, mask, dx_part, 0, G)
+        store_tiles(dWx + here * G * H, H, gate, mask, dx_gates, 0, G)
         if dRh is not None:
-            store_tiles(dRh + here * G * H, H, gate, mask, dh_part, 0, G)
+            store_tiles(dRh + here * G * H, H, gate, mask, dh_gates, 0, G)
         dh_prev = tl.zeros([ROWS, TILE], tl.float32)
         if RECURRENT_INPUT_GRAD is None:
             dh_prev += dbefore[0]
         for g in tl.static_range(G):
-            da = tl.where(inside, dh_part[g], 0.0).to(w_hh.dtype.element_ty)  # a plain number where h isn't read
+            da = tl.where(inside, dh_gates[g], 0.0).to(w_hh.dtype.element_ty)  # a plain number where h isn't read
             dh_prev = tl.dot(da, weights[g], dh_prev, input_precision=PRECISION)
         if RECURRENT_INPUT_GRAD is not None:
             dh_in, parts = RECURRENT_INPUT_GRAD((dh_prev,), extra)

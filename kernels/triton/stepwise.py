@@ -66,16 +66,16 @@ def step_arguments(
     here = t * B.to(tl.int64) + top  # the row among those of all time steps
     at = row * H + column
     gate = row * G * H + column
-    x_part = load_tiles(Wx + here * G * H, H, gate, mask, REAL, G)
-    h_part = load_tiles(Rh + top * G * H, H, gate, mask, REAL, G)
+    x_gates = load_tiles(Wx + here * G * H, H, gate, mask, REAL, G)
+    h_gates = load_tiles(Rh + top * G * H, H, gate, mask, REAL, G)
     if b_hh is not None:
         bias = load_tiles(b_hh, H, column + 0 * row, mask, REAL, G)  # each by the thread that uses it
-        h_part = add_tiles(h_part, bias, G)
+        h_gates = add_tiles(h_gates, bias, G)
     state = load_tiles(h + top * H, size, at, mask, REAL, 1)
     state = state + load_tiles(cell_states + state_in * size * (S - 1) + top * H, size, at, mask, REAL, S - 1)
     extra = unit_tiles(units, R, top, row, column, mask, H, PER_UNIT) + flag_tiles(flags, t, B, top, row, REAL, FLAGS)
     extra = extra + uniform_tiles(key_of(seed, UNIFORMS), t, top, row, column, REAL, UNIFORMS)
-    return x_part, h_part, state, extra
+    return x_gates, h_gates, state, extra
 
 
 @triton.jit(do_not_specialize=["t", "state_in", "state_out", "t_next", "B", "R"])
@@ -102,11 +102,11 @@ def step_kernel(
         sums = zeros(BLOCK_B, REAL, REDUCTION_COUNTS[level])
         for first in tl.range(begin, end, BLOCK_H, disable_licm=True):
             column, mask = columns(first, top, row, B, H, BLOCK_H)
-            x_part, h_part, state, extra = step_arguments(
+            x_gates, h_gates, state, extra = step_arguments(
                 Wx, Rh, b_hh, h, cell_states, units, flags, seed, t, state_in, B, H, R, top, row, column, mask,
                 G, S, PER_UNIT, FLAGS, UNIFORMS, REAL,
             )  # fmt: skip
-            parts = REDUCE(level, x_part, h_part, state, extra, means, column < H, H)
+            parts = REDUCE(level, x_gates, h_gates, state, extra, means, column < H, H)
             sums = add_tiles(sums, parts, REDUCTION_COUNTS[level])
         means = means + sums
 
@@ -114,11 +114,11 @@ def step_kernel(
     here = t * B.to(tl.int64) + top
     for first in tl.range(begin, end, BLOCK_H, disable_licm=True):
         column, mask = columns(first, top, row, B, H, BLOCK_H)
-        x_part, h_part, state, extra = step_arguments(
+        x_gates, h_gates, state, extra = step_arguments(
             Wx, Rh, b_hh, h, cell_states, units, flags, seed, t, state_in, B, H, R, top, row, column, mask,
             G, S, PER_UNIT, FLAGS, UNIFORMS, REAL,
         )  # fmt: skip
-        new, saved_values = STEP(x_part, h_part, state, extra, means)
+        new, saved_values = STEP(x_gates, h_gates, state, extra, means)
 
         tl.debug_barrier()
         at = row * H + column
@@ -223,14 +223,14 @@ def grad_kernel(
             t, t_prev, state_in, state_out, t_next, B, H, R, top, row, column, mask,
             RECURRENT_INPUT_GRAD, S, K, PER_UNIT, FLAGS, UNIFORMS, TRAINABLE, REAL,
         )  # fmt: skip
-        dx_part, dh_part, dbefore, parts = GRAD(dnew, new, state, saved_values, extra, means)
+        dx_gates, dh_gates, dbefore, parts = GRAD(dnew, new, state, saved_values, extra, means)
 
         tl.debug_barrier()
         at = row * H + column
         gate = row * G * H + column
-        store_tiles(dWx + here * G * H, H, gate, mask, dx_part, 0, G)
+        store_tiles(dWx + here * G * H, H, gate, mask, dx_gates, 0, G)
         if dRh is not None:
-            store_tiles(dRh + here * G * H, H, gate, mask, dh_part, 0, G)
+            store_tiles(dRh + here * G * H, H, gate, mask, dh_gates, 0, G)
         store_tiles(dh_direct + top * H, size, at, mask, dbefore, 0, 1)
         store_tiles(dcell_states + top * H, size, at, mask, dbefore, 1, S - 1)
         if TRAINABLE > 0:  # read late, as these would take registers
