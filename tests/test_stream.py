@@ -232,6 +232,20 @@ def test_a_copy_goes_on_by_itself(kind, options, way, tmp_path):
     assert any(state.any() for state in states(listen.state))
 
 
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_one_made_in_inference_mode_goes_on_outside(backend):
+    layer, x = gpu_rnn.LSTM(I, H, num_layers=2, backend=backend), torch.randn(5, 2, I)
+    expected = followed(gpu_rnn.stream(layer, 2), x)
+    with torch.inference_mode():
+        listen = gpu_rnn.stream(layer, 2)
+        assert torch.equal(followed(listen, x), expected)
+    listen.reset()
+    assert torch.equal(followed(copy.deepcopy(listen), x), expected)
+    listen.reset([0])
+    listen.state = listen.state
+    assert torch.equal(followed(listen, x), expected)
+
+
 def test_a_layer_of_torch_and_of_a_custom_cell_stream():
     theirs, x = nn.GRU(I, H, num_layers=2), torch.randn(9, 8, I)
     with torch.no_grad():

@@ -70,6 +70,7 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
 class Stream:
     """A layer that runs one time step per call and keeps its states; `stream` makes it."""
 
+    @torch.inference_mode(False)  # tensors made in that mode can't be written outside of it
     def __init__(self, layer: RecurrentLayer, batch: int) -> None:
         like = next(layer.parameters()).detach()
         self._layer = layer
