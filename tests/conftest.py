@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from gpu_rnn.backends import compiler, native
 from gpu_rnn.core.optional_imports import no_gpu
 from gpu_rnn.core.problem import Weights
 from gpu_rnn.kernels import cells
@@ -20,13 +21,30 @@ os.environ.setdefault("GPU_RNN_CACHE", str(Path(__file__).parents[1] / ".build" 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
-    reason = no_gpu()
-    if reason is not None:
+    skip([item for item in items if item.get_closest_marker("gpu")], no_gpu)
+    skip([item for item in items if uses_native(item)], no_native_code)
+
+
+def skip(items, why_not):
+    if items and (reason := why_not()) is not None:
         for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def uses_native(item):
+    """Whether a test is marked so, or the backend is one of its parameters."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return item.get_closest_marker("native") or any(
+        p is native or (type(p) is str and p == "native") for p in parameters
+    )
+
+
+def no_native_code():
+    try:
+        native.library("float32")
+    except compiler.CompileError as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture(autouse=True)

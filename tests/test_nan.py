@@ -7,14 +7,10 @@ import torch
 
 from . import cuda_on_cpu, nan
 from .cuda_emulator import runtime
-from .test_native import why_not as no_native
 from .test_persistent_config import DEVICES
 
 every_place = pytest.mark.parametrize("place", nan.PLACES)
-on_a_cpu = pytest.mark.parametrize(
-    "backend",
-    ["numpy", pytest.param("native", marks=pytest.mark.skipif(no_native() is not None, reason=str(no_native())))],
-)
+on_a_cpu = pytest.mark.parametrize("backend", ["numpy", "native"])
 
 
 @every_place

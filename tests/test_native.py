@@ -24,16 +24,7 @@ from . import calls, custom_cells, reference_modifiers, sequences
 from .cuda_emulator import sanitize
 from .test_numpy import FUNCTIONS, NEEDS, torch_run
 
-
-def why_not():
-    try:
-        native.library("float32")
-    except compiler.CompileError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.native
 EVERY = pytest.mark.parametrize("name", cells.NAMES)
 BOTH_WAYS = pytest.mark.parametrize("reverse", [False, True])
 SIZES = [  # T, B, I, H: aligned, ragged and degenerate; tiles of every number of rows, several pieces of K = T B, too
