@@ -32,11 +32,10 @@ def skip(items, why_not):
 
 
 def uses_native(item):
-    """Whether a test is marked so, or the backend is one of its parameters."""
+    """Whether a test is marked so, or the backend, or Inductor, is one of its parameters."""
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return item.get_closest_marker("native") or any(
-        p is native or (type(p) is str and p == "native") for p in parameters
-    )
+    names = {value for value in parameters if isinstance(value, str)}
+    return item.get_closest_marker("native") or names & {"native", "inductor"} or any(p is native for p in parameters)
 
 
 def no_native_code():

@@ -3,7 +3,6 @@
 Plain stacks: test_wavefront.py.
 """
 
-import shutil
 import subprocess
 import sys
 from itertools import combinations, product
@@ -122,6 +121,7 @@ def test_bad_shapes_are_named_while_compiling():
         compiled(torch.randn(5, 2, 4))
 
 
+@pytest.mark.native
 def test_inductor():
     """The compiler users get, once: a model around the layer, trained for three steps."""
 
@@ -263,7 +263,7 @@ assert torch.equal(torch.export.load({str(tmp_path / "model.pt2")!r}).module()(x
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which AOTInductor calls")
+@pytest.mark.native
 def test_aot_inductor_packages_run_from_python_and_are_refused_elsewhere(tmp_path):
     T, B = torch.export.Dim("T", min=1, max=64), torch.export.Dim("B", min=1, max=64)
     torch.manual_seed(0)
