@@ -48,8 +48,8 @@ def stream(layer: nn.Module, batch: int = 1) -> "Stream":
             stream(x): x [B, I], of the dtype and device of the parameters -> y [B, P], overwritten by the next call.
             stream.state: hx as the layer has it, (h [L, B, P], c [L, B, H]) or h; a copy. Can be set; None for zeros.
             stream.reset(rows): zero states, of the rows alone if given: indices, perhaps none, or bool [B].
-        A copy of it, pickled or not, goes on by itself from the same state, with the same weights. Python threads need a
-        stream each.
+        A copy of it, pickled or not, goes on by itself from the same state, with the same weights. Several Python
+        threads need a stream each.
 
     Raises:
         TypeError: not such a layer, another dtype or device, rows that are neither ints nor bools. ValueError: a
