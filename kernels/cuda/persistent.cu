@@ -74,7 +74,7 @@ struct Element {
 
     DEVICE Element(int k, int first_row, int B, int H) : Element(k, first_row, B, H, threadIdx.x, blockIdx.x) {}
     DEVICE Element(int k, int first_row, int B, int H, unsigned thread, unsigned block) {
-        unit = thread % BLOCK_UNITS, row = thread / BLOCK_UNITS + k * ROW_STRIDE;
+        unit = unit_of(thread), row = row_of(thread) + k * ROW_STRIDE;
         hidden = block % BLOCKS * BLOCK_UNITS + unit;
         b = first_row + static_cast<long long>(block / BLOCKS / INSTANCES) * BATCH_ROWS + row;
         valid = in_tile() && hidden < H && b < B;

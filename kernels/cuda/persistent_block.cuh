@@ -175,8 +175,9 @@ struct PersistentBlock {
           lane(threadIdx.x % 32),
           rank(blockIdx.x % BLOCKS),
           operand_at(kept(warp % K_SPLITS * K_CHUNK * 32 + Sums<GATE_SETS>::template lane_at<OPERAND_PITCH>(lane))),
-          value_at(kept(own_row() * OPERAND_PITCH + rank * SLICE_BYTES + own_unit() * int(sizeof(SCALAR)))),
-          sum_at(kept(own_row() * SUMS_PITCH + own_unit())),
+          value_at(kept(row_of(threadIdx.x) * OPERAND_PITCH + rank * SLICE_BYTES +
+                        unit_of(threadIdx.x) * int(sizeof(SCALAR)))),
+          sum_at(kept(row_of(threadIdx.x) * SUMS_PITCH + unit_of(threadIdx.x))),
           valid_rows(max(0, min(BATCH_ROWS, rows_left - batch_tile() * BATCH_ROWS))),
           needs_wait(!SINGLE_BLOCK || from != group()),
           unit_reduction(staged + STAGED_BYTES + SUMS_BYTES + WeightTile::BYTES + 16,
@@ -213,9 +214,6 @@ struct PersistentBlock {
         first_byte = K_CHUNKS == 1 ? first_word * 4 : warp % K_SPLITS * K_CHUNK * 32 + team_thread * 4;
 #endif
     }
-
-    DEVICE static int own_unit() { return threadIdx.x % BLOCK_UNITS; }  // of a thread's first element, as its row
-    DEVICE static int own_row() { return threadIdx.x / BLOCK_UNITS; }
 
     // In the following n is the number of an exchange round, from 0.
 
@@ -267,8 +265,9 @@ struct PersistentBlock {
     // Stage a value of this thread's element k, to be sent to the other blocks.
     DEVICE void stage(long long n, int value, int k, float x) {
         const SCALAR stored = encoded(x, SCALAR());
-        const int row = own_row() + k * ROW_STRIDE;
-        if (SENDS) reinterpret_cast<SCALAR*>(staged)[(row * VALUES + value) * BLOCK_UNITS + own_unit()] = stored;
+        const int row = row_of(threadIdx.x) + k * ROW_STRIDE;
+        if (SENDS)
+            reinterpret_cast<SCALAR*>(staged)[(row * VALUES + value) * BLOCK_UNITS + unit_of(threadIdx.x)] = stored;
         if (SCOPE == GRID && !SINGLE_BLOCK) return;
         unsigned char* first = operand + buffer_of(n) * OPERAND_BYTES + value_at;
         reinterpret_cast<SCALAR*>(first + k * ROW_STRIDE * OPERAND_PITCH)[value * BLOCK_UNITS] = stored;

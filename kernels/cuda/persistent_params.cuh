@@ -24,6 +24,8 @@ constexpr int ELEMENTS = (BLOCK_UNITS * BATCH_ROWS + THREADS - 1) / THREADS;   /
 constexpr bool FULL_THREADS = ELEMENTS * THREADS == BLOCK_UNITS * BATCH_ROWS;  // every thread has so many
 constexpr int ROW_STRIDE = THREADS / BLOCK_UNITS;  // batch rows from one of a thread's elements to its next
 static_assert(THREADS % BLOCK_UNITS == 0, "a thread's elements are of one unit");
+DEVICE int unit_of(unsigned thread) { return thread % BLOCK_UNITS; }  // of a thread's first element, in the block
+DEVICE int row_of(unsigned thread) { return thread / BLOCK_UNITS; }   // of the same, in the group
 constexpr int SUMS_PITCH = BLOCK_UNITS + 4;     // of a row of partial sums, against bank conflicts
 constexpr int INSTANCES = DIRECTIONS * LAYERS;  // of a launch; one of the two is 1
 constexpr bool WAVEFRONT = LAYERS > 1;

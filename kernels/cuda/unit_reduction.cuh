@@ -59,7 +59,7 @@ struct UnitReduction {
         float* mine = local + e % 2 * SUMS * UNIT_TILES;
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {
-            const int at = threadIdx.x + k * THREADS, unit = at % BLOCK_UNITS, row = at / BLOCK_UNITS;
+            const int unit = unit_of(threadIdx.x), row = row_of(threadIdx.x) + k * ROW_STRIDE;
             for (int n = first; n < last; ++n) {
                 float sum = means[k][n];
                 for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
@@ -129,7 +129,7 @@ struct UnitReduction {
         };
 #pragma unroll
         for (int k = 0; k < ELEMENTS; ++k) {
-            const int row = (threadIdx.x + k * THREADS) / BLOCK_UNITS;
+            const int row = row_of(threadIdx.x) + k * ROW_STRIDE;
             for (int n = first; n < last; ++n)
                 means[k][n] = row < BATCH_ROWS ? group_sum((n - first) * BATCH_ROWS + row) / H : 0.0f;
         }
