@@ -149,7 +149,7 @@ def overview(rows: DataFrame) -> Block:
     rows = rows[(rows["device"] == "cuda") | rows.apply(problems.among_goals, axis=1).astype(bool)]
     keys, order = ["implementation", "cell", "dtype"], {name: n for n, name in enumerate((*ours, *CELLS))}
     rows = rows.sort_values(keys, kind="stable", key=lambda column: column.map(lambda v: order.get(v, v)))
-    return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", list(WAYS)[:3])
+    return by_mode(rows, lambda key: f"{ours[key[0]]}: {key[1]} {key[2]}", ["forward", "training", "step"])
 
 
 def sources(rows: DataFrame) -> Block:
